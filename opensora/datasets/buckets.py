@@ -1,0 +1,133 @@
+"""Buckets: which (resolution, number of frames, aspect ratio) every row of a dataset is trained at.
+
+A bucket config reads ``{resolution: {num_frames: (probability, batch_size)}}``, where the probability may be a pair
+``(keep, skip)``: with probability ``skip`` a clip goes on to a shorter length, otherwise it is kept with ``keep``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from opensora.datasets.aspect import resolution_table
+from opensora.utils.errors import UserError
+
+MIN_AREA_SHARE = 0.8  # a clip may be enlarged to this share of its area at most
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One training size: micro-batches hold ``batch_size`` clips of the same ``(num_frames, height, width)``."""
+
+    resolution: str
+    num_frames: int
+    ratio: str
+    height: int
+    width: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class _Length:
+    num_frames: int
+    keep: float
+    skip: float
+    batch_size: int
+
+
+def _parse_lengths(resolution: str, lengths: Mapping) -> list[_Length]:
+    parsed = []
+    for frames, value in lengths.items():
+        try:
+            prob, batch_size = value
+            keep, skip = prob if isinstance(prob, tuple | list) else (prob, 0.0)
+            entry = _Length(int(frames), float(keep), float(skip), int(batch_size))
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"bucket_config[{resolution!r}][{frames!r}] = {value!r}: expected (probability, batch_size) or "
+                "((keep, skip), batch_size)"
+            ) from error
+        if entry.num_frames < 1 or entry.batch_size < 1 or not 0 <= entry.keep <= 1 or not 0 <= entry.skip <= 1:
+            raise UserError(
+                f"bucket_config[{resolution!r}][{frames!r}] = {value!r}: frames and batch size must be at least 1, "
+                "probabilities within 0 and 1"
+            )
+        parsed.append(entry)
+    return sorted(parsed, key=lambda entry: -entry.num_frames)
+
+
+class BucketTable:
+    """All buckets of a config, and the assignment of rows to them.
+
+    Args:
+        config: see the module.
+        multiple: heights and widths are multiples of this many pixels (VAE compression times patch size).
+
+    Raises:
+        UserError: unknown resolution name or malformed entry.
+    """
+
+    def __init__(self, config: Mapping[str, Mapping], multiple: int = 16) -> None:
+        if not config:
+            raise UserError("bucket_config is empty: give {resolution: {num_frames: (probability, batch_size)}}")
+        levels = [(name, *resolution_table(name, multiple), _parse_lengths(name, config[name])) for name in config]
+        self.levels = sorted(levels, key=lambda level: -level[1])
+        self.buckets = [
+            Bucket(name, length.num_frames, ratio, *size, length.batch_size)
+            for name, _, ratios, lengths in self.levels
+            for length in lengths
+            for ratio, size in ratios.items()
+        ]
+        self._ids = {(b.resolution, b.num_frames, b.ratio): i for i, b in enumerate(self.buckets)}
+
+    def assign(self, table: pd.DataFrame, strides: np.ndarray, seed: int) -> np.ndarray:
+        """Bucket number of every row, -1 where none fits.
+
+        Resolutions are tried from large to small and skipped where the clip has less than 0.8 of their pixels; within
+        one, lengths from long to short. A length that is not kept ends the search at this resolution.
+
+        Args:
+            table: columns num_frames, height, width.
+            strides: distance between the frames taken of each row, ``[N]``.
+            seed: of the random choices.
+        """
+        frames = table["num_frames"].to_numpy(dtype=np.int64)
+        frames = np.where(frames > 1, frames // strides, frames)
+        height, width = (table[c].to_numpy(dtype=np.float64) for c in ("height", "width"))
+        rng = np.random.default_rng(seed)
+        result = np.full(len(table), -1, dtype=np.int64)
+        for name, pixels, ratios, lengths in self.levels:
+            searching = (result < 0) & (height * width >= MIN_AREA_SHARE * pixels)
+            nearest = _nearest_ratio(height / width, list(ratios))
+            for length in lengths:
+                fits = frames == 1 if length.num_frames == 1 else frames >= length.num_frames
+                # A video never becomes a picture unless the config has nothing but pictures at this resolution.
+                if length.num_frames == 1 and len(lengths) == 1:
+                    fits = frames >= 1
+                passed_on, kept = rng.random(len(table)) < length.skip, rng.random(len(table)) < length.keep
+                reached = searching & fits & ~passed_on
+                ids = np.array([self._ids[name, length.num_frames, ratio] for ratio in ratios])
+                result = np.where(reached & kept, ids[nearest], result)
+                searching &= ~reached
+        return result
+
+    def describe(self, assigned: np.ndarray) -> str:
+        """Printable table of buckets in use, with clips and micro-batches, and the number of unused rows."""
+        counts = np.bincount(assigned[assigned >= 0], minlength=len(self.buckets))
+        lines = [f"{'resolution':>14} {'frames':>6} {'ratio':>7} {'size':>11} {'batch':>5} {'clips':>9} {'batches':>8}"]
+        for bucket, count in zip(self.buckets, counts):
+            if count:
+                lines.append(
+                    f"{bucket.resolution:>14} {bucket.num_frames:>6} {bucket.ratio:>7} "
+                    f"{f'{bucket.height}x{bucket.width}':>11} {bucket.batch_size:>5} {count:>9} "
+                    f"{count // bucket.batch_size:>8}"
+                )
+        lines.append(f"{int((assigned >= 0).sum())} of {len(assigned)} rows are used")
+        return "\n".join(lines)
+
+
+def _nearest_ratio(ratios: np.ndarray, names: list[str]) -> np.ndarray:
+    """Index into ``names`` ("width:height") of the ratio nearest to each height / width."""
+    values = np.array([float(h) / float(w) for w, h in (name.split(":") for name in names)])
+    return np.abs(ratios[:, None] - values[None, :]).argmin(axis=1)

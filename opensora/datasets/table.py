@@ -1,0 +1,60 @@
+"""Reading the table (CSV or parquet) that lists a dataset, and finding its mistakes before anything is built."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from opensora.utils.errors import UserError
+
+MEDIA_COLUMNS = ("path", "num_frames", "height", "width", "fps")
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """Read ``.csv`` or ``.parquet``.
+
+    Raises:
+        UserError: missing file, other format, or a file that cannot be parsed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file (expected a CSV or parquet table)")
+    if path.suffix not in (".csv", ".parquet"):
+        raise UserError(f"{path}: '{path.suffix}' is not a table format; use .csv or .parquet")
+    try:
+        return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    except (ValueError, OSError) as error:  # pandas and pyarrow errors derive from these
+        raise UserError(f"{path}: cannot be read as a table ({error})") from error
+
+
+def require_columns(table: pd.DataFrame, columns: Sequence[str], path: str | Path, hint: str = "") -> None:
+    """Raise a UserError that names every missing column, with the nearest present one."""
+    missing = [column for column in columns if column not in table.columns]
+    if not missing:
+        return
+    near = {name: difflib.get_close_matches(name, map(str, table.columns), 1) for name in missing}
+    named = ", ".join(f"'{name}'" + (f" (is '{match[0]}' meant?)" if match else "") for name, match in near.items())
+    raise UserError(f"{path}: missing column {named}; found {', '.join(map(str, table.columns))}. {hint}".rstrip())
+
+
+def resolve_media_paths(table: pd.DataFrame, table_path: str | Path, column: str = "path") -> pd.DataFrame:
+    """A copy whose media paths are usable from here: relative ones are taken from the working directory if the file
+    is there, otherwise from the table's folder.
+
+    Raises:
+        UserError: clips are missing; the first rows are named.
+    """
+    folder = Path(table_path).parent
+    resolved, missing = [], []
+    for row, raw in enumerate(table[column]):
+        path = Path(str(raw))
+        if not path.is_absolute() and not path.exists():
+            path = folder / path
+        if not path.exists():
+            missing.append(f"row {row + 2}: {raw}")
+        resolved.append(str(path))
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"{table_path}: {len(missing)} of {len(table)} clips are missing: {'; '.join(missing[:3])}{more}")
+    return table.assign(**{column: resolved})

@@ -1,0 +1,230 @@
+"""Image and video conditions: one table for training and sampling.
+
+A condition gives the model some latent frames of the video to make. It is handed over as one more latent: a mask
+channel, 1 on the given frames, and the reference latents there (0 elsewhere). Both training and sampling read
+:data:`CONDITIONS`, so they cannot drift apart.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from opensora.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of given latent frames.
+
+    Attributes:
+        at: the run lies at the start (``head``) or at the end (``tail``) of the video, and is taken from the same end
+            of its reference.
+        reference: which of a sample's references it is taken from: 0 the first, -1 the last.
+        groups: None for a single picture, else how many groups of (time compression) pixel frames; a causal
+            autoencoder puts one more frame, on its own, before them.
+    """
+
+    at: Literal["head", "tail"]
+    reference: int
+    groups: int | None = None
+
+    def latent_frames(self, is_causal: bool) -> int:
+        """Given latent frames."""
+        return 1 if self.groups is None else self.groups + int(is_causal)
+
+    def pixel_frames(self, is_causal: bool, time_compression: int = 4) -> int:
+        """Pixel frames to read and encode for them."""
+        return 1 if self.groups is None else self.groups * time_compression + int(is_causal)
+
+    def cut(self, x: Tensor, count: int) -> Tensor:
+        """The first or last ``count`` frames of ``x`` [C, T, H, W]."""
+        return x[:, :count] if self.at == "head" else x[:, x.shape[1] - count :]
+
+    def place(self, frames: int, count: int) -> slice:
+        """Where the run lies among ``frames`` latent frames."""
+        return slice(0, count) if self.at == "head" else slice(frames - count, frames)
+
+
+CONDITIONS: Mapping[str, tuple[Span, ...]] = {
+    "t2v": (),
+    "i2v_head": (Span("head", 0),),
+    "i2v_tail": (Span("tail", -1),),
+    "i2v_loop": (Span("head", 0), Span("tail", -1)),
+    "v2v_head": (Span("head", 0, 8),),
+    "v2v_tail": (Span("tail", 0, 8),),
+    "v2v_head_easy": (Span("head", 0, 16),),
+    "v2v_tail_easy": (Span("tail", 0, 16),),
+}
+
+
+def get_spans(cond_type: str) -> tuple[Span, ...]:
+    """Given runs of a condition type, in the order their references are listed.
+
+    Raises:
+        UserError: unknown condition type.
+    """
+    if cond_type not in CONDITIONS:
+        raise UserError(f"unknown cond_type {cond_type!r}; valid: {', '.join(CONDITIONS)}")
+    return CONDITIONS[cond_type]
+
+
+def fits(cond_type: str, latent_frames: int, is_causal: bool) -> bool:
+    """Whether a video of so many latent frames leaves something to generate besides the given frames.
+
+    Single frames have no room for a picture condition (they are images), only for ``t2v``.
+    """
+    spans = get_spans(cond_type)
+    return not spans or latent_frames > sum(span.latent_frames(is_causal) for span in spans)
+
+
+def build_condition(
+    z_like: Tensor,  # [B, C, T, h, w]
+    cond_types: str | Sequence[str],
+    refs: Sequence[Sequence[Tensor] | None],
+    is_causal: bool,
+) -> Tensor:
+    """Mask and masked reference for the model.
+
+    Args:
+        z_like: gives shape, dtype and device.
+        cond_types: one type for all samples, or one per sample.
+        refs: per sample its reference latents [C, T', h, w], or None for an unconditioned sample. A head run takes
+            the first frames of its reference, a tail run the last ones.
+        is_causal: whether the autoencoder is causal in time.
+
+    Returns:
+        [B, 1 + C, T, h, w]: mask (0 or 1), then the references on given frames and 0 elsewhere. All zero where a
+        sample has no reference, is ``t2v``, or T = 1.
+
+    Raises:
+        UserError: unknown type, or a reference with fewer frames than the condition needs.
+    """
+    batch, channels, frames = z_like.shape[:3]
+    types = [cond_types] * batch if isinstance(cond_types, str) else list(cond_types)
+    assert len(types) == len(refs) == batch, (len(types), len(refs), batch)
+    cond = z_like.new_zeros(batch, 1 + channels, *z_like.shape[2:])
+    for sample, (cond_type, references) in enumerate(zip(types, refs)):
+        spans = get_spans(cond_type)
+        if not references or frames == 1:
+            continue
+        for span in spans:
+            count = span.latent_frames(is_causal)
+            reference = references[span.reference]
+            if reference.shape[1] < count or frames < count:
+                raise UserError(
+                    f"{cond_type} needs {count} latent frames; the reference has {reference.shape[1]}, "
+                    f"the video {frames}"
+                )
+            place = span.place(frames, count)
+            cond[sample, 0, place] = 1
+            cond[sample, 1:, place] = span.cut(reference, count).to(cond)
+    return cond
+
+
+def restore_references(
+    z: Tensor,  # [B, C, T, h, w]
+    cond_types: str | Sequence[str],
+    refs: Sequence[Sequence[Tensor] | None],
+) -> Tensor:
+    """Put given pictures back into sampled latents, for every sample of the batch.
+
+    The model redraws its given frames; for ``i2v_*`` they are replaced by the exact reference latent. Videos given by
+    ``v2v_*`` are left as drawn, so that the join stays smooth. Returns a new tensor.
+    """
+    types = [cond_types] * len(z) if isinstance(cond_types, str) else list(cond_types)
+    z, frames = z.clone(), z.shape[2]
+    for sample, (cond_type, references) in enumerate(zip(types, refs)):
+        if not references or frames == 1:
+            continue
+        for span in get_spans(cond_type):
+            if span.groups is None:
+                z[sample, :, span.place(frames, 1)] = span.cut(references[span.reference], 1).to(z)
+    return z
+
+
+def choose_conditions(
+    weights: Mapping[str, float],
+    batch: int,
+    latent_frames: int,
+    rng: random.Random,
+    is_causal: bool = True,
+) -> list[str]:
+    """Draw a condition type for each sample of a training batch.
+
+    Args:
+        weights: relative weight by condition type; never changed.
+        batch: number of samples.
+        latent_frames: of this batch; types that would leave nothing to generate are not drawn for it.
+        rng: random stream.
+        is_causal: whether the autoencoder is causal in time.
+
+    Returns:
+        One type per sample; ``t2v`` for images and where no type of ``weights`` fits.
+    """
+    names = [name for name, weight in weights.items() if fits(name, latent_frames, is_causal) and weight > 0]
+    if not names or latent_frames == 1:
+        return ["t2v"] * batch
+    return rng.choices(names, [weights[name] for name in names], k=batch)
+
+
+def condition_clips(
+    video: Tensor,  # [3, T, H, W]
+    cond_type: str,
+    is_causal: bool = True,
+    time_compression: int = 4,
+) -> list[Tensor]:
+    """Pixel clips to encode on their own as references, one per given run, for :func:`build_condition`.
+
+    They are cut from the pixels, never from the encoded video: latents of the whole video have seen other frames and
+    would tell the model more than it gets when sampling.
+
+    Args:
+        video: pixels of one training sample.
+        cond_type: see :data:`CONDITIONS`.
+        is_causal: whether the autoencoder is causal in time.
+        time_compression: pixel frames per latent frame.
+
+    Raises:
+        UserError: the video has fewer frames than the condition needs.
+    """
+    clips = []
+    for span in get_spans(cond_type):
+        count = span.pixel_frames(is_causal, time_compression)
+        if video.shape[1] < count:
+            raise UserError(f"{cond_type} needs {count} frames, the video has {video.shape[1]}")
+        clips.append(span.cut(video, count))
+    return clips
+
+
+def cached_references(cond_type: str, first: Tensor | None, last: Tensor | None) -> list[Tensor] | None:
+    """References from cached latents of a clip's first and last frame, each encoded as a picture of its own.
+
+    Args:
+        cond_type: see :data:`CONDITIONS`.
+        first: latent [C, 1, h, w] of the first frame, if cached.
+        last: latent [C, 1, h, w] of the last frame, if cached.
+
+    Returns:
+        References for :func:`build_condition`, None for ``t2v``.
+
+    Raises:
+        UserError: the needed frame is not cached, or the type needs whole clips (``v2v_*``).
+    """
+    spans = get_spans(cond_type)
+    found: list[Tensor] = []
+    for span in spans:
+        latent = first if span.at == "head" else last
+        if span.groups is not None or latent is None:
+            what = "clips" if span.groups is not None else f"{'first' if span.at == 'head' else 'last'}-frame latents"
+            raise UserError(f"{cond_type} needs {what} that the latent cache does not hold")
+        found.append(latent)
+    return found or None
+
+
+def is_image_condition(cond_type: str) -> bool:
+    """Whether the condition gives pictures (``i2v_*``) rather than nothing or clips."""
+    spans = get_spans(cond_type)
+    return bool(spans) and all(span.groups is None for span in spans)

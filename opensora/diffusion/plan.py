@@ -1,0 +1,215 @@
+"""What a sampling run will do: sizes, tokens, steps. Known from the config alone, before any weight is loaded."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from opensora.datasets.aspect import aspect_ratio_table, closest_aspect_ratio, get_image_size, round_up
+from opensora.diffusion.conditions import fits, get_spans, is_image_condition
+from opensora.diffusion.flow import get_schedule
+from opensora.diffusion.guidance import Guidance, count_forwards
+from opensora.utils.errors import UserError
+
+SIZE_MULTIPLE = 16
+IMAGE_GUIDANCE = 4.0  # of the guidance-distilled picture model
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """What sampling needs to know of an autoencoder.
+
+    Attributes:
+        compression: pixels per latent along (time, height, width).
+        is_causal: the first frame has a latent of its own, so that frame counts are 4k+1.
+    """
+
+    compression: tuple[int, int, int]
+    is_causal: bool
+
+    @classmethod
+    def of(cls, ae: nn.Module) -> "LatentSpec":
+        """Spec of an autoencoder (weights are not needed)."""
+        compression: Any = ae.compression
+        return cls(tuple(compression), bool(getattr(ae, "is_causal", False)))
+
+    def latent_size(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(T, h, w) of the latent of a video."""
+        t, h, w = self.compression
+        return (num_frames - 1) // t + 1, -(-height // h), -(-width // w)
+
+    def check_frames(self, num_frames: int) -> None:
+        """Raises a UserError with the nearest possible lengths if the autoencoder cannot make this one."""
+        t = self.compression[0]
+        rest = (num_frames - 1) % t if self.is_causal else num_frames % t
+        if num_frames == 1 or (num_frames > 1 and rest == 0):
+            return
+        base = 1 if self.is_causal else 0
+        below = (num_frames - base) // t * t + base
+        near = sorted({max(below, 1), max(below, base) + t}, key=lambda n: (abs(n - num_frames), -n))
+        rule = f"{t}k+1" if self.is_causal else f"a multiple of {t}"
+        raise UserError(
+            f"num_frames={num_frames}: this autoencoder makes 1 frame or {rule}; "
+            f"the nearest is {near[0]}" + "".join(f" (or {other})" for other in near[1:])
+        )
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """One sampling run.
+
+    Attributes:
+        height, width: pixels.
+        num_frames: pixel frames.
+        spec: of the autoencoder.
+        latent_size: (T, h, w).
+        patch_size: latent pixels per token side.
+        times: schedule, ``num_steps + 1`` values.
+        cond_type: condition of all samples of the run.
+        guidance: scales.
+        has_image: whether any sample has references.
+        drop_duplicates: leave out frames that only repeat a given picture (non-causal autoencoders).
+    """
+
+    height: int
+    width: int
+    num_frames: int
+    spec: LatentSpec
+    latent_size: tuple[int, int, int]
+    patch_size: int
+    times: tuple[float, ...]
+    cond_type: str
+    guidance: Guidance
+    has_image: bool
+    drop_duplicates: bool
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens of a sample."""
+        return math.prod(self.latent_size) // self.patch_size**2
+
+    @property
+    def num_steps(self) -> int:
+        """Solver steps."""
+        return len(self.times) - 1
+
+    @property
+    def forwards(self) -> int:
+        """Forwards of the guided model per sample."""
+        return count_forwards(self.guidance, self.num_steps, self.has_image)
+
+    def kept_frames(self) -> slice:
+        """Frames to keep of the decoded video.
+
+        A non-causal autoencoder turns the latent of a given picture into a whole group of frames; only one of them is
+        kept when ``drop_duplicates``.
+        """
+        extra = self.spec.compression[0] - 1
+        if not self.drop_duplicates or self.num_frames <= 2 * extra:
+            return slice(0, self.num_frames)
+        ends = {span.at for span in get_spans(self.cond_type)}
+        start = extra if "head" in ends else 0
+        return slice(start, self.num_frames - (extra if "tail" in ends else 0))
+
+
+def frame_size(option: Mapping[str, Any], multiple: int) -> tuple[int, int]:
+    """(height, width) in pixels that sampling options ask for, multiples of ``multiple``.
+
+    Explicit ``height`` and ``width``, rounded up, go before ``resolution`` and ``aspect_ratio``.
+
+    Raises:
+        UserError: not one complete pair of them, or unknown names.
+    """
+    height, width = option.get("height"), option.get("width")
+    resolution, ratio = option.get("resolution"), option.get("aspect_ratio")
+    if (height is None) != (width is None):
+        raise UserError("sampling_option: height and width must be given together")
+    if height is not None and width is not None:
+        if height < 1 or width < 1:
+            raise UserError(f"sampling_option: height={height} and width={width} must be at least 1")
+        return round_up(height, multiple), round_up(width, multiple)
+    if resolution is None and ratio is None:
+        raise UserError("sampling_option: give resolution and aspect_ratio (256px, 16:9), or height and width")
+    if resolution is None or ratio is None:
+        raise UserError("sampling_option: resolution and aspect_ratio must be given together")
+    rows, columns = get_image_size(resolution, ratio, multiple)
+    return round_up(rows, multiple), round_up(columns, multiple)
+
+
+def make_plan(
+    option: Mapping[str, Any],
+    spec: LatentSpec,
+    patch_size: int,
+    cond_type: str = "t2v",
+    has_image: bool | None = None,
+) -> SamplePlan:
+    """Work out a run.
+
+    Args:
+        option: sampling options (:class:`opensora.schema.SamplingOption`).
+        spec: of the autoencoder.
+        patch_size: latent pixels per token side.
+        cond_type: condition of the samples.
+        has_image: whether any sample has references (default: whether ``cond_type`` takes any).
+
+    Raises:
+        UserError: sizes, lengths, steps or conditions that cannot be; says what can.
+    """
+    multiple = math.lcm(SIZE_MULTIPLE, spec.compression[1] * patch_size, spec.compression[2] * patch_size)
+    height, width = frame_size(option, multiple)
+    num_frames, num_steps = option["num_frames"], option["num_steps"]
+    spec.check_frames(num_frames)
+    if num_steps < 1:
+        raise UserError(f"num_steps={num_steps}: must be at least 1")
+    size = spec.latent_size(num_frames, height, width)
+    _check_condition(cond_type, num_frames, size[0], spec)
+    tokens = size[1] * size[2] // patch_size**2
+    times = get_schedule(num_steps, tokens, size[0], option["shift"], option["flow_shift"])
+    image = option["guidance_img"]
+    given = bool(get_spans(cond_type)) if has_image is None else has_image
+    return SamplePlan(
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        spec=spec,
+        latent_size=size,
+        patch_size=patch_size,
+        times=tuple(times),
+        cond_type=cond_type,
+        guidance=Guidance(
+            text=option["guidance"],
+            image=1.0 if image is None else image,
+            text_osci=option["text_osci"],
+            image_osci=option["image_osci"],
+            scale_temporal_osci=option["scale_temporal_osci"] and is_image_condition(cond_type),
+        ),
+        has_image=given and size[0] > 1,
+        drop_duplicates=given and is_image_condition(cond_type) and not (spec.is_causal or option["is_causal_vae"]),
+    )
+
+
+def _check_condition(cond_type: str, num_frames: int, latent_frames: int, spec: LatentSpec) -> None:
+    if fits(cond_type, latent_frames, spec.is_causal):
+        return
+    given = sum(span.latent_frames(spec.is_causal) for span in get_spans(cond_type))
+    shortest = given * spec.compression[0] + 1 if spec.is_causal else (given + 1) * spec.compression[0]
+    raise UserError(
+        f"cond_type {cond_type} with num_frames={num_frames}: the references would fill the whole video; "
+        f"it needs at least {shortest} frames"
+    )
+
+
+def image_plan(cfg: Mapping[str, Any], option: Mapping[str, Any], spec: LatentSpec) -> SamplePlan:
+    """Run of the image model that comes before a video (``use_t2i2v``).
+
+    The picture has ``img_resolution`` and the aspect ratio of the video; steps and shift are those of the video.
+    """
+    ratio = option["aspect_ratio"]
+    if ratio is None:
+        ratio = closest_aspect_ratio(*frame_size(option, 1), aspect_ratio_table(2**20))
+    height, width = get_image_size(cfg["img_resolution"], ratio, training=True)
+    changed = {"num_frames": 1, "height": height, "width": width, "guidance": IMAGE_GUIDANCE}
+    patch_size = (cfg["img_flux"] or {}).get("patch_size") or 2
+    return make_plan({**option, **changed}, spec, patch_size)

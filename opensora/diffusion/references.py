@@ -1,0 +1,129 @@
+"""References of a condition: pictures and clips, read from files or the web, checked early, fitted to the video."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from opensora.datasets.transforms import resize_crop, to_model_range
+from opensora.diffusion.conditions import Span, get_spans
+from opensora.diffusion.plan import LatentSpec
+from opensora.utils.download import fetch, is_url
+from opensora.utils.errors import UserError
+from opensora.utils.video import is_video, read_image, read_video, video_info
+
+Source = str | Path | np.ndarray
+"""A picture or video file, or pixels: uint8 [H, W, 3] or [T, H, W, 3]."""
+
+References = Source | Sequence[Source]
+"""References of one sample."""
+
+
+def split_references(ref: str) -> list[str]:
+    """Paths of a ``ref`` value, which may hold several separated by ``;``."""
+    return [part.strip() for part in ref.split(";") if part.strip()]
+
+
+def locate_references(ref: str, folder: Path, beside: Path | None = None) -> list[str]:
+    """Make every path of a ``ref`` value local.
+
+    Args:
+        ref: paths or http(s) addresses, separated by ``;``.
+        folder: where downloads go.
+        beside: folder of the table that names them; tried for relative paths that are not in the working folder.
+
+    Raises:
+        UserError: a download failed.
+    """
+    found = []
+    for part in split_references(ref):
+        if is_url(part):
+            name = hashlib.sha256(part.encode()).hexdigest()[:16]
+            found.append(str(fetch(part, folder, name=name)))
+        elif beside is not None and not Path(part).exists() and (beside / part).exists():
+            found.append(str(beside / part))
+        else:
+            found.append(part)
+    return found
+
+
+def check_references(sources: Sequence[Source], cond_type: str, spec: LatentSpec) -> None:
+    """See that the references of one sample can be read and are long enough, without reading clips whole.
+
+    Raises:
+        UserError: missing, unreadable or too short; names the file, and the frames needed and found.
+    """
+    for span in get_spans(cond_type):
+        source = sources[span.reference]
+        needed = span.pixel_frames(spec.is_causal, spec.compression[0])
+        if isinstance(source, np.ndarray):
+            found = 1 if source.ndim == 3 else len(source)
+        elif is_video(source):
+            found = video_info(source).num_frames
+        else:
+            read_image(source)
+            found = 1
+        _check_length(source, cond_type, needed, found)
+
+
+def _check_length(source: Source, cond_type: str, needed: int, found: int) -> None:
+    if found < needed:
+        name = "the given frames" if isinstance(source, np.ndarray) else str(source)
+        raise UserError(f"reference too short: {name} has {found} frames, {cond_type} needs {needed}")
+
+
+def read_clips(sources: Sequence[Source], cond_type: str, spec: LatentSpec, height: int, width: int) -> list[Tensor]:
+    """Pixels of one sample's references, one clip per given run of the condition.
+
+    Returns:
+        Clips [3, T, height, width] in [-1, 1], scaled to cover the frame and cut in the centre.
+
+    Raises:
+        UserError: as :func:`check_references`.
+    """
+    clips = []
+    for span in get_spans(cond_type):
+        needed = span.pixel_frames(spec.is_causal, spec.compression[0])
+        frames = _read(sources[span.reference], span, needed)
+        _check_length(sources[span.reference], cond_type, needed, len(frames))
+        clips.append(resize_crop(to_model_range(frames), height, width))
+    return clips
+
+
+def _read(source: Source, span: Span, count: int) -> np.ndarray:
+    """At most ``count`` frames uint8 [T, H, W, 3] from the end of the source that the run lies at."""
+    if isinstance(source, np.ndarray):
+        frames = source[None] if source.ndim == 3 else source
+        return frames[:count] if span.at == "head" else frames[max(len(frames) - count, 0) :]
+    if is_video(source):
+        return read_video(source, max_frames=count, from_end=span.at == "tail")[0]
+    return read_image(source)[None]
+
+
+def per_prompt_references(
+    ref: References | Sequence[References | None] | None, count: int, downloads: Path
+) -> list[list[Source] | None]:
+    """The ``ref`` argument of a pipeline as a list of local sources (or None) per prompt.
+
+    Raises:
+        UserError: as many references as prompts are needed, or a download failed.
+    """
+    if ref is None:
+        return [None] * count
+    is_batch = isinstance(ref, Sequence) and not isinstance(ref, str) and count > 1
+    given: Any = ref
+    per_prompt: list[Any] = list(given) if is_batch else [given] * count
+    if len(per_prompt) != count:
+        raise UserError(f"{len(per_prompt)} references for {count} prompts; give one (or None) per prompt")
+    return [_local_sources(item, downloads) or None for item in per_prompt]
+
+
+def _local_sources(item: Any, downloads: Path) -> list[Source]:
+    parts = [item] if isinstance(item, str | Path | np.ndarray) else list(item or [])
+    sources: list[Source] = []
+    for part in parts:
+        sources += [part] if isinstance(part, np.ndarray) else locate_references(str(part), downloads)
+    return sources

@@ -1,0 +1,225 @@
+"""Building blocks of the causal 3D video autoencoder of HunyuanVideo (arXiv:2412.03603)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Convolution and interpolation kernels index with 32 bits; larger tensors are processed in pieces along time.
+INDEX_LIMIT = 2**31 - 1
+
+
+def _triple(value: int | tuple[int, int, int]) -> tuple[int, int, int]:
+    return (value, value, value) if isinstance(value, int) else value
+
+
+class CausalConv3d(nn.Module):
+    """3D convolution that never looks at later frames.
+
+    Width and height are replicate-padded by ``k // 2`` on both sides, time by ``k - 1`` in front only, so output frame
+    ``i`` depends on input frames ``<= i * stride``.
+
+    Args:
+        in_channels, out_channels: channel counts.
+        kernel_size: edge length of the cubic kernel (odd).
+        stride: one number, or (time, height, width).
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int | tuple[int, int, int] = 1
+    ) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.stride = _triple(stride)
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, self.stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, T, H, W] -> [B, C', ceil(T / s_t), ceil(H / s_h), ceil(W / s_w)]``."""
+        if self.kernel_size == 1:
+            return self.conv(x)
+        if x.shape[2] == 1:
+            return self._image(x)
+        frames = self._frames_per_call(x)
+        if frames >= x.shape[2]:
+            return self._video(x, self.kernel_size - 1)
+        pieces = []
+        for start in range(0, x.shape[2], frames):
+            # Frames before the piece stand in for the front padding, which only the first piece needs.
+            context = min(start, self.kernel_size - 1)
+            piece = x[:, :, start - context : start + frames]
+            pieces.append(self._video(piece, self.kernel_size - 1 - context))
+        return torch.cat(pieces, dim=2)
+
+    def _video(self, x: Tensor, front: int) -> Tensor:
+        pad = self.kernel_size // 2
+        return self.conv(F.pad(x, (pad, pad, pad, pad, front, 0), mode="replicate"))
+
+    def _image(self, x: Tensor) -> Tensor:
+        """One frame: its copies in front make all taps see the same picture, so the taps add up to a 2D kernel."""
+        pad = self.kernel_size // 2
+        frame = F.pad(x[:, :, 0], (pad, pad, pad, pad), mode="replicate")
+        weight = self.conv.weight.sum(dim=2)
+        return F.conv2d(frame, weight, self.conv.bias, self.stride[1:]).unsqueeze(2)
+
+    def _frames_per_call(self, x: Tensor) -> int:
+        """Largest number of frames (a multiple of the time stride) whose tensors stay below the index limit."""
+        batch, channels, _, height, width = x.shape
+        pad = self.kernel_size - 1
+        area_in = batch * channels * (height + pad) * (width + pad)
+        area_out = batch * self.conv.out_channels * (height // self.stride[1]) * (width // self.stride[2])
+        frames = INDEX_LIMIT // max(area_in, area_out // self.stride[0], 1) - pad
+        return max(frames // self.stride[0], 1) * self.stride[0]
+
+
+def upsample_nearest(x: Tensor, scale: tuple[int, int, int]) -> Tensor:
+    """Nearest-neighbour upsampling of ``[B, C, T, H, W]`` by whole factors (time, height, width)."""
+    if scale[0] != 1:
+        x = x.repeat_interleave(scale[0], dim=2)
+    batch, channels, frames, height, width = x.shape
+    x = x[:, :, :, :, None, :, None].expand(-1, -1, -1, -1, scale[1], -1, scale[2])
+    return x.reshape(batch, channels, frames, height * scale[1], width * scale[2])
+
+
+class UpsampleCausal3D(nn.Module):
+    """Nearest upsampling then a causal convolution; the first frame is only enlarged in space (T -> s(T-1) + 1)."""
+
+    def __init__(self, channels: int, scale: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.scale = scale
+        self.conv = CausalConv3d(channels, channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, T, H, W] -> [B, C, s_t (T-1) + 1, s_h H, s_w W]``."""
+        if self.scale[0] > 1 and x.shape[2] > 1:
+            # Repeating every frame and dropping the surplus copies of the first is the same as treating it apart.
+            x = x.repeat_interleave(self.scale[0], dim=2)[:, :, self.scale[0] - 1 :]
+        return self.conv(upsample_nearest(x, (1, *self.scale[1:])))
+
+
+class DownsampleCausal3D(nn.Module):
+    """Strided causal convolution."""
+
+    def __init__(self, channels: int, stride: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.conv = CausalConv3d(channels, channels, 3, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, T, H, W]`` reduced by the stride."""
+        return self.conv(x)
+
+
+class ResnetBlockCausal3D(nn.Module):
+    """GroupNorm, SiLU, causal convolution, twice, plus the (projected) input."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
+        self.conv1 = CausalConv3d(in_channels, out_channels, 3)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = CausalConv3d(out_channels, out_channels, 3)
+        self.conv_shortcut = CausalConv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, T, H, W] -> [B, C', T, H, W]``."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class FrameCausalAttention(nn.Module):
+    """Single-head attention over all positions in which a token sees its own frame and earlier ones.
+
+    The tokens of one frame share their set of visible keys, so frames are attended one after the other over a growing
+    slice of keys: no mask of (T H W)^2 elements is ever built.
+    """
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, T, H, W]`` in and out, residual included."""
+        batch, channels, frames, height, width = x.shape
+        tokens = self.group_norm(x.flatten(2)).transpose(1, 2)  # [B, T*H*W, C]
+        q, k, v = (proj(tokens).unsqueeze(1) for proj in (self.to_q, self.to_k, self.to_v))
+        area = height * width
+        attended = [
+            F.scaled_dot_product_attention(
+                q[:, :, f * area : (f + 1) * area], k[:, :, : (f + 1) * area], v[:, :, : (f + 1) * area]
+            )
+            for f in range(frames)
+        ]
+        out = self.to_out[0](torch.cat(attended, dim=2).squeeze(1))
+        return x + out.transpose(1, 2).reshape(batch, channels, frames, height, width)
+
+
+class MidBlockCausal3D(nn.Module):
+    """Residual block, frame-causal attention (optional), residual block."""
+
+    def __init__(self, channels: int, groups: int, add_attention: bool = True, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([FrameCausalAttention(channels, groups)] if add_attention else [])
+        self.resnets = nn.ModuleList([ResnetBlockCausal3D(channels, channels, groups, dropout) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, T, H, W]`` in and out."""
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class DownBlockCausal3D(nn.Module):
+    """Residual blocks, then a downsampler unless ``stride`` is None."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_layers: int,
+        groups: int,
+        stride: tuple[int, int, int] | None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResnetBlockCausal3D(in_channels if i == 0 else out_channels, out_channels, groups, dropout)
+            for i in range(num_layers)
+        )
+        self.downsamplers = nn.ModuleList([DownsampleCausal3D(out_channels, stride)] if stride else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, T, H, W] -> [B, C', T', H', W']``."""
+        for layer in (*self.resnets, *self.downsamplers):
+            x = layer(x)
+        return x
+
+
+class UpBlockCausal3D(nn.Module):
+    """Residual blocks, then an upsampler unless ``scale`` is None."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_layers: int,
+        groups: int,
+        scale: tuple[int, int, int] | None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResnetBlockCausal3D(in_channels if i == 0 else out_channels, out_channels, groups, dropout)
+            for i in range(num_layers)
+        )
+        self.upsamplers = nn.ModuleList([UpsampleCausal3D(out_channels, scale)] if scale else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, T, H, W] -> [B, C', T', H', W']``."""
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x)
+        return x

@@ -1,0 +1,195 @@
+"""Rotary positions and joint attention, with every kernel behind a name.
+
+Shapes: B batch, L tokens, H heads, D head dimension. Kernels take and return ``[B, L, H, D]``; attention is full and
+has no mask, so the order of the keys never matters.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opensora.utils.errors import UserError
+from opensora.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Rotary(NamedTuple):
+    """Rotation of every token: ``cos`` and ``sin``, both ``[B, L, 1, D/2]`` float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_table(ids: Tensor, axes_dim: list[int], theta: float) -> Rotary:
+    """Rotary angles of multi-axis positions (RoFormer, arXiv:2104.09864; one frequency band per axis as in FLUX.1).
+
+    Args:
+        ids: ``[B, L, len(axes_dim)]`` positions (latent frame, row, column); text tokens are all zero.
+        axes_dim: head channels spent on each axis, even numbers that sum to the head dimension.
+        theta: base of the frequencies; axis ``i`` turns at ``theta ** (-2 k / axes_dim[i])``.
+    """
+    angles = []
+    for axis, dim in enumerate(axes_dim):
+        # double precision: float32 loses about 1e-5 rad at a few hundred tokens
+        exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim
+        angles.append(ids[..., axis, None].double() * theta**-exponent)
+    angle = torch.cat(angles, dim=-1).unsqueeze(2)  # [B, L, 1, D/2]
+    return Rotary(angle.cos().float(), angle.sin().float())
+
+
+def rotate_interleaved(x: Tensor, rope: Rotary) -> Tensor:
+    """Rotate adjacent channel pairs (2k, 2k+1) of ``x`` ``[B, L, H, D]``, in float32: the layout of FLUX.1."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    first = torch.addcmul(even * rope.cos, odd, rope.sin, value=-1)
+    second = torch.addcmul(odd * rope.cos, even, rope.sin)
+    return torch.stack((first, second), dim=-1).flatten(-2).to(x.dtype)
+
+
+def rotate_half_split(x: Tensor, rope: Rotary) -> Tensor:
+    """Rotate channel pairs (k, k + D/2) of ``x`` ``[B, L, H, D]``, in float32: the layout of the video models."""
+    low, high = x.float().chunk(2, dim=-1)
+    first = torch.addcmul(low * rope.cos, high, rope.sin, value=-1)
+    second = torch.addcmul(high * rope.cos, low, rope.sin)
+    return torch.cat((first, second), dim=-1).to(x.dtype)
+
+
+def rotate_half_split_liger(q: Tensor, k: Tensor, rope: Rotary) -> tuple[Tensor, Tensor]:
+    """``rotate_half_split`` of q and k at once by liger's Triton kernel (GPU only)."""
+    rope_function = require("liger_kernel.ops.rope", "rope_backend='liger'", LIGER_HINT).LigerRopeFunction
+    cos, sin = (torch.cat((half, half), dim=-1).squeeze(2) for half in rope)  # [B, L, D], as the kernel wants it
+    q, k = rope_function.apply(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    return q.transpose(1, 2), k.transpose(1, 2)
+
+
+LIGER_HINT = "`pip install liger-kernel` (NVIDIA or AMD GPU with Triton), or choose 'torch'"
+
+# module to import for each attention kernel that is not part of torch, and how a user gets it
+OPTIONAL_KERNELS = {
+    "flash3": ("flash_attn_interface", "build the `hopper` folder of github.com/Dao-AILab/flash-attention (H100/H200)"),
+    "flash2": ("flash_attn", "`pip install flash-attn --no-build-isolation` (needs nvcc)"),
+    "xformers": ("xformers.ops", "`pip install xformers`"),
+}
+
+
+def require(module: str, wanted_by: str, hint: str) -> Any:
+    """Import an optional module, or raise a UserError that says who asked for it and how to get it."""
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a broken binary raises OSError or RuntimeError as often as ImportError
+        raise UserError(
+            f"{wanted_by} needs the module {module.split('.')[0]}, which cannot be imported here ({error}). "
+            f"Get it by {hint}."
+        ) from error
+
+
+def attention_math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v written out, scores in float32: the reference, quadratic in memory."""
+    scores = torch.einsum("blhd,bmhd->bhlm", q, k).float() * q.shape[-1] ** -0.5
+    return torch.einsum("bhlm,bmhd->blhd", scores.softmax(dim=-1).to(v.dtype), v)
+
+
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's scaled dot product attention: runs everywhere and picks flash, cuDNN or CPU kernels itself."""
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def resolve_attention(name: str) -> str:
+    """Concrete kernel of a name: ``auto`` becomes the fastest one present (and is logged), others are checked.
+
+    Raises:
+        UserError: unknown name, or a kernel that is not installed.
+    """
+    names = ["sdpa", "math", *OPTIONAL_KERNELS, "auto"]
+    if name not in names:
+        raise UserError(f"attn_backend={name!r} is not an attention kernel; choose one of {', '.join(names)}.")
+    if name == "auto":
+        name = "sdpa"
+        if torch.cuda.is_available():
+            present = [kernel for kernel, (module, _) in OPTIONAL_KERNELS.items() if _importable(module)]
+            # flash-attention 3 is compiled for Hopper only
+            if torch.cuda.get_device_capability()[0] != 9:
+                present = [kernel for kernel in present if kernel != "flash3"]
+            name = next(iter(present), name)
+        logger.info("attn_backend='auto' uses the attention kernel %r", name)
+    if name in OPTIONAL_KERNELS:
+        module, hint = OPTIONAL_KERNELS[name]
+        require(module, f"attn_backend={name!r}", hint)
+    return name
+
+
+def attention_kernel(name: str) -> AttentionKernel:
+    """Function behind a kernel name (see `resolve_attention`); all compute the same full attention.
+
+    The optional kernels run on GPUs in float16 or bfloat16 only.
+    """
+    name = resolve_attention(name)
+    if name == "math":
+        return attention_math
+    if name == "sdpa":
+        return attention_sdpa
+    module = importlib.import_module(OPTIONAL_KERNELS[name][0])
+    if name == "xformers":
+        return module.memory_efficient_attention
+    if name == "flash2":
+        return module.flash_attn_func
+
+    def flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = module.flash_attn_func(q, k, v)
+        return out[0] if isinstance(out, tuple) else out  # older builds also return the log-sum-exp
+
+    return flash3
+
+
+class JointAttention(nn.Module):
+    """Attention over text and image tokens together; it owns no parameters.
+
+    Parallelism replaces this module by a subclass that overrides `attend`; rotary positions are applied before, to
+    the tokens this rank holds.
+
+    Args:
+        backend: attention kernel by name, see `resolve_attention`.
+        half_split: rotary layout, channel pairs (k, k + D/2) if true, else (2k, 2k + 1).
+        rope_backend: "torch", or "liger" for its fused kernel (half-split layout only).
+    """
+
+    def __init__(self, backend: str = "sdpa", half_split: bool = False, rope_backend: str = "torch"):
+        super().__init__()
+        if rope_backend == "liger" and not half_split:
+            raise UserError(
+                "rope_backend='liger' only knows the half-split layout: set use_liger_rope=True or 'torch'."
+            )
+        self.backend = resolve_attention(backend)
+        self.half_split = half_split
+        self.rope_backend = rope_backend
+        self.kernel = attention_kernel(self.backend)
+
+    def rotate(self, q: Tensor, k: Tensor, rope: Rotary) -> tuple[Tensor, Tensor]:
+        """Apply rotary positions to q and k, both ``[B, L, H, D]``."""
+        if self.rope_backend == "liger":
+            return rotate_half_split_liger(q, k, rope)
+        rotate = rotate_half_split if self.half_split else rotate_interleaved
+        return rotate(q, rope), rotate(k, rope)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Full attention; q, k, v and the result are ``[B, L, H, D]``."""
+        return self.kernel(q, k, v)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, rope: Rotary) -> Tensor:
+        """Rotate q and k, attend, join heads: three ``[B, L, H, D]`` -> ``[B, L, H*D]``."""
+        q, k = self.rotate(q, k, rope)
+        return self.attend(q, k, v).flatten(2)

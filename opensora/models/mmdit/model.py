@@ -1,0 +1,180 @@
+"""MMDiT: the diffusion transformer that predicts the velocity of packed video (or image) latents."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from opensora.models.mmdit.attention import JointAttention, Rotary, resolve_attention, rotary_table
+from opensora.models.mmdit.config import MMDiTConfig
+from opensora.models.mmdit.layers import (
+    DoubleStreamBlock,
+    LastLayer,
+    MLPEmbedder,
+    SingleStreamBlock,
+    timestep_embedding,
+)
+from opensora.models.mmdit.loading import explain_mismatch, layout_metadata
+from opensora.registry import MODELS
+from opensora.utils.weights import load_model
+
+TIME_EMBED_DIM = 256
+
+
+class MMDiTModel(nn.Module):
+    """Multimodal diffusion transformer of FLUX.1 and Open-Sora 2.0 (arXiv:2403.03206, arXiv:2503.09642).
+
+    Written for one device: parallelism replaces the blocks' ``attention`` modules and shards the inputs in hooks.
+    `recompute` is what runs a checkpointed block; an engine may replace it (for instance to offload activations).
+
+    Args:
+        config: sizes and layouts.
+    """
+
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        self.config = config
+        self.grad_ckpt_settings = tuple(config.grad_ckpt_settings or (0, 0))
+        self.recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
+        backend = resolve_attention(config.attn_backend)
+        hidden = config.hidden_size
+
+        self.img_in = nn.Linear(config.in_channels, hidden)
+        self.time_in = MLPEmbedder(TIME_EMBED_DIM, hidden)
+        self.vector_in = MLPEmbedder(config.vec_in_dim, hidden)
+        self.guidance_in = MLPEmbedder(TIME_EMBED_DIM, hidden) if config.guidance_embed else None
+        self.cond_in = nn.Linear(config.cond_channels, hidden) if config.cond_embed else None
+        self.txt_in = nn.Linear(config.context_in_dim, hidden)
+
+        def attention() -> JointAttention:
+            return JointAttention(backend, config.use_liger_rope, config.rope_backend)
+
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(config, attention()) for _ in range(config.depth))
+        self.single_blocks = nn.ModuleList(
+            SingleStreamBlock(config, attention()) for _ in range(config.depth_single_blocks)
+        )
+        self.final_layer = LastLayer(hidden, config.in_channels)
+        if self.cond_in is not None:  # a model that gains a condition starts out as the one without it
+            nn.init.zeros_(self.cond_in.weight)
+            nn.init.zeros_(self.cond_in.bias)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.img_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.img_in.weight.dtype
+
+    def prepare(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        timesteps: Tensor,
+        y_vec: Tensor,
+        cond: Tensor | None,
+        guidance: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Rotary]:
+        """Embed the inputs of `forward`.
+
+        Returns:
+            image tokens ``[B, N, C]``, text tokens ``[B, L, C]``, conditioning vector ``[B, C]``, rotary table of text
+            then image tokens.
+        """
+        if img.ndim != 3 or txt.ndim != 3:
+            raise ValueError(f"img and txt must be [B, tokens, channels], not {[*img.shape]} and {[*txt.shape]}.")
+        x = self.img_in(img)
+        if self.cond_in is not None:
+            if cond is None:
+                raise ValueError(f"a model with cond_embed=True needs `cond`, [B, N, {self.config.cond_channels}].")
+            x = x + self.cond_in(cond)
+        vec = self.time_in(timestep_embedding(timesteps, TIME_EMBED_DIM).to(img.dtype)) + self.vector_in(y_vec)
+        if self.guidance_in is not None:
+            if guidance is None:
+                raise ValueError("a model with guidance_embed=True needs `guidance`, [B] guidance scales.")
+            vec = vec + self.guidance_in(timestep_embedding(guidance, TIME_EMBED_DIM).to(img.dtype))
+        rope = rotary_table(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
+        return x, self.txt_in(txt), vec, rope
+
+    def run_block(self, block: nn.Module, checkpointed: bool, *args: Any) -> Any:
+        """Run one block, keeping only its inputs for the backward pass if ``checkpointed``."""
+        if checkpointed and self.training and torch.is_grad_enabled():
+            return self.recompute(block, *args)
+        return block(*args)
+
+    def forward(
+        self,
+        img: Tensor,  # [B, N, in_channels] packed noisy latents
+        img_ids: Tensor,  # [B, N, 3] frame, row, column of each token
+        txt: Tensor,  # [B, L, context_in_dim] text tokens
+        txt_ids: Tensor,  # [B, L, 3] zeros
+        timesteps: Tensor,  # [B] diffusion times in [0, 1], 1 is noise; embedded in their own dtype
+        y_vec: Tensor,  # [B, vec_in_dim] pooled text
+        cond: Tensor | None = None,  # [B, N, in_channels + patch_size^2] mask and reference latents
+        guidance: Tensor | None = None,  # [B] guidance scales
+    ) -> Tensor:
+        """Velocity of every image token, ``[B, N, in_channels]``.
+
+        Raises:
+            ValueError: `cond` or `guidance` is missing for a model that embeds it, or inputs are not 3-D.
+        """
+        img, txt, vec, rope = self.prepare(img, img_ids, txt, txt_ids, timesteps, y_vec, cond, guidance)
+        n_double, n_single = self.grad_ckpt_settings
+        for i, block in enumerate(self.double_blocks):
+            img, txt = self.run_block(block, i < n_double, img, txt, vec, rope)
+        x = torch.cat((txt, img), dim=1)
+        for i, block in enumerate(self.single_blocks):
+            x = self.run_block(block, i < n_single, x, vec, rope)
+        return self.final_layer(x[:, txt.shape[1] :], vec)
+
+
+@MODELS.register_module("flux")
+def Flux(
+    from_pretrained: str | None = None,
+    device_map: str | torch.device = "cpu",
+    torch_dtype: torch.dtype = torch.float32,
+    strict_load: bool = True,
+    cache_dir: str | None = None,
+    **config: Any,
+) -> MMDiTModel:
+    """Build an MMDiT, with weights from a file or freshly initialised.
+
+    Args:
+        from_pretrained: weights (see `opensora.utils.weights.resolve_path`); empty for a new model.
+        device_map: device of the model; "meta" builds it without memory.
+        torch_dtype: dtype of the weights.
+        strict_load: False lets a model start from one with other embedders: a condition embedder that the file lacks
+            starts at zero, and embedders of a guidance scale or condition that the config does not have are left out.
+        cache_dir: cache of downloaded files.
+        **config: fields of `MMDiTConfig`.
+
+    Raises:
+        UserError: config or weights that do not fit; the message names the config key.
+    """
+    model_config = MMDiTConfig.from_dict(config)
+
+    def build() -> MMDiTModel:
+        return MMDiTModel(model_config)
+
+    device = torch.device(device_map)
+    if not from_pretrained:
+        with device:
+            return build().to(torch_dtype)
+    return load_model(
+        build,
+        from_pretrained,
+        device,
+        torch_dtype,
+        explain=partial(explain_mismatch, model_config, strict=strict_load),
+        metadata=layout_metadata(model_config),
+        allow_missing={} if strict_load else {"cond_in.": 0.0},
+        allow_unexpected=() if strict_load else ("cond_in.", "guidance_in."),
+        cache_dir=cache_dir,
+    )

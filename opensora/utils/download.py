@@ -1,0 +1,69 @@
+"""Fetching a file from the web with limits on size and time."""
+
+import mimetypes
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from opensora.utils.errors import UserError
+from opensora.utils.video import write_beside
+
+MAX_BYTES = 256 * 2**20
+MAX_SECONDS = 60.0
+CHUNK = 2**16
+
+
+def is_url(text: str) -> bool:
+    """Whether a reference is to be fetched from the web."""
+    return text.startswith(("http://", "https://"))
+
+
+def fetch(
+    url: str, folder: str | Path, max_bytes: int = MAX_BYTES, max_seconds: float = MAX_SECONDS, name: str = "file"
+) -> Path:
+    """Download ``url`` into ``folder``.
+
+    Args:
+        url: http or https address.
+        folder: where the file goes; made if it is missing.
+        max_bytes: largest file accepted.
+        max_seconds: longest time for the whole transfer, and for any wait within it.
+        name: file name without ending; the ending comes from the address or from what the server says.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: unreachable, refused, too large or too slow.
+    """
+    start = time.monotonic()
+    request = urllib.request.Request(url, headers={"User-Agent": "opensora"})
+    try:
+        with urllib.request.urlopen(request, timeout=max_seconds) as response:
+            suffix = Path(urlsplit(url).path).suffix or mimetypes.guess_extension(response.headers.get_content_type())
+            if int(response.headers.get("Content-Length") or 0) > max_bytes:
+                raise UserError(f"{url}: larger than {max_bytes / 2**20:.0f} MiB")
+
+            def write(path: Path) -> None:
+                _copy(response, path, url, max_bytes, start + max_seconds)
+
+            return write_beside(Path(folder) / f"{name}{suffix or ''}", write)
+    except (OSError, urllib.error.URLError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = getattr(error, "reason", error)
+        raise UserError(f"cannot download {url}: {reason}") from error
+
+
+def _copy(response, path: Path, url: str, max_bytes: int, deadline: float) -> None:
+    size = 0
+    with path.open("wb") as file:
+        while chunk := response.read(CHUNK):
+            size += len(chunk)
+            if size > max_bytes:
+                raise UserError(f"{url}: larger than {max_bytes / 2**20:.0f} MiB")
+            if time.monotonic() > deadline:
+                raise UserError(f"{url}: the download took too long")
+            file.write(chunk)

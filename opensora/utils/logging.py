@@ -1,0 +1,39 @@
+"""One rank-aware logger for the whole package."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+ROOT_LOGGER = "opensora"
+FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
+
+
+def get_logger(name: str = ROOT_LOGGER) -> logging.Logger:
+    """Logger of a module. All of them hang below ``opensora`` and share its handlers and level."""
+    return logging.getLogger(name if name.startswith(ROOT_LOGGER) else f"{ROOT_LOGGER}.{name}")
+
+
+def setup_logging(log_file: str | Path | None = None, level: int = logging.INFO, rank: int | None = None) -> logging.Logger:
+    """Send the package's log to stderr and, if given, to ``log_file``; ranks other than 0 only show warnings.
+
+    Args:
+        log_file: file to append to (rank 0 only), its folder must exist.
+        level: threshold on rank 0.
+        rank: global rank; None reads what torchrun says of this process (0 without torchrun).
+    """
+    if rank is None:
+        rank = int(os.environ.get("RANK", "0"))
+    logger = logging.getLogger(ROOT_LOGGER)
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.setLevel(level if rank == 0 else logging.WARNING)
+    logger.propagate = False
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if log_file is not None and rank == 0:
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(FORMAT, datefmt="%H:%M:%S"))
+        logger.addHandler(handler)
+    return logger

@@ -1,0 +1,263 @@
+"""Reading and writing of images and videos. PyAV is the only video codec in use, Pillow the only image one."""
+
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from opensora.utils.errors import UserError
+
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+VIDEO_EXTENSIONS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video file's header says. ``num_frames`` is counted by demuxing when the header leaves it out."""
+
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+
+
+def is_video(path: str | Path) -> bool:
+    """Whether a file name looks like a video, by its ending."""
+    return Path(path).suffix.lower() in VIDEO_EXTENSIONS
+
+
+def to_uint8(video: Tensor) -> np.ndarray:
+    """Decoded pixels to displayable ones.
+
+    Args:
+        video: [3, T, H, W] in [-1, 1] (values outside are clipped).
+
+    Returns:
+        uint8 array [T, H, W, 3], rounded to the nearest level.
+    """
+    pixels = video.detach().float().clamp(-1, 1).add(1).mul(127.5).add(0.5)
+    return pixels.byte().permute(1, 2, 3, 0).cpu().numpy()
+
+
+def write_beside(path: str | Path, write: Callable[[Path], None]) -> Path:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it, so that ``path`` is whole or absent.
+
+    The temporary name keeps the ending of ``path``, since codecs choose their container by it. Missing parent folders
+    are created.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(text: str, path: str | Path) -> Path:
+    """Write a UTF-8 text file, whole or not at all."""
+    return write_beside(path, lambda temporary: _write_text(text, temporary))
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _as_frames(frames: np.ndarray | Tensor, ndim: int) -> np.ndarray:
+    array = frames.detach().cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames)
+    if array.ndim != ndim or array.shape[-1] != 3 or array.dtype != np.uint8:
+        shape = "[T, H, W, 3]" if ndim == 4 else "[H, W, 3]"
+        raise ValueError(f"expected uint8 pixels {shape}, got {array.dtype} {list(array.shape)}")
+    return array
+
+
+def save_video(frames: np.ndarray | Tensor, path: str | Path, fps: float, crf: int = 23) -> Path:
+    """Write an h264 (yuv420p) video that any player opens.
+
+    Args:
+        frames: uint8 [T, H, W, 3]. Odd heights and widths, which yuv420p cannot hold, get their last row or column
+            repeated once.
+        path: target; its ending chooses the container (``.mp4`` normally).
+        fps: frames per second, > 0.
+        crf: constant rate factor of x264: 0 lossless, 23 default, 51 worst.
+
+    Returns:
+        The path written.
+    """
+    array = _as_frames(frames, 4)
+    if len(array) == 0:
+        raise ValueError("a video needs at least one frame")
+    height, width = array.shape[1:3]
+    array = np.pad(array, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+
+    def write(temporary: Path) -> None:
+        with av.open(str(temporary), "w") as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(65535))
+            stream.height, stream.width = array.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            stream.options = {"crf": str(crf)}
+            for frame in array:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            container.mux(stream.encode())
+
+    return write_beside(path, write)
+
+
+def save_image(frame: np.ndarray | Tensor, path: str | Path) -> Path:
+    """Write one uint8 frame [H, W, 3]; the ending of ``path`` chooses the format."""
+    image = Image.fromarray(_as_frames(frame, 3))
+    return write_beside(path, image.save)
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read a picture as uint8 RGB [H, W, 3]; transparency is laid on white.
+
+    Raises:
+        UserError: the file is missing or is not a picture.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"image not found: {path}")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.array(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"not a readable image: {path} ({error})") from error
+
+
+def _open_video(path: str | Path) -> "av.container.InputContainer":
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"video not found: {path}")
+    try:
+        container = av.open(str(path))
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise UserError(f"not a readable video: {path} ({error})") from error
+    if not container.streams.video:
+        container.close()
+        raise UserError(f"no video stream in {path}")
+    return container
+
+
+def video_info(path: str | Path) -> VideoInfo:
+    """Size, rate and number of frames of a video, without decoding it.
+
+    Raises:
+        UserError: the file is missing or holds no video.
+    """
+    with _open_video(path) as container:
+        stream = container.streams.video[0]
+        rate = stream.average_rate or stream.base_rate or Fraction(0)
+        count = stream.frames
+        if not count:
+            count = sum(1 for packet in container.demux(stream) if packet.size)
+        return VideoInfo(count, stream.height, stream.width, float(rate))
+
+
+def read_video(path: str | Path, max_frames: int | None = None, from_end: bool = False) -> tuple[np.ndarray, float]:
+    """Decode a video.
+
+    Args:
+        path: any container and codec FFmpeg knows.
+        max_frames: keep so many frames; None keeps all.
+        from_end: keep the last ones instead of the first ones. No more than ``max_frames`` are in memory at a time.
+
+    Returns:
+        uint8 RGB [T, H, W, 3] and the frames per second (0.0 if the file does not say).
+
+    Raises:
+        UserError: missing file, no video stream, or not one frame could be decoded.
+    """
+    frames: deque[np.ndarray] = deque(maxlen=max_frames if from_end else None)
+    with _open_video(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        fps = float(stream.average_rate or stream.base_rate or 0)
+        try:
+            for frame in container.decode(stream):
+                if max_frames is not None and not from_end and len(frames) >= max_frames:
+                    break
+                frames.append(frame.to_ndarray(format="rgb24"))
+        except av.FFmpegError as error:
+            # A damaged tail still leaves the frames before it.
+            if not frames:
+                raise UserError(f"not a readable video: {path} ({error})") from error
+    if not frames:
+        raise UserError(f"no frames in {path}")
+    return np.stack(frames), fps
+
+
+def contact_sheet(
+    videos: Sequence[np.ndarray | Tensor],
+    path: str | Path,
+    frames: int = 5,
+    labels: Sequence[str] | None = None,
+    scale: int = 1,
+    columns: int = 1,
+    gap: int = 4,
+    background: tuple[int, int, int] = (255, 255, 255),
+) -> Path:
+    """Lay frames of several videos out on one picture, a strip per video with its label above.
+
+    Args:
+        videos: uint8 arrays [T, H, W, 3]; their sizes may differ.
+        path: picture to write.
+        frames: frames per strip, evenly spaced from first to last.
+        labels: one line of text per video.
+        scale: whole-number enlargement of the pixels.
+        columns: strips side by side.
+        gap: pixels between frames and strips.
+        background: RGB of the sheet; text is black.
+    """
+    strips = [_strip(_as_frames(video, 4), frames, scale, gap, background) for video in videos]
+    if not strips:
+        raise ValueError("a contact sheet needs at least one video")
+    font = ImageFont.load_default(size=12)
+    label_height = 16 if labels else 0
+    label_widths = [int(font.getlength(label)) for label in labels or ()]
+    cell_width = max([strip.width for strip in strips] + label_widths) + gap
+    cell_height = max(strip.height for strip in strips) + label_height + gap
+    rows = -(-len(strips) // columns)
+    sheet = Image.new("RGB", (cell_width * columns + gap, cell_height * rows + gap), background)
+    draw = ImageDraw.Draw(sheet)
+    for index, strip in enumerate(strips):
+        x, y = gap + index % columns * cell_width, gap + index // columns * cell_height
+        if labels:
+            draw.text((x, y), labels[index], fill=(0, 0, 0), font=font)
+        sheet.paste(strip, (x, y + label_height))
+    return write_beside(path, sheet.save)
+
+
+def _strip(video: np.ndarray, frames: int, scale: int, gap: int, background: tuple[int, int, int]) -> Image.Image:
+    count = min(frames, len(video))
+    chosen = np.linspace(0, len(video) - 1, count).round().astype(int)
+    height, width = video.shape[1] * scale, video.shape[2] * scale
+    strip = Image.new("RGB", (count * (width + gap) - gap, height), background)
+    for column, index in enumerate(chosen):
+        image = Image.fromarray(video[index]).resize((width, height), Image.Resampling.NEAREST)
+        strip.paste(image, (column * (width + gap), 0))
+    return strip

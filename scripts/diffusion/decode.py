@@ -1,0 +1,34 @@
+"""Turn latents kept by ``inference.py --save-latents True`` into videos, without sampling again.
+
+    python scripts/diffusion/decode.py CONFIG samples/video_256px/prompt_0000.latents.safetensors [--key value ...]
+
+CONFIG and keys are those of ``inference.py``; ``--ae.use_spatial_tiling True`` saves memory.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout without being installed
+
+from opensora.config import parse_config, run_main
+from opensora.diffusion.building import pick_device
+from opensora.diffusion.decode import decode_files
+from opensora.diffusion.outputs import LATENTS_ENDING
+from opensora.schema import InferenceOptions
+from opensora.utils.errors import UserError
+from opensora.utils.logging import setup_logging
+
+
+def main(argv: list[str] | None = None) -> list[Path]:
+    """Run one command line; returns the videos."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    files = [word for word in words if word.endswith(LATENTS_ENDING)]
+    cfg = parse_config([word for word in words if word not in files], InferenceOptions)
+    if not files:
+        raise UserError(f"no latents given: name one or more *{LATENTS_ENDING} files after the config")
+    setup_logging()
+    return decode_files(cfg, files, pick_device(cfg.device))
+
+
+if __name__ == "__main__":
+    run_main(main)

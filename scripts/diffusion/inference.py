@@ -1,0 +1,33 @@
+"""Make videos from prompts, pictures and clips.
+
+    python scripts/diffusion/inference.py CONFIG --prompt "a red circle moving right" --save-dir samples
+    torchrun --nproc_per_node N --standalone scripts/diffusion/inference.py CONFIG --dataset.data-path prompts.csv
+
+``--help`` lists every key.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout without being installed
+
+from opensora.config import parse_config, run_main
+from opensora.diffusion.building import pick_device
+from opensora.diffusion.generate import generate
+from opensora.schema import InferenceOptions
+from opensora.utils.logging import setup_logging
+
+
+def main(argv: list[str] | None = None) -> list[Path]:
+    """Run one command line; returns the files this process wrote."""
+    cfg = parse_config(argv, InferenceOptions)
+    setup_logging()
+    # what torchrun says of this process; a single one without it
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", "0")))
+    return generate(cfg, device, rank, world_size, os.environ)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,82 @@
+"""Fixtures that several folders of tests share."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def text_encoder(name: str, width_key: str) -> tuple[str, int]:
+    """Folder of a shipped small text encoder, and the width of its output."""
+    folder = ROOT / "assets" / "demo" / name
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"{folder} is not at hand")
+    return str(folder), json.loads((folder / "config.json").read_text())[width_key]
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> dict[str, Any]:
+    """Content of an inference config whose models are random and tiny: 9 frames of 32 x 32 in 4 steps.
+
+    Do not change it: ``{**tiny_config, ...}``.
+    """
+    t5, t5_width = text_encoder("google/t5-demo", "d_model")
+    clip, clip_width = text_encoder("openai/clip-demo", "hidden_size")
+    return {
+        "device": "cpu",
+        "dtype": "fp32",
+        "seed": 1,
+        "batch_size": 1,
+        "fps_save": 8,
+        "dataset": {"type": "text"},
+        "sampling_option": {
+            "resolution": "32px",
+            "aspect_ratio": "1:1",
+            "num_frames": 9,
+            "num_steps": 4,
+            "guidance": 5.0,
+            "guidance_img": 2.0,
+            "is_causal_vae": True,
+            "temporal_reduction": 4,
+        },
+        "model": {
+            "type": "flux",
+            "in_channels": 16,
+            "vec_in_dim": clip_width,
+            "context_in_dim": t5_width,
+            "hidden_size": 32,
+            "mlp_ratio": 2.0,
+            "num_heads": 2,
+            "depth": 1,
+            "depth_single_blocks": 1,
+            "axes_dim": [4, 6, 6],
+            "theta": 10000,
+            "qkv_bias": True,
+            "guidance_embed": False,
+            "cond_embed": True,
+            "fused_qkv": False,
+            "use_liger_rope": True,
+        },
+        "ae": {
+            "type": "hunyuan_vae",
+            "latent_channels": 4,
+            "block_out_channels": [4, 4, 8, 8],
+            "layers_per_block": 1,
+            "norm_num_groups": 2,
+        },
+        "t5": {"type": "text_embedder", "from_pretrained": t5, "max_length": 16},
+        "clip": {"type": "text_embedder", "from_pretrained": clip, "max_length": 77},
+    }
+
+
+@pytest.fixture
+def tiny_config_file(tiny_config: dict[str, Any], tmp_path: Path) -> Path:
+    """The same as a config file, alone in its folder."""
+    folder = tmp_path / "config"
+    folder.mkdir()
+    path = folder / "tiny.py"
+    path.write_text("\n".join(f"{key} = {value!r}" for key, value in tiny_config.items()))
+    return path

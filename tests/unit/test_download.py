@@ -1,0 +1,82 @@
+"""Files from the web, with limits."""
+
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from opensora.utils.download import fetch, is_url
+from opensora.utils.errors import UserError
+from opensora.utils.video import read_image
+
+
+@pytest.fixture
+def address():
+    """A server: ``/a.png`` and ``/picture`` are a picture, ``/endless`` and ``/slow`` never end."""
+    buffer = BytesIO()
+    Image.new("RGB", (8, 8), (9, 8, 7)).save(buffer, "PNG")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/gone":
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.send_header("Content-Type", "image/png")
+            self.end_headers()
+            try:
+                if self.path == "/endless":
+                    for _ in range(100):
+                        self.wfile.write(bytes(2**16))
+                elif self.path == "/slow":
+                    for _ in range(20):
+                        self.wfile.write(bytes(2**16))
+                        time.sleep(0.05)
+                else:
+                    self.wfile.write(buffer.getvalue())
+            except OSError:
+                pass  # the client hung up
+
+        def log_message(self, *arguments):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("name", ["a.png", "picture", "a.png?size=2"])
+def test_picture(address, tmp_path, name):
+    path = fetch(f"{address}/{name}", tmp_path)
+    assert path.suffix == ".png", "from the address, else from what the server says"
+    np.testing.assert_array_equal(read_image(path)[0, 0], [9, 8, 7])
+
+
+@pytest.mark.parametrize(
+    ("name", "limits", "message"),
+    [
+        ("endless", {"max_bytes": 2**18}, "larger than 0 MiB"),
+        ("slow", {"max_seconds": 0.1}, "took too long|timed out"),
+        ("gone", {}, "cannot download .*Not Found"),
+    ],
+)
+def test_limits(address, tmp_path, name, limits, message):
+    with pytest.raises(UserError, match=message):
+        fetch(f"{address}/{name}", tmp_path, **limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nobody_there(tmp_path):
+    with pytest.raises(UserError, match="cannot download"):
+        fetch("http://127.0.0.1:9/a.png", tmp_path, max_seconds=0.5)
+
+
+def test_what_is_an_address():
+    assert is_url("https://example.org/a.png")
+    assert not is_url("pictures/http.png")

@@ -1,0 +1,156 @@
+"""Loading an MMDiT: every kind of wrong file or config has a message that names the key to change."""
+
+import pytest
+import torch
+
+from opensora.models.mmdit import MMDiTConfig
+from opensora.models.mmdit.loading import config_of_shapes, layout_metadata
+from opensora.registry import MODELS, build_module
+from opensora.utils.errors import UserError
+from opensora.utils.weights import save_safetensors
+
+CONFIG = {
+    "type": "flux",
+    "in_channels": 16,
+    "vec_in_dim": 12,
+    "context_in_dim": 20,
+    "hidden_size": 32,
+    "mlp_ratio": 4.0,
+    "num_heads": 2,
+    "depth": 1,
+    "depth_single_blocks": 2,
+    "axes_dim": [4, 6, 6],
+    "theta": 10000,
+    "qkv_bias": True,
+    "guidance_embed": False,
+    "cond_embed": True,
+    "fused_qkv": False,
+    "use_liger_rope": True,
+    "patch_size": 2,
+}
+FLUX = {"guidance_embed": True, "cond_embed": False, "fused_qkv": True, "use_liger_rope": False}
+
+
+def build(**overrides):
+    return build_module({**CONFIG, **overrides}, MODELS)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes the weights of a new model with some config fields changed; without recorded layouts by default."""
+
+    def write(record=False, **overrides):
+        torch.manual_seed(0)
+        model = build(**overrides)
+        path = tmp_path / "model.safetensors"
+        save_safetensors(model.state_dict(), path, layout_metadata(model.config) if record else None)
+        return str(path), model
+
+    return write
+
+
+@pytest.mark.parametrize("overrides", [{}, FLUX, {"depth": 0}, {"patch_size": 1}, {"qkv_bias": False}])
+def test_loads_what_it_wrote(write, overrides):
+    path, model = write(record=True, **overrides)
+    loaded = build(from_pretrained=path, torch_dtype=torch.bfloat16, **overrides)
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value.bfloat16())
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize(
+    ("file", "config", "said"),
+    [
+        ({}, {"fused_qkv": True}, "split QKV projections (q_proj, k_proj, v_proj): set model.fused_qkv=False"),
+        ({"fused_qkv": True}, {}, "fused QKV projections (qkv, linear1): set model.fused_qkv=True"),
+        ({"fused_qkv": True, "depth": 0}, {"depth": 0}, "set model.fused_qkv=True"),
+        ({"hidden_size": 64, "num_heads": 4}, {}, "set model.hidden_size=64"),
+        ({"in_channels": 8}, {}, "set model.in_channels=8"),
+        ({"patch_size": 1}, {}, "set model.patch_size=1"),
+        ({"vec_in_dim": 24}, {}, "set model.vec_in_dim=24"),
+        ({"context_in_dim": 24}, {}, "set model.context_in_dim=24"),
+        ({"mlp_ratio": 2.0}, {}, "set model.mlp_ratio=2.0"),
+        ({"num_heads": 1, "axes_dim": [8, 12, 12]}, {}, "set model.num_heads=1"),
+        ({"depth": 2}, {}, "set model.depth=2"),
+        ({"depth_single_blocks": 1}, {}, "set model.depth_single_blocks=1"),
+        ({"qkv_bias": False}, {}, "set model.qkv_bias=False"),
+        ({"cond_embed": False}, {}, "no cond_in, so its model takes no image condition: set model.cond_embed=False"),
+        ({}, {"cond_embed": False}, "has cond_in: set model.cond_embed=True"),
+        ({}, {"guidance_embed": True}, "has no guidance_in: set model.guidance_embed=False"),
+        (FLUX, {}, "image-only Flux model"),
+        (FLUX, {**FLUX, "guidance_embed": False}, "image-only Flux model"),
+        (FLUX, {}, "set model.fused_qkv=True"),
+    ],
+)
+def test_mismatch_names_the_key(write, file, config, said):
+    path, _ = write(**file)
+    with pytest.raises(UserError) as error:
+        build(from_pretrained=path, **config)
+    assert said in str(error.value)
+    assert path in str(error.value)
+
+
+def test_rotary_layout_is_checked_where_recorded(write):
+    path, _ = write(record=True)
+    with pytest.raises(UserError, match=r"set model\.use_liger_rope=True"):
+        build(from_pretrained=path, use_liger_rope=False)
+    path, _ = write(record=False)
+    build(from_pretrained=path, use_liger_rope=False)
+
+
+def test_recorded_layout_is_not_said_twice(write):
+    path, _ = write(record=True, fused_qkv=True)
+    with pytest.raises(UserError) as error:
+        build(from_pretrained=path)
+    assert str(error.value).count("fused_qkv=") == 1
+
+
+def test_other_kinds_of_files(write, tmp_path):
+    path = str(tmp_path / "other.safetensors")
+    save_safetensors({"transformer_blocks.0.attn.to_q.weight": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match="layout of diffusers"):
+        build(from_pretrained=path)
+    save_safetensors({"encoder.conv_in.weight": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match="not an MMDiT"):
+        build(from_pretrained=path)
+
+
+def test_not_strict_starts_from_a_flux_model(write):
+    path, model = write(**FLUX, record=True)
+    video = {"fused_qkv": True, "use_liger_rope": False}
+    started = build(from_pretrained=path, strict_load=False, **video)
+    assert not started.cond_in.weight.any()
+    assert torch.equal(started.img_in.weight, model.img_in.weight)
+    with pytest.raises(UserError, match=r"set model\.fused_qkv=True"):  # layouts always have to match
+        build(from_pretrained=path, strict_load=False)
+
+
+def test_config_of_shapes(write):
+    for overrides in ({}, FLUX, {"depth_single_blocks": 0}):
+        _, model = write(**overrides)
+        found = config_of_shapes({key: tuple(value.shape) for key, value in model.state_dict().items()})
+        assert {"hidden_size", "in_channels", "num_heads", "mlp_ratio", "fused_qkv"} <= found.keys()
+        assert all(getattr(model.config, key) == value for key, value in found.items())
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"hiden_size": 3}, "did you mean 'hidden_size'"),
+        ({"num_heads": 3}, "multiple of num_heads=3"),
+        ({"axes_dim": [4, 6, 8]}, "axes_dim"),
+        ({"axes_dim": [3, 7, 6]}, "axes_dim"),
+        ({"in_channels": 0}, "in_channels must be at least 1"),
+        ({"depth": -1}, "depth"),
+        ({"norm_backend": "apex"}, "norm_backend"),
+    ],
+)
+def test_config_errors(config, said):
+    fields = {key: value for key, value in CONFIG.items() if key != "type"}
+    with pytest.raises(UserError, match=said):
+        MMDiTConfig.from_dict({**fields, **config})
+
+
+def test_missing_config_key():
+    with pytest.raises(UserError, match=r"model.theta"):
+        MMDiTConfig.from_dict({key: value for key, value in CONFIG.items() if key not in ("type", "theta")})

@@ -1,0 +1,121 @@
+"""Building modules from config sections."""
+
+import copy
+import inspect
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from opensora.registry import DATASETS, MODELS, RUNTIME_KEYS, LazyRegistry, build_module
+from opensora.schema import COMPONENTS
+from opensora.utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def registry() -> LazyRegistry:
+    """A registry of its own, so that tests leave nothing in the package's."""
+    registry = LazyRegistry("toy", {})
+
+    @registry.register_module("square")
+    class Square(nn.Module):
+        def __init__(self, width: int, tags: list | None = None, scale: float = 1.0) -> None:
+            super().__init__()
+            self.width, self.tags, self.scale = width, tags, scale
+
+    registry.register_module("flux", module=lambda hidden_size, torch_dtype=None, **rest: (hidden_size, rest))
+    registry.register_module("anything", module=lambda **rest: rest)
+    return registry
+
+
+def test_none_and_modules_pass_through(registry):
+    module = nn.Linear(1, 1)
+    assert build_module(None, registry) is None
+    assert build_module(module, registry) is module
+
+
+def test_overrides_win_and_the_section_stays_as_it_was(registry):
+    cfg = {"type": "square", "width": 2, "tags": ["a"]}
+    before = copy.deepcopy(cfg)
+    built = build_module(cfg, registry, width=3, scale=0.5)
+    built.tags.append("b")
+    assert (built.width, built.scale) == (3, 0.5)
+    assert cfg == before
+
+
+@pytest.mark.parametrize("wrong", ["square", 3, [("type", "square")]])
+def test_other_inputs_are_type_errors(registry, wrong):
+    with pytest.raises(TypeError, match="expected a dict"):
+        build_module(wrong, registry)
+
+
+def test_unknown_type_names_the_nearest(registry):
+    with pytest.raises(UserError, match=r"'squaer'.*'square'"):
+        build_module({"type": "squaer"}, registry)
+    with pytest.raises(UserError, match="hunyuan_vae"):
+        build_module({"type": "hunyuan_vea"}, MODELS)
+
+
+def test_missing_type_lists_the_names(registry):
+    with pytest.raises(UserError, match=r"no `type`.*square"):
+        build_module({"width": 2}, registry)
+
+
+def test_unknown_argument_names_the_nearest(registry):
+    with pytest.raises(UserError, match="'square' takes no argument 'widht'; did you mean 'width'"):
+        build_module({"type": "square", "widht": 2}, registry)
+
+
+def test_factories_with_free_arguments_are_checked_against_the_schema(registry):
+    assert build_module({"type": "flux", "hidden_size": 8, "depth": 1}, registry) == (8, {"depth": 1})
+    with pytest.raises(UserError, match="'detph'; did you mean 'depth'"):
+        build_module({"type": "flux", "hidden_size": 8, "detph": 1}, registry)
+    assert build_module({"type": "anything", "goes": 1}, registry) == {"goes": 1}
+
+
+def test_shipped_names():
+    assert set(MODELS.names) >= {
+        *("flux", "hunyuan_vae", "dc_ae", "autoencoder_2d", "text_embedder", "N_Layer_discriminator_3D")
+    }
+    assert set(DATASETS.names) >= {"text", "video_text", "cached_video_text"}
+    assert set(COMPONENTS) == set(MODELS.modules) | set(DATASETS.modules)
+
+
+@pytest.mark.parametrize("name", sorted(COMPONENTS))
+def test_factories_take_every_key_of_their_schema(name):
+    registry = MODELS if name in MODELS.modules else DATASETS
+    try:
+        parameters = inspect.signature(registry.resolve(name)).parameters
+    except UserError as absent:
+        pytest.skip(str(absent))
+    keys = {field.name: field.metadata["default"] for field in fields(COMPONENTS[name])}
+    if registry is MODELS:
+        assert set(RUNTIME_KEYS) <= set(parameters)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):  # only building tells
+        scratch = {"from_scratch": True} if "from_scratch" in keys else {}
+        built = build_module({"type": name, **keys, **scratch}, registry, device_map="meta")
+        assert isinstance(built, nn.Module)
+    else:
+        assert set(keys) - set(parameters) == set()
+
+
+def test_a_listed_type_without_code():
+    registry = LazyRegistry("toy", {"gone": "opensora.models.gone", "empty": "opensora.utils.errors"})
+    for name in ("gone", "empty"):
+        with pytest.raises(UserError, match=f"'{name}' is not part of this version"):
+            registry.resolve(name)
+
+
+def test_a_name_imports_its_own_module_only():
+    code = (
+        "import sys; from opensora.registry import MODELS; MODELS.resolve('hunyuan_vae');"
+        "others = ('opensora.models.mmdit', 'opensora.models.dc_ae', 'opensora.datasets');"
+        "print([m for m in sys.modules if m.startswith(others)])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

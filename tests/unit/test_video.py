@@ -1,0 +1,95 @@
+"""Media files: written whole, read back as they were."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from opensora.utils import video
+from opensora.utils.errors import UserError
+
+
+@pytest.fixture
+def moving_square() -> np.ndarray:
+    frames = np.full((9, 48, 64, 3), 30, np.uint8)
+    for t in range(9):
+        frames[t, 16:32, 4 * t : 4 * t + 16] = (220, 40, 60)
+    return frames
+
+
+def test_video_round_trip(tmp_path, moving_square):
+    path = video.save_video(moving_square, tmp_path / "new" / "a.mp4", fps=24, crf=10)
+    frames, fps = video.read_video(path)
+    assert frames.shape == moving_square.shape
+    assert fps == 24
+    assert np.abs(frames.astype(int) - moving_square).mean() < 5
+    assert video.video_info(path) == video.VideoInfo(9, 48, 64, 24.0)
+    np.testing.assert_array_equal(video.read_video(path, max_frames=4)[0], frames[:4])
+    np.testing.assert_array_equal(video.read_video(path, max_frames=4, from_end=True)[0], frames[-4:])
+    assert [p.name for p in path.parent.iterdir()] == ["a.mp4"]
+
+
+def test_odd_sizes_are_padded_and_rates_may_be_fractions(tmp_path, moving_square):
+    path = video.save_video(torch.from_numpy(moving_square[:, :47, :63]), tmp_path / "odd.mp4", fps=23.976)
+    info = video.video_info(path)
+    assert (info.height, info.width) == (48, 64)
+    assert info.fps == pytest.approx(23.976, abs=1e-3)
+
+
+@pytest.mark.parametrize("ending", ["mkv", "mov"])
+def test_other_containers(tmp_path, moving_square, ending):
+    path = video.save_video(moving_square, tmp_path / f"a.{ending}", fps=8)
+    assert video.video_info(path).num_frames == 9
+    assert video.read_video(path)[0].shape == moving_square.shape
+
+
+def test_nothing_is_left_of_a_failed_write(tmp_path, moving_square):
+    with pytest.raises(ValueError, match="expected uint8"):
+        video.save_video(moving_square.astype(np.float32), tmp_path / "a.mp4", 24)
+
+    def fail(path):
+        path.write_bytes(b"half")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError):
+        video.write_beside(tmp_path / "b.mp4", fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_image_round_trip(tmp_path, moving_square):
+    path = video.save_image(moving_square[0], tmp_path / "a.png")
+    np.testing.assert_array_equal(video.read_image(path), moving_square[0])
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (video.read_image(tmp_path / "clear.png") == 255).all()
+
+
+def test_unreadable_media_is_named(tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_text("not a picture")
+    with pytest.raises(UserError, match=r"not a readable image: .*bad\.png"):
+        video.read_image(bad)
+    with pytest.raises(UserError, match=r"not a readable video: .*bad\.png"):
+        video.read_video(bad)
+    with pytest.raises(UserError, match="image not found"):
+        video.read_image(tmp_path / "none.png")
+
+
+def test_to_uint8_rounds_and_clips():
+    levels = torch.tensor([-2.0, -1, 0, 1, 3]).view(1, 5, 1, 1).expand(3, 5, 2, 2)
+    frames = video.to_uint8(levels)
+    assert frames.shape == (5, 2, 2, 3)
+    assert frames[:, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]
+    back = torch.arange(256).float().div(127.5).sub(1).view(1, 1, 16, 16).expand(3, 1, 16, 16)
+    assert video.to_uint8(back)[0, :, :, 0].ravel().tolist() == list(range(256))
+
+
+def test_contact_sheet(tmp_path, moving_square):
+    path = video.contact_sheet(
+        [moving_square, moving_square[:2]], tmp_path / "sheet.png", frames=4, labels=["a", "b"], scale=2
+    )
+    sheet = video.read_image(path)
+    assert sheet.shape[1] >= 4 * 128
+    assert sheet.shape[0] >= 2 * 96

@@ -1,0 +1,318 @@
+"""Finding, reading, checking and writing weights."""
+
+import json
+import subprocess
+import sys
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from opensora.utils import weights
+from opensora.utils.errors import UserError
+from opensora.utils.weights import (
+    load_into,
+    load_model,
+    load_state_dict,
+    open_weights,
+    resolve_path,
+    save_safetensors,
+)
+
+
+class Net(nn.Module):
+    """Weights, a persistent buffer, and a buffer outside the state dict."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.first = nn.Linear(3, width)
+        self.second = nn.Linear(width, 2, bias=False)
+        self.first.bias.requires_grad_(False)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("table", torch.empty(5), persistent=False)
+        self.reset_buffers(self.table.device)
+
+    def reset_buffers(self, device):
+        self.table = torch.arange(5.0, device=device)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    model = Net()
+    model.steps.fill_(7)
+    return model
+
+
+@pytest.fixture
+def file(net, tmp_path):
+    path = tmp_path / "net.safetensors"
+    save_safetensors(net.state_dict(), path, {"layout": "a"})
+    return path
+
+
+def same(state, other):
+    assert state.keys() == other.keys()
+    assert all(torch.equal(state[key], other[key]) for key in state)
+
+
+def test_model_is_built_without_memory_and_filled(net, file):
+    model = load_model(Net, file)
+    same(model.state_dict(), net.state_dict())
+    assert torch.equal(model.table, torch.arange(5.0))
+    assert not model.first.bias.requires_grad
+    assert model.first.weight.requires_grad
+    half = load_model(Net, file, dtype=torch.bfloat16)
+    assert half.first.weight.dtype == torch.bfloat16
+    assert half.steps.dtype == torch.int64
+
+
+def test_training_does_not_write_into_the_file(net, file):
+    model = load_model(Net, file)
+    with torch.no_grad():
+        model.first.weight.add_(1)
+    same(load_state_dict(file), net.state_dict())
+
+
+def test_load_into_keeps_dtype(net, file):
+    model = Net().double()
+    load_into(model, file)
+    assert model.first.weight.dtype == torch.float64
+    torch.testing.assert_close(model.first.weight.float(), net.first.weight)
+    with pytest.raises(UserError, match=r"first.weight \[4, 3\] instead of \[6, 3\]"):
+        load_into(Net(width=6), file)
+
+
+def sharded(state, folder, suffix="safetensors"):
+    folder.mkdir(parents=True)
+    weight_map = {}
+    for number, key in enumerate(state):
+        name = f"part-{number}.{suffix}"
+        if suffix == "safetensors":
+            save_file({key: state[key]}, folder / name)
+        else:
+            torch.save({key: state[key]}, folder / name)
+        weight_map[key] = name
+    index = {"metadata": {"total_size": 1, "layout": "b"}, "weight_map": weight_map}
+    (folder / f"model.{suffix}.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_shards_with_index(net, tmp_path, suffix):
+    sharded(net.state_dict(), tmp_path / "shards", suffix)
+    same(load_state_dict(tmp_path / "shards"), net.state_dict())
+    assert open_weights(tmp_path / "shards").metadata["layout"] == "b"
+    (tmp_path / "shards" / f"part-1.{suffix}").unlink()
+    with pytest.raises(UserError, match=f"not there: part-1.{suffix}"):
+        load_state_dict(tmp_path / "shards")
+
+
+def test_training_checkpoint_folder(net, tmp_path):
+    checkpoint = tmp_path / "run" / "epoch0-global_step10"
+    sharded(net.state_dict(), checkpoint / "model")
+    save_file({"other": torch.zeros(1)}, checkpoint / "ema.safetensors")
+    same(load_state_dict(checkpoint), net.state_dict())
+    with pytest.raises(UserError, match="epoch0-global_step10"):
+        load_state_dict(tmp_path / "run")
+
+
+def test_folder_with_one_file(net, file, tmp_path):
+    same(load_state_dict(tmp_path), net.state_dict())
+    save_file({"a": torch.zeros(1)}, tmp_path / "more.safetensors")
+    with pytest.raises(UserError, match="name one of them"):
+        load_state_dict(tmp_path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("wrap", [None, "state_dict"])
+def test_pickled_tensors(net, tmp_path, legacy, wrap):
+    state = net.state_dict()
+    torch.save({wrap: state} if wrap else state, tmp_path / "net.pt", _use_new_zipfile_serialization=not legacy)
+    same(load_model(Net, tmp_path / "net.pt").state_dict(), state)
+
+
+def test_pickles_run_no_code(tmp_path):
+    torch.save({"a": nn.Linear(1, 1)}, tmp_path / "net.pt")
+    with pytest.raises(UserError, match="more than tensors"):
+        load_state_dict(tmp_path / "net.pt")
+    torch.save({"a": 3}, tmp_path / "net.pt")
+    with pytest.raises(UserError, match="state dict"):
+        load_state_dict(tmp_path / "net.pt")
+
+
+def test_truncated_and_foreign_files(file, tmp_path):
+    content = file.read_bytes()
+    for size in (0, 5, 40, len(content) - 8):
+        file.write_bytes(content[:size])
+        with pytest.raises(UserError, match="truncated or not a safetensors file"):
+            load_state_dict(file)
+    file.write_text("<!DOCTYPE html><html>Not found</html>")
+    with pytest.raises(UserError, match="truncated or not a safetensors file"):
+        load_state_dict(file)
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(UserError, match="git lfs pull"):
+        load_state_dict(file)
+    (tmp_path / "net.pt").write_bytes(b"PK\x03\x04 broken")
+    with pytest.raises(UserError, match="truncated"):
+        load_state_dict(tmp_path / "net.pt")
+    (tmp_path / "net.txt").write_text("")
+    with pytest.raises(UserError, match="not a weight file"):
+        load_state_dict(tmp_path / "net.txt")
+
+
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [
+        (
+            "./ckpts/Open_Sora_v2.safetensors",
+            "hf download hpcai-tech/Open-Sora-v2 Open_Sora_v2.safetensors --local-dir ckpts",
+        ),
+        (
+            "ckpts/hunyuan_vae.safetensors",
+            "hf download hpcai-tech/Open-Sora-v2 hunyuan_vae.safetensors --local-dir ckpts",
+        ),
+        (
+            "/data/F32T4C128_AE.safetensors",
+            "hf download hpcai-tech/Open-Sora-v2-Video-DC-AE F32T4C128_AE.safetensors --local-dir /data",
+        ),
+        (
+            "./ckpts/google/t5-v1_1-xxl",
+            'hf download hpcai-tech/Open-Sora-v2 --include "google/t5-v1_1-xxl/*" --local-dir ckpts',
+        ),
+        ("ae.safetensors", "hf download black-forest-labs/FLUX.1-dev ae.safetensors --local-dir ."),
+    ],
+)
+def test_missing_released_file_says_how_to_get_it(path, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        resolve_path(path)
+    assert str(error.value).splitlines()[-1].strip() == command
+
+
+def test_missing_local_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    monkeypatch.setattr(weights, "_download", None)  # a path below an existing folder never goes to the hub
+    with pytest.raises(UserError, match=r"No weights at outputs/run/model.safetensors"):
+        resolve_path("outputs/run/model.safetensors")
+
+
+def test_hub_ids_come_after_local_files(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def download(repo, inside, cache_dir=None):
+        asked.append((repo, inside, cache_dir))
+        if inside == "absent.safetensors":
+            raise OSError("404 not found\nmore")
+        return str(file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert resolve_path("org/repo/sub/net.safetensors", cache_dir="cache") == file
+    assert asked == [("org/repo", "sub/net.safetensors", "cache")]
+    with pytest.raises(UserError, match=r"org/repo did not give absent.safetensors .*404 not found\)"):
+        resolve_path("org/repo/absent.safetensors")
+    (tmp_path / "org/repo/sub").mkdir(parents=True)
+    local = tmp_path / "org/repo/sub/net.safetensors"
+    local.write_bytes(file.read_bytes())
+    assert resolve_path("org/repo/sub/net.safetensors").resolve() == local
+
+
+def test_hub_folders(tmp_path, monkeypatch):
+    (tmp_path / "snapshot/sub").mkdir(parents=True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path / "snapshot"))
+    assert resolve_path("org/repo/sub") == tmp_path / "snapshot/sub"
+    with pytest.raises(UserError, match="no folder other"):
+        resolve_path("org/repo/other")
+
+
+def test_mismatch_lists_keys_and_hints(file):
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(3, 5)
+            self.third = nn.Linear(1, 1)
+
+    with pytest.raises(UserError) as error:
+        load_model(Other, file, explain=lambda shapes: [f"first has {shapes['first.weight'][0]} rows"])
+    message = str(error.value)
+    assert str(file) in message
+    assert "first has 4 rows" in message
+    assert "missing in the file: third.weight, third.bias" in message
+    assert "not in the model: second.weight, steps" in message or "not in the model: steps, second.weight" in message
+    assert "first.weight [4, 3] instead of [5, 3]" in message
+
+
+def test_recorded_layout_is_checked(file):
+    load_model(Net, file, metadata={"layout": "a", "unrecorded": "x"})
+    with pytest.raises(UserError, match=r"records layout=a, the config says b: set model.layout=a"):
+        load_model(Net, file, metadata={"layout": "b"})
+
+
+def test_allowed_differences(net, tmp_path):
+    state = net.state_dict()
+    del state["first.weight"], state["first.bias"]
+    save_safetensors({**state, "extra.weight": torch.ones(1)}, tmp_path / "net.safetensors")
+    with pytest.raises(UserError, match=r"first\.weight"):
+        load_model(Net, tmp_path / "net.safetensors", allow_unexpected=["extra."])
+    model = load_model(Net, tmp_path / "net.safetensors", allow_missing={"first.": 0.5}, allow_unexpected=["extra."])
+    assert model.first.weight.eq(0.5).all()
+    assert torch.equal(model.second.weight, net.second.weight)
+
+
+def test_written_whole_or_not_at_all(file, monkeypatch):
+    before = file.read_bytes()
+
+    def broken(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(weights, "save_file", broken)
+    with pytest.raises(OSError, match="disk full"):
+        save_safetensors({"a": torch.zeros(2)}, file)
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_written_tensors_and_metadata(tmp_path):
+    shared = torch.arange(6.0).view(2, 3)
+    path = tmp_path / "new/folder/a.safetensors"
+    save_safetensors({"a": shared, "b": shared, "t": shared.t(), "row": shared[1]}, path, {"layout": "a"})
+    same(load_state_dict(path), {"a": shared, "b": shared, "t": shared.t(), "row": shared[1]})
+    with safe_open(path, "pt") as opened:
+        assert opened.metadata() == {"format": "pt", "layout": "a"}
+
+
+MEASURE = """
+import resource, sys, torch
+from torch import nn
+from opensora.utils.weights import load_model
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+build = lambda: nn.Sequential(*[nn.Linear(1024, 1024, bias=False) for _ in range(15)])
+load_model(lambda: nn.Linear(2, 2), sys.argv[1])
+before = peak()
+model = load_model(build, sys.argv[2], dtype=getattr(torch, sys.argv[3]))
+for parameter in model.parameters():
+    parameter.detach().view(torch.int16)[:, ::64].sum()
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_host_memory_stays_close_to_the_file(tmp_path, dtype):
+    save_safetensors({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, tmp_path / "tiny.safetensors")
+    path = tmp_path / "net.safetensors"
+    save_safetensors({f"{i}.weight": torch.ones(1024, 1024) for i in range(15)}, path)
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path / "tiny.safetensors"), str(path), dtype],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert float(result.stdout) < 1.2 * path.stat().st_size / 2**20

@@ -1,0 +1,1 @@
+"""Programs beside the product: they import ``opensora``, never the reverse."""

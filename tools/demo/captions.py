@@ -1,0 +1,75 @@
+"""What the scenes of the demo world are called: captions in several wordings.
+
+A caption always names colour, shape and motion, mostly the background, now and then the size.
+"""
+
+import numpy as np
+
+from tools.demo.world import DIRECTIONS, Combination, Scene
+
+SMALL, LARGE = 12.0, 14.0  # px: a radius below the first may be called small, above the second large
+
+PLAIN_SHARE = 0.45  # captions in the plain wording
+BACKGROUND_SHARE = 0.75  # captions that name the background
+PERIOD_SHARE = 0.4
+CAPITAL_SHARE = 0.4
+SIZE_SHARE = 0.3  # captions that name the size, where it is small or large and the wording is not the plain one
+
+TOWARDS: dict[str, tuple[str, ...]] = {
+    "left": ("left", "to the left", "leftwards"),
+    "right": ("right", "to the right", "rightwards"),
+    "up": ("up", "upwards"),
+    "down": ("down", "downwards"),
+}
+MOVING = ("moving {}", "moves {}", "is moving {}", "drifts {}", "drifting {}", "slides {}", "sliding {}", "travels {}")
+STILL = (
+    "standing still",
+    "stands still",
+    "is standing still",
+    "stays still",
+    "staying in place",
+    "is not moving",
+    "resting motionless",
+)
+BEHIND = ("on a {} background", "over a {} background", "against a {} background", "in front of a {} background")
+
+
+def plain_caption(combination: Combination, background: str | None = None) -> str:
+    """The plain wording, e.g. "a red circle moving right" or "a red circle moving right on a dark background"."""
+    color, shape, motion = combination
+    act = f"moving {motion}" if motion in DIRECTIONS else "standing still"
+    return f"a {color} {shape} {act}" + (f" on a {background} background" if background else "")
+
+
+def random_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """One of many captions of a scene, at most 16 words."""
+    background = scene.background if rng.random() < BACKGROUND_SHARE else None
+    if rng.random() < PLAIN_SHARE:
+        text = plain_caption(Combination(scene.color, scene.shape, scene.motion), background)
+    else:
+        text = _varied(scene, background, rng)
+    if rng.random() < CAPITAL_SHARE:
+        text = text[0].upper() + text[1:]
+    return text + "." * bool(rng.random() < PERIOD_SHARE)
+
+
+def _varied(scene: Scene, background: str | None, rng: np.random.Generator) -> str:
+    size = ""
+    if rng.random() < SIZE_SHARE:
+        size = "small " if scene.radius < SMALL else str(rng.choice(["large ", "big "])) if scene.radius > LARGE else ""
+    subject = f"{rng.choice(['a', 'a', 'one', 'the'])} {size}{scene.color} {scene.shape}"
+    if scene.motion in DIRECTIONS:
+        act = str(rng.choice(MOVING)).format(rng.choice(TOWARDS[scene.motion]))
+    else:
+        act = str(rng.choice(STILL))
+    if background is None:
+        return f"{subject} {act}"
+    behind = str(rng.choice(BEHIND)).format(background)
+    forms = (
+        f"{subject} {act} {behind}",
+        f"{subject} {behind} {act}",
+        f"{background} background, {subject} {act}",
+        f"{behind}, {subject} {act}",
+        f"{subject} {act}, {background} background",
+    )
+    return str(rng.choice(forms))

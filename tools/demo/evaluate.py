@@ -1,0 +1,202 @@
+"""Measure a video model on the demo world: generate clips from prompts (and pictures), and read from their pixels
+whether they show what was asked for.
+
+Every combination of colour, shape and motion that was held out from training is generated, and a sample of the trained
+ones. Keys of the config can be overridden as in the inference script: --num_steps 20, --guidance 4.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from opensora.config import parse_config
+from opensora.diffusion.pipeline import VideoPipeline
+from opensora.schema import InferenceOptions
+from opensora.utils.errors import UserError
+from opensora.utils.video import save_image, write_text
+from tools.demo.analyse import psnr
+from tools.demo.captions import plain_caption
+from tools.demo.scoring import ATTRIBUTES, Verdict, format_table, judge, shares, verdict_sheet
+from tools.demo.world import BACKGROUNDS, HELD_OUT, Combination, combinations, draw_frame, sample_scene
+
+Frames = NDArray[np.uint8]
+
+
+@dataclass
+class Case:
+    """One video to generate: its prompt, seed and, for i2v, its first picture [H, W, 3]; then what came of it."""
+
+    group: str
+    combination: Combination
+    background: str
+    seed: int
+    picture: Frames | None = None
+    frames: Frames | None = None
+    verdict: Verdict | None = None
+
+    @property
+    def prompt(self) -> str:
+        """The plain wording, with the background."""
+        return plain_caption(self.combination, self.background)
+
+    @property
+    def first_frame_psnr(self) -> float | None:
+        """dB of the first frame against the picture; None without one."""
+        if self.picture is None or self.frames is None:
+            return None
+        return psnr(self.frames[0], self.picture)
+
+
+def plan_cases(num_seen: int, num_i2v: int, seed: int) -> list[Case]:
+    """All held-out combinations, ``num_seen`` trained ones and ``num_i2v`` pictures to animate, backgrounds in turn.
+
+    Seeds count up from ``seed``, one per video. Pictures show trained and held-out combinations alike.
+    """
+    rng = np.random.default_rng(seed)
+    trained = combinations("train")
+    order = rng.permutation(len(trained))
+    chosen = [("held out", c) for c in HELD_OUT]
+    chosen += [("seen", trained[order[i % len(order)]]) for i in range(num_seen)]
+    every = combinations("all")
+    order = rng.permutation(len(every))
+    chosen += [("i2v", every[order[i % len(order)]]) for i in range(num_i2v)]
+    cases = []
+    for i, (group, combination) in enumerate(chosen):
+        case = Case(group, combination, list(BACKGROUNDS)[i % 2], seed + i)
+        if group == "i2v":
+            case.picture = draw_frame(sample_scene(rng, combination, case.background), 0.0)
+        cases.append(case)
+    return cases
+
+
+def generate(pipe: VideoPipeline, cases: Sequence[Case], batch_size: int) -> float:
+    """Fill in frames and verdicts of all cases; returns the seconds it took per video."""
+    start = time.perf_counter()
+    with tqdm(total=len(cases), desc="videos", unit="video") as progress:
+        for has_picture in (False, True):
+            group = [case for case in cases if (case.picture is not None) == has_picture]
+            for first in range(0, len(group), batch_size):
+                batch = group[first : first + batch_size]
+                result = pipe(
+                    [case.prompt for case in batch],
+                    ref=[case.picture for case in batch] if has_picture else None,
+                    cond_type="i2v_head" if has_picture else "t2v",
+                    seed=[case.seed for case in batch],
+                )
+                for case, frames in zip(batch, result.frames, strict=True):
+                    case.frames = frames
+                    case.verdict = judge(frames, case.combination, case.background)
+                progress.update(len(batch))
+    return (time.perf_counter() - start) / max(len(cases), 1)
+
+
+def summarise(cases: Sequence[Case]) -> dict[str, dict[str, Any]]:
+    """Number of videos and shares of right ones for seen, held-out, both and i2v; for i2v also the mean PSNR in dB."""
+    groups = {
+        "seen": [case for case in cases if case.group == "seen"],
+        "held out": [case for case in cases if case.group == "held out"],
+        "both": [case for case in cases if case.group != "i2v"],
+        "i2v": [case for case in cases if case.group == "i2v"],
+    }
+    table: dict[str, dict[str, Any]] = {}
+    for name, group in groups.items():
+        if not group:
+            continue
+        table[name] = {"videos": len(group), **shares([case.verdict for case in group if case.verdict])}
+        ratios = [ratio for case in group if (ratio := case.first_frame_psnr) is not None]
+        if ratios:
+            table[name] |= {"first frame dB": float(np.mean(ratios)), "lowest dB": float(np.min(ratios))}
+    return table
+
+
+def write_results(out: Path, cases: Sequence[Case], header: dict[str, Any]) -> None:
+    """Write results.json, sheet.png and the pictures that i2v started from."""
+    videos = []
+    for i, case in enumerate(cases):
+        assert case.frames is not None
+        assert case.verdict is not None
+        row = {"group": case.group, "prompt": case.prompt, "seed": case.seed, **case.verdict.as_dict()}
+        if case.picture is not None:
+            path = save_image(case.picture, out / "pictures" / f"{i:03d}.png")
+            row |= {"picture": path.name, "first_frame_psnr": case.first_frame_psnr}
+        videos.append(row)
+    write_text(json.dumps({**header, "videos": videos}, indent=2) + "\n", out / "results.json")
+    frames = [case.frames for case in cases if case.frames is not None]
+    verdict_sheet(frames, [case.verdict for case in cases if case.verdict], out / "sheet.png")
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Command line of this tool and the config overrides that are left."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+        usage="%(prog)s CONFIG --out DIR [options] [--key value ...]",
+    )
+    parser.add_argument("config", help="inference config, e.g. configs/diffusion/inference/demo.py")
+    parser.add_argument("--out", type=Path, required=True, help="new or empty folder for results.json and sheet.png")
+    parser.add_argument("--num_seen", "--num-seen", type=int, default=60, help="videos of trained combinations")
+    parser.add_argument("--i2v", type=int, default=12, help="videos that start from a picture")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the first video; the others count up")
+    parser.add_argument("--eval_batch", "--eval-batch", type=int, default=8, help="videos generated at a time")
+    return parser.parse_known_args(argv)
+
+
+def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Generate, judge, print and write.
+
+    Raises:
+        UserError: a value out of range, a folder in use, or anything wrong with the config.
+    """
+    for flag, value, least in (
+        ("--num_seen", args.num_seen, 0),
+        ("--i2v", args.i2v, 0),
+        ("--seed", args.seed, 0),
+        ("--eval_batch", args.eval_batch, 1),
+    ):
+        if value < least:
+            raise UserError(f"{flag} is {value}; it must be at least {least}")
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise UserError(f"--out {args.out} exists and is not an empty folder; give a new one")
+    pipe = VideoPipeline.from_config(parse_config([args.config, *overrides], InferenceOptions))
+    cases = plan_cases(args.num_seen, args.i2v, args.seed)
+    seconds = generate(pipe, cases, args.eval_batch)
+    summary = summarise(cases)
+    header = {
+        "config": args.config,
+        "overrides": overrides,
+        "seed": args.seed,
+        "seconds_per_video": round(seconds, 3),
+        "summary": summary,
+    }
+    write_results(args.out, cases, header)
+    columns = ["videos", *ATTRIBUTES, "all"] + (["first frame dB", "lowest dB"] if args.i2v else [])
+    print(format_table(summary, columns))
+    print(f"{seconds:.2f} s per video\n{args.out / 'results.json'}\n{args.out / 'sheet.png'}")
+
+
+def main() -> int:
+    """Measure a model; 2 for a mistake on the command line, in the config or its files."""
+    args, overrides = parse_args()
+    try:
+        evaluate(args, overrides)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
