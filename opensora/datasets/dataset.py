@@ -22,7 +22,7 @@ class SampleKey(NamedTuple):
     resumed.
     """
 
-    index: int
+    row: int
     num_frames: int
     height: int
     width: int
@@ -114,14 +114,14 @@ class VideoTextDataset(Dataset):
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         """``{"index", "video" [3, T, H, W] in [-1, 1], "text", "path"}`` of one row at the size in the key."""
-        row = self.data.iloc[key.index]
+        row = self.data.iloc[key.row]
         fps, stride = target_fps(float(row["fps"]), self.fps_max)
         rng = np.random.default_rng(key.seed)
         video = resize_crop(to_model_range(self._frames(key, row, stride, rng)), key.height, key.width)
         motion = float(row["score_vmafmotion"]) if self.vmaf else None
         text = str(row["text"]) if "text" in row else ""
         text = add_suffix(text, fps if key.num_frames > 1 else 0, self.fps_max, motion)
-        return {"index": key.index, "video": video, "text": text, "path": row["path"]}
+        return {"index": key.row, "video": video, "text": text, "path": row["path"]}
 
     def _frames(self, key: SampleKey, row: Any, stride: int, rng: np.random.Generator) -> np.ndarray:
         if not is_video(row["path"]):
@@ -129,10 +129,10 @@ class VideoTextDataset(Dataset):
         indices = choose_frames(int(row["num_frames"]), key.num_frames, stride, rng)
         if self._decoded is None:
             return read_frames(row["path"], indices.tolist(), float(row["fps"]))
-        if key.index not in self._decoded:
+        if key.row not in self._decoded:
             everything = list(range(int(row["num_frames"])))
-            self._decoded[key.index] = read_frames(row["path"], everything, float(row["fps"]))
-        return self._decoded[key.index][indices]
+            self._decoded[key.row] = read_frames(row["path"], everything, float(row["fps"]))
+        return self._decoded[key.row][indices]
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -56,5 +56,7 @@ def resolve_media_paths(table: pd.DataFrame, table_path: str | Path, column: str
         resolved.append(str(path))
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(f"{table_path}: {len(missing)} of {len(table)} clips are missing: {'; '.join(missing[:3])}{more}")
+        raise UserError(
+            f"{table_path}: {len(missing)} of {len(table)} clips are missing: {'; '.join(missing[:3])}{more}"
+        )
     return table.assign(**{column: resolved})

@@ -48,13 +48,13 @@ def _decode(
     """Frames by number. Frame numbers come from time stamps after a seek, from counting otherwise."""
     wanted, last = set(indices), indices[-1]
     start = stream.start_time or 0
-    time_base = stream.time_base
-    seekable = rate > 0 and time_base is not None and indices[0] > 0
+    time_base = float(stream.time_base or 0)
+    seekable = rate > 0 and time_base > 0 and indices[0] > 0
     if seekable:
-        container.seek(start + int(indices[0] / rate / float(time_base)), stream=stream, backward=True)
+        container.seek(start + int(indices[0] / rate / time_base), stream=stream, backward=True)
     found: dict[int, np.ndarray] = {}
     for count, frame in enumerate(container.decode(stream)):
-        index = round((frame.pts - start) * float(time_base) * rate) if seekable and frame.pts is not None else count
+        index = round((frame.pts - start) * time_base * rate) if seekable and frame.pts is not None else count
         if index in wanted and index not in found:
             found[index] = frame.to_ndarray(format="rgb24")
         if index >= last:

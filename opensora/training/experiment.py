@@ -4,32 +4,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from opensora.config import config_to_text
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger, setup_logging
 
 logger = get_logger(__name__)
-
-DTYPES = {
-    "fp32": torch.float32, "float32": torch.float32, "float64": torch.float64,
-    "fp16": torch.float16, "float16": torch.float16, "half": torch.float16,
-    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
-}  # fmt: skip
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device asked for, or CUDA where there is one.
-
-    Raises:
-        UserError: CUDA was asked for and is not there.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: this machine has no CUDA device; use --device cpu with a small config")
-    return torch.device(name)
 
 
 def experiment_name(config_path: str) -> str:
@@ -54,14 +33,9 @@ def create_experiment(cfg: Any, resume_from: Path | None) -> Path:
         folder = Path(cfg.outputs) / (cfg.exp_name or experiment_name(cfg.config_path))
     occupied = folder.is_dir() and any(folder.glob("epoch*-global_step*"))
     if occupied and (resume_from is None or resume_from.resolve().parent != folder.resolve()):
-        raise UserError(
-            f"{folder} already holds checkpoints: give another --exp-name, or go on with --load {folder}"
-        )
+        raise UserError(f"{folder} already holds checkpoints: give another --exp-name, or go on with --load {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.txt").write_text(config_to_text(cfg), encoding="utf-8")
     setup_logging(folder / "log.txt")
     logger.info("experiment folder: %s", folder)
     return folder
-
-
-__all__ = ["DTYPES", "create_experiment", "experiment_name", "pick_device"]

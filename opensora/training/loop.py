@@ -85,7 +85,10 @@ class TrainLoop:
         self._bad_steps = 0
 
     def run(
-        self, batches: Iterator[dict[str, Any]], loss_function: LossFunction, on_step: Callable[[int], None] | None = None
+        self,
+        batches: Iterator[dict[str, Any]],
+        loss_function: LossFunction,
+        on_step: Callable[[int], None] | None = None,
     ) -> None:
         """Train until ``stop_at``; ``on_step(global_step)`` is called after every optimizer step."""
         while self.states.global_step < self.settings.stop_at:
@@ -121,7 +124,7 @@ class TrainLoop:
         return list(batch.get("path", []))
 
     def _optimizer_step(self, paths: list[str]) -> None:
-        lr = self.schedule.get_last_lr()[0]
+        lr = float(self.schedule.get_last_lr()[0])
         norm = self.engine.step()
         self.schedule.step()
         self.states.global_step += 1

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from opensora.acceleration.engine import SingleEngine
 from opensora.datasets.buckets import BucketTable
 from opensora.datasets.dataloader import build_train_loader, endless, to_device
+from opensora.diffusion.building import pick_device, torch_dtype
 from opensora.models.hunyuan_vae.inflate import inflate_from_images
 from opensora.models.vae.losses import VAELoss
 from opensora.registry import DATASETS, MODELS, build_module
 from opensora.training.checkpoint import RunningStates, find_checkpoint, load_part, load_states, load_weights
 from opensora.training.ema import EMA
-from opensora.training.experiment import DTYPES, create_experiment, pick_device
+from opensora.training.experiment import create_experiment
 from opensora.training.loop import LoopSettings, TrainLoop
 from opensora.training.metrics import MetricLog
 from opensora.training.optimizer import create_optimizer, create_schedule
@@ -64,7 +65,9 @@ def check_config(cfg: Any) -> VAELoss:
     """
     for key in ("model", "dataset", "bucket_config"):
         if not cfg.get(key):
-            raise UserError(f"{cfg.config_path}: '{key}' is missing; VAE training needs model, dataset and bucket_config")
+            raise UserError(
+                f"{cfg.config_path}: '{key}' is missing; VAE training needs model, dataset and bucket_config"
+            )
     if cfg.discriminator:
         raise UserError("discriminator: adversarial training is not available in this version; remove the section")
     if cfg.model["type"] == "hunyuan_vae":
@@ -74,14 +77,19 @@ def check_config(cfg: Any) -> VAELoss:
                 if (frames - 1) % ratio:
                     near = (frames - 1) // ratio * ratio + 1
                     raise UserError(
-                        f"bucket_config: {frames} frames do not fit the causal VAE ({ratio}k+1); use {near} or {near + ratio}"
+                        f"bucket_config: {frames} frames do not fit the causal VAE ({ratio}k+1); "
+                        f"use {near} or {near + ratio}"
                     )
     BucketTable(cfg.bucket_config)
     return VAELoss(**(cfg.vae_loss_config or {}))
 
 
 def vae_loss(
-    model: nn.Module, loss: VAELoss, device: torch.device, dtype: torch.dtype, batch: dict[str, Any],
+    model: nn.Module,
+    loss: VAELoss,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: dict[str, Any],
     generator: torch.Generator,
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss of one batch of clips; the posterior is sampled from ``generator``."""  # fmt: skip
@@ -104,7 +112,7 @@ class VAETrainer:
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg
         self.loss = check_config(cfg)
-        self.device, self.dtype = pick_device(cfg.device), DTYPES[cfg.dtype]
+        self.device, self.dtype = pick_device(cfg.device), torch_dtype(cfg.dtype)
         self.resume = find_checkpoint(cfg.load, cfg.outputs) if cfg.load else None
         self.dataset = build_module(dict(cfg.dataset), DATASETS, require_text=False)
         _, sampler = self._loader(cfg.bucket_config)

@@ -14,7 +14,9 @@ def get_logger(name: str = ROOT_LOGGER) -> logging.Logger:
     return logging.getLogger(name if name.startswith(ROOT_LOGGER) else f"{ROOT_LOGGER}.{name}")
 
 
-def setup_logging(log_file: str | Path | None = None, level: int = logging.INFO, rank: int | None = None) -> logging.Logger:
+def setup_logging(
+    log_file: str | Path | None = None, level: int = logging.INFO, rank: int | None = None
+) -> logging.Logger:
     """Send the package's log to stderr and, if given, to ``log_file``; ranks other than 0 only show warnings.
 
     Args:

@@ -84,7 +84,7 @@ def test_convolution_in_pieces_is_exact(monkeypatch, stride, frames):
 
 def masked_attention(module: blocks.FrameCausalAttention, x):
     """The same attention with the dense frame-causal mask."""
-    batch, channels, frames, height, width = x.shape
+    _, channels, frames, height, width = x.shape
     tokens = module.group_norm(x.flatten(2)).transpose(1, 2)
     frame = torch.arange(frames).repeat_interleave(height * width)
     visible = frame[None, :] <= frame[:, None]

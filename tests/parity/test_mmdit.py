@@ -129,3 +129,136 @@ def test_layouts_are_a_permutation_of_each_other(golden):
         return torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
 
     close(rotate_half_split(permute(q), rope), permute(rotate_interleaved(q, rope)))
+
+
+def test_full_size_key_lists(golden_dir):
+    """Names and shapes of the released files, in order."""
+    released = {"in_channels": 64, "vec_in_dim": 768, "context_in_dim": 4096, "hidden_size": 3072, "mlp_ratio": 4.0}
+    released |= {"num_heads": 24, "depth": 19, "depth_single_blocks": 38, "axes_dim": [16, 56, 56], "theta": 10000}
+    released |= {"qkv_bias": True, "guidance_embed": False, "cond_embed": True, "fused_qkv": False}
+    variants = {
+        "opensora_v2": {},
+        "hc": {"in_channels": 128, "patch_size": 1},
+        "t2v_nocond": {"cond_embed": False},
+        "flux": {"cond_embed": False, "guidance_embed": True, "fused_qkv": True},
+    }
+    for name, overrides in variants.items():
+        with torch.device("meta"):
+            state = MMDiTModel(MMDiTConfig.from_dict(released | overrides)).state_dict()
+        listed = (golden_dir.parent / f"reference/keys/keys_mmdit_{name}.txt").read_text().splitlines()
+        assert [f"{key}\t{tuple(value.shape)}" for key, value in state.items()] == listed
+
+
+def to_diffusers(state, depth, depth_single):
+    """State dict of diffusers' FluxTransformer2DModel from ours with fused projections."""
+    names = {"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out"}
+    for ours, theirs in (("time", "timestep"), ("vector", "text"), ("guidance", "guidance")):
+        for i, layer in enumerate(("in_layer", "out_layer"), 1):
+            names[f"{ours}_in.{layer}"] = f"time_text_embed.{theirs}_embedder.linear_{i}"
+    for i in range(depth):
+        for stream, context, added, out in (("img", "", "", "to_out.0"), ("txt", "_context", "added_", "to_add_out")):
+            ours, theirs = f"double_blocks.{i}.{stream}", f"transformer_blocks.{i}"
+            names[f"{ours}_mod.lin"] = f"{theirs}.norm1{context}.linear"
+            names[f"{ours}_mlp.0"] = f"{theirs}.ff{context}.net.0.proj"
+            names[f"{ours}_mlp.2"] = f"{theirs}.ff{context}.net.2"
+            names[f"{ours}_attn.proj"] = f"{theirs}.attn.{out}"
+            names[f"{ours}_attn.norm.query_norm"] = f"{theirs}.attn.norm_{added}q"
+            names[f"{ours}_attn.norm.key_norm"] = f"{theirs}.attn.norm_{added}k"
+    for i in range(depth_single):
+        ours, theirs = f"single_blocks.{i}", f"single_transformer_blocks.{i}"
+        names[f"{ours}.modulation.lin"] = f"{theirs}.norm.linear"
+        names[f"{ours}.linear2"] = f"{theirs}.proj_out"
+        names[f"{ours}.norm.query_norm"] = f"{theirs}.attn.norm_q"
+        names[f"{ours}.norm.key_norm"] = f"{theirs}.attn.norm_k"
+    converted = {}
+    for key, value in state.items():
+        module, kind = key.rsplit(".", 1)
+        kind = "weight" if kind == "scale" else kind
+        block = ".".join(module.split(".")[:2]).replace("double_", "").replace("blocks", "transformer_blocks")
+        if module.endswith(".qkv"):
+            into = ("to_q", "to_k", "to_v") if "img_attn" in module else ("add_q_proj", "add_k_proj", "add_v_proj")
+            parts = zip((f"{block}.attn.{name}" for name in into), value.chunk(3), strict=True)
+        elif module.endswith(".linear1"):
+            hidden = state["img_in.bias"].numel()
+            into = [f"{block}.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
+            parts = zip(into, value.split([hidden] * 3 + [len(value) - 3 * hidden]), strict=True)
+        elif "adaLN_modulation" in module:  # (shift, scale) here, (scale, shift) there
+            parts = [("norm_out.linear", torch.cat(value.chunk(2)[::-1]))]
+        else:
+            parts = [(names[module], value)]
+        converted.update((f"{name}.{kind}", part) for name, part in parts)
+    return converted
+
+
+def split_and_half_split(state, head_dim):
+    """Split projections with half-split rotary layout, from fused ones with interleaved layout."""
+
+    def permute(rows):  # within each head: even channels first
+        return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+    converted = {}
+    for key, value in state.items():
+        if ".qkv." in key or ".linear1." in key:
+            hidden = state["img_in.bias"].numel()
+            q, k, rest = value.split([hidden, hidden, len(value) - 2 * hidden])
+            name = {".qkv.": "v_proj", ".linear1.": "v_mlp"}[".qkv." if ".qkv." in key else ".linear1."]
+            for part, rows in (("q_proj", permute(q)), ("k_proj", permute(k)), (name, rest)):
+                converted[key.replace("linear1" if "linear1" in key else "qkv", part)] = rows
+        elif key.endswith("_norm.scale"):
+            converted[key] = permute(value)
+        else:
+            converted[key] = value
+    return converted
+
+
+@pytest.fixture(scope="module")
+def flux_pair():
+    """Our model and diffusers' with the same random weights, the same inputs, and diffusers' output."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    sizes = {"in_channels": 16, "axes_dim": [4, 6, 6], "theta": 10000, "depth": 2, "depth_single_blocks": 3}
+    config = MMDiTConfig(
+        **sizes, vec_in_dim=24, context_in_dim=40, hidden_size=64, mlp_ratio=4.0, num_heads=4, qkv_bias=True,
+        guidance_embed=True,
+    )  # fmt: skip
+    ours = MMDiTModel(config)
+    for name, parameter in ours.named_parameters():
+        if name.endswith("scale"):
+            torch.nn.init.normal_(parameter, 1, 0.2)
+    theirs = diffusers.FluxTransformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=4,
+        joint_attention_dim=40, pooled_projection_dim=24, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    theirs.load_state_dict(to_diffusers(ours.state_dict(), config.depth, config.depth_single_blocks))
+    ids = torch.cartesian_prod(torch.arange(3), torch.arange(4), torch.arange(5)).float()
+    inputs = {
+        "img": torch.randn(2, 60, 16), "img_ids": ids.expand(2, -1, -1), "txt": torch.randn(2, 7, 40),
+        "txt_ids": torch.zeros(2, 7, 3), "timesteps": torch.tensor([0.3, 0.9]), "y_vec": torch.randn(2, 24),
+        "guidance": torch.tensor([3.5, 1.0]),
+    }  # fmt: skip
+    expected = theirs(
+        hidden_states=inputs["img"], encoder_hidden_states=inputs["txt"], pooled_projections=inputs["y_vec"],
+        timestep=inputs["timesteps"], guidance=inputs["guidance"], img_ids=ids, txt_ids=torch.zeros(7, 3),
+        return_dict=False,
+    )[0]  # fmt: skip
+    return ours, theirs, inputs, expected
+
+
+def test_equals_diffusers(flux_pair):
+    ours, theirs, inputs, expected = flux_pair
+    out = ours(**inputs)
+    close(out, expected, 1e-5)
+    out.square().mean().backward()
+    expected.square().mean().backward()
+    gradients = {key: parameter.grad for key, parameter in ours.named_parameters()}
+    theirs = {key: parameter.grad for key, parameter in theirs.named_parameters()}
+    for key, gradient in to_diffusers(gradients, 2, 3).items():
+        torch.testing.assert_close(gradient, theirs[key], rtol=1e-3, atol=1e-6)
+
+
+def test_other_layouts_equal_diffusers(flux_pair):
+    ours, _, inputs, expected = flux_pair
+    config = MMDiTConfig(**{**vars(ours.config), "fused_qkv": False, "use_liger_rope": True})
+    model = MMDiTModel(config)
+    model.load_state_dict(split_and_half_split(ours.state_dict(), config.head_dim))
+    close(model(**inputs), expected, 1e-5)

@@ -76,6 +76,8 @@ def train_clip_tokenizer(texts: Iterable[str], folder: Path) -> int:
     alphabet = sorted(ByteLevel.alphabet())
     trainer = BpeTrainer(
         vocab_size=2 * len(alphabet) + CLIP_MERGES,
+        # The trainer breaks ties by token number, and numbers last letters in random order unless they are given here.
+        special_tokens=[f"{byte}</w>" for byte in alphabet],
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
         show_progress=False,

@@ -6,7 +6,7 @@ image_steps = 3200
 image_bucket_config = {"64px_ar1:1": {1: (1.0, 16)}}
 image_lr = 1e-3
 bucket_config = {"64px_ar1:1": {17: (1.0, 2)}}
-max_steps = 6000
+max_steps = 4800
 num_workers = 0
 
 model = dict(
@@ -19,7 +19,7 @@ model = dict(
 )
 vae_loss_config = dict(kl_loss_weight=1e-5, mse_loss_weight=4.0, object_weight=4.0, perceptual_loss_weight=0.0)
 
-lr = 1e-3
+lr = 4e-4
 optim = dict(cls="HybridAdam", lr=lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
 lr_scheduler = dict(warmup_steps=50, cosine=True, flat_share=0.4)
 grad_clip = 1.0

@@ -85,8 +85,8 @@ class AutoencoderKLCausal3D(nn.Module):
         self.post_quant_conv = nn.Conv3d(config.latent_channels, config.latent_channels, kernel_size=1)
         # A new model starts with little posterior noise (std 0.05): buried in unit noise, it would first learn to
         # ignore its latents and stay there long.
-        with torch.no_grad():
-            self.quant_conv.bias[config.latent_channels :] = -6.0
+        log_variance = self.quant_conv.bias[config.latent_channels :]  # type: ignore[index]
+        nn.init.constant_(log_variance, -6.0)
 
     @property
     def latent_channels(self) -> int:

@@ -28,6 +28,9 @@ class Rotary(NamedTuple):
     sin: Tensor
 
 
+Rotation = Callable[[Tensor, Tensor, Rotary], tuple[Tensor, Tensor]]
+
+
 def rotary_table(ids: Tensor, axes_dim: list[int], theta: float) -> Rotary:
     """Rotary angles of multi-axis positions (RoFormer, arXiv:2104.09864; one frequency band per axis as in FLUX.1).
 
@@ -61,14 +64,6 @@ def rotate_half_split(x: Tensor, rope: Rotary) -> Tensor:
     return torch.cat((first, second), dim=-1).to(x.dtype)
 
 
-def rotate_half_split_liger(q: Tensor, k: Tensor, rope: Rotary) -> tuple[Tensor, Tensor]:
-    """``rotate_half_split`` of q and k at once by liger's Triton kernel (GPU only)."""
-    rope_function = require("liger_kernel.ops.rope", "rope_backend='liger'", LIGER_HINT).LigerRopeFunction
-    cos, sin = (torch.cat((half, half), dim=-1).squeeze(2) for half in rope)  # [B, L, D], as the kernel wants it
-    q, k = rope_function.apply(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
-    return q.transpose(1, 2), k.transpose(1, 2)
-
-
 LIGER_HINT = "`pip install liger-kernel` (NVIDIA or AMD GPU with Triton), or choose 'torch'"
 
 # module to import for each attention kernel that is not part of torch, and how a user gets it
@@ -99,6 +94,36 @@ def attention_math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """torch's scaled dot product attention: runs everywhere and picks flash, cuDNN or CPU kernels itself."""
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def liger_rotation() -> Rotation:
+    """`rotate_half_split` of q and k at once by liger's Triton kernel (GPU only).
+
+    Raises:
+        UserError: liger is not installed.
+    """
+    function = require("liger_kernel.ops.rope", "rope_backend='liger'", LIGER_HINT).LigerRopeFunction
+
+    def rotate(q: Tensor, k: Tensor, rope: Rotary) -> tuple[Tensor, Tensor]:
+        cos, sin = (torch.cat((half, half), dim=-1).squeeze(2) for half in rope)  # [B, L, D]
+        q, k = function.apply(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+    return rotate
+
+
+def rotation(half_split: bool, backend: str = "torch") -> Rotation:
+    """Function ``(q, k, rope) -> (q, k)`` of a rotary layout and backend, see `JointAttention`.
+
+    Raises:
+        UserError: liger with the interleaved layout, or not installed.
+    """
+    if backend == "liger":
+        if not half_split:
+            raise UserError("rope_backend='liger' has the half-split layout only: set use_liger_rope=True or 'torch'.")
+        return liger_rotation()
+    rotate = rotate_half_split if half_split else rotate_interleaved
+    return lambda q, k, rope: (rotate(q, rope), rotate(k, rope))
 
 
 def _importable(module: str) -> bool:
@@ -169,21 +194,11 @@ class JointAttention(nn.Module):
 
     def __init__(self, backend: str = "sdpa", half_split: bool = False, rope_backend: str = "torch"):
         super().__init__()
-        if rope_backend == "liger" and not half_split:
-            raise UserError(
-                "rope_backend='liger' only knows the half-split layout: set use_liger_rope=True or 'torch'."
-            )
         self.backend = resolve_attention(backend)
         self.half_split = half_split
         self.rope_backend = rope_backend
         self.kernel = attention_kernel(self.backend)
-
-    def rotate(self, q: Tensor, k: Tensor, rope: Rotary) -> tuple[Tensor, Tensor]:
-        """Apply rotary positions to q and k, both ``[B, L, H, D]``."""
-        if self.rope_backend == "liger":
-            return rotate_half_split_liger(q, k, rope)
-        rotate = rotate_half_split if self.half_split else rotate_interleaved
-        return rotate(q, rope), rotate(k, rope)
+        self.rotate = rotation(half_split, rope_backend)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Full attention; q, k, v and the result are ``[B, L, H, D]``."""

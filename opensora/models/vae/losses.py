@@ -35,7 +35,7 @@ class VAELoss:
     def __post_init__(self) -> None:
         if self.perceptual_loss_weight:
             raise UserError(
-                "vae_loss_config.perceptual_loss_weight: the perceptual loss is not available in this version; set it to 0"
+                "vae_loss_config.perceptual_loss_weight: the perceptual loss is not available in this version; set 0"
             )
 
     def __call__(

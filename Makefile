@@ -1,0 +1,44 @@
+# `make demo` makes a video, `make test` runs all checks. Both make their own environment first, once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+DEV_STAMP := $(VENV)/installed-dev
+
+.PHONY: help install demo test lint types tests clean
+
+help:
+	@echo "make demo     install, then generate a video and its contact sheet"
+	@echo "make test     install, then lint, type check and tests"
+	@echo "make install  the environment only ($(VENV))"
+	@echo "make clean    remove the environment"
+
+install: $(STAMP)
+
+$(STAMP): requirements.txt setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $(STAMP)
+
+$(DEV_STAMP): $(STAMP) requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $(DEV_STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python tools/demo/run.py
+
+test: lint types tests
+
+lint: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(DEV_STAMP)
+	$(BIN)/mypy
+
+tests: $(DEV_STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+clean:
+	rm -rf $(VENV)

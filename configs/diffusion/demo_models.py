@@ -1,0 +1,14 @@
+# The shipped small models that stay fixed while the diffusion model is trained, and that sampling needs too.
+# Scale and shift are the latents' statistics, measured by scripts/vae/stats.py.
+ae = dict(
+    type="hunyuan_vae",
+    from_pretrained="assets/demo/vae.safetensors",
+    block_out_channels=(8, 16, 32, 64),
+    layers_per_block=1,
+    latent_channels=8,
+    norm_num_groups=4,
+    scale_factor=1.0,
+    shift_factor=0.0,
+)
+t5 = dict(type="text_embedder", from_pretrained="assets/demo/google/t5-demo", max_length=24)
+clip = dict(type="text_embedder", from_pretrained="assets/demo/openai/clip-demo", max_length=77)

@@ -1,0 +1,50 @@
+# A small text- and image-to-video model for 64x64 clips, trained on a CPU in under an hour.
+_base_ = ["../demo_models.py"]
+dataset = dict(type="video_text", data_path="datasets/demo/clips.csv", fps_max=24, keep_in_memory=True)
+bucket_config = {"64px_ar1:1": {17: (1.0, 64)}}
+num_workers = 0
+keep_encoded = True  # 6,000 clips are few enough to be encoded once
+
+model = dict(
+    type="flux",
+    in_channels=32,
+    vec_in_dim=64,
+    context_in_dim=64,
+    hidden_size=192,
+    mlp_ratio=4.0,
+    num_heads=6,
+    depth=2,
+    depth_single_blocks=4,
+    axes_dim=[8, 12, 12],
+    theta=10000,
+    qkv_bias=True,
+    guidance_embed=False,
+    fused_qkv=False,
+    use_liger_rope=True,
+    cond_embed=True,
+    patch_size=2,
+)
+patch_size = 2
+# Images are given on 45 % of the samples.
+condition_config = dict(t2v=11, i2v_head=9)
+dropout_ratio = dict(t5=0.31622777, clip=0.31622777)  # both are dropped on one sample in ten
+
+
+is_causal_vae = True
+
+lr = 1.5e-3
+optim = dict(cls="HybridAdam", lr=lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+warmup_steps = 100
+use_cosine_scheduler = True
+flat_share = 0.5
+grad_clip = 1.0
+ema_decay = 0.998
+max_steps = 2400
+grad_checkpoint = False
+plugin = "none"
+
+dtype = "fp32"
+seed = 42
+log_every = 50
+ckpt_every = 400
+keep_n_latest = 2

@@ -1,0 +1,154 @@
+"""From a batch of clips and captions to what the diffusion model is trained on."""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opensora.diffusion.conditions import build_condition, choose_conditions, get_spans
+from opensora.diffusion.flow import flow_matching_loss, interpolate, sample_timesteps, unconditioned_tokens, velocity
+from opensora.diffusion.latents import pack, prepare_ids
+from opensora.models.vae.posterior import DiagonalGaussian
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """Numbers of the training objective; names as in the training config."""
+
+    patch_size: int = 2
+    sigma_min: float = 1e-5
+    guidance: float = 4.0
+    no_i2v_ref_loss: bool = False
+    t5_dropout: float = 0.0
+    clip_dropout: float = 0.0
+    condition_weights: Mapping[str, float] | None = None
+
+
+class Store:
+    """Encoder outputs by key, computed once if ``keep`` and every time otherwise."""
+
+    def __init__(self, keep: bool) -> None:
+        self._kept: dict[Any, Tensor] | None = {} if keep else None
+
+    def __call__(self, keys: Sequence[Any], compute: Callable[[list[int]], Tensor]) -> Tensor:
+        """Rows for ``keys``; ``compute(positions)`` makes those that are not there, stacked."""
+        if self._kept is None:
+            return compute(list(range(len(keys))))
+        missing = [i for i, key in enumerate(keys) if key not in self._kept]
+        if missing:
+            for i, row in zip(missing, compute(missing)):
+                self._kept[keys[i]] = row.clone()
+        return torch.stack([self._kept[key] for key in keys])
+
+
+class InputEncoder:
+    """Frozen encoders of a diffusion training run.
+
+    Args:
+        ae: autoencoder with ``encode_moments`` and ``normalize``.
+        t5, clip: text encoders, ``list[str] -> [B, L, D]`` and ``[B, D]``.
+        options: see :class:`InputOptions`.
+        keep: remember encoder outputs in memory, row by row. For small datasets; a clip longer than its bucket is then
+            always seen at the frames of its first use.
+        micro_batch: clips encoded at a time, which bounds the memory of the autoencoder.
+    """
+
+    def __init__(
+        self, ae: Any, t5: nn.Module, clip: nn.Module, options: InputOptions, keep: bool = False,
+        micro_batch: int = 8,
+    ) -> None:  # fmt: skip
+        self.ae, self.t5, self.clip, self.options = ae, t5, clip, options
+        self.micro_batch = micro_batch
+        self._moments, self._txt, self._vec = Store(keep), Store(keep), Store(keep)
+        with torch.no_grad():
+            self._null_txt, self._null_vec = t5([""]), clip([""])
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        """Model inputs and target of one batch.
+
+        Args:
+            batch: ``video [B, 3, T, H, W]`` in [-1, 1], ``text``, ``index``.
+            generator: source of everything random.
+
+        Returns:
+            ``inputs`` (keyword arguments of the model), ``target [B, L, C]`` and ``mask [B, L]`` or None.
+        """
+        video, keys = batch["video"], [(i, *batch["video"].shape[2:]) for i in batch["index"]]
+        x_0 = self._latent(self._encode(video, [(*key, "all") for key in keys]), generator)
+        cond = self._condition(x_0, video, keys, generator)
+        txt, vec = self._text(batch["text"], generator)
+
+        patch, (frames, height, width) = self.options.patch_size, x_0.shape[2:]
+        tokens = height * width // 4  # the schedule counts 2x2 patches, whatever the model's patch is
+        t = sample_timesteps(len(x_0), tokens, frames, generator, x_0.device)
+        noise = torch.randn(x_0.shape, generator=generator).to(x_0)
+        img_ids, txt_ids = prepare_ids(
+            len(x_0), (frames, height, width), patch, txt.shape[1], x_0.device, torch.float32
+        )
+        inputs = {
+            "img": pack(interpolate(x_0, noise, t, self.options.sigma_min), patch),
+            "img_ids": img_ids,
+            "txt": txt,
+            "txt_ids": txt_ids,
+            "timesteps": t,
+            "y_vec": vec,
+            "guidance": torch.full((len(x_0),), self.options.guidance, device=x_0.device),
+        }
+        mask = None
+        if cond is not None:
+            inputs["cond"] = pack(cond, patch)
+            if self.options.no_i2v_ref_loss:
+                mask = unconditioned_tokens(cond[:, 0, :, 0, 0], height * width // patch**2)
+        return {"inputs": inputs, "target": pack(velocity(x_0, noise, self.options.sigma_min), patch), "mask": mask}
+
+    def _encode(self, clips: Tensor, keys: Sequence[Any]) -> Tensor:
+        """Raw posterior moments ``[B, 2C, t, h, w]``."""
+
+        def compute(positions: list[int]) -> Tensor:
+            chunks = [positions[i : i + self.micro_batch] for i in range(0, len(positions), self.micro_batch)]
+            return torch.cat([self.ae.encode_moments(clips[chunk]) for chunk in chunks])
+
+        return self._moments(keys, compute)
+
+    def _latent(self, moments: Tensor, generator: torch.Generator) -> Tensor:
+        return self.ae.normalize(DiagonalGaussian(moments).sample(generator))
+
+    def _condition(
+        self, x_0: Tensor, video: Tensor, keys: Sequence[tuple], generator: torch.Generator
+    ) -> Tensor | None:
+        """Mask and reference latents ``[B, 1 + C, t, h, w]``; the given frames are encoded on their own."""
+        weights = self.options.condition_weights
+        if weights is None:
+            return None
+        rng = random.Random(int(torch.randint(2**31, (1,), generator=generator)))
+        causal, ratio = self.ae.is_causal, self.ae.compression[0]
+        types = choose_conditions(weights, len(x_0), x_0.shape[2], rng, causal)
+        # Runs of frames that the samples need; one run is encoded for all its samples together.
+        needs = [[(s.at, s.pixel_frames(causal, ratio)) for s in get_spans(cond_type)] for cond_type in types]
+        spans = {(s.at, s.pixel_frames(causal, ratio)): s for cond_type in types for s in get_spans(cond_type)}
+        latents: dict[tuple, Tensor] = {}
+        for run, span in spans.items():
+            rows = [i for i, runs in enumerate(needs) if run in runs]
+            clips = torch.stack([span.cut(video[i], run[1]) for i in rows])
+            encoded = self._latent(self._encode(clips, [(*keys[i], *run) for i in rows]), generator)
+            latents.update({(i, run): latent for i, latent in zip(rows, encoded)})
+        refs = [[latents[i, run] for run in runs] or None for i, runs in enumerate(needs)]
+        return build_condition(x_0, types, refs, causal)
+
+    def _text(self, texts: Sequence[str], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Embeddings; each encoder's is replaced by that of the empty text at its dropout rate, independently."""
+        txt = self._txt(texts, lambda rows: self.t5([texts[i] for i in rows]))
+        vec = self._vec(texts, lambda rows: self.clip([texts[i] for i in rows]))
+        drop_txt = torch.rand(len(texts), generator=generator) < self.options.t5_dropout
+        drop_vec = torch.rand(len(texts), generator=generator) < self.options.clip_dropout
+        txt = torch.where(drop_txt[:, None, None].to(txt.device), self._null_txt, txt)
+        return txt, torch.where(drop_vec[:, None].to(vec.device), self._null_vec, vec)
+
+
+def diffusion_loss(model: nn.Module, prepared: dict[str, Any]) -> Tensor:
+    """Rectified-flow loss of a prepared batch (arXiv:2209.03003)."""
+    return flow_matching_loss(model(**prepared["inputs"]), prepared["target"], prepared["mask"])

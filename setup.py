@@ -1,0 +1,36 @@
+"""Install with ``pip install -e .``; exact versions that are tested together stand in requirements.txt."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="opensora",
+    version="2.1.0",
+    description="Train and run text- and image-to-video diffusion models",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["opensora", "opensora.*"]),
+    install_requires=[
+        "accelerate>=1.0",
+        "av>=14",
+        "einops>=0.8",
+        "ftfy>=6.2",
+        "huggingface_hub>=0.30",
+        "mmengine>=0.10.7",
+        "numpy>=1.26",
+        "openai>=1.52",
+        "pandas>=2.2",
+        "peft>=0.14",
+        "pillow>=10",
+        "protobuf>=4",
+        "pyarrow>=15",
+        "rich>=13",
+        "safetensors>=0.4.5",
+        "sentencepiece>=0.2",
+        "tensorboard>=2.14",
+        "tokenizers>=0.20",
+        "torch>=2.6,<2.14",
+        "tqdm>=4.66",
+        "transformers>=4.51",
+    ],
+    extras_require={"wandb": ["wandb>=0.17"]},
+)

@@ -1,0 +1,146 @@
+"""Training commands on a handful of real clips: they train, stop, go on exactly, and name mistakes."""
+
+import pprint
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from opensora.config import parse_config
+from opensora.schema import TrainOptions, VaeTrainOptions
+from opensora.training.trainer import Trainer
+from opensora.training.vae_trainer import VAETrainer
+from opensora.utils.errors import UserError
+from opensora.utils.video import save_video
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Six random clips of 9 frames, 32x32."""
+    folder = tmp_path_factory.mktemp("train_clips")
+    rng, rows = np.random.default_rng(0), []
+    for i in range(6):
+        path = save_video(rng.integers(0, 255, (9, 32, 32, 3), dtype=np.uint8), folder / f"{i}.mp4", fps=8)
+        rows.append(dict(path=str(path), text=f"clip {i}", num_frames=9, height=32, width=32, fps=8.0))
+    pd.DataFrame(rows).to_csv(folder / "clips.csv", index=False)
+    return str(folder / "clips.csv")
+
+
+def write_config(path, content):
+    path.write_text("\n".join(f"{key} = {pprint.pformat(value)}" for key, value in content.items()))
+    return str(path)
+
+
+@pytest.fixture
+def common(tmp_path, table):
+    """What both trainings share."""
+    return dict(
+        device="cpu",
+        dtype="fp32",
+        seed=3,
+        outputs=str(tmp_path / "outputs"),
+        dataset=dict(type="video_text", data_path=table, fps_max=24),
+        bucket_config={"32px_ar1:1": {9: (1.0, 2)}},
+        num_workers=0,
+        optim=dict(cls="HybridAdam", lr=1e-3),
+        ema_decay=0.9,
+        grad_clip=1.0,
+        plugin="none",
+        max_steps=5,
+        ckpt_every=3,
+    )
+
+
+@pytest.fixture
+def diffusion(tmp_path, common, tiny_config):
+    """A tiny diffusion training config file."""
+    sections = {key: tiny_config[key] for key in ("model", "ae", "t5", "clip")}
+    extra = dict(
+        condition_config={"t2v": 1, "i2v_head": 1},
+        dropout_ratio=dict(t5=0.3, clip=0.3),
+        is_causal_vae=True,
+        grad_checkpoint=False,
+        warmup_steps=2,
+        use_cosine_scheduler=True,
+    )
+    return write_config(tmp_path / "train.py", {**common, **sections, **extra})
+
+
+@pytest.fixture
+def vae(tmp_path, common, tiny_config):
+    """A tiny VAE training config file: single frames, then clips."""
+    extra = dict(
+        model=tiny_config["ae"],
+        image_steps=2,
+        image_bucket_config={"32px_ar1:1": {1: (1.0, 3)}},
+        lr_scheduler=dict(warmup_steps=1, cosine=True),
+    )
+    return write_config(tmp_path / "vae.py", {**common, **extra})
+
+
+def train(trainer, options, config, *overrides):
+    return trainer(parse_config([config, *map(str, overrides)], options)).run()
+
+
+def final(folder):
+    state = {}
+    for name in ("model/model.safetensors", "ema.safetensors"):
+        newest = max(folder.glob("epoch*"), key=lambda p: int(p.name.rsplit("step", 1)[1]))
+        state.update({f"{name}:{k}": v for k, v in load_file(newest / name).items()})
+    return state
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "vae"])
+def test_a_resumed_run_equals_one_never_stopped(kind, request):
+    config = request.getfixturevalue(kind)
+    trainer, options = {"diffusion": (Trainer, TrainOptions), "vae": (VAETrainer, VaeTrainOptions)}[kind]
+    # A tiny VAE of random weights encodes at training; the same weights are needed in both runs.
+    torch.manual_seed(0)
+    whole = train(trainer, options, config, "--exp-name", "whole")
+    torch.manual_seed(0)
+    parts = train(trainer, options, config, "--exp-name", "parts", "--max-steps", 5)
+    for path in parts.glob("epoch*-global_step5"):
+        (path / "running_states.json").unlink()  # as if the run had died before its last checkpoint
+        path.rename(path.with_name("dead"))
+    torch.manual_seed(0)
+    resumed = train(trainer, options, config, "--load", next(parts.glob("epoch*-global_step3")))
+    assert resumed.resolve() == parts.resolve()
+    a, b = final(whole), final(parts)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)  # bitwise: same data, noise, moments and average
+    assert (whole / "config.txt").is_file()
+    assert "loss=" in (whole / "log.txt").read_text()
+    assert list((whole / "tensorboard").iterdir())
+
+
+def test_occupied_folders_are_refused(vae):
+    train(VAETrainer, VaeTrainOptions, vae, "--exp-name", "one", "--max-steps", 1)
+    with pytest.raises(UserError, match="already holds checkpoints"):
+        train(VAETrainer, VaeTrainOptions, vae, "--exp-name", "one", "--max-steps", 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--dataset.data-path", "none.csv"], "none.csv: no such file"),
+        (["--model.cond_embed", "False"], "condition_config and model.cond_embed"),
+        (["--model.in_channels", "64"], "in_channels=64 does not fit"),
+        (["--load", "nowhere"], "--load nowhere"),
+        (["--optim.cls", "SGD"], "optim.cls='SGD'"),
+        (["--device", "cuda"], "CUDA|cuda"),
+    ],
+)
+def test_mistakes_are_named(diffusion, tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message):
+        train(Trainer, TrainOptions, diffusion, *overrides)
+    assert not list(tmp_path.glob("outputs/*/epoch*"))
+
+
+def test_frames_that_the_vae_cannot_take(vae, tmp_path, common):
+    bad = write_config(
+        tmp_path / "bad.py", {**common, "model": {"type": "hunyuan_vae"}, "bucket_config": {"32px": {8: (1.0, 2)}}}
+    )
+    with pytest.raises(UserError, match="8 frames .* use 5 or 9"):
+        train(VAETrainer, VaeTrainOptions, bad)

@@ -1,0 +1,128 @@
+"""The analyser of the demo world, on drawn clips and on blurred, noisy ones; and the evaluation built on it."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from opensora.utils.errors import UserError
+from tools.demo.analyse import analyse, name_motion, psnr
+from tools.demo.evaluate import evaluate, generate, parse_args, plan_cases, summarise, write_results
+from tools.demo.scoring import format_table, judge, shares
+from tools.demo.world import HELD_OUT, NUM_FRAMES, Combination, combinations, draw_clip, draw_frame, sample_scene
+
+
+def soften(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A 5x5 box blur and noise: what a generated clip may look like."""
+    padded = np.pad(clip.astype(float), ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge")
+    blurred = sum(padded[:, y : y + 64, x : x + 64] for y in range(5) for x in range(5)) / 25
+    return np.clip(blurred + rng.normal(0, 10, clip.shape), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_analyser_reads_every_combination(soft: bool):
+    verdicts = []
+    for i, combination in enumerate(combinations("all")):
+        rng = np.random.default_rng(i)
+        scene = sample_scene(rng, combination)
+        clip = draw_clip(scene)
+        verdicts.append(judge(soften(clip, rng) if soft else clip, combination, scene.background))
+    assert shares(verdicts) == dict.fromkeys(("color", "background", "motion", "shape", "all"), 1.0)
+
+
+def test_empty_and_broken_clips_show_nothing():
+    found = analyse(np.full((5, 64, 64, 3), 30, np.uint8))
+    assert (found.background, found.color, found.shape, found.motion) == ("dark", "none", "none", "none")
+    clip = draw_clip(sample_scene(np.random.default_rng(0), Combination("red", "circle", "still")))
+    clip[::2] = clip[0, 0, 0]  # the object is gone in every other frame
+    assert analyse(clip).motion == "none"
+
+
+def test_motion_names():
+    assert [name_motion(*d) for d in ((20, 1), (-20, 1), (2, -15), (0, 9))] == ["right", "left", "up", "down"]
+    assert name_motion(6, 0) == "still"
+    assert name_motion(15, 14) == "diagonal"
+
+
+def test_psnr():
+    a = np.zeros((2, 4, 4, 3), np.uint8)
+    assert psnr(a, a) == 99
+    assert psnr(a, a + 255) == 0
+
+
+def test_verdict_names_what_is_wrong():
+    clip = draw_clip(sample_scene(np.random.default_rng(0), Combination("red", "circle", "left"), "dark"))
+    verdict = judge(clip, Combination("red", "square", "left"), "dark")
+    assert verdict.right == {"color": True, "background": True, "motion": True, "shape": False, "all": False}
+    assert verdict.label == "red square left dark (found circle)"
+
+
+def test_table_shows_percentages():
+    lines = format_table({"seen": {"videos": 4, "shape": 0.75}}, ["videos", "shape", "dB"]).splitlines()
+    assert lines[0].split() == ["videos", "shape", "dB"]
+    assert lines[2].split() == ["seen", "4", "75.0", "%", "-"]
+
+
+def test_plan_covers_all_held_out_combinations():
+    cases = plan_cases(num_seen=60, num_i2v=6, seed=42)
+    groups = {name: [c.combination for c in cases if c.group == name] for name in ("held out", "seen", "i2v")}
+    assert groups["held out"] == list(HELD_OUT)
+    assert len(set(groups["seen"])) == 60
+    assert not set(groups["seen"]) & set(HELD_OUT)
+    assert len(groups["i2v"]) == 6
+    assert [c.seed for c in cases] == list(range(42, 42 + len(cases)))
+    assert {c.background for c in cases} == {"dark", "light"}
+    assert all(f"on a {c.background} background" in c.prompt for c in cases)
+    assert all((c.picture is not None) == (c.group == "i2v") for c in cases)
+
+
+class PerfectPipeline:
+    """Draws what the prompt says; stands in for a trained model."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict] = []
+
+    def __call__(self, prompts, **options):
+        self.calls.append({"prompts": prompts, **options})
+        frames = []
+        for i, prompt in enumerate(prompts):
+            words = prompt.split()
+            motion = words[4]
+            combination = Combination(words[1], words[2], motion)
+            scene = sample_scene(np.random.default_rng(0), combination, words[-2])
+            clip = draw_clip(scene)
+            if options["ref"] is not None:
+                clip = np.stack([options["ref"][i]] * NUM_FRAMES)  # ignores the motion
+            frames.append(clip)
+        return SimpleNamespace(frames=frames)
+
+
+def test_evaluation_of_a_pipeline(tmp_path: Path):
+    pipe = PerfectPipeline()
+    cases = plan_cases(num_seen=5, num_i2v=3, seed=1)
+    generate(pipe, cases, batch_size=4)
+    assert [call["cond_type"] for call in pipe.calls] == ["t2v"] * 5 + ["i2v_head"]
+    assert [s for call in pipe.calls for s in call["seed"]] == [c.seed for c in cases]
+    summary = summarise(cases)
+    assert summary["both"] == {"videos": 20, **dict.fromkeys(("color", "background", "motion", "shape", "all"), 1.0)}
+    still = sum(c.combination.motion == "still" for c in cases if c.group == "i2v") / 3
+    assert summary["i2v"]["motion"] == pytest.approx(still)
+    assert summary["i2v"]["first frame dB"] == 99
+    write_results(tmp_path / "out", cases, {"summary": summary})
+    assert (tmp_path / "out" / "sheet.png").is_file()
+    assert (tmp_path / "out" / "results.json").is_file()
+    assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 3
+
+
+def test_evaluation_refuses_a_used_folder(tmp_path: Path):
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(UserError, match="empty"):
+        evaluate(*parse_args(["configs/x.py", "--out", str(tmp_path)]))
+    with pytest.raises(UserError, match="--i2v"):
+        evaluate(*parse_args(["configs/x.py", "--out", str(tmp_path / "new"), "--i2v", "-1"]))
+
+
+def test_pictures_are_first_frames():
+    scene = sample_scene(np.random.default_rng(2), Combination("blue", "square", "up"), "light")
+    assert (draw_clip(scene)[0] == draw_frame(scene, 0.0)).all()

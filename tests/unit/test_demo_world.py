@@ -1,0 +1,142 @@
+"""The demo world: what it holds out, how it is drawn and described, and the clips that make_clips.py writes."""
+
+import csv
+from itertools import combinations as pairs
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from opensora.utils.errors import UserError
+from opensora.utils.video import read_video
+from tools.demo.captions import plain_caption, random_caption
+from tools.demo.make_clips import COLUMNS, make_clips, make_scene
+from tools.demo.world import (
+    BACKGROUNDS,
+    COLORS,
+    HELD_OUT,
+    MOTIONS,
+    SHAPES,
+    SIZE,
+    Combination,
+    combinations,
+    draw_clip,
+    draw_mask,
+    sample_scene,
+)
+
+PARTS = (tuple(COLORS), SHAPES, MOTIONS)
+
+
+def test_splits_are_disjoint_and_complete():
+    train, held_out, every = (combinations(split) for split in ("train", "held_out", "all"))
+    assert len(every) == 90
+    assert len(held_out) == 15
+    assert set(held_out) == set(HELD_OUT)
+    assert not set(train) & set(held_out)
+    assert set(train) | set(held_out) == set(every)
+    with pytest.raises(ValueError, match="held_out"):
+        combinations("test")
+
+
+def test_every_pair_of_held_out_attributes_is_trained():
+    train = combinations("train")
+    for first, second in pairs(range(3), 2):
+        seen = {(c[first], c[second]) for c in train}
+        assert seen == {(a, b) for a in PARTS[first] for b in PARTS[second]}
+
+
+def test_scenes_stay_inside_and_travel():
+    for i, combination in enumerate(combinations("all")):
+        scene = sample_scene(np.random.default_rng(i), combination)
+        clip = draw_clip(scene)
+        assert clip.shape == (17, 64, 64, 3)
+        assert clip.dtype == np.uint8
+        border = np.concatenate([clip[:, [0, -1]].reshape(-1, 3), clip[:, :, [0, -1]].reshape(-1, 3)])
+        assert (border == scene.level).all()
+        assert 10 <= scene.radius <= 16
+        assert scene.travel >= 14 or combination.motion == "still"
+        assert (clip[0] == clip[-1]).all() == (combination.motion == "still")
+
+
+def test_masks_have_the_area_of_their_shape():
+    for shape, area in (("circle", np.pi), ("square", 4.0), ("triangle", 2.0)):
+        mask = draw_mask(shape, (31.3, 33.8), 12.0)
+        assert mask.sum() == pytest.approx(area * 12**2, rel=0.02)
+        rows = np.flatnonzero(mask.max(1))
+        assert 24 <= rows[-1] - rows[0] + 1 <= 26
+    with pytest.raises(ValueError, match="circle, square, triangle"):
+        draw_mask("star", (32, 32), 12)
+
+
+def test_captions_name_what_the_scene_shows():
+    texts = []
+    for i in range(300):
+        scene, text = make_scene(i, 7, "train")
+        words = text.lower().rstrip(".").replace(",", "").split()
+        assert scene.color in words
+        assert scene.shape in words
+        assert len(words) <= 16
+        if scene.motion == "still":
+            assert {"still", "place", "not", "motionless"} & set(words)
+        else:
+            assert any(word.startswith(scene.motion) for word in words)
+        other = next(name for name in BACKGROUNDS if name != scene.background)
+        assert other not in words
+        texts.append(text.lower().rstrip("."))
+    named = np.mean(["background" in text for text in texts])
+    assert 0.65 < named < 0.85
+    assert len(set(texts)) > 150
+
+
+def test_plain_captions():
+    circle = Combination("red", "circle", "right")
+    assert plain_caption(circle) == "a red circle moving right"
+    assert plain_caption(circle, "dark") == "a red circle moving right on a dark background"
+    assert plain_caption(Combination("blue", "square", "still"), None) == "a blue square standing still"
+
+
+def test_caption_is_deterministic():
+    scene = sample_scene(np.random.default_rng(0), Combination("red", "circle", "up"))
+    assert random_caption(scene, np.random.default_rng(3)) == random_caption(scene, np.random.default_rng(3))
+
+
+def test_make_clips_writes_a_training_table(tmp_path: Path):
+    table = make_clips(tmp_path / "clips", num=3, seed=5, workers=1)
+    rows = list(csv.DictReader(table.open(encoding="utf-8")))
+    assert tuple(rows[0]) == COLUMNS
+    assert len(rows) == 3
+    for i, row in enumerate(rows):
+        scene, text = make_scene(i, 5, "train")
+        assert row["text"] == text
+        assert (row["num_frames"], row["height"], row["width"], row["resolution"], row["fps"]) == (
+            *("17", "64", "64", "4096"),
+            "8",
+        )
+        assert Combination(row["color"], row["shape"], row["motion"]) not in HELD_OUT
+        frames, fps = read_video(row["path"])
+        assert fps == 8
+        assert frames.shape == (17, SIZE, SIZE, 3)
+        assert np.abs(frames.astype(int) - draw_clip(scene)).mean() < 4
+
+
+def test_make_clips_completes_but_never_overwrites(tmp_path: Path):
+    out = tmp_path / "clips"
+    table = make_clips(out, num=2, seed=5, workers=1)
+    before = table.read_bytes()
+    first = out / "clips" / "000000.mp4"
+    (out / "clips" / "000001.mp4").unlink()
+    stamp = first.stat().st_mtime_ns
+    assert make_clips(out, num=2, seed=5, workers=1).read_bytes() == before
+    assert first.stat().st_mtime_ns == stamp
+    assert (out / "clips" / "000001.mp4").exists()
+    with pytest.raises(UserError, match="another recipe"):
+        make_clips(out, num=2, seed=6, workers=1)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "note.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds no clips"):
+        make_clips(other, num=2, seed=5, workers=1)
+    with pytest.raises(UserError, match="--num"):
+        make_clips(tmp_path / "none", num=0, seed=5)
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,133 @@
+"""Optimizer schedule, averaged weights, checkpoints, losses."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from opensora.models.hunyuan_vae.autoencoder import AutoencoderKLCausal3D, HunyuanVAEConfig
+from opensora.models.hunyuan_vae.inflate import inflate_from_images
+from opensora.models.vae.losses import VAELoss, object_mask
+from opensora.models.vae.posterior import DiagonalGaussian
+from opensora.training.checkpoint import (
+    RunningStates,
+    find_checkpoint,
+    list_checkpoints,
+    load_states,
+    load_weights,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
+from opensora.training.ema import EMA
+from opensora.training.experiment import experiment_name
+from opensora.training.loop import step_generator
+from opensora.training.optimizer import create_optimizer, create_schedule
+from opensora.utils.errors import UserError
+
+
+def rates(steps, **options):
+    optimizer = create_optimizer([nn.Parameter(torch.zeros(1))], {"cls": "HybridAdam", "lr": 1.0})
+    schedule = create_schedule(optimizer, **options)
+    out = []
+    for _ in range(steps):
+        out.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return out
+
+
+def test_schedule_warms_up_stays_and_decays():
+    values = rates(20, warmup_steps=4, total_steps=20, cosine=True, flat_share=0.5)
+    assert values[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0], abs=1e-5)
+    assert values[5:13] == [1.0] * 8
+    assert values[16] == pytest.approx(0.5)
+    assert rates(20, warmup_steps=4, total_steps=20, cosine=True, flat_share=0.5, start_step=16)[0] == values[16]
+    assert rates(3) == [1.0] * 3
+
+
+def test_optimizer_names_its_mistakes():
+    with pytest.raises(UserError, match="optim.cls='SGD'"):
+        create_optimizer([nn.Parameter(torch.zeros(1))], {"cls": "SGD"})
+    with pytest.raises(UserError, match=r"optim\.momentum"):
+        create_optimizer([nn.Parameter(torch.zeros(1))], {"momentum": 0.9})
+
+
+def test_ema_is_float32_and_equals_the_formula():
+    model = nn.Linear(2, 2).to(torch.bfloat16)
+    ema = EMA(model, 0.9)
+    expected = model.weight.detach().double()
+    for step in range(30):
+        with torch.no_grad():
+            model.weight.add_(0.01)
+        ema.update(model)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach().double()
+    assert ema.shadow["weight"].dtype == torch.float32
+    torch.testing.assert_close(ema.shadow["weight"].double(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_checkpoints_are_whole_or_absent(tmp_path, monkeypatch):
+    weights = {"w": torch.arange(3.0)}
+    for step in (1, 2, 10):
+        save_checkpoint(tmp_path, RunningStates(0, step, step, step), weights, optimizers={"optimizer": {"a": 1}})
+    assert [p.name for p in list_checkpoints(tmp_path)] == [f"epoch0-global_step{s}" for s in (1, 2, 10)]
+    remove_old_checkpoints(tmp_path, 2)
+    assert len(list_checkpoints(tmp_path)) == 2
+    newest = find_checkpoint(str(tmp_path), tmp_path.parent)
+    assert load_states(newest).global_step == 10
+    assert torch.equal(load_weights(newest)["w"], weights["w"])
+
+    def full_disk(*_args, **_kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save_checkpoint(tmp_path, RunningStates(0, 11, 11, 11), weights, optimizers={"optimizer": {}})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch0-global_step10", "epoch0-global_step2"]
+    with pytest.raises(UserError, match="neither a checkpoint"):
+        find_checkpoint(str(tmp_path / "none"), tmp_path)
+
+
+def test_step_generator_depends_on_step_and_rank_only():
+    def draw(*args):
+        return torch.rand(4, generator=step_generator(*args)).tolist()
+
+    assert draw(1, 5, 0) == draw(1, 5, 0)
+    assert len({tuple(draw(*args)) for args in [(1, 5, 0), (1, 6, 0), (1, 5, 1), (2, 5, 0)]}) == 4
+
+
+def test_vae_loss_equals_a_float64_computation():
+    torch.manual_seed(0)
+    video, other = torch.rand(2, 3, 5, 8, 8) * 0.05, torch.rand(2, 3, 5, 8, 8)
+    video[:, :, :, 2:4, 2:4] += 0.7
+    posterior = DiagonalGaussian(torch.randn(2, 8, 2, 1, 1))
+    total, parts = VAELoss(kl_loss_weight=0.1, mse_loss_weight=2.0, object_weight=3.0)(video, other, posterior)
+    x, y = video.double(), other.double()
+    weight = torch.ones(2, 1, 5, 8, 8, dtype=torch.float64)
+    weight[:, :, :, 2:4, 2:4] += 3.0
+    error = ((x - y).abs() + 2 * (x - y) ** 2) * weight
+    expected = error.sum() / 10 + 0.1 * posterior.kl().double().mean()
+    assert float(total) == pytest.approx(float(expected), rel=1e-5)
+    mse = ((x - y) ** 2).mean(dim=(1, 2, 3, 4))
+    assert float(parts["psnr"]) == pytest.approx(float((10 * torch.log10(4 / mse)).mean()), rel=1e-5)
+    assert object_mask(video).sum() == 2 * 5 * 4
+    with pytest.raises(UserError, match="perceptual"):
+        VAELoss(perceptual_loss_weight=0.5)
+
+
+def test_inflation_keeps_single_frames_exactly():
+    config = HunyuanVAEConfig(latent_channels=4, layers_per_block=1, norm_num_groups=2, block_out_channels=(4, 4, 8, 8))
+    model = AutoencoderKLCausal3D(config).double()
+    image = torch.randn(1, 3, 1, 16, 16, dtype=torch.float64)
+    before = model(image, sample_posterior=False)[0]
+    inflate_from_images(model)
+    torch.testing.assert_close(model(image, sample_posterior=False)[0], before, atol=1e-10, rtol=1e-10)
+    kernel = model.encoder.conv_in.conv.weight
+    assert kernel[:, :, :-1].abs().max() == 0
+
+
+def test_experiment_name_drops_what_is_not_the_configs():
+    name = experiment_name("/somewhere/configs/diffusion/train/demo_cpu.py")
+    assert name.split("-", 1)[1] == "diffusion_train_demo_cpu"
+    assert math.isclose(len(name.split("-")[0]), 13)
