@@ -287,12 +287,13 @@ def test_written_tensors_and_metadata(tmp_path):
 
 
 MEASURE = """
-import resource, sys, torch
+import sys, torch
 from torch import nn
 from opensora.utils.weights import load_model
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # not getrusage: its maximum is inherited from the process that forked this one
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
 
 build = lambda: nn.Sequential(*[nn.Linear(1024, 1024, bias=False) for _ in range(15)])
 load_model(lambda: nn.Linear(2, 2), sys.argv[1])
@@ -304,6 +305,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_host_memory_stays_close_to_the_file(tmp_path, dtype):
     save_safetensors({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, tmp_path / "tiny.safetensors")
@@ -315,4 +317,5 @@ def test_host_memory_stays_close_to_the_file(tmp_path, dtype):
         text=True,
         check=True,
     )
-    assert float(result.stdout) < 1.2 * path.stat().st_size / 2**20
+    size = path.stat().st_size / 2**20
+    assert size / 4 < float(result.stdout) < 1.2 * size
