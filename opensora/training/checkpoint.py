@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
+from opensora.utils.weights import save_safetensors
 
 logger = get_logger(__name__)
 
 FOLDER = re.compile(r"epoch(\d+)-global_step(\d+)")
-MODEL_FILE = "model/model.safetensors"
-SHARD_INDEX = "model/model.safetensors.index.json"
 
 
 @dataclass
@@ -64,9 +63,9 @@ def save_checkpoint(
     try:
         for name, weights in {"model": model, **(extra_models or {})}.items():
             (beside / name).mkdir(parents=True)
-            save_file(_contiguous(weights), beside / name / "model.safetensors", dict(metadata or {"format": "pt"}))
+            save_safetensors(weights, beside / name / "model.safetensors", dict(metadata or {}))
         if ema is not None:
-            save_file(_contiguous(ema), beside / "ema.safetensors", dict(metadata or {"format": "pt"}))
+            save_safetensors(ema, beside / "ema.safetensors", dict(metadata or {}))
         for name, state in optimizers.items():
             (beside / name).mkdir(exist_ok=True)
             torch.save(state, beside / name / "state.pt")
@@ -78,10 +77,6 @@ def save_checkpoint(
         shutil.rmtree(beside, ignore_errors=True)
         raise
     return target
-
-
-def _contiguous(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.detach().cpu().contiguous() for key, value in weights.items()}
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

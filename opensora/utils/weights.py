@@ -314,7 +314,29 @@ def load_model(
     weights = open_weights(from_pretrained, cache_dir)
     with torch.device("meta"):
         model = build()
-    return _fill(model, weights, torch.device(device), dtype, explain, metadata, allow_missing or {}, allow_unexpected)
+    missing, unexpected = check_match(
+        model,
+        weights,
+        explain=explain,
+        metadata=metadata,
+        allow_missing=allow_missing or (),
+        allow_unexpected=allow_unexpected,
+    )
+    state = dict(weights.tensors(device, dtype, skip=unexpected))
+    for key in missing:
+        value = next(value for prefix, value in (allow_missing or {}).items() if key.startswith(prefix))
+        state[key] = torch.full(model.get_parameter(key).shape, value, dtype=dtype, device=device)
+        logger.info("%s is not in %s: filled with %g", key, weights.path, value)
+    if unexpected:
+        logger.info("Left out from %s: %s", weights.path, _few(unexpected))
+    model.load_state_dict(state, assign=True)
+    for name, module in model.named_modules():
+        own_buffers = dict(module.named_buffers(recurse=False))
+        if any(buffer.is_meta for buffer in own_buffers.values()):
+            reset = getattr(module, "reset_buffers", None)
+            assert callable(reset), f"{name} has buffers outside its state dict and no reset_buffers(device)"
+            reset(torch.device(device))
+    return model
 
 
 def load_into(
@@ -335,41 +357,6 @@ def load_into(
     with torch.no_grad():
         for key, tensor in weights.tensors():
             own[key].copy_(tensor)
-
-
-def _fill(
-    model: Model,
-    weights: WeightFiles,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    explain: Explain | None,
-    metadata: Mapping[str, str] | None,
-    allow_missing: Mapping[str, float],
-    allow_unexpected: Sequence[str],
-) -> Model:
-    missing, unexpected = check_match(
-        model,
-        weights,
-        explain=explain,
-        metadata=metadata,
-        allow_missing=allow_missing,
-        allow_unexpected=allow_unexpected,
-    )
-    state = dict(weights.tensors(device, dtype, skip=unexpected))
-    for key in missing:
-        value = next(value for prefix, value in allow_missing.items() if key.startswith(prefix))
-        state[key] = torch.full(model.get_parameter(key).shape, value, dtype=dtype, device=device)
-        logger.info("%s is not in %s: filled with %g", key, weights.path, value)
-    if unexpected:
-        logger.info("Left out from %s: %s", weights.path, _few(unexpected))
-    model.load_state_dict(state, assign=True)
-    for name, module in model.named_modules():
-        own_buffers = dict(module.named_buffers(recurse=False))
-        if any(buffer.is_meta for buffer in own_buffers.values()):
-            reset = getattr(module, "reset_buffers", None)
-            assert callable(reset), f"{name} has buffers outside its state dict and no reset_buffers(device)"
-            reset(device)
-    return model
 
 
 def save_safetensors(
@@ -394,7 +381,10 @@ def save_safetensors(
         seen.add(value.untyped_storage().data_ptr())
         tensors[key] = value
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # what the user's umask gives; the library would make the file private
         save_file(tensors, beside, metadata={"format": "pt", **(metadata or {})})
+        beside.chmod(mode)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

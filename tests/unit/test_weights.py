@@ -282,6 +282,8 @@ def test_written_tensors_and_metadata(tmp_path):
     path = tmp_path / "new/folder/a.safetensors"
     save_safetensors({"a": shared, "b": shared, "t": shared.t(), "row": shared[1]}, path, {"layout": "a"})
     same(load_state_dict(path), {"a": shared, "b": shared, "t": shared.t(), "row": shared[1]})
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
     with safe_open(path, "pt") as opened:
         assert opened.metadata() == {"format": "pt", "layout": "a"}
 

@@ -1,7 +1,7 @@
 # A small text- and image-to-video model for 64x64 clips, trained on a CPU in under an hour.
 _base_ = ["../demo_models.py"]
 dataset = dict(type="video_text", data_path="datasets/demo/clips.csv", fps_max=24, keep_in_memory=True)
-bucket_config = {"64px_ar1:1": {17: (1.0, 64)}}
+bucket_config = {"64px_ar1:1": {17: (1.0, 48)}}
 num_workers = 0
 keep_encoded = True  # 6,000 clips are few enough to be encoded once
 
@@ -10,9 +10,9 @@ model = dict(
     in_channels=32,
     vec_in_dim=64,
     context_in_dim=64,
-    hidden_size=192,
+    hidden_size=160,
     mlp_ratio=4.0,
-    num_heads=6,
+    num_heads=5,
     depth=2,
     depth_single_blocks=4,
     axes_dim=[8, 12, 12],
@@ -36,10 +36,10 @@ lr = 1.5e-3
 optim = dict(cls="HybridAdam", lr=lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
 warmup_steps = 100
 use_cosine_scheduler = True
-flat_share = 0.5
+flat_share = 0.4
 grad_clip = 1.0
 ema_decay = 0.998
-max_steps = 2400
+max_steps = 2600
 grad_checkpoint = False
 plugin = "none"
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from opensora.models.hunyuan_vae.encoder_decoder import DecoderCausal3D, EncoderCausal3D, level_factors
 from opensora.models.vae.posterior import DiagonalGaussian
+from opensora.models.vae.tiling import Tiling
 from opensora.registry import MODELS
 from opensora.utils.errors import UserError
 from opensora.utils.weights import load_model
@@ -56,6 +57,20 @@ class HunyuanVAEConfig:
                 raise UserError(
                     f"ae.{name} has {len(value)} numbers: give one, or one per latent channel ({self.latent_channels})"
                 )
+        self.tiling()  # refuses sizes that cannot be tiled
+
+    def tiling(self) -> Tiling:
+        """The tiles these fields ask for."""
+        space = self.spatial_compression_ratio
+        return Tiling(
+            compression=(self.time_compression_ratio, space, space),
+            is_causal=True,
+            spatial_tile=self.sample_size,
+            temporal_tile=self.sample_tsize,
+            overlap=self.tile_overlap_factor,
+            use_spatial=self.use_spatial_tiling,
+            use_temporal=self.use_temporal_tiling,
+        )
 
 
 class AutoencoderKLCausal3D(nn.Module):
@@ -145,7 +160,7 @@ class AutoencoderKLCausal3D(nn.Module):
         return self._moments(x)
 
     def _moments(self, x: Tensor) -> Tensor:
-        return self.quant_conv(self.encoder(x))
+        return self.config.tiling().encode(x, lambda tile: self.quant_conv(self.encoder(tile)))
 
     def encode_posterior(self, x: Tensor) -> DiagonalGaussian:
         """Posterior over *raw* latents."""
@@ -173,7 +188,7 @@ class AutoencoderKLCausal3D(nn.Module):
         return self._decode(raw)
 
     def _decode(self, raw: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(raw))
+        return self.config.tiling().decode(raw, lambda tile: self.decoder(self.post_quant_conv(tile)))
 
     def forward(
         self, x: Tensor, sample_posterior: bool = True, generator: torch.Generator | None = None

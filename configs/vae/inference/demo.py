@@ -1,0 +1,17 @@
+# The causal video VAE that comes with the repository, for measuring it (scripts/vae/stats.py, tools/demo/evaluate_vae.py).
+dataset = dict(type="video_text", data_path="datasets/demo/clips.csv", fps_max=24)
+bucket_config = {"64px_ar1:1": {17: (1.0, 8)}}
+num_workers = 0
+dtype = "fp32"
+seed = 42
+fps = 8
+
+model = dict(
+    type="hunyuan_vae",
+    from_pretrained="assets/demo/vae.safetensors",
+    block_out_channels=(8, 16, 32, 64),
+    layers_per_block=1,
+    latent_channels=8,
+    norm_num_groups=4,
+    scale_factor=1.0,
+)

@@ -1,0 +1,346 @@
+"""The image autoencoder of FLUX.1; registered as ``autoencoder_2d``.
+
+A convolutional autoencoder with one attention layer, as in latent diffusion (arXiv:2112.10752). Videos are coded frame
+by frame.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opensora.models.vae.posterior import DiagonalGaussian
+from opensora.registry import MODELS
+from opensora.utils.errors import UserError
+from opensora.utils.weights import load_model
+
+NUM_GROUPS = 32
+
+
+@dataclass(frozen=True)
+class AutoEncoder2DConfig:
+    """Architecture of the image autoencoder; the defaults are those of the released weights.
+
+    ``scale_factor`` and ``shift_factor`` map raw latents to about unit variance, ``z = scale * (raw - shift)``.
+    ``sample=False`` makes encoding take the posterior's mean. ``resolution`` is the side of the images it was trained
+    on, in pixels; the network itself takes any size.
+    """
+
+    resolution: int = 256
+    in_channels: int = 3
+    ch: int = 128
+    out_ch: int = 3
+    ch_mult: Sequence[int] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 16
+    scale_factor: float = 0.3611
+    shift_factor: float = 0.1159
+    sample: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.ch_mult:
+            raise UserError(
+                "ch_mult of the image autoencoder is empty: give one number per level, such as [1, 2, 4, 4]"
+            )
+        for channels in self.widths:
+            if channels % NUM_GROUPS:
+                raise UserError(
+                    f"ch={self.ch}, ch_mult={[*self.ch_mult]} of the image autoencoder: a level of {channels} "
+                    f"channels; every level must be a multiple of {NUM_GROUPS}"
+                )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, finest first."""
+        return tuple(self.ch * factor for factor in self.ch_mult)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(NUM_GROUPS, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """GroupNorm, SiLU, 3x3 convolution, twice, plus the (projected) input."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W] -> [N, C', H, W]``."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+
+
+class AttnBlock(nn.Module):
+    """Single-head attention over all positions of an image."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` in and out, residual included."""
+        h = self.norm(x)
+        q, k, v = (proj(h).flatten(2).transpose(1, 2).unsqueeze(1) for proj in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v)  # [N, 1, H*W, C]
+        return x + self.proj_out(out.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` in and out."""
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2; zeros are added at the right and bottom only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W] -> [N, C, H/2, W/2]``."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour enlargement by 2, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W] -> [N, C, 2H, 2W]``."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, and the change to the next one, if there is one.
+
+    Args:
+        name: "downsample" or "upsample", which is also the key of the change.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, name: str, last: bool) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(
+            ResnetBlock(in_channels if i == 0 else out_channels, out_channels) for i in range(num_blocks)
+        )
+        if not last:
+            self.add_module(name, Downsample(out_channels) if name == "downsample" else Upsample(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` to ``C'`` channels and half, twice or the same size."""
+        for block in self.block:
+            x = block(x)
+        for name in ("downsample", "upsample"):
+            if name in self._modules:
+                x = self.get_submodule(name)(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Pixels ``[N, 3, H, W]`` to posterior moments ``[N, 2 C, H/8, W/8]`` (mean, log-variance)."""
+
+    def __init__(self, config: AutoEncoder2DConfig) -> None:
+        super().__init__()
+        widths = config.widths
+        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(c_in, c_out, config.num_res_blocks, "downsample", last=i == len(widths) - 1)
+            for i, (c_in, c_out) in enumerate(zip((config.ch, *widths), widths))
+        )
+        self.mid = Middle(widths[-1])
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Raw latents ``[N, C, h, w]`` to pixels ``[N, 3, 8h, 8w]``."""
+
+    def __init__(self, config: AutoEncoder2DConfig) -> None:
+        super().__init__()
+        widths = config.widths
+        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        self.up = nn.ModuleList(  # numbered as in the encoder: run from the last to the first
+            Level(c_in, c_out, config.num_res_blocks + 1, "upsample", last=i == 0)
+            for i, (c_in, c_out) in enumerate(zip((*widths[1:], widths[-1]), widths))
+        )
+        self.norm_out = _norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """See the class."""
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class AutoEncoder2D(nn.Module):
+    """Variational autoencoder of images ``[B, 3, 8h, 8w]`` in [-1, 1] and latents ``[B, C, h, w]``.
+
+    Videos ``[B, 3, T, 8h, 8w]`` become latents ``[B, C, T, h, w]``, each frame on its own. State-dict keys are those
+    of the released file.
+    """
+
+    def __init__(self, config: AutoEncoder2DConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    @property
+    def latent_channels(self) -> int:
+        """Number of latent channels C."""
+        return self.config.z_channels
+
+    @property
+    def compression(self) -> tuple[int, int, int]:
+        """Pixels per latent along (time, height, width)."""
+        space = 2 ** (len(self.config.ch_mult) - 1)
+        return (1, space, space)
+
+    @property
+    def is_causal(self) -> bool:
+        """Frames do not depend on one another: any frame count goes."""
+        return False
+
+    def get_latent_size(self, size: Sequence[int]) -> tuple[int, int, int]:
+        """Latent (t, h, w) of a video of (T, H, W)."""
+        (frames, height, width), (_, rh, rw) = size, self.compression
+        return (frames, (height - 1) // rh + 1, (width - 1) // rw + 1)
+
+    def get_last_layer(self) -> Tensor:
+        """Weight of the last convolution (where the adaptive GAN weight compares gradients)."""
+        return self.decoder.conv_out.weight
+
+    def normalize(self, raw: Tensor) -> Tensor:
+        """Raw latents to the scale the diffusion model works in."""
+        return self.config.scale_factor * (raw - self.config.shift_factor)
+
+    def denormalize(self, z: Tensor) -> Tensor:
+        """Inverse of :meth:`normalize`."""
+        return z / self.config.scale_factor + self.config.shift_factor
+
+    def encode_moments(self, x: Tensor) -> Tensor:
+        """Raw posterior moments, mean and log-variance on the channel axis, of ``x`` (see :meth:`encode`).
+
+        Raises:
+            UserError: H or W is not a multiple of the spatial ratio.
+        """
+        height, width = x.shape[-2:]
+        space = self.compression[1]
+        if height % space or width % space:
+            raise UserError(
+                f"{height}x{width} pixels: height and width must be multiples of {space} for the image autoencoder"
+            )
+        return _per_frame(self.encoder, x)
+
+    def encode_posterior(self, x: Tensor) -> DiagonalGaussian:
+        """Posterior over *raw* latents."""
+        return DiagonalGaussian(self.encode_moments(x))
+
+    def _latent(self, posterior: DiagonalGaussian, sample: bool, generator: torch.Generator | None) -> Tensor:
+        return self.normalize(posterior.sample(generator) if sample and self.config.sample else posterior.mode())
+
+    def encode(self, x: Tensor, sample_posterior: bool = True, generator: torch.Generator | None = None) -> Tensor:
+        """Images or videos to normalised latents.
+
+        Args:
+            x: ``[B, 3, H, W]`` or ``[B, 3, T, H, W]`` in [-1, 1].
+            sample_posterior: draw from the posterior (unless the config says ``sample=False``), otherwise its mean.
+            generator: source of the posterior noise.
+
+        Returns:
+            ``[B, C, H/8, W/8]`` or ``[B, C, T, H/8, W/8]``.
+        """
+        return self._latent(self.encode_posterior(x), sample_posterior, generator)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Normalised latents ``[B, C, h, w]`` or ``[B, C, T, h, w]`` to pixels, 8 times as high and wide."""
+        return _per_frame(self.decoder, self.denormalize(z))
+
+    def forward(
+        self, x: Tensor, sample_posterior: bool = True, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, DiagonalGaussian, Tensor]:
+        """Reconstruct: ``(reconstruction like x, posterior, normalised latents)``."""
+        posterior = self.encode_posterior(x)
+        z = self._latent(posterior, sample_posterior, generator)
+        return self.decode(z), posterior, z
+
+
+def _per_frame(network: nn.Module, x: Tensor) -> Tensor:
+    """Run a network for images on images, or on every frame of videos ``[B, C, T, H, W]``."""
+    if x.ndim == 4:
+        return network(x)
+    return network(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+
+
+@MODELS.register_module("autoencoder_2d")
+def build_autoencoder_2d(
+    from_pretrained: str | None = None,
+    device_map: str | torch.device = "cpu",
+    torch_dtype: torch.dtype = torch.float32,
+    strict_load: bool = True,
+    cache_dir: str | None = None,
+    **config: Any,
+) -> AutoEncoder2D:
+    """Build an image autoencoder, with weights from a file or freshly initialised.
+
+    Args:
+        from_pretrained: weights (see `opensora.utils.weights.resolve_path`); empty for a new model.
+        device_map: device of the model; "meta" builds it without memory.
+        torch_dtype: dtype of the weights.
+        strict_load: False tolerates tensors of the file that the model does not have, such as those of a
+            discriminator saved beside it.
+        cache_dir: cache of downloaded files.
+        **config: fields of `AutoEncoder2DConfig`.
+
+    Raises:
+        UserError: config or weights that do not fit; the message names the key.
+    """
+    ae_config = AutoEncoder2DConfig(**config)
+    device = torch.device(device_map)
+    if not from_pretrained:
+        with device:
+            return AutoEncoder2D(ae_config).to(torch_dtype)
+    return load_model(
+        lambda: AutoEncoder2D(ae_config),
+        from_pretrained,
+        device,
+        torch_dtype,
+        allow_unexpected=() if strict_load else ("",),
+        cache_dir=cache_dir,
+    )
