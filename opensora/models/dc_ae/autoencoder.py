@@ -1,0 +1,287 @@
+"""The deep-compression video autoencoder (DC-AE, arXiv:2410.10733, with a time axis)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from opensora.models.dc_ae.blocks import (
+    ConvLayer,
+    ConvPair,
+    Downsample,
+    EfficientViTBlock,
+    OpSequential,
+    Residual,
+    RMSNorm3d,
+    Upsample,
+    average_channels,
+    repeat_channels,
+)
+from opensora.models.dc_ae.config import CoderConfig, DCAEConfig, named_layout, override_coder
+from opensora.registry import MODELS
+from opensora.utils.errors import UserError
+from opensora.utils.logging import get_logger
+from opensora.utils.weights import RELEASED, load_model
+
+logger = get_logger(__name__)
+
+WEIGHTS = {"dc-ae-f32t4c128": "F32T4C128_AE.safetensors"}  # released file of each layout
+
+
+def _blocks(kind: str, channels: int, depth: int) -> list[nn.Module]:
+    if kind == "ResBlock":
+        return [Residual(ConvPair(channels)) for _ in range(depth)]
+    return [EfficientViTBlock(channels) for _ in range(depth)]
+
+
+class ProjectToLatent(nn.Module):
+    """Convolution to the latent's channels plus the averaged channels of the input."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.main = OpSequential([ConvLayer(in_channels, out_channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, t, h, w] -> [B, C', t, h, w]``."""
+        return self.main(x) + average_channels(x, self.out_channels)
+
+
+class ProjectFromLatent(nn.Module):
+    """Convolution from the latent's channels plus the repeated channels of the input."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.main = ConvLayer(in_channels, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, t, h, w] -> [B, C', t, h, w]``."""
+        return self.main(x) + repeat_channels(x, self.out_channels)
+
+
+class Encoder(nn.Module):
+    """Pixels ``[B, 3, T, H, W]`` to latents ``[B, C, T/4, H/32, W/32]``; a single frame stays one."""
+
+    def __init__(self, config: CoderConfig, latent_channels: int) -> None:
+        super().__init__()
+        widths = config.width_list
+        self.project_in = ConvLayer(3, widths[0])
+        self.stages = nn.ModuleList()
+        for i, (width, depth, kind) in enumerate(zip(widths, config.depth_list, config.block_type)):
+            ops = _blocks(kind, width, depth)
+            if i < len(widths) - 1:
+                ops.append(Downsample(width, widths[i + 1], config.temporal[i]))
+            self.stages.append(OpSequential(ops))
+        self.project_out = ProjectToLatent(widths[-1], latent_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        x = self.project_in(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.project_out(x)
+
+
+class Decoder(nn.Module):
+    """Latents ``[B, C, t, h, w]`` to pixels ``[B, 3, 4t, 32h, 32w]``; a single frame stays one."""
+
+    def __init__(self, config: CoderConfig, latent_channels: int) -> None:
+        super().__init__()
+        widths = config.width_list
+        self.grad_checkpoint_output = False
+        self.project_in = ProjectFromLatent(latent_channels, widths[-1])
+        self.stages = nn.ModuleList()  # numbered as in the encoder: run from the last to the first
+        for i, (width, depth, kind) in enumerate(zip(widths, config.depth_list, config.block_type)):
+            ops: list[nn.Module] = []
+            if i < len(widths) - 1:
+                ops.append(Upsample(widths[i + 1], width, config.temporal[i]))
+            self.stages.append(OpSequential(ops + _blocks(kind, width, depth)))
+        self.project_out = OpSequential([RMSNorm3d(widths[0]), nn.ReLU(), ConvLayer(widths[0], 3)])
+
+    def forward(self, z: Tensor) -> Tensor:
+        """See the class."""
+        x = self.project_in(z)
+        for stage in reversed(self.stages):
+            x = stage(x)
+        if self.grad_checkpoint_output and self.training:
+            return checkpoint(self.project_out, x, use_reentrant=False)
+        return self.project_out(x)
+
+
+class DCAE(nn.Module):
+    """Autoencoder of videos ``[B, 3, 4t, 32h, 32w]`` in [-1, 1] and latents ``[B, C, t, h, w]``, without a posterior.
+
+    Images are videos of one frame and have one latent frame. So have videos of four frames: a latent of one frame
+    always decodes to an image. State-dict keys are those of the released file.
+    """
+
+    def __init__(self, config: DCAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config.encoder, config.latent_channels)
+        self.decoder = Decoder(config.decoder, config.latent_channels)
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @property
+    def latent_channels(self) -> int:
+        """Number of latent channels C."""
+        return self.config.latent_channels
+
+    @property
+    def compression(self) -> tuple[int, int, int]:
+        """Pixels per latent along (time, height, width)."""
+        return self.config.compression
+
+    @property
+    def is_causal(self) -> bool:
+        """Every latent frame stands for the same number of frames: frame counts are 4k."""
+        return False
+
+    def get_latent_size(self, size: Sequence[int]) -> tuple[int, int, int]:
+        """Latent (t, h, w) of a video of (T, H, W)."""
+        (frames, height, width), (rt, rh, rw) = size, self.compression
+        return ((frames - 1) // rt + 1, (height - 1) // rh + 1, (width - 1) // rw + 1)
+
+    def get_last_layer(self) -> Tensor:
+        """Weight of the last convolution (where the adaptive GAN weight compares gradients)."""
+        return self.decoder.project_out.op_list[2].conv.weight  # type: ignore[union-attr, return-value]
+
+    def set_grad_checkpoint(self, enabled: bool = True) -> None:
+        """Recompute the activations of every block in the backward pass (see ``disc_off_grad_ckpt``)."""
+        for stage in (*self.encoder.stages, *self.decoder.stages):
+            stage.grad_checkpoint = enabled  # type: ignore[assignment]
+        self.decoder.grad_checkpoint_output = enabled and not self.config.disc_off_grad_ckpt
+
+    def encode(self, x: Tensor, sample_posterior: bool = True, generator: torch.Generator | None = None) -> Tensor:
+        """Video to latents.
+
+        Args:
+            x: ``[B, 3, T, H, W]`` in [-1, 1]; T is 1 or a multiple of 4, H and W multiples of 32.
+            sample_posterior, generator: as other autoencoders have; there is no posterior here, so they do nothing.
+
+        Returns:
+            ``[B, C, T/4, H/32, W/32]``, divided by ``scaling_factor``.
+
+        Raises:
+            UserError: sizes that do not fit; names the nearest.
+        """
+        self._check_pixels(x)
+        z = self._per_sample(x, lambda sample: self.config.tiling().encode(sample, self.encoder))
+        return z / self._scale
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents ``[B, C, t, h, w]`` (as `encode` gives) to video ``[B, 3, 4t, 32h, 32w]``, about [-1, 1].
+
+        One latent frame becomes one frame. In temporal tiling this holds for a last tile of one latent frame too, as
+        in the original: with the default tiles, 6k + 1 latent frames (above 8) give 4 (t - 1) + 1 frames.
+        """
+        video = self._per_sample(z * self._scale, lambda sample: self.config.tiling().decode(sample, self.decoder))
+        expected = z.shape[2] * self.compression[0]
+        if z.shape[2] > 1 and video.shape[2] < expected:
+            logger.warning(
+                "%d latent frames leave one for the last temporal tile, which decodes to a single frame: %d frames "
+                "instead of %d; another ae.temporal_tile_size keeps them all",
+                z.shape[2],
+                video.shape[2],
+                expected,
+            )
+        return video
+
+    def forward(
+        self, x: Tensor, sample_posterior: bool = True, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, None, Tensor]:
+        """Reconstruct: ``(reconstruction in the dtype of x, None, latents)``; works in the dtype of the weights."""
+        z = self.encode(x.to(self.get_last_layer().dtype))
+        return self.decode(z).to(x.dtype), None, z
+
+    @property
+    def _scale(self) -> float:
+        scale = self.config.scaling_factor
+        return 1.0 if scale is None or self.config.is_training else scale
+
+    def _per_sample(self, x: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.config.is_training or x.shape[0] == 1:
+            return network(x)
+        return torch.cat([network(sample) for sample in x.split(1)])
+
+    def _check_pixels(self, x: Tensor) -> None:
+        frames, height, width = x.shape[-3:]
+        ratio, rows, columns = self.compression
+        if frames != 1 and frames % ratio:
+            lower = frames // ratio * ratio
+            raise UserError(
+                f"{frames} frames do not fit the deep-compression autoencoder, which takes 1 or a multiple of {ratio}: "
+                f"use {max(lower, 1)} or {lower + ratio}"
+            )
+        if height % rows or width % columns:
+            raise UserError(
+                f"{height}x{width} pixels: height and width must be multiples of {rows} for this autoencoder; "
+                f"nearest: {_nearest(height, rows)}x{_nearest(width, columns)}"
+            )
+
+
+def _nearest(size: int, ratio: int) -> int:
+    return max(round(size / ratio), 1) * ratio
+
+
+@MODELS.register_module("dc_ae")
+def build_dc_ae(
+    model_name: str = "dc-ae-f32t4c128",
+    from_pretrained: str | None = None,
+    device_map: str | torch.device = "cpu",
+    torch_dtype: torch.dtype = torch.float32,
+    from_scratch: bool = False,
+    cache_dir: str | None = None,
+    strict_load: bool = True,
+    latent_channels: int | None = None,
+    encoder: Mapping[str, Any] | None = None,
+    decoder: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> DCAE:
+    """Build a deep-compression autoencoder, with weights from a file, from the hub, or freshly initialised.
+
+    Args:
+        model_name: layout; the one released is dc-ae-f32t4c128.
+        from_pretrained: weights (see `opensora.utils.weights.resolve_path`).
+        device_map: device of the model; "meta" builds it without memory or weights.
+        torch_dtype: dtype of the weights.
+        from_scratch: without ``from_pretrained``, a new model instead of the released weights from the hub. A layout
+            that is changed here, or the meta device, always means a new model.
+        cache_dir: cache of downloaded files.
+        strict_load: False tolerates tensors of the file that the model does not have.
+        latent_channels, encoder, decoder: changes to the layout; see `opensora.models.dc_ae.config.override_coder`.
+        **options: fields of `DCAEConfig` other than these.
+
+    Raises:
+        UserError: config or weights that do not fit; the message names the key.
+    """
+    named = named_layout(model_name)
+    layout = replace(
+        named,
+        latent_channels=latent_channels or named.latent_channels,
+        encoder=override_coder(named.encoder, "encoder", encoder),
+        decoder=override_coder(named.decoder, "decoder", decoder),
+    )
+    config = replace(layout, **options)
+    device = torch.device(device_map)
+    if not from_pretrained and not from_scratch and layout == named and device.type != "meta":
+        from_pretrained = "/".join(RELEASED[WEIGHTS[model_name]])
+    if not from_pretrained:
+        with device:
+            return DCAE(config).to(torch_dtype)
+    return load_model(
+        lambda: DCAE(config),
+        from_pretrained,
+        device,
+        torch_dtype,
+        allow_unexpected=() if strict_load else ("",),
+        cache_dir=cache_dir,
+    )
