@@ -19,6 +19,7 @@ class InputOptions:
     """Numbers of the training objective; names as in the training config."""
 
     patch_size: int = 2
+    spatial_multiple: int = 16  # heights and widths are multiples of this many pixels
     sigma_min: float = 1e-5
     guidance: float = 4.0
     no_i2v_ref_loss: bool = False
@@ -48,7 +49,7 @@ class InputEncoder:
     """Frozen encoders of a diffusion training run.
 
     Args:
-        ae: autoencoder with ``encode_moments`` and ``normalize``.
+        ae: autoencoder; one with a posterior has ``encode_moments`` and ``normalize``, another ``encode``.
         t5, clip: text encoders, ``list[str] -> [B, L, D]`` and ``[B, D]``.
         options: see :class:`InputOptions`.
         keep: remember encoder outputs in memory, row by row. For small datasets; a clip longer than its bucket is then
@@ -62,6 +63,7 @@ class InputEncoder:
     ) -> None:  # fmt: skip
         self.ae, self.t5, self.clip, self.options = ae, t5, clip, options
         self.micro_batch = micro_batch
+        self._has_posterior = hasattr(ae, "encode_moments")
         self._moments, self._txt, self._vec = Store(keep), Store(keep), Store(keep)
         with torch.no_grad():
             self._null_txt, self._null_vec = t5([""]), clip([""])
@@ -106,16 +108,20 @@ class InputEncoder:
         return {"inputs": inputs, "target": pack(velocity(x_0, noise, self.options.sigma_min), patch), "mask": mask}
 
     def _encode(self, clips: Tensor, keys: Sequence[Any]) -> Tensor:
-        """Raw posterior moments ``[B, 2C, t, h, w]``."""
+        """What the autoencoder makes of clips before sampling: posterior moments ``[B, 2C, t, h, w]``, or latents."""
+        encode = self.ae.encode_moments if self._has_posterior else self.ae.encode
 
         def compute(positions: list[int]) -> Tensor:
             chunks = [positions[i : i + self.micro_batch] for i in range(0, len(positions), self.micro_batch)]
-            return torch.cat([self.ae.encode_moments(clips[chunk]) for chunk in chunks])
+            return torch.cat([encode(clips[chunk]) for chunk in chunks])
 
         return self._moments(keys, compute)
 
-    def _latent(self, moments: Tensor, generator: torch.Generator) -> Tensor:
-        return self.ae.normalize(DiagonalGaussian(moments).sample(generator))
+    def _latent(self, encoded: Tensor, generator: torch.Generator) -> Tensor:
+        """Latents ``[B, C, t, h, w]`` of what :meth:`_encode` returned; sampled anew each time."""
+        if not self._has_posterior:
+            return encoded
+        return self.ae.normalize(DiagonalGaussian(encoded).sample(generator))
 
     def _condition(
         self, x_0: Tensor, video: Tensor, keys: Sequence[tuple], generator: torch.Generator

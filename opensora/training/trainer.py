@@ -14,6 +14,7 @@ from opensora.diffusion.conditions import CONDITIONS
 from opensora.models.mmdit.loading import layout_metadata
 from opensora.registry import DATASETS, MODELS, build_module
 from opensora.training.checkpoint import RunningStates, find_checkpoint, load_part, load_states, load_weights
+from opensora.training.checks import check_frames
 from opensora.training.ema import EMA
 from opensora.training.experiment import create_experiment
 from opensora.training.inputs import InputEncoder, InputOptions, diffusion_loss
@@ -48,16 +49,19 @@ def check_config(cfg: Any) -> InputOptions:
         raise UserError(
             "condition_config and model.cond_embed belong together: set both (image conditions) or neither (text only)"
         )
-    patch, channels = cfg.patch_size, cfg.ae.get("latent_channels", 16)
+    ae = build_module({**cfg.ae, "from_pretrained": None}, MODELS, device_map="meta")
+    patch, channels = cfg.patch_size, ae.latent_channels
     expected = channels * patch**2
-    if cfg.ae["type"] == "hunyuan_vae" and cfg.model.get("in_channels", expected) != expected:
+    if cfg.model.get("in_channels", expected) != expected:
         raise UserError(
             f"model.in_channels={cfg.model['in_channels']} does not fit: {channels} latent channels in patches of "
             f"{patch}x{patch} make {expected}"
         )
+    check_frames(cfg.bucket_config, ae)
     dropout = cfg.dropout_ratio or {}
     return InputOptions(
         patch_size=patch,
+        spatial_multiple=ae.compression[1] * patch,
         sigma_min=cfg.sigma_min,
         guidance=cfg.guidance,
         no_i2v_ref_loss=cfg.no_i2v_ref_loss,
@@ -99,7 +103,7 @@ class Trainer:
         self.loader, self.sampler = build_train_loader(
             self.dataset,
             cfg.bucket_config,
-            multiple=cfg.ae.get("spatial_compression_ratio", 8) * cfg.patch_size,
+            multiple=self.options.spatial_multiple,
             seed=cfg.seed,
             num_workers=cfg.num_workers,
             prefetch_factor=cfg.prefetch_factor,

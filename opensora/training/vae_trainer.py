@@ -16,6 +16,7 @@ from opensora.models.hunyuan_vae.inflate import inflate_from_images
 from opensora.models.vae.losses import VAELoss
 from opensora.registry import DATASETS, MODELS, build_module
 from opensora.training.checkpoint import RunningStates, find_checkpoint, load_part, load_states, load_weights
+from opensora.training.checks import check_frames
 from opensora.training.ema import EMA
 from opensora.training.experiment import create_experiment
 from opensora.training.loop import LoopSettings, TrainLoop
@@ -70,17 +71,8 @@ def check_config(cfg: Any) -> VAELoss:
             )
     if cfg.discriminator:
         raise UserError("discriminator: adversarial training is not available in this version; remove the section")
-    if cfg.model["type"] == "hunyuan_vae":
-        ratio = cfg.model.get("time_compression_ratio", 4)
-        for lengths in cfg.bucket_config.values():
-            for frames in lengths:
-                if (frames - 1) % ratio:
-                    near = (frames - 1) // ratio * ratio + 1
-                    raise UserError(
-                        f"bucket_config: {frames} frames do not fit the causal VAE ({ratio}k+1); "
-                        f"use {near} or {near + ratio}"
-                    )
     BucketTable(cfg.bucket_config)
+    check_frames(cfg.bucket_config, build_module({**cfg.model, "from_pretrained": None}, MODELS, device_map="meta"))
     return VAELoss(**(cfg.vae_loss_config or {}))
 
 

@@ -12,12 +12,11 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def pipe(request):
+def pipe():
     """The pipeline of the demo config, run from the repository's root."""
-    patch = pytest.MonkeyPatch()
-    patch.chdir(ROOT)
-    request.addfinalizer(patch.undo)
-    return VideoPipeline.from_config("configs/diffusion/inference/demo.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        yield VideoPipeline.from_config("configs/diffusion/inference/demo.py")
 
 
 def test_a_video_follows_its_prompt(pipe):
