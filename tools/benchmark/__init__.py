@@ -1,0 +1,1 @@
+"""Speed and memory of the models beside another implementation of the same ones."""

@@ -1,0 +1,52 @@
+"""Time and peak memory of one run, on the CPU and on a GPU."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opensora.utils.errors import UserError
+
+MIB = 2**20
+
+
+def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of one run, in seconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def resident_bytes(field: str) -> int:
+    """A memory figure of this process from Linux: "VmRSS" now, "VmHWM" at most since the start or `reset_peak`."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise UserError(f"this system does not report {field}: memory on the CPU can be measured on Linux only")
+
+
+@contextmanager
+def peak_of(device: torch.device) -> Iterator[list[int]]:
+    """Collects into the list, at the end, the bytes that the body needed at most beyond those in use before."""
+    found: list[int] = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield found
+        found.append(torch.cuda.max_memory_allocated(device) - before)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
+    except OSError:  # not allowed: what building the model needed at most is the baseline then
+        before = resident_bytes("VmHWM")
+    else:
+        before = resident_bytes("VmRSS")
+    yield found
+    found.append(resident_bytes("VmHWM") - before)

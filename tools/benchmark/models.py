@@ -1,0 +1,145 @@
+"""Time and memory of our models beside those of diffusers of equal size, measured in one run.
+
+``python tools/benchmark/models.py --device cpu --repeats 5 --out benchmark.json`` prints a table. The implementations
+take turns, so that whatever else the machine does hits all of them; the time is the median. On a GPU the released 11B
+model and autoencoder are timed as well (with random weights, nothing is downloaded).
+"""
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import platform
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from opensora.config import run_main
+from opensora.utils.errors import UserError
+from opensora.utils.video import write_text
+from tools.benchmark.cases import BASELINE, CASES, SIZES, Build, diffusers_module
+from tools.benchmark.measuring import MIB, peak_of, seconds_of
+from tools.benchmark.released import released
+
+
+def time_case(builds: Mapping[str, Build], device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """Times of every implementation of a case, in seconds; they take turns after one run each to warm up."""
+    contestants = {name: build(SIZES[device.type], device) for name, build in builds.items()}
+    weights = {name: sum(p.numel() for p in c.model.parameters()) for name, c in contestants.items()}
+    assert len(set(weights.values())) == 1, f"models of different sizes: {weights}"
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for contestant in contestants.values():
+        contestant.run()
+    order = list(contestants)
+    for _ in range(repeats):
+        for name in order:
+            times[name].append(seconds_of(contestants[name].run, device))
+        order = order[1:] + order[:1]  # nobody always follows the same one
+    return times
+
+
+def measure_peak(case: str, name: str, device: str, threads: int) -> int:
+    """Bytes that the first run of an implementation needs beyond its weights and inputs."""
+    torch.set_num_threads(threads)
+    where = torch.device(device)
+    contestant = CASES[case][name](SIZES[where.type], where)
+    with peak_of(where) as peak:
+        contestant.run()
+        if where.type == "cuda":
+            torch.cuda.synchronize(where)
+    return peak[0]
+
+
+def peak_memory(case: str, name: str, device: torch.device) -> int:
+    """`measure_peak` in a process of its own, which no other run has grown."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(measure_peak, case, name, str(device), torch.get_num_threads()).result()
+
+
+def compare(device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """One row per case and implementation: all times, their median, peak memory, and ratios to diffusers."""
+    rows = []
+    for case, builds in CASES.items():
+        times = time_case(builds, device, repeats)
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        peaks = {name: peak_memory(case, name, device) for name in builds}
+        for name in builds:
+            rows.append(
+                {
+                    "case": case,
+                    "implementation": name,
+                    "seconds": times[name],
+                    "median_s": medians[name],
+                    "time_ratio": medians[name] / medians[BASELINE],
+                    "peak_mib": peaks[name] / MIB,
+                    "memory_ratio": peaks[name] / max(peaks[BASELINE], 1),
+                }
+            )
+    return rows
+
+
+def environment(device: torch.device, repeats: int) -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = models[0] if models else platform.processor()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "diffusers": diffusers_module().__version__,
+        "repeats": repeats,
+        "sizes": {key: str(value) for key, value in vars(SIZES[device.type]).items()},
+    }
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of the rows' single values, one column per key that any row has."""
+    keys = list(dict.fromkeys(key for row in rows for key in row if key != "seconds"))
+
+    def cell(value: Any) -> str:
+        return (f"{value:.0f}" if value >= 100 else f"{value:.3g}") if isinstance(value, float) else str(value)
+
+    lines = [keys, ["---"] * len(keys), *([cell(row.get(key, "")) for key in keys] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the command line and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=5, help="runs per figure, 5 or more (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="file for all figures, as JSON")
+    args = parser.parse_args(argv)
+    if args.repeats < 5:
+        raise UserError(f"--repeats {args.repeats}: a median of fewer than 5 runs says little")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here")
+    device = torch.device(args.device)
+    report: dict[str, Any] = {"environment": environment(device, args.repeats), "comparison": []}
+    print(", ".join(f"{key} {value}" for key, value in report["environment"].items() if key != "sizes"))
+    report["comparison"] = compare(device, args.repeats)
+    print(markdown(report["comparison"]))
+    if device.type == "cuda":
+        report["released"] = released(device, args.repeats)
+        print(markdown(report["released"]))
+    if args.out:
+        write_text(json.dumps(report, indent=2) + "\n", args.out)
+
+
+if __name__ == "__main__":
+    run_main(main)

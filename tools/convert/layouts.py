@@ -1,0 +1,274 @@
+"""Layouts of MMDiT weights, as pure functions on state dicts: fused or split QKV, rotary order, diffusers' names.
+
+C hidden size, D head dimension. The layouts hold the same numbers: every change is a reordering and is undone exactly
+by its inverse. Rows of q and k that move in the rotary order take the scales of their norms along; v never moves.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from opensora.models.mmdit import MMDiTConfig, MMDiTModel
+from opensora.models.mmdit.loading import Shapes, config_of_shapes
+from opensora.utils.errors import UserError
+
+State = dict[str, Tensor]
+
+# fused projection -> its rows in order, as modules of the split layout (`v_mlp`: v, then the MLP's hidden channels)
+PARTS = {"qkv": ("q_proj", "k_proj", "v_proj"), "linear1": ("q_proj", "k_proj", "v_mlp")}
+
+# module of diffusers' FluxTransformer2DModel -> ours in the split layout
+EMBEDDERS = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+DOUBLE_BLOCK = {
+    "norm1.linear": "img_mod.lin",
+    "attn.to_q": "img_attn.q_proj",
+    "attn.to_k": "img_attn.k_proj",
+    "attn.to_v": "img_attn.v_proj",
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.to_out.0": "img_attn.proj",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "norm1_context.linear": "txt_mod.lin",
+    "attn.add_q_proj": "txt_attn.q_proj",
+    "attn.add_k_proj": "txt_attn.k_proj",
+    "attn.add_v_proj": "txt_attn.v_proj",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+}
+SINGLE_BLOCK = {
+    "norm.linear": "modulation.lin",
+    "attn.to_q": "q_proj",
+    "attn.to_k": "k_proj",
+    "attn.to_v": "v_proj",  # joined with `proj_mlp` to `v_mlp`
+    "proj_mlp": "proj_mlp",
+    "attn.norm_q": "norm.query_norm",
+    "attn.norm_k": "norm.key_norm",
+    "proj_out": "linear2",
+}
+DIFFUSERS_BLOCK = re.compile(r"(single_)?transformer_blocks\.(\d+)\.(.+)")
+
+
+def _split_key(key: str) -> tuple[str, str, str]:
+    """``double_blocks.0.img_attn.qkv.weight`` -> (``double_blocks.0.img_attn.``, ``qkv``, ``weight``)."""
+    path, _, kind = key.rpartition(".")
+    prefix, dot, name = path.rpartition(".")
+    return prefix + dot, name, kind
+
+
+def has_fused_qkv(keys: Iterable[str]) -> bool:
+    """Whether an MMDiT's keys are those of fused projections.
+
+    Raises:
+        UserError: the keys are those of another model, or of both layouts.
+    """
+    keys = set(keys)
+    if any(DIFFUSERS_BLOCK.match(key) for key in keys):
+        raise UserError("it is a Flux transformer in the layout of diffusers: use tools/convert/from_diffusers.py")
+    names = {_split_key(key)[1] for key in keys if key.startswith(("double_blocks.", "single_blocks."))}
+    fused, split = bool(names & {"qkv", "linear1"}), "q_proj" in names
+    if "img_in.weight" not in keys or not (fused or split):
+        raise UserError("it is not an MMDiT: it lacks img_in, or blocks with query, key and value projections")
+    if fused and split:
+        raise UserError("it has both fused projections (qkv, linear1) and split ones (q_proj): it mixes two models")
+    return fused
+
+
+def split_qkv(state: Mapping[str, Tensor]) -> State:
+    """Fused projections -> split ones: rows q, k, rest of ``qkv`` and ``linear1`` become three modules."""
+    hidden = state["img_in.weight"].shape[0]
+    converted: State = {}
+    for key, value in state.items():
+        prefix, name, kind = _split_key(key)
+        if name not in PARTS:
+            converted[key] = value
+            continue
+        rows = value.split([hidden, hidden, len(value) - 2 * hidden])
+        converted.update((f"{prefix}{part}.{kind}", part_rows) for part, part_rows in zip(PARTS[name], rows))
+    return converted
+
+
+def fuse_qkv(state: Mapping[str, Tensor]) -> State:
+    """Split projections -> fused ones, the inverse of `split_qkv`.
+
+    Raises:
+        UserError: one of the three parts is missing.
+    """
+    converted: State = {}
+    parts = {part for names in PARTS.values() for part in names}
+    for key, value in state.items():
+        prefix, name, kind = _split_key(key)
+        if name not in parts:
+            converted[key] = value
+        elif name == "q_proj":
+            fused = "qkv" if prefix.endswith("attn.") else "linear1"
+            names = [f"{prefix}{part}.{kind}" for part in PARTS[fused]]
+            missing = [part for part in names if part not in state]
+            if missing:
+                raise UserError(f"it has {key} but not {', '.join(missing)}")
+            converted[f"{prefix}{fused}.{kind}"] = torch.cat([state[part] for part in names])
+    return converted
+
+
+def permute_heads(rows: Tensor, head_dim: int, half_split: bool) -> Tensor:
+    """Reorder the channels of every head along axis 0, ``[H*D, ...]``, by rotary pairs.
+
+    Args:
+        rows: weight rows, biases or scales of queries or keys.
+        head_dim: channels D of one head.
+        half_split: true from pairs (2k, 2k + 1) to (k, k + D/2); false the other way.
+    """
+    pairs = (head_dim // 2, 2) if half_split else (2, head_dim // 2)
+    return rows.unflatten(0, (-1, *pairs)).transpose(1, 2).flatten(0, 2)
+
+
+def change_rope(state: Mapping[str, Tensor], half_split: bool) -> State:
+    """Interleaved -> half-split rotary layout (``half_split``) or back, in either QKV layout.
+
+    The rotation of pair k is the same in both layouts, so attention scores are, too. Norms commute with the
+    reordering as long as their scales follow it.
+    """
+    hidden = state["img_in.weight"].shape[0]
+    head_dim = next(len(value) for key, value in state.items() if key.endswith("query_norm.scale"))
+
+    def permute(rows: Tensor) -> Tensor:
+        return permute_heads(rows, head_dim, half_split)
+
+    converted: State = {}
+    for key, value in state.items():
+        _, name, _ = _split_key(key)
+        if name in PARTS:
+            q, k, rest = value.split([hidden, hidden, len(value) - 2 * hidden])
+            value = torch.cat((permute(q), permute(k), rest))
+        elif name in ("q_proj", "k_proj", "query_norm", "key_norm"):
+            value = permute(value)
+        converted[key] = value
+    return converted
+
+
+def from_diffusers(state: Mapping[str, Tensor]) -> State:
+    """State dict of diffusers' ``FluxTransformer2DModel`` -> ours, with split QKV and interleaved rotary layout.
+
+    Raises:
+        UserError: keys of another model, or of an adapter; names them.
+    """
+    if not any(DIFFUSERS_BLOCK.match(key) for key in state):
+        ours = " (it is one in our names already: use tools/convert/mmdit.py)" if "img_in.weight" in state else ""
+        raise UserError(f"it is not a Flux transformer in the layout of diffusers{ours}")
+    if "x_embedder.weight" not in state:
+        raise UserError("it lacks x_embedder.weight: it is only a part of a Flux transformer, or an adapter for one")
+    renamed: State = {}
+    unknown = []
+    for key, value in state.items():
+        name = _our_key(key)
+        if name is None:
+            unknown.append(key)
+            continue
+        # (scale, shift) there, (shift, scale) here
+        renamed[name] = torch.cat(value.chunk(2)[::-1]) if "adaLN_modulation" in name else value
+    if unknown:
+        few = ", ".join(unknown[:5]) + (f", ... ({len(unknown)} in all)" if len(unknown) > 5 else "")
+        raise UserError(f"it has tensors that FluxTransformer2DModel does not have: {few}")
+    converted: State = {}
+    for key, value in renamed.items():
+        prefix, name, kind = _split_key(key)
+        if name == "proj_mlp":
+            v = renamed.get(f"{prefix}v_proj.{kind}")
+            if v is None:
+                raise UserError(
+                    f"it has proj_mlp but not attn.to_v in {prefix.replace('blocks', 'transformer_blocks')}"
+                )
+            converted[f"{prefix}v_mlp.{kind}"] = torch.cat((v, value))
+        elif not (name == "v_proj" and prefix.startswith("single_blocks.")):
+            converted[key] = value
+    return converted
+
+
+def _our_key(key: str) -> str | None:
+    """Our key in the split layout (single blocks still with ``v_proj`` and ``proj_mlp``), None for an unknown one."""
+    module, _, kind = key.rpartition(".")
+    block = DIFFUSERS_BLOCK.fullmatch(module)
+    if block is None:
+        prefix, name = "", EMBEDDERS.get(module)
+    else:
+        single, number, inside = block.groups()
+        prefix = f"{'single' if single else 'double'}_blocks.{number}."
+        name = (SINGLE_BLOCK if single else DOUBLE_BLOCK).get(inside)
+    if name is None or kind not in ("weight", "bias"):
+        return None
+    return f"{prefix}{name}.{'scale' if name.endswith(('query_norm', 'key_norm')) else kind}"
+
+
+def convert_layout(
+    state: Mapping[str, Tensor], *, fused_qkv: bool | None = None, change_to_half_split: bool | None = None
+) -> State:
+    """Change the QKV layout, the rotary layout, or both; None leaves one as it is.
+
+    Args:
+        state: whole weights of an MMDiT (see `model_config`) in one of the four layouts.
+        fused_qkv: the QKV layout of the result.
+        change_to_half_split: true reorders interleaved channels to half-split, false half-split ones to interleaved;
+            the caller knows which the file has, the tensors do not tell.
+
+    Raises:
+        UserError: not an MMDiT.
+    """
+    converted = dict(state)
+    current = has_fused_qkv(converted)
+    if change_to_half_split is not None:
+        converted = change_rope(converted, change_to_half_split)
+    if fused_qkv is not None and fused_qkv != current:
+        reorder: Callable[[Mapping[str, Tensor]], State] = fuse_qkv if fused_qkv else split_qkv
+        converted = reorder(converted)
+    return converted
+
+
+def model_config(shapes: Shapes, use_liger_rope: bool = False) -> MMDiTConfig:
+    """Config of the model whose weights have these names and shapes, checked tensor by tensor.
+
+    Rotary axes and base are not in the weights: they are filled with placeholders and matter to no shape.
+
+    Raises:
+        UserError: a tensor is missing, too many, or has the wrong shape.
+    """
+    found = {"qkv_bias": True, "patch_size": 2, **config_of_shapes(shapes)}
+    absent = [
+        key for key in ("hidden_size", "vec_in_dim", "context_in_dim", "num_heads", "mlp_ratio") if key not in found
+    ]
+    if absent == ["mlp_ratio"] and not found["depth"] and "single_blocks.0.linear2.weight" in shapes:
+        found["mlp_ratio"] = shapes["single_blocks.0.linear2.weight"][1] / found["hidden_size"] - 1
+    elif absent:
+        raise UserError(f"it lacks the tensors that tell {', '.join(absent)}: it is not a whole MMDiT")
+    # the config rounds down to whole channels
+    found["mlp_ratio"] += 0.5 / found["hidden_size"]
+    axes = [found["hidden_size"] // found["num_heads"], 0, 0]
+    config = MMDiTConfig(**found, axes_dim=axes, theta=10000, use_liger_rope=use_liger_rope)
+    with torch.device("meta"):
+        wanted = {key: tuple(value.shape) for key, value in MMDiTModel(config).state_dict().items()}
+    wrong = [f"no {key}" for key in wanted if key not in shapes]
+    wrong += [f"{key}, which the model does not have" for key in shapes if key not in wanted]
+    wrong += [
+        f"{key} of shape {[*shapes[key]]} instead of {[*shape]}"
+        for key, shape in wanted.items()
+        if shapes.get(key, shape) != shape
+    ]
+    if wrong:
+        more = f", ... ({len(wrong)} in all)" if len(wrong) > 5 else ""
+        raise UserError(f"it is not a whole MMDiT: it has {', '.join(wrong[:5])}{more}")
+    return config
