@@ -1,4 +1,24 @@
-# The shipped small models that stay fixed while the diffusion model is trained, and that sampling needs too.
+# The small models that training and sampling share: the diffusion model's layout, and the autoencoder and text
+# encoders that come with the repository and stay fixed while it is trained.
+model = dict(
+    type="flux",
+    in_channels=32,
+    vec_in_dim=64,
+    context_in_dim=64,
+    hidden_size=160,
+    mlp_ratio=4.0,
+    num_heads=5,
+    depth=2,
+    depth_single_blocks=4,
+    axes_dim=[8, 12, 12],
+    theta=10_000,
+    qkv_bias=True,
+    guidance_embed=False,
+    fused_qkv=False,
+    use_liger_rope=True,
+    cond_embed=True,
+    patch_size=2,
+)
 # Scale and shift are the latents' statistics, measured by scripts/vae/stats.py.
 ae = dict(
     type="hunyuan_vae",

@@ -25,23 +25,4 @@ sampling_option = dict(
 )
 fps_save = 8
 
-model = dict(
-    type="flux",
-    from_pretrained="assets/demo/mmdit.safetensors",
-    in_channels=32,
-    vec_in_dim=64,
-    context_in_dim=64,
-    hidden_size=160,
-    mlp_ratio=4.0,
-    num_heads=5,
-    depth=2,
-    depth_single_blocks=4,
-    axes_dim=[8, 12, 12],
-    theta=10_000,
-    qkv_bias=True,
-    guidance_embed=False,
-    fused_qkv=False,
-    use_liger_rope=True,
-    cond_embed=True,
-    patch_size=2,
-)
+model = dict(from_pretrained="assets/demo/mmdit.safetensors")

@@ -5,31 +5,10 @@ bucket_config = {"64px_ar1:1": {17: (1.0, 48)}}
 num_workers = 0
 keep_encoded = True  # 6,000 clips are few enough to be encoded once
 
-model = dict(
-    type="flux",
-    in_channels=32,
-    vec_in_dim=64,
-    context_in_dim=64,
-    hidden_size=160,
-    mlp_ratio=4.0,
-    num_heads=5,
-    depth=2,
-    depth_single_blocks=4,
-    axes_dim=[8, 12, 12],
-    theta=10000,
-    qkv_bias=True,
-    guidance_embed=False,
-    fused_qkv=False,
-    use_liger_rope=True,
-    cond_embed=True,
-    patch_size=2,
-)
 patch_size = 2
 # Images are given on 45 % of the samples.
 condition_config = dict(t2v=11, i2v_head=9)
 dropout_ratio = dict(t5=0.31622777, clip=0.31622777)  # both are dropped on one sample in ten
-
-
 is_causal_vae = True
 
 lr = 1.5e-3
