@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from opensora.training.checkpoint import RunningStates
 from opensora.utils.errors import UserError
 
 
@@ -26,3 +27,16 @@ def check_frames(bucket_config: Mapping[str, Mapping[int, Any]], ae: Any) -> Non
                 f"bucket_config[{resolution!r}]: {frames} frames do not fit this autoencoder, which takes "
                 f"{ratio}k{'+1' if extra else ''}; use {lower} or {lower + ratio}"
             )
+
+
+def check_unfinished(states: RunningStates, total_steps: int) -> None:
+    """Refuse to go on from a checkpoint at or past the run's last optimizer step.
+
+    Raises:
+        UserError: names both steps.
+    """
+    if states.global_step >= total_steps:
+        raise UserError(
+            f"--load: the checkpoint is at step {states.global_step}, the run ends at {total_steps}; "
+            "raise max_steps or epochs"
+        )

@@ -14,7 +14,7 @@ from opensora.diffusion.conditions import CONDITIONS
 from opensora.models.mmdit.loading import layout_metadata
 from opensora.registry import DATASETS, MODELS, build_module
 from opensora.training.checkpoint import RunningStates, find_checkpoint, load_part, load_states, load_weights
-from opensora.training.checks import check_frames
+from opensora.training.checks import check_frames, check_unfinished
 from opensora.training.ema import EMA
 from opensora.training.experiment import create_experiment
 from opensora.training.inputs import InputEncoder, InputOptions, diffusion_loss
@@ -110,11 +110,7 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
         self.total_steps = cfg.max_steps or cfg.epochs * len(self.sampler) // cfg.accumulation_steps
-        if self.states.global_step >= self.total_steps:
-            raise UserError(
-                f"--load: the checkpoint is at step {self.states.global_step}, the run ends at {self.total_steps}; "
-                "raise max_steps or epochs"
-            )
+        check_unfinished(self.states, self.total_steps)
 
     def _build(self, section: str, **overrides: Any) -> Any:
         return build_module(

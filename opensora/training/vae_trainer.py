@@ -16,7 +16,7 @@ from opensora.models.hunyuan_vae.inflate import inflate_from_images
 from opensora.models.vae.losses import VAELoss
 from opensora.registry import DATASETS, MODELS, build_module
 from opensora.training.checkpoint import RunningStates, find_checkpoint, load_part, load_states, load_weights
-from opensora.training.checks import check_frames
+from opensora.training.checks import check_frames, check_unfinished
 from opensora.training.ema import EMA
 from opensora.training.experiment import create_experiment
 from opensora.training.loop import LoopSettings, TrainLoop
@@ -110,11 +110,7 @@ class VAETrainer:
         _, sampler = self._loader(cfg.bucket_config)
         self.stages = plan_stages(cfg, len(sampler) // cfg.accumulation_steps)
         self.states = load_states(self.resume) if self.resume else RunningStates(0, 0, 0, 0)
-        if self.states.global_step >= self.stages[-1].end:
-            raise UserError(
-                f"--load: the checkpoint is at step {self.states.global_step}, the run ends at {self.stages[-1].end}; "
-                "raise max_steps or epochs"
-            )
+        check_unfinished(self.states, self.stages[-1].end)
 
     def _loader(self, bucket_config: dict):
         return build_train_loader(
