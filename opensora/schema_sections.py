@@ -73,12 +73,13 @@ class SamplingOption:
 class OptimOptions:
     """Optimizer."""
 
-    cls: str = opt("HybridAdam", "optimizer class")
+    cls: str = opt("HybridAdam", "optimizer: HybridAdam, AdamW, Adam, Muon")
     lr: float = opt(1e-5, "learning rate")
     eps: float = opt(1e-8, "term added to the denominator")
     weight_decay: float = opt(0.0, "decoupled weight decay")
     betas: tuple[float, float] = opt((0.9, 0.999), "decay of the moments")
     adamw_mode: bool = opt(True, "AdamW rather than Adam with L2")
+    momentum: float | None = opt(None, "momentum of Muon (0.95)")
 
 
 @dataclass

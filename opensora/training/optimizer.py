@@ -1,42 +1,111 @@
 """Optimizers and learning-rate schedules, both counted in optimizer steps."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from opensora.utils.errors import UserError
 
 # One process trains with torch's AdamW under either name: HybridAdam is ColossalAI's AdamW for sharded training.
 ADAM_NAMES = ("HybridAdam", "AdamW", "Adam")
+NAMES = (*ADAM_NAMES, "Muon")
+KEYS = ("lr", "betas", "eps", "weight_decay", "adamw_mode", "momentum")
 
 
-def create_optimizer(parameters: Iterable[nn.Parameter], config: Mapping[str, Any]) -> Optimizer:
+class MuonWithAdamW(Optimizer):
+    """Muon on the matrices of the repeated blocks, AdamW on everything else (biases, norms, first and last layers).
+
+    Muon's updates are scaled to the root mean square of AdamW's, so both take the same learning rate and decay.
+    Both parts share this object's parameter groups and state: schedules and checkpoints see one optimizer.
+
+    Args:
+        matrices: two-dimensional parameters of hidden layers.
+        others: the remaining parameters.
+        momentum: of Muon, in [0, 1).
+        lr, betas, eps, weight_decay: as in AdamW; ``betas`` and ``eps`` concern AdamW alone.
+
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); scaling as in Liu et al.,
+    "Muon is Scalable for LLM Training" (2025).
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[nn.Parameter],
+        others: Sequence[nn.Parameter],
+        *,
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        muon = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        self.parts: list[Optimizer] = []
+        if matrices:
+            self.parts.append(Muon(matrices, **muon))
+        if others:
+            self.parts.append(AdamW(others, **adam))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._link()
+
+    def _link(self) -> None:
+        """Let the parts work on this object's groups and state."""
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        """One update of all parameters."""
+        loss = closure() if closure is not None else None
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Groups and state of an earlier run."""
+        super().load_state_dict(state_dict)
+        self._link()
+
+
+def create_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: Mapping[str, Any]) -> Optimizer:
     """Optimizer over the trainable parameters.
 
     Args:
-        parameters: those without ``requires_grad`` are left out.
-        config: ``cls`` (HybridAdam or AdamW: decoupled decay; Adam), ``lr``, ``betas``, ``eps``, ``weight_decay``,
-            ``adamw_mode`` (False: L2 penalty as in Adam).
+        named_parameters: as ``model.named_parameters()`` gives them; those without ``requires_grad`` are left out.
+        config: ``cls`` (HybridAdam or AdamW: decoupled decay; Adam; Muon: see :class:`MuonWithAdamW`), ``lr``,
+            ``betas``, ``eps``, ``weight_decay``, ``adamw_mode`` (False: L2 penalty as in Adam), ``momentum`` (Muon).
 
     Raises:
         UserError: unknown ``cls`` or key.
     """
-    options = dict(config)
+    options = {key: value for key, value in config.items() if value is not None}
     name = options.pop("cls", "HybridAdam")
     decoupled = options.pop("adamw_mode", name != "Adam")
-    if name not in ADAM_NAMES:
-        raise UserError(f"optim.cls={name!r} is unknown; use one of {', '.join(ADAM_NAMES)}")
-    unknown = set(options) - {"lr", "betas", "eps", "weight_decay"}
+    if name not in NAMES:
+        raise UserError(f"optim.cls={name!r} is unknown; use one of {', '.join(NAMES)}")
+    known = [key for key in KEYS if key != "momentum" or name == "Muon"]
+    unknown = set(options) - set(known)
     if unknown:
-        raise UserError(f"optim.{sorted(unknown)[0]} is unknown; use lr, betas, eps, weight_decay, adamw_mode")
-    options = {key: value for key, value in options.items() if value is not None}
-    trainable = [p for p in parameters if p.requires_grad]
-    return (AdamW if decoupled else torch.optim.Adam)(trainable, **options)
+        raise UserError(f"optim.{sorted(unknown)[0]} is unknown for {name}; use {', '.join(known)}")
+    trainable = [(key, p) for key, p in named_parameters if p.requires_grad]
+    if name == "Muon":
+        if not decoupled:
+            raise UserError("optim.adamw_mode=False: Muon's decay is decoupled; leave the key out")
+        matrices = [p for key, p in trainable if is_hidden_matrix(key, p)]
+        return MuonWithAdamW(matrices, [p for key, p in trainable if not is_hidden_matrix(key, p)], **options)
+    return (AdamW if decoupled else torch.optim.Adam)([p for _, p in trainable], **options)
+
+
+def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix inside a list of blocks; its name then has a number, as ``double_blocks.0``."""
+    return parameter.ndim == 2 and any(part.isdigit() for part in name.split("."))
 
 
 def create_schedule(

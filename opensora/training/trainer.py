@@ -132,7 +132,7 @@ class Trainer:
         folder = create_experiment(cfg, self.resume)
         logger.info("%.2fM parameters on %s", sum(p.numel() for p in model.parameters()) / 1e6, self.device)
         ema = EMA(model, cfg.ema_decay) if cfg.ema_decay else None
-        optimizer = create_optimizer(model.parameters(), cfg.optim)
+        optimizer = create_optimizer(model.named_parameters(), cfg.optim)
         engine = SingleEngine(model, optimizer, cfg.grad_clip)
         if self.resume:
             engine.load_state_dict(load_part(self.resume, "optimizer"))

@@ -153,7 +153,7 @@ class VAETrainer:
             inflate_from_images(self.model)
             if self.ema:  # the average's kernels changed meaning with the model's
                 self.ema = EMA(self.model, cfg.ema_decay)
-        optimizer = create_optimizer(self.model.parameters(), {**cfg.optim, "lr": stage.lr})
+        optimizer = create_optimizer(self.model.named_parameters(), {**cfg.optim, "lr": stage.lr})
         engine = SingleEngine(self.model, optimizer, cfg.grad_clip)
         if self.resume and not fresh and cfg.load_optimizer:
             engine.load_state_dict(load_part(self.resume, "optimizer"))

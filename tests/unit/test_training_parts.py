@@ -1,5 +1,6 @@
 """Optimizer schedule, averaged weights, checkpoints, losses."""
 
+import copy
 import math
 
 import pytest
@@ -27,7 +28,7 @@ from opensora.utils.errors import UserError
 
 
 def rates(steps, **options):
-    optimizer = create_optimizer([nn.Parameter(torch.zeros(1))], {"cls": "HybridAdam", "lr": 1.0})
+    optimizer = create_optimizer([("w", nn.Parameter(torch.zeros(1)))], {"cls": "HybridAdam", "lr": 1.0})
     schedule = create_schedule(optimizer, **options)
     out = []
     for _ in range(steps):
@@ -48,9 +49,68 @@ def test_schedule_warms_up_stays_and_decays():
 
 def test_optimizer_names_its_mistakes():
     with pytest.raises(UserError, match="optim.cls='SGD'"):
-        create_optimizer([nn.Parameter(torch.zeros(1))], {"cls": "SGD"})
+        create_optimizer([("w", nn.Parameter(torch.zeros(1)))], {"cls": "SGD"})
     with pytest.raises(UserError, match=r"optim\.momentum"):
-        create_optimizer([nn.Parameter(torch.zeros(1))], {"momentum": 0.9})
+        create_optimizer([("w", nn.Parameter(torch.zeros(1)))], {"momentum": 0.9})
+
+
+class Net(nn.Module):
+    """A first layer, one block, a last layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+
+    def forward(self, x):
+        return self.last(self.blocks[0](self.first(x)).relu())
+
+
+def updates(model, optimizers, steps=3):
+    for step in range(steps):
+        x = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
+        model.zero_grad()
+        model(x).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
+    ours, plain = Net(), Net()
+    config = {"cls": "Muon", "lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
+    updates(ours, [create_optimizer(ours.named_parameters(), config)])
+    matrix = plain.blocks[0].weight
+    rest = [p for p in plain.parameters() if p is not matrix]
+    muon = torch.optim.Muon([matrix], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    updates(plain, [muon, torch.optim.AdamW(rest, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)])
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(UserError, match="adamw_mode"):
+        create_optimizer(ours.named_parameters(), {"cls": "Muon", "adamw_mode": False})
+
+
+def test_muon_resumes_and_follows_the_schedule():
+    config = {"cls": "Muon", "lr": 1e-2}
+    model = Net()
+    optimizer = create_optimizer(model.named_parameters(), config)
+    updates(model, [optimizer])
+    again = Net()
+    again.load_state_dict(model.state_dict())
+    resumed = create_optimizer(again.named_parameters(), config)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for net, opt in ((model, optimizer), (again, resumed)):
+        for group in opt.param_groups:
+            group["lr"] = 3e-3
+        updates(net, [opt], steps=2)
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    frozen = [p.detach().clone() for p in again.parameters()]
+    for group in resumed.param_groups:
+        group["lr"] = 0.0
+    updates(again, [resumed])
+    for a, b in zip(again.parameters(), frozen, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_ema_is_float32_and_equals_the_formula():
