@@ -82,6 +82,18 @@ def test_convolution_in_pieces_is_exact(monkeypatch, stride, frames):
     torch.testing.assert_close(conv(x), whole, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("scale", [(1, 2, 2), (2, 2, 2)])
+@pytest.mark.parametrize("limit", [blocks.INDEX_LIMIT, 2 * 5 * 9 * 8 * 4])
+def test_upsampling_by_phases_equals_enlarging_first(monkeypatch, scale, limit):
+    layer = blocks.UpsampleCausal3D(5, scale).double()
+    x = torch.randn(2, 5, 5, 7, 6, dtype=torch.float64)
+    plain = layer(x).detach()  # gradients are on: the plain path
+    monkeypatch.setattr(blocks, "INDEX_LIMIT", limit)
+    with torch.no_grad():
+        # float64: taps are added up before rather than after the multiplication.
+        torch.testing.assert_close(layer(x), plain, atol=1e-13, rtol=1e-13)
+
+
 def masked_attention(module: blocks.FrameCausalAttention, x):
     """The same attention with the dense frame-causal mask."""
     _, channels, frames, height, width = x.shape

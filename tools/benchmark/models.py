@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -65,26 +66,24 @@ def peak_memory(case: str, name: str, device: torch.device) -> int:
         return pool.submit(measure_peak, case, name, str(device), torch.get_num_threads()).result()
 
 
-def compare(device: torch.device, repeats: int) -> list[dict[str, Any]]:
-    """One row per case and implementation: all times, their median, peak memory, and ratios to diffusers."""
-    rows = []
-    for case, builds in CASES.items():
-        times = time_case(builds, device, repeats)
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        peaks = {name: peak_memory(case, name, device) for name in builds}
-        for name in builds:
-            rows.append(
-                {
-                    "case": case,
-                    "implementation": name,
-                    "seconds": times[name],
-                    "median_s": medians[name],
-                    "time_ratio": medians[name] / medians[BASELINE],
-                    "peak_mib": peaks[name] / MIB,
-                    "memory_ratio": peaks[name] / max(peaks[BASELINE], 1),
-                }
-            )
-    return rows
+def compare(case: str, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """One row per implementation of a case: all times, their median, peak memory, and ratios to diffusers."""
+    builds = CASES[case]
+    times = time_case(builds, device, repeats)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    peaks = {name: peak_memory(case, name, device) for name in builds}
+    return [
+        {
+            "case": case,
+            "implementation": name,
+            "seconds": times[name],
+            "median_s": medians[name],
+            "time_ratio": medians[name] / medians[BASELINE],
+            "peak_mib": peaks[name] / MIB,
+            "memory_ratio": peaks[name] / max(peaks[BASELINE], 1),
+        }
+        for name in builds
+    ]
 
 
 def environment(device: torch.device, repeats: int) -> dict[str, Any]:
@@ -123,7 +122,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="runs per figure, 5 or more (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="file for all figures, as JSON")
+    parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES), help="which (default: all)")
+    parser.add_argument("--out", type=Path, help="file for all figures, as JSON; grows with every case")
     args = parser.parse_args(argv)
     if args.repeats < 5:
         raise UserError(f"--repeats {args.repeats}: a median of fewer than 5 runs says little")
@@ -132,13 +132,20 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(args.device)
     report: dict[str, Any] = {"environment": environment(device, args.repeats), "comparison": []}
     print(", ".join(f"{key} {value}" for key, value in report["environment"].items() if key != "sizes"))
-    report["comparison"] = compare(device, args.repeats)
+    for case in tqdm(args.case, unit="case", disable=None):
+        report["comparison"] += compare(case, device, args.repeats)
+        save(report, args.out)
     print(markdown(report["comparison"]))
     if device.type == "cuda":
         report["released"] = released(device, args.repeats)
+        save(report, args.out)
         print(markdown(report["released"]))
-    if args.out:
-        write_text(json.dumps(report, indent=2) + "\n", args.out)
+
+
+def save(report: Mapping[str, Any], out: Path | None) -> None:
+    """What was measured so far, so that a run that is cut short still leaves figures."""
+    if out:
+        write_text(json.dumps(report, indent=2) + "\n", out)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,12 @@ def upsample_nearest(x: Tensor, scale: tuple[int, int, int]) -> Tensor:
 
 
 class UpsampleCausal3D(nn.Module):
-    """Nearest upsampling then a causal convolution; the first frame is only enlarged in space (T -> s(T-1) + 1)."""
+    """Nearest upsampling then a causal convolution; the first frame is only enlarged in space (T -> s(T-1) + 1).
+
+    Neighbouring samples of an enlarged tensor are equal, so its three kernel taps along an axis meet two distinct
+    values. Without gradients, each of the output's interleaved phases is therefore convolved straight from the small
+    input with a two-tap kernel (of summed taps): 3.4 times fewer operations, and the enlarged tensor is never built.
+    """
 
     def __init__(self, channels: int, scale: tuple[int, int, int]) -> None:
         super().__init__()
@@ -89,10 +94,49 @@ class UpsampleCausal3D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, T, H, W] -> [B, C, s_t (T-1) + 1, s_h H, s_w W]``."""
+        if self.scale[0] <= 2 and self.scale[1:] == (2, 2) and x.shape[2] > 1 and not torch.is_grad_enabled():
+            return self._by_phases(x)
         if self.scale[0] > 1 and x.shape[2] > 1:
             # Repeating every frame and dropping the surplus copies of the first is the same as treating it apart.
             x = x.repeat_interleave(self.scale[0], dim=2)[:, :, self.scale[0] - 1 :]
         return self.conv(upsample_nearest(x, (1, *self.scale[1:])))
+
+    def _by_phases(self, x: Tensor) -> Tensor:
+        """The same result from the small input; pieces along time keep each convolution below the index limit."""
+        batch, channels, frames, height, width = x.shape
+        times = self.scale[0]
+        context = 2 // times  # earlier frames that a kernel reaches
+        step = max(INDEX_LIMIT // (batch * channels * (height + 2) * (width + 2)) - context, 1)
+        out = x.new_empty(batch, self.conv.conv.out_channels, times * (frames - 1) + 1, 2 * height, 2 * width)
+        for start in range(0, frames, step):
+            piece = x[:, :, max(start - context, 0) : start + step]
+            piece = F.pad(piece, (1, 1, 1, 1, max(context - start, 0), 0), mode="replicate")
+            for phase in range(times):
+                begin = times * start - (times - 1 - phase)
+                skip = int(begin < 0)  # the first frame has no earlier copy
+                target = out[:, :, begin + skip * times :: times]
+                self._spatial_phases(piece[:, :, skip:], self._fold_time(phase), target)
+        return out
+
+    def _fold_time(self, phase: int) -> Tensor:
+        """Kernel on the small input's frames; the earlier copy of a frame is preceded by two copies of the last one."""
+        weight = self.conv.conv.weight
+        return weight if self.scale[0] == 1 else fold_taps(weight, 2, first=phase == 0)
+
+    def _spatial_phases(self, x: Tensor, weight: Tensor, target: Tensor) -> None:
+        """Write the four interleaved pictures of padded ``x`` to ``target``'s first frames."""
+        height, width = x.shape[3] - 1, x.shape[4] - 1
+        for row in (0, 1):
+            for column in (0, 1):
+                kernel = fold_taps(fold_taps(weight, 3, first=row == 1), 4, first=column == 1)
+                part = F.conv3d(x[:, :, :, row : row + height, column : column + width], kernel, self.conv.conv.bias)
+                target[:, :, : part.shape[2], row::2, column::2] = part
+
+
+def fold_taps(weight: Tensor, dim: int, first: bool) -> Tensor:
+    """Three taps along ``dim`` as two: the first two added up if ``first``, else the last two."""
+    a, b, c = weight.float().unbind(dim) if weight.dtype in (torch.float16, torch.bfloat16) else weight.unbind(dim)
+    return torch.stack([a + b, c] if first else [a, b + c], dim).to(weight.dtype)
 
 
 class DownsampleCausal3D(nn.Module):
