@@ -66,7 +66,10 @@ def explain_mismatch(config: MMDiTConfig, file_shapes: Shapes, strict: bool = Tr
         no sentence if the file's keys and shapes reveal no difference.
     """
     if any(key.startswith("transformer_blocks.") for key in file_shapes):
-        return ["The file is a Flux transformer in the layout of diffusers: convert it first, see tools/convert."]
+        return [
+            "The file is a Flux transformer in the layout of diffusers: convert it first with "
+            "python tools/convert/from_diffusers.py SOURCE OUT.safetensors."
+        ]
     if "img_in.weight" not in file_shapes or "txt_in.weight" not in file_shapes:
         return ["The file is not an MMDiT (it has no img_in and txt_in): check model.from_pretrained."]
     found = config_of_shapes(file_shapes)
