@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 DEV_STAMP := $(VENV)/installed-dev
 
-.PHONY: help install demo test lint types tests clean
+.PHONY: help install demo pictures test lint types tests clean
 
 help:
 	@echo "make demo     install, then generate a video and its contact sheet"
+	@echo "make pictures draw the README's pictures anew (docs/images)"
 	@echo "make test     install, then lint, type check and tests"
 	@echo "make install  the environment only ($(VENV))"
 	@echo "make clean    remove the environment"
@@ -27,6 +28,9 @@ $(DEV_STAMP): $(STAMP) requirements-dev.txt
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo/run.py
+
+pictures: $(STAMP)
+	$(BIN)/python tools/demo/pictures.py
 
 test: lint types tests
 

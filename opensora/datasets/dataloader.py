@@ -9,6 +9,67 @@ from torch.utils.data import DataLoader
 from opensora.datasets.buckets import BucketTable
 from opensora.datasets.dataset import VideoTextDataset, collate
 from opensora.datasets.sampler import BucketBatchSampler
+from opensora.utils.errors import UserError
+from opensora.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+SHOWN = 5  # broken rows that a summary names
+
+
+class BrokenRows:
+    """Rows of a dataset that could not be read so far, and the end of patience with them.
+
+    Args:
+        dataset: ``max_broken`` of its rows (one at least, unless it is 0) are tolerated.
+    """
+
+    def __init__(self, dataset: VideoTextDataset) -> None:
+        self.data_path, self.total = dataset.data_path, len(dataset)
+        share = dataset.max_broken
+        self.limit = max(int(share * self.total), 1) if share > 0 else 0
+        self.reasons: dict[int, str] = {}
+
+    def check(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch without its ``broken`` entry, each new row of which is logged.
+
+        Raises:
+            UserError: more rows are broken than tolerated, or a sample and all its spares; with a summary.
+        """
+        for row, reason in batch.pop("broken", ()):
+            if row not in self.reasons:
+                self.reasons[row] = reason
+                logger.warning(
+                    "%s, row %d is left out: %s (%d so far)", self.data_path, row + 2, reason, len(self.reasons)
+                )
+        if len(self.reasons) > self.limit:
+            raise UserError(
+                f"{self.data_path}: {len(self.reasons)} of {self.total} rows are unreadable, dataset.max_broken allows "
+                f"{self.limit}.\n{self.summary()}"
+            )
+        if "failed" in batch:
+            rows = ", ".join(str(row + 2) for row in batch["failed"])
+            raise UserError(
+                f"{self.data_path}: row {rows} and everything drawn in its place is unreadable.\n{self.summary()}"
+            )
+        return batch
+
+    def summary(self) -> str:
+        """The first broken rows with their reasons."""
+        lines = [f"row {row + 2}: {reason}" for row, reason in sorted(self.reasons.items())[:SHOWN]]
+        more = len(self.reasons) - SHOWN
+        return "\n".join(lines + ([f"and {more} more"] if more > 0 else []))
+
+
+class BucketLoader(DataLoader):
+    """Loader of micro-batches that keeps count of unreadable rows in ``broken``."""
+
+    def __init__(self, dataset: VideoTextDataset, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.broken = BrokenRows(dataset)
+
+    def __iter__(self) -> Any:
+        return (self.broken.check(batch) for batch in super().__iter__())
 
 
 def build_train_loader(
@@ -22,11 +83,25 @@ def build_train_loader(
     pin_memory: bool = False,
     num_replicas: int = 1,
     rank: int = 0,
-) -> tuple[DataLoader, BucketBatchSampler]:
-    """Loader of bucketed micro-batches and its sampler (to set the epoch and the place to resume at)."""
+) -> tuple[BucketLoader, BucketBatchSampler]:
+    """Loader of bucketed micro-batches and its sampler (to set the epoch and the place to resume at).
+
+    Args:
+        dataset: clips with captions.
+        bucket_config: see :mod:`opensora.datasets.buckets`.
+        multiple: heights and widths are multiples of this many pixels.
+        seed: of bucket choice, order and crops. Crops do not depend on which worker makes them.
+        num_workers: processes that read clips; 0 reads in this one.
+        prefetch_factor: micro-batches each of them reads ahead.
+        pin_memory: page-locked memory, from which a GPU copies while it computes.
+        num_replicas, rank: data-parallel size and place.
+
+    Raises:
+        UserError: malformed buckets, or no full batch.
+    """
     table = BucketTable(bucket_config, multiple)
     sampler = BucketBatchSampler(dataset, table, seed, num_replicas, rank)
-    loader = DataLoader(
+    loader = BucketLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate,
@@ -49,13 +124,37 @@ def to_device(batch: dict[str, Any], device: torch.device, dtype: torch.dtype) -
 
 
 def endless(loader: DataLoader, sampler: BucketBatchSampler, micro_step: int) -> Iterator[dict[str, Any]]:
-    """Batches from global micro-step ``micro_step`` on, epoch after epoch.
+    """Batches from global micro-step ``micro_step`` on, epoch after epoch, with the same worker processes throughout.
 
     The place is worked out from the step alone, so a resumed run reads exactly what a run never stopped would have.
     """
-    per_epoch = len(sampler)
-    epoch, start = divmod(micro_step, per_epoch)
-    while True:
-        sampler.set_epoch(epoch, start)
-        yield from loader
-        epoch, start = epoch + 1, 0
+    epoch, start = divmod(micro_step, len(sampler))
+    sampler.set_epoch(epoch, start, endless=True)
+    yield from loader
+
+
+def prefetch(
+    batches: Iterator[dict[str, Any]], device: torch.device, dtype: torch.dtype
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The same batches on the device, each copied there while the one before it is worked on.
+
+    On a GPU the copy runs on a stream of its own; elsewhere batches are converted as they come, without reading ahead.
+    """
+    if device.type != "cuda":
+        yield from (to_device(batch, device, dtype) for batch in batches)
+        return
+    copying = torch.cuda.Stream(device)
+
+    def start(batch: dict[str, Any] | None) -> dict[str, Any] | None:
+        with torch.cuda.stream(copying):
+            return None if batch is None else to_device(batch, device, dtype)
+
+    coming = start(next(batches, None))
+    while coming is not None:
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(copying)
+        for value in coming.values():
+            if torch.is_tensor(value) and value.is_cuda:
+                value.record_stream(current)  # its memory was taken on the other stream
+        ready, coming = coming, start(next(batches, None))
+        yield ready

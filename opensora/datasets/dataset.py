@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from opensora.datasets.rows import ShardedRows, TableRows, check_numbers, read_numbers
 from opensora.datasets.table import MEDIA_COLUMNS, read_table, require_columns, resolve_media_paths
-from opensora.datasets.transforms import resize_crop, to_model_range
-from opensora.datasets.video_io import read_frames
+from opensora.datasets.transforms import TRANSFORMS, to_model_range
+from opensora.datasets.video_io import BrokenMediaError, read_frames
 from opensora.registry import DATASETS
+from opensora.utils.errors import UserError
 from opensora.utils.video import is_video, read_image
 
 
@@ -19,7 +21,7 @@ class SampleKey(NamedTuple):
     """What the sampler asks of the dataset: a row at a size, and the seed of its random choices.
 
     The seed travels with the key, so a sample is the same whichever worker loads it and however often training was
-    resumed.
+    resumed. So do the rows of the same bucket that take its place, in turn, if it turns out to be broken.
     """
 
     row: int
@@ -27,6 +29,7 @@ class SampleKey(NamedTuple):
     height: int
     width: int
     seed: int
+    spares: tuple[int, ...] = ()
 
 
 def target_fps(fps: float, fps_max: float) -> tuple[float, int]:
@@ -64,80 +67,163 @@ def choose_frames(total: int, num_frames: int, stride: int, rng: np.random.Gener
     return np.linspace(start, end - 1, num_frames).astype(int)
 
 
+def frame_strides(fps: np.ndarray, fps_max: float) -> np.ndarray:
+    """Strides of :func:`target_fps` for many rates: int32 ``[N]``."""
+    strided = np.nan_to_num(np.ceil(fps / fps_max), nan=1.0)
+    return np.where(np.isnan(fps) | (fps < fps_max), 1, strided).astype(np.int32)
+
+
 @DATASETS.register_module("video_text")
 class VideoTextDataset(Dataset):
     """Clips and pictures with captions, listed in a CSV or parquet table.
 
     Args:
         data_path: table with columns ``path,text,num_frames,height,width,fps`` (and ``score_vmafmotion`` if ``vmaf``).
-        transform_name: "resize_crop".
+        transform_name: "resize_crop" (cover the size, cut the centre) or "center" (the same for square sizes, pictures
+            halved by averaging before they are scaled).
         fps_max: clips of a higher rate are strided down to it.
         vmaf: append the motion score to the caption.
-        memory_efficient: accepted for existing configs; the table stays in memory.
+        memory_efficient: keep only the numbers of the (parquet) table in memory and read paths and captions from the
+            shards beside it; clips that are missing are then found when they are read.
+        max_broken: share of the rows that may turn out to be unreadable before loading stops (one row at least).
         keep_in_memory: keep decoded clips (uint8) in memory; for small datasets that are read many times.
         require_text: refuse a table without captions (VAE training does not need them).
 
     Raises:
-        UserError: missing file or column, or clips that are not where the table says.
+        UserError: missing file or column, a length or size that is none, or clips that are not where the table says.
     """
 
     def __init__(
         self,
-        data_path: str,
-        transform_name: str = "resize_crop",
+        data_path: str | None = None,
+        transform_name: str | None = "resize_crop",
         fps_max: float = 16,
         vmaf: bool = False,
         memory_efficient: bool = False,
+        max_broken: float = 0.05,
         keep_in_memory: bool = False,
         require_text: bool = True,
     ) -> None:
-        del memory_efficient
-        if transform_name != "resize_crop":
-            raise ValueError(f"dataset.transform_name={transform_name!r}: only 'resize_crop' is available")
-        columns = [*MEDIA_COLUMNS, *(["text"] if require_text else [])]
-        table = read_table(data_path)
-        require_columns(table, columns, data_path, hint="scripts/cnv/meta.py adds all but path and text.")
-        if vmaf and "score_vmafmotion" not in table:
-            vmaf = False
-        self.data = resolve_media_paths(table, data_path)
-        self.data_path = str(data_path)
-        self.fps_max = fps_max
-        self.vmaf = vmaf
+        if not data_path:
+            raise UserError("dataset.data_path is not set: give a csv or parquet table of clips")
+        if (transform_name or "resize_crop") not in TRANSFORMS:
+            raise UserError(f"dataset.transform_name={transform_name!r}: choose from {', '.join(TRANSFORMS)}")
+        if not 0 <= max_broken <= 1:
+            raise UserError(f"dataset.max_broken={max_broken:g}: a share of the rows, from 0 to 1")
+        self.data_path, self.fps_max, self.max_broken = str(data_path), fps_max, max_broken
+        self.transform_name = transform_name or "resize_crop"
+        texts = ("text",) if require_text else ()
+        self.rows: TableRows | ShardedRows
+        if memory_efficient:
+            self.data = read_numbers(data_path, ("path", *texts))
+            self.rows = ShardedRows(data_path, len(self.data))
+        else:
+            table = read_table(data_path)
+            hint = "scripts/cnv/meta.py adds all but path and text."
+            require_columns(table, [*MEDIA_COLUMNS, *texts], data_path, hint)
+            check_numbers(table, data_path)
+            self.data = resolve_media_paths(table, data_path)
+            self.rows = TableRows(self.data)
+        self.vmaf = vmaf and "score_vmafmotion" in self.rows.columns
         self._decoded: dict[int, np.ndarray] | None = {} if keep_in_memory else None
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def stride(self, index: int) -> int:
-        """Distance between the frames taken from row ``index``."""
-        return target_fps(float(self.data["fps"].iloc[index]), self.fps_max)[1]
+    def strides(self) -> np.ndarray:
+        """Distance between the frames taken of each row: int32 ``[N]``."""
+        return frame_strides(self.data["fps"].to_numpy(dtype=np.float64), self.fps_max)
+
+    def fixed_sizes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Frames, height and width that each row must be trained at, where the dataset leaves no choice."""
+        return None
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        """``{"index", "video" [3, T, H, W] in [-1, 1], "text", "path"}`` of one row at the size in the key."""
-        row = self.data.iloc[key.row]
-        fps, stride = target_fps(float(row["fps"]), self.fps_max)
-        rng = np.random.default_rng(key.seed)
-        video = resize_crop(to_model_range(self._frames(key, row, stride, rng)), key.height, key.width)
-        motion = float(row["score_vmafmotion"]) if self.vmaf else None
-        text = str(row["text"]) if "text" in row else ""
-        text = add_suffix(text, fps if key.num_frames > 1 else 0, self.fps_max, motion)
-        return {"index": key.row, "video": video, "text": text, "path": row["path"]}
+        """One row at the size in the key.
 
-    def _frames(self, key: SampleKey, row: Any, stride: int, rng: np.random.Generator) -> np.ndarray:
+        Returns:
+            ``{"index", "video" [3, T, H, W] in [-1, 1], "text", "path", "broken"}``. ``broken`` lists (row, reason) of
+            the rows that could not be read and whose place this one took. If the spares are broken, too, there is
+            nothing but ``index`` and ``broken``.
+
+        Raises:
+            BrokenMediaError: the row cannot be read and the key names no spares.
+        """
+        broken: list[tuple[int, str]] = []
+        for row in (key.row, *key.spares):
+            try:
+                return {**self.load(key._replace(row=row)), "broken": broken}
+            except BrokenMediaError as error:
+                if not key.spares:
+                    raise
+                broken.append((row, str(error)))
+        return {"index": key.row, "broken": broken}
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Values of a row by column, wherever they are kept."""
+        return {**self.rows[index], **{name: self.data[name].iat[index] for name in ("num_frames", "fps")}}
+
+    def load(self, key: SampleKey) -> dict[str, Any]:
+        """The row of the key, without regard to its spares; see :meth:`__getitem__`."""
+        row = self.row(key.row)
+        return {"index": key.row, "video": self.clip(key, row), "text": self.caption(key, row), "path": row["path"]}
+
+    def clip(self, key: SampleKey, row: dict[str, Any]) -> torch.Tensor:
+        """Pixels ``[3, T, H, W]`` in [-1, 1]."""
+        stride = target_fps(_number(row["fps"]), self.fps_max)[1]
+        frames = self._frames(key, row, stride, np.random.default_rng(key.seed))
+        return TRANSFORMS[self.transform_name](to_model_range(frames), key.height, key.width)
+
+    def caption(self, key: SampleKey, row: dict[str, Any]) -> str:
+        """Text as the encoders get it, frame rate and motion score included."""
+        fps = target_fps(_number(row["fps"]), self.fps_max)[0] if key.num_frames > 1 else 0
+        motion = _number(row["score_vmafmotion"]) if self.vmaf else None
+        text = row.get("text")
+        return add_suffix(text if isinstance(text, str) else "", fps, self.fps_max, motion)
+
+    def _frames(self, key: SampleKey, row: dict[str, Any], stride: int, rng: np.random.Generator) -> np.ndarray:
         if not is_video(row["path"]):
-            return read_image(row["path"])[None]
+            try:
+                return read_image(row["path"])[None]
+            except UserError as error:
+                raise BrokenMediaError(str(error)) from error
         indices = choose_frames(int(row["num_frames"]), key.num_frames, stride, rng)
         if self._decoded is None:
-            return read_frames(row["path"], indices.tolist(), float(row["fps"]))
+            return read_frames(row["path"], indices.tolist(), _number(row["fps"]))
         if key.row not in self._decoded:
             everything = list(range(int(row["num_frames"])))
-            self._decoded[key.row] = read_frames(row["path"], everything, float(row["fps"]))
+            self._decoded[key.row] = read_frames(row["path"], everything, _number(row["fps"]))
         return self._decoded[key.row][indices]
 
 
+def _number(value: Any) -> float:
+    """A cell as a number, NaN where it is empty."""
+    return math.nan if value is None else float(value)
+
+
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack the tensors of samples and list everything else."""
-    return {
-        key: torch.stack([sample[key] for sample in samples]) if torch.is_tensor(value) else [s[key] for s in samples]
-        for key, value in samples[0].items()
-    }
+    """Stack the tensors of samples and list everything else.
+
+    What was broken is gathered in ``broken``. Where a sample failed (see :meth:`VideoTextDataset.__getitem__`) there
+    is no batch, only ``broken`` and ``failed``, the rows asked for.
+
+    Raises:
+        UserError: tensors of different sizes, which only latents or embeddings from a user's own files can have.
+    """
+    broken = [entry for sample in samples for entry in sample.get("broken", ())]
+    failed = [sample["index"] for sample in samples if sample.keys() <= {"index", "broken"}]
+    if failed:
+        return {"broken": broken, "failed": failed}
+    keys = [key for key in samples[0] if key != "broken"]
+    return {**{key: _join(key, [sample[key] for sample in samples], samples) for key in keys}, "broken": broken}
+
+
+def _join(name: str, values: list[Any], samples: list[dict[str, Any]]) -> Any:
+    """One tensor of several, a list of anything else."""
+    if not torch.is_tensor(values[0]):
+        return values
+    shapes = {tuple(value.shape) for value in values}
+    if len(shapes) > 1:
+        sizes = ", ".join(f"row {sample['index'] + 2}: {list(v.shape)}" for sample, v in zip(samples, values))
+        raise UserError(f"{name}: the samples of one bucket differ in size ({sizes})")
+    return torch.stack(values)

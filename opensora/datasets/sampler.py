@@ -1,14 +1,30 @@
 """Order of the micro-batches of an epoch: reproducible, divided over ranks, resumable at any step."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 from torch.utils.data import Sampler
 
 from opensora.datasets.buckets import BucketTable
 from opensora.datasets.dataset import SampleKey, VideoTextDataset
 from opensora.utils.errors import UserError
-from opensora.utils.logging import get_logger
 
-logger = get_logger(__name__)
+SPARES = 8  # rows that may take the place of a broken one, tried in turn
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Micro-batches of an epoch, a few bytes per row: ``rows`` bucket by bucket, and per micro-batch its bucket and
+    where its rows begin."""
+
+    rows: np.ndarray
+    bucket_starts: np.ndarray  # where each bucket's rows begin; one more at the end
+    buckets: np.ndarray
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.buckets)
 
 
 class BucketBatchSampler(Sampler[list[SampleKey]]):
@@ -24,7 +40,7 @@ class BucketBatchSampler(Sampler[list[SampleKey]]):
         num_replicas, rank: data-parallel size and place.
 
     Raises:
-        UserError: no bucket holds a full micro-batch for every rank.
+        UserError: no bucket holds a full micro-batch for every rank; says why.
     """
 
     def __init__(
@@ -32,52 +48,106 @@ class BucketBatchSampler(Sampler[list[SampleKey]]):
     ) -> None:
         self.dataset, self.table, self.seed = dataset, table, seed
         self.num_replicas, self.rank = num_replicas, rank
-        self.epoch, self.start = 0, 0
-        self._strides = np.array([dataset.stride(i) for i in range(len(dataset))])
+        self.epoch, self.start, self.endless = 0, 0, False
+        self._strides = dataset.strides()
+        self._first = self._assign(0)
         self._length = len(self._plan(0)) // num_replicas
         if self._length == 0:
             raise UserError(
-                f"{dataset.data_path}: no bucket has a full batch.\n{table.describe(self._assign(0))}\n"
-                "Add clips, lower the batch sizes, or change bucket_config."
+                f"{dataset.data_path}: no bucket has a full batch{f' for {num_replicas} ranks' * (num_replicas > 1)}.\n"
+                f"{self.describe(0)}\nAdd clips, lower the batch sizes, or change bucket_config."
             )
 
     def __len__(self) -> int:
         """Micro-batches per rank in every epoch (as many as the first one has)."""
         return self._length
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch to iterate and the micro-batch of this rank to begin with."""
-        self.epoch, self.start = epoch, start
+    def set_epoch(self, epoch: int, start: int = 0, endless: bool = False) -> None:
+        """Choose the epoch to iterate and the micro-batch of this rank to begin with.
 
-    def describe(self) -> str:
-        """Table of buckets and counts of the current epoch."""
-        return self.table.describe(self._assign(self.epoch))
+        Args:
+            epoch: from 0.
+            start: micro-batch of this rank.
+            endless: go on with the next epochs instead of ending, so that loader workers need not start anew.
+        """
+        self.epoch, self.start, self.endless = epoch, start, endless
+
+    def describe(self, epoch: int | None = None) -> str:
+        """Table of buckets and counts of an epoch (the current one), and why rows are left out."""
+        assigned = self._assign(self.epoch if epoch is None else epoch)
+        fixed = self.dataset.fixed_sizes()
+        if fixed is not None:
+            reasons = _explain_fixed(fixed, assigned)
+        else:
+            reasons = self.table.explain(self.dataset.data, self._strides, assigned)
+        return self.table.describe(assigned) + (f"\n{reasons}" if reasons else "")
+
+    def assigned(self, epoch: int = 0) -> np.ndarray:
+        """Bucket number of every row in an epoch, -1 where it is not used."""
+        return self._assign(epoch)
+
+    def sample_key(self, row: int, bucket: int, epoch: int = 0) -> SampleKey:
+        """Key of one row in an epoch, without spares."""
+        b = self.table.buckets[bucket]
+        return SampleKey(row, b.num_frames, b.height, b.width, self._draws(row, epoch)[0])
 
     def _assign(self, epoch: int) -> np.ndarray:
-        return self.table.assign(self.dataset.data, self._strides, seed=self.seed + epoch)
+        if epoch == 0 and hasattr(self, "_first"):
+            return self._first
+        fixed = self.dataset.fixed_sizes()
+        if fixed is not None:
+            return self.table.find(*fixed).astype(np.int32)
+        return self.table.assign(self.dataset.data, self._strides, seed=self.seed + epoch).astype(np.int32)
 
-    def _plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
-        """All micro-batches of an epoch in order: (bucket, rows)."""
+    def _plan(self, epoch: int) -> _Plan:
+        """All micro-batches of an epoch in order."""
         assigned = self._assign(epoch)
         rng = np.random.default_rng([self.seed, epoch])
-        batches: list[tuple[int, np.ndarray]] = []
+        order = np.argsort(assigned, kind="stable").astype(np.int32)
+        bounds = np.searchsorted(assigned[order], np.arange(len(self.table.buckets) + 1))
+        buckets, starts = [], []
         for number, bucket in enumerate(self.table.buckets):
-            rows = rng.permutation(np.flatnonzero(assigned == number))
-            full = len(rows) // bucket.batch_size
-            batches += [(number, rows[i * bucket.batch_size : (i + 1) * bucket.batch_size]) for i in range(full)]
-        return [batches[i] for i in rng.permutation(len(batches))]
+            rows = slice(bounds[number], bounds[number + 1])
+            order[rows] = rng.permutation(order[rows])
+            full = (rows.stop - rows.start) // bucket.batch_size
+            buckets.append(np.full(full, number, dtype=np.int32))
+            starts.append(rows.start + np.arange(full) * bucket.batch_size)
+        shuffled = rng.permutation(sum(map(len, buckets)))
+        return _Plan(order, bounds, np.concatenate(buckets)[shuffled], np.concatenate(starts)[shuffled])
 
-    def __iter__(self):
-        plan = self._plan(self.epoch)
-        for step in range(self.start, self._length):
-            # Random bucket choice can leave an epoch a little short: it wraps, so that all epochs are equally long
-            # and the place in the data follows from the step alone.
-            number, rows = plan[(step * self.num_replicas + self.rank) % len(plan)]
-            bucket = self.table.buckets[number]
-            yield [
-                SampleKey(int(row), bucket.num_frames, bucket.height, bucket.width, self._sample_seed(int(row)))
-                for row in rows
-            ]
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        epoch, start = self.epoch, self.start
+        while True:
+            plan = self._plan(epoch)
+            for step in range(start, self._length):
+                # Random bucket choice can leave an epoch a little short: it wraps, so that all epochs are equally long
+                # and the place in the data follows from the step alone.
+                yield self._batch(plan, (step * self.num_replicas + self.rank) % len(plan), epoch)
+            if not self.endless:
+                return
+            epoch, start = epoch + 1, 0
 
-    def _sample_seed(self, row: int) -> int:
-        return int(np.random.SeedSequence([self.seed, self.epoch, row]).generate_state(1)[0])
+    def _batch(self, plan: _Plan, number: int, epoch: int) -> list[SampleKey]:
+        place = int(plan.buckets[number])
+        bucket = self.table.buckets[place]
+        first, behind = int(plan.bucket_starts[place]), int(plan.bucket_starts[place + 1])
+        keys = []
+        for row in plan.rows[plan.starts[number] : plan.starts[number] + bucket.batch_size].tolist():
+            seed, *draws = self._draws(row, epoch)
+            spares = tuple(int(plan.rows[first + draw % (behind - first)]) for draw in draws)
+            keys.append(SampleKey(row, bucket.num_frames, bucket.height, bucket.width, seed, spares))
+        return keys
+
+    def _draws(self, row: int, epoch: int) -> list[int]:
+        """Random numbers of a row in an epoch: the seed of its crop, and one for each spare."""
+        return np.random.SeedSequence([self.seed, epoch, row]).generate_state(1 + SPARES).tolist()
+
+
+def _explain_fixed(sizes: tuple[np.ndarray, np.ndarray, np.ndarray], assigned: np.ndarray) -> str:
+    """Why rows of a dataset with fixed sizes (a cache) are not used: a line per reason."""
+    unused = np.stack(sizes, axis=1)[assigned < 0]
+    found, counts = np.unique(unused, axis=0, return_counts=True)
+    return "\n".join(
+        f"{count:>9} rows are " + (f"cached at {t}x{h}x{w}, which is no bucket" if t else "not cached")
+        for (t, h, w), count in zip(found.tolist(), counts.tolist())
+    )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from opensora.utils.errors import UserError
+from opensora.utils.video import write_beside
 
 MEDIA_COLUMNS = ("path", "num_frames", "height", "width", "fps")
 
@@ -20,12 +21,38 @@ def read_table(path: str | Path) -> pd.DataFrame:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file (expected a CSV or parquet table)")
-    if path.suffix not in (".csv", ".parquet"):
-        raise UserError(f"{path}: '{path.suffix}' is not a table format; use .csv or .parquet")
+    check_table_name(path)
     try:
         return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
     except (ValueError, OSError) as error:  # pandas and pyarrow errors derive from these
         raise UserError(f"{path}: cannot be read as a table ({error})") from error
+
+
+def write_table(table: pd.DataFrame, path: str | Path) -> Path:
+    """Write ``.csv`` or ``.parquet`` beside its place and rename it, so that the file is whole or absent.
+
+    Raises:
+        UserError: other format, or the place cannot be written.
+    """
+    path = Path(path)
+    check_table_name(path)
+
+    def write(target: Path) -> None:
+        if path.suffix == ".csv":
+            table.to_csv(target, index=False)
+        else:
+            table.to_parquet(target, index=False)
+
+    try:
+        return write_beside(path, write)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error})") from error
+
+
+def check_table_name(path: Path) -> None:
+    """Raise a UserError unless the file name ends in ``.csv`` or ``.parquet``."""
+    if path.suffix not in (".csv", ".parquet"):
+        raise UserError(f"{path}: '{path.suffix}' is not a table format; use .csv or .parquet")
 
 
 def require_columns(table: pd.DataFrame, columns: Sequence[str], path: str | Path, hint: str = "") -> None:
@@ -38,9 +65,15 @@ def require_columns(table: pd.DataFrame, columns: Sequence[str], path: str | Pat
     raise UserError(f"{path}: missing column {named}; found {', '.join(map(str, table.columns))}. {hint}".rstrip())
 
 
+def locate(raw: str, folder: Path) -> Path:
+    """Where a path of a table leads: relative ones are taken from the working directory if the file is there,
+    otherwise from the table's ``folder``."""
+    path = Path(raw)
+    return path if path.is_absolute() or path.exists() else folder / path
+
+
 def resolve_media_paths(table: pd.DataFrame, table_path: str | Path, column: str = "path") -> pd.DataFrame:
-    """A copy whose media paths are usable from here: relative ones are taken from the working directory if the file
-    is there, otherwise from the table's folder.
+    """A copy whose media paths are usable from here (see :func:`locate`).
 
     Raises:
         UserError: clips are missing; the first rows are named.
@@ -48,9 +81,7 @@ def resolve_media_paths(table: pd.DataFrame, table_path: str | Path, column: str
     folder = Path(table_path).parent
     resolved, missing = [], []
     for row, raw in enumerate(table[column]):
-        path = Path(str(raw))
-        if not path.is_absolute() and not path.exists():
-            path = folder / path
+        path = locate(str(raw), folder)
         if not path.exists():
             missing.append(f"row {row + 2}: {raw}")
         resolved.append(str(path))

@@ -6,57 +6,125 @@ from pathlib import Path
 import av
 import numpy as np
 from av.error import FFmpegError
+from numpy.typing import NDArray
+
+CONSTANT_RATE_TOLERANCE = 1e-3  # relative difference of average and base rate above which a rate counts as variable
+
+TIMED_FORMATS = {"mov", "mp4", "matroska", "webm"}  # containers that store when each frame is shown
 
 
 class BrokenMediaError(RuntimeError):
     """A clip or picture of the dataset cannot be used; the message names file and reason."""
 
 
-def read_frames(path: str | Path, indices: Sequence[int], fps: float | None = None) -> np.ndarray:
+def read_frames(path: str | Path, indices: Sequence[int], fps: float | None = None) -> NDArray[np.uint8]:
     """Decode chosen frames of a video.
 
-    Seeks to the key frame before the first wanted frame and stops after the last one.
+    Seeks to the key frame before the first wanted frame, leaves out what no wanted frame refers to, and stops after
+    the last wanted frame. Frames are numbered by their time stamps: from the rate where it is constant, by order
+    otherwise. What this cannot find in a file with odd time stamps is looked for by decoding and counting from the
+    start.
 
     Args:
         path: video file.
         indices: frame numbers from 0, non-decreasing.
-        fps: frames per second if known, to find the time stamp of a frame; read from the container otherwise.
+        fps: frames per second if known, for containers that do not say.
 
     Returns:
         uint8 ``[len(indices), H, W, 3]``, RGB.
 
     Raises:
-        BrokenMediaError: unreadable file, or fewer frames than asked for.
+        BrokenMediaError: unreadable file, a damaged frame, or fewer frames than asked for.
     """
+    wanted = sorted(set(indices))
     try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "NONE"  # loader workers are the parallelism; codec threads would fight them
-            rate = float(stream.average_rate or fps or 0)
-            found = _decode(container, stream, list(indices), rate)
+        found = _decode_around(str(path), wanted, fps)
+        if len(found) < len(wanted):
+            found = _decode_counting(str(path), wanted)
     except (FFmpegError, OSError, IndexError, ValueError) as error:
         raise BrokenMediaError(f"{path}: cannot be decoded ({error})") from error
-    if len(found) < len(set(indices)):
-        missing = sorted(set(indices) - set(found))
-        raise BrokenMediaError(f"{path}: frame {missing[0]} of the {len(set(indices))} wanted ones is not there")
+    if len(found) < len(wanted):
+        missing = next(i for i in wanted if i not in found)
+        raise BrokenMediaError(f"{path}: frame {missing} of the {len(wanted)} wanted ones is not there or is damaged")
     return np.stack([found[i] for i in indices])
 
 
-def _decode(
-    container: "av.container.InputContainer", stream: "av.VideoStream", indices: list[int], rate: float
-) -> dict[int, np.ndarray]:
-    """Frames by number. Frame numbers come from time stamps after a seek, from counting otherwise."""
-    wanted, last = set(indices), indices[-1]
-    start = stream.start_time or 0
-    time_base = float(stream.time_base or 0)
-    seekable = rate > 0 and time_base > 0 and indices[0] > 0
-    if seekable:
-        container.seek(start + int(indices[0] / rate / time_base), stream=stream, backward=True)
-    found: dict[int, np.ndarray] = {}
-    for count, frame in enumerate(container.decode(stream)):
-        index = round((frame.pts - start) * time_base * rate) if seekable and frame.pts is not None else count
-        if index in wanted and index not in found:
-            found[index] = frame.to_ndarray(format="rgb24")
-        if index >= last:
-            break
+def _time_stamps(
+    path: str, stream: "av.VideoStream", wanted: Sequence[int], fps: float | None
+) -> tuple[list[int], int] | None:
+    """Time stamps of the wanted frames and the largest distance at which one still is that frame.
+
+    None where nothing tells: no time base, or packets without time stamps.
+    """
+    average, base = stream.average_rate, stream.base_rate
+    rate = float(average or fps or 0)
+    if not stream.time_base or rate <= 0:
+        return None
+    constant = average is not None and base is not None and abs(average / base - 1) < CONSTANT_RATE_TOLERANCE
+    per_frame = 1 / (rate * float(stream.time_base))
+    if constant:
+        start = stream.start_time or 0
+        return [start + round(i * per_frame) for i in wanted], int(per_frame / 4)
+    stamps: list[int] = []
+    with av.open(path) as other:  # variable rate: the order of all packets tells, without decoding any
+        for packet in other.demux(other.streams.video[0]):
+            if packet.size and not packet.is_discard:
+                if packet.pts is None:
+                    return None
+                stamps.append(packet.pts)
+    stamps.sort()
+    return [stamps[i] for i in wanted if i < len(stamps)], 0
+
+
+def _decode_around(path: str, wanted: Sequence[int], fps: float | None) -> dict[int, NDArray[np.uint8]]:
+    """Wanted frames by number, decoding only them and what they refer to; what is not found is left out."""
+    found: dict[int, NDArray[np.uint8]] = {}
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"  # loader workers are the parallelism; codec threads would fight them
+        timed = TIMED_FORMATS & set(container.format.name.split(","))
+        known = _time_stamps(path, stream, wanted, fps) if timed else None
+        if known is None or not known[0]:
+            return found
+        stamps, tolerance = known
+        if wanted[0] > 0:
+            container.seek(stamps[0], stream=stream, backward=True)
+        context = stream.codec_context
+        lookup = _Nearest(stamps, tolerance)
+        for packet in container.demux(stream):
+            # Frames that are neither wanted nor referred to (half of them, with B-frames) need not be decoded.
+            is_wanted = packet.pts is None or lookup(packet.pts) is not None
+            context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
+            for frame in packet.decode():
+                position = lookup(frame.pts) if frame.pts is not None else None
+                if position is not None and not frame.is_corrupt:
+                    found[wanted[position]] = frame.to_ndarray(format="rgb24")
+            if len(found) == len(wanted):
+                break
+    return found
+
+
+class _Nearest:
+    """Position in a sorted list of time stamps of the one within ``tolerance`` of a given one."""
+
+    def __init__(self, stamps: Sequence[int], tolerance: int) -> None:
+        self.stamps, self.tolerance = np.asarray(stamps), tolerance
+
+    def __call__(self, stamp: int) -> int | None:
+        at = int(np.searchsorted(self.stamps, stamp - self.tolerance))
+        return at if at < len(self.stamps) and self.stamps[at] <= stamp + self.tolerance else None
+
+
+def _decode_counting(path: str, wanted: Sequence[int]) -> dict[int, NDArray[np.uint8]]:
+    """Wanted frames by number, decoding everything from the start to the last one."""
+    numbers = set(wanted)
+    found: dict[int, NDArray[np.uint8]] = {}
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"
+        for count, frame in enumerate(container.decode(stream)):
+            if count in numbers and not frame.is_corrupt:
+                found[count] = frame.to_ndarray(format="rgb24")
+            if count >= wanted[-1]:
+                break
     return found

@@ -79,10 +79,15 @@ def build_on_meta(section: Mapping[str, Any]) -> nn.Module:
         return build_module(bare, MODELS, device_map="meta")
 
 
-def build_ready(section: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-    """The model of a config section, loaded, frozen and in eval mode."""
-    if not section.get("from_pretrained"):
-        logger.warning("no from_pretrained in the section of type %s: it has random weights", section.get("type"))
+def build_ready(
+    section: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype, name: str = "model"
+) -> nn.Module:
+    """The model of a config section, loaded, frozen and in eval mode.
+
+    Without ``from_pretrained`` it starts from random weights, and the log says so.
+    """
+    if not section.get("from_pretrained") and (section.get("type") != "dc_ae" or section.get("from_scratch")):
+        logger.warning("%s: random weights (%s.from_pretrained is not set), so its output means nothing", name, name)
     return build_module(section, MODELS, device_map=device, torch_dtype=dtype).eval().requires_grad_(False)
 
 
@@ -127,7 +132,7 @@ def check_capacity(model: nn.Module, device: torch.device, asked_for: str | None
     if device.type == "cpu" and asked_for is None and parameters > MAX_CPU_PARAMETERS:
         raise UserError(
             f"no GPU found, and this config's model has {parameters / 1e9:.1f}B parameters; use "
-            "configs/diffusion/inference/demo.py for a model that runs on a CPU, or --device cpu to insist"
+            "a config of configs/diffusion/inference/demo/, which run on a CPU, or --device cpu to insist"
         )
 
 

@@ -24,7 +24,10 @@ class DecodeMemoryError(UserError):
     Attributes:
         latents: [B, C, T, h, w], what was sampled.
         frames: which frames of the decoded video are to be kept.
+        result: all that a pipeline had when it came to decoding (:class:`opensora.diffusion.pipeline.SampleResult`).
     """
+
+    result: Any = None
 
     def __init__(self, message: str, latents: Tensor, frames: slice) -> None:
         super().__init__(message)
@@ -89,23 +92,41 @@ def decode_files(
         The videos and images.
 
     Raises:
-        UserError: a missing or foreign file, or weights that are not there.
+        UserError: a missing or foreign file, weights that are not there, or a video that is there already.
     """
     kept = [(Path(file), *read_latents(file)) for file in files]
+    kept = [entry for entry in kept if _is_wanted(cfg, _stem_of(entry[0]))]
+    if not kept:
+        return []
     if not cfg["ae"]:
         raise UserError("the config has no section `ae`")
     building.check_weights("ae", cfg["ae"])
     dtype = building.torch_dtype(cfg["dtype"])
-    ae = building.build_ready(cfg["ae"], device, dtype)
+    ae = building.build_ready(cfg["ae"], device, dtype, "ae")
     made = []
     for path, latents, facts in kept:
         frames = slice(int(facts["first_frame"]), int(facts["end_frame"]))
         with on_device(ae, device, offload=False):
             (video,) = decode_latents(ae, latents[None], frames, device, dtype)
-        stem = path.with_name(path.name.removesuffix(outputs.LATENTS_ENDING))
-        made.append(outputs.save_sample(video, stem, float(facts["fps"])))
+        made.append(outputs.save_sample(video, _stem_of(path), float(facts["fps"])))
         log(f"saved {made[-1]}")
     return made
+
+
+def _stem_of(latents: Path) -> Path:
+    return latents.with_name(latents.name.removesuffix(outputs.LATENTS_ENDING))
+
+
+def _is_wanted(cfg: Mapping[str, Any], stem: Path) -> bool:
+    """Whether a video is to be made; what is there is never replaced without being told to."""
+    if cfg["overwrite"] or not outputs.has_video(stem):
+        return True
+    if cfg["skip_existing"]:
+        return False
+    raise UserError(
+        f"the video of {stem} is there already: --skip-existing True decodes only what is missing, --overwrite True "
+        "replaces it"
+    )
 
 
 def read_latents(path: str | Path) -> tuple[Tensor, dict[str, str]]:

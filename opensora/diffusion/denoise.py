@@ -3,10 +3,13 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from opensora.acceleration.branch_parallel import spread_branches
+from opensora.acceleration.parallel_context import Axis
 from opensora.diffusion.guidance import Branch, Guidance, Weights, step_weights
 
 StepCallback = Callable[[int, int, Tensor], None]
@@ -51,6 +54,7 @@ def denoise(
     latent_frames: int,
     has_image: bool = False,
     on_step: StepCallback | None = None,
+    branches: Axis | None = None,
 ) -> Tensor:
     """Sample with two-condition guidance.
 
@@ -69,6 +73,7 @@ def denoise(
         latent_frames: T, where L = T * tokens per frame.
         has_image: whether any sample has references. If not, ``cond`` must be zero.
         on_step: progress and cancelling.
+        branches: ranks that divide the guidance branches of a step among them; None: one does all.
 
     Returns:
         Tokens [B, L, C] in float32 at the last time.
@@ -80,7 +85,8 @@ def denoise(
     for step, (now, after) in enumerate(itertools.pairwise(times)):
         weights = step_weights(guidance, step, total, latent_frames, has_image)
         rows = [_branch_inputs(branch, prompt, negative, cond) for branch, _ in weights]
-        predictions = _predict(model, x.to(dtype), img_ids, txt_ids, rows, now, scale)
+        predict = partial(_predict, model, x.to(dtype), img_ids, txt_ids, time=now, guidance=scale)
+        predictions = spread_branches(rows, predict, x, branches or Axis())
         velocity = torch.zeros_like(x)
         for prediction, weight in zip(predictions, _spread(weights, tokens_per_frame, x)):
             velocity += weight * prediction

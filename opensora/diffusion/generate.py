@@ -1,10 +1,8 @@
 """From a config to files: every prompt of a run, made, saved and recorded."""
 
 import dataclasses
-import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from opensora.acceleration.parallel_context import ParallelContext, Sizes
 from opensora.diffusion import outputs
 from opensora.diffusion.decode import DecodeMemoryError
+from opensora.diffusion.jobs import Job, left_to_make, list_jobs, settle_jobs, with_local_references
 from opensora.diffusion.pipeline import SampleResult, VideoPipeline
 from opensora.diffusion.plan import LatentSpec
 from opensora.diffusion.progress import timed
 from opensora.diffusion.prompts import Request, read_requests
+from opensora.diffusion.ranks import from_rank_zero
 from opensora.diffusion.references import check_references
-from opensora.diffusion.refine import Ask, make_asker, refine_requests, wants_language_model
+from opensora.diffusion.refine import make_asker, wants_language_model
 from opensora.diffusion.report import dry_run_report
 from opensora.diffusion.validate import (
     check_conditions,
@@ -31,24 +32,9 @@ from opensora.diffusion.validate import (
 )
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
-from opensora.utils.video import save_image, write_text
+from opensora.utils.video import save_image
 
 logger = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One sample to make: a prompt, which repetition, its seed and its file name without ending."""
-
-    request: Request
-    epoch: int
-    seed: int
-    stem: Path
-
-    @property
-    def condition(self) -> tuple[str, bool]:
-        """Samples of one batch have this in common."""
-        return self.request.cond_type, bool(self.request.refs)
 
 
 def generate(
@@ -66,7 +52,8 @@ def generate(
     Args:
         cfg: resolved config (:class:`opensora.schema.InferenceOptions`).
         device: where the models work.
-        rank: of this process; the samples are divided over all ranks, each made once.
+        rank: of this process; the samples are divided over the ranks (or groups of ranks with a parallel ``plugin``),
+            each made once.
         world_size: number of processes.
         environment: where the key of a language model may stand, see :func:`opensora.diffusion.refine.make_asker`.
         log: gets a line per saved file.
@@ -80,25 +67,29 @@ def generate(
     with tempfile.TemporaryDirectory() as downloads:
         requests = prepare(cfg, world_size, Path(downloads))
         if cfg["dry_run"]:
+            jobs = list_jobs(cfg, requests)
             if rank == 0:
-                log(dry_run_report(cfg, device, [job.stem for job in list_jobs(cfg, requests)]))
+                log(dry_run_report(cfg, device, [job.stem for job in jobs]))
             check_resources(cfg, device)
+            left_to_make(cfg, jobs)
             return []
         check_resources(cfg, device)
-        asker = make_asker(cfg, environment or {}) if wants_language_model(cfg, requests) else None
-        if asker:  # each prompt is asked about once, by the rank that makes its videos
-            requests = requests[rank::world_size]
-            jobs = list_jobs(cfg, requests)
-        else:
-            jobs = list_jobs(cfg, requests)[rank::world_size]
-        if cfg["skip_existing"]:
-            jobs = [job for job in jobs if not _exists(job, cfg)]
-            logger.info("%d samples are left to make", len(jobs))
+        start = make_asker(cfg, environment or {}) if wants_language_model(cfg, requests) else None
+        jobs = from_rank_zero(lambda: settle_jobs(cfg, requests, start), device, rank, world_size)
+        parallel = _ranks(cfg, device) if world_size > 1 else ParallelContext(device=device)
+        jobs = with_local_references(jobs, requests)[parallel.dp.rank :: parallel.dp.size]
         if not jobs:
             return []
-        if asker:
-            jobs = _refined(jobs, cfg, asker())
-        return list(_make_all(VideoPipeline.from_config(cfg, device), jobs, rank, log))
+        pipe = VideoPipeline.from_config(cfg, device, parallel)
+        if not parallel.sample.first:  # the group's first rank writes what all of them make
+            _take_part(pipe, jobs)
+            return []
+        return list(_make_all(pipe, jobs, rank, log))
+
+
+def _ranks(cfg: Mapping[str, Any], device: torch.device) -> ParallelContext:
+    """Groups of ranks that make samples together, each rank on its own without a parallel plugin."""
+    return ParallelContext.create(Sizes.of(cfg["plugin"], cfg["plugin_config"]), device)
 
 
 def prepare(cfg: Mapping[str, Any], world_size: int, downloads: Path) -> list[Request]:
@@ -113,32 +104,6 @@ def prepare(cfg: Mapping[str, Any], world_size: int, downloads: Path) -> list[Re
     outputs.check_stems(cfg, requests)
     check_writable(cfg["save_dir"])
     return requests
-
-
-def list_jobs(cfg: Mapping[str, Any], requests: Sequence[Request]) -> list[Job]:
-    """The samples of a run, all prompts once before any is repeated."""
-    folder = outputs.output_folder(cfg)
-    return [
-        Job(request, epoch, job_seed(cfg["seed"], request, epoch), folder / outputs.file_stem(cfg, request, epoch))
-        for epoch in range(cfg["num_sample"])
-        for request in requests
-    ]
-
-
-def _refined(jobs: Sequence[Job], cfg: Mapping[str, Any], ask: Ask) -> list[Job]:
-    requests = list({job.request.index: job.request for job in jobs}.values())
-    refined = {request.index: request for request in refine_requests(requests, cfg, ask)}
-    return [dataclasses.replace(job, request=refined[job.request.index]) for job in jobs]
-
-
-def job_seed(run_seed: int, request: Request, epoch: int) -> int:
-    """Seed of a sample: the prompt's plus the repetition; without one, drawn from the run's seed, row and repetition.
-
-    It depends on nothing else, so batches, order and number of ranks do not change a video.
-    """
-    if request.seed is not None:
-        return request.seed + epoch
-    return random.Random(f"{run_seed}/{request.index}/{epoch}").getrandbits(32)
 
 
 def _from_picture(request: Request) -> Request:
@@ -156,11 +121,6 @@ def _check_references(cfg: Mapping[str, Any], requests: Sequence[Request]) -> No
                 check_references(request.refs, request.cond_type, spec)
         except UserError as error:
             raise UserError(f"{request.where}: {error}") from None
-
-
-def _exists(job: Job, cfg: Mapping[str, Any]) -> bool:
-    ending = ".png" if cfg["sampling_option"]["num_frames"] == 1 else ".mp4"
-    return job.stem.with_name(job.stem.name + ending).exists()
 
 
 def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
@@ -182,7 +142,7 @@ def _make_all(pipe: VideoPipeline, jobs: Sequence[Job], rank: int, log: Callable
     with tqdm(total=len(jobs), desc="samples", unit="sample", disable=hidden) as bar:
         for batch in _batches(jobs, cfg["batch_size"]):
             with tqdm(desc=batch[0].request.text[:40], unit="step", leave=False, disable=hidden) as steps:
-                result = _make(pipe, batch, steps, log)
+                result = _make(pipe, batch, steps, log, common)
             for index, job in enumerate(batch):
                 path = _save(cfg, job, result, index, common)
                 log(f"saved {path}")
@@ -190,12 +150,28 @@ def _make_all(pipe: VideoPipeline, jobs: Sequence[Job], rank: int, log: Callable
                 yield path
 
 
-def _make(pipe: VideoPipeline, batch: Sequence[Job], bar: Any, log: Callable[[str], None]) -> SampleResult:
-    """Sample a batch; pictures made on the way, and latents that cannot be decoded, are saved at once."""
+def _take_part(pipe: VideoPipeline, jobs: Sequence[Job]) -> None:
+    """Work on samples that another rank of this one's group writes."""
+    for batch in _batches(jobs, pipe.cfg["batch_size"]):
+        _make(pipe, batch)
+
+
+def _make(
+    pipe: VideoPipeline,
+    batch: Sequence[Job],
+    bar: Any = None,
+    log: Callable[[str], None] = print,
+    common: Mapping[str, Any] | None = None,
+) -> SampleResult:
+    """Sample a batch; pictures made on the way, and latents that cannot be decoded, are saved at once.
+
+    Nothing is saved without ``common``, the part that all records share.
+    """
 
     def on_step(step: int, total: int, latents: Tensor) -> None:
-        bar.total = total
-        bar.update(step - bar.n)
+        if bar is not None:
+            bar.total = total
+            bar.update(step - bar.n)
 
     requests, seeds = [job.request for job in batch], [job.seed for job in batch]
     seconds: dict[str, float] = {}
@@ -203,41 +179,57 @@ def _make(pipe: VideoPipeline, batch: Sequence[Job], bar: Any, log: Callable[[st
     if pipe.cfg["use_t2i2v"] and not any(sources):
         with timed(seconds, "image", pipe.device):
             images = pipe.make_images([request.image_text or request.text for request in requests], seeds, on_step)
-        bar.reset()
-        for job, image in zip(batch, images):
-            log(f"saved {_save_condition(job, image)}")
+        if common is not None:
+            bar.reset()
+            for job, image in zip(batch, images):
+                log(f"saved {_save_condition(job, image)}")
         sources = [[image] for image in images]
     texts = [request.final_text for request in requests]
     negatives = [request.neg for request in requests]
     try:
         result = pipe.make(texts, sources, requests[0].cond_type, seeds, negatives, on_step=on_step)
     except DecodeMemoryError as error:
-        paths = [
-            outputs.save_latents(latents, job.stem, job.request.final_text, job.request.fps, error.frames)
-            for job, latents in zip(batch, error.latents)
-        ]
-        names = " ".join(map(str, paths))
+        if common is None:
+            raise
+        error.result.timings = {**seconds, **error.result.timings}
+        paths = [_save_undecoded(job, error.result, index, common) for index, job in enumerate(batch)]
         raise UserError(
             f"{error}. Nothing is lost; when there is memory:\n"
-            f"  python scripts/diffusion/decode.py {pipe.cfg['config_path']} {names}"
+            f"  python scripts/diffusion/decode.py {pipe.cfg['config_path']} {' '.join(map(str, paths))}"
         ) from error
     result.timings = {**seconds, **result.timings}
     return result
 
 
 def _save_condition(job: Job, image: np.ndarray) -> Path:
-    """Keep the picture that a video starts from, with its prompt, in ``generated_condition`` beside the videos."""
-    folder = job.stem.parent / "generated_condition"
-    write_text(job.request.image_text or job.request.text, folder / f"{job.stem.name}.txt")
-    return save_image(image, folder / f"{job.stem.name}.png")
+    """Keep the picture that a video starts from, with its prompt."""
+    path = outputs.condition_path(job.stem)
+    outputs.save_text(job.request.image_text or job.request.text, path.parent / job.stem.name)
+    return save_image(image, path)
 
 
 def _save(cfg: Mapping[str, Any], job: Job, result: SampleResult, index: int, common: Mapping[str, Any]) -> Path:
     """Write a sample. The video comes last: where it is, all else is."""
-    text, request = result.texts[index], job.request
-    outputs.save_text(text, job.stem)
+    _save_notes(job, result, index, common)
     if cfg["save_latents"]:
-        outputs.save_latents(result.latents[index], job.stem, text, request.fps, result.plan.kept_frames())
+        _save_latents(job, result, index)
+    return outputs.save_sample(result.frames[index], job.stem, job.request.fps)
+
+
+def _save_undecoded(job: Job, result: SampleResult, index: int, common: Mapping[str, Any]) -> Path:
+    _save_notes(job, result, index, common)
+    return _save_latents(job, result, index)
+
+
+def _save_latents(job: Job, result: SampleResult, index: int) -> Path:
+    frames = result.plan.kept_frames()
+    return outputs.save_latents(result.latents[index], job.stem, result.texts[index], job.request.fps, frames)
+
+
+def _save_notes(job: Job, result: SampleResult, index: int, common: Mapping[str, Any]) -> None:
+    """Write the ``.txt`` and the ``.json`` of a sample."""
+    text, request, plan = result.texts[index], job.request, result.plan
+    kept = plan.kept_frames()
     record = {
         "text": text,
         "prompt": request.text,
@@ -246,15 +238,15 @@ def _save(cfg: Mapping[str, Any], job: Job, result: SampleResult, index: int, co
         "cond_type": request.cond_type,
         "seed": job.seed,
         "fps": request.fps,
-        "frames": list(result.frames[index].shape),
+        "frames": [kept.stop - kept.start, plan.height, plan.width, 3],
         "latent": list(result.latents[index].shape),
-        "tokens": result.plan.tokens,
-        "forwards": result.plan.forwards,
+        "tokens": plan.tokens,
+        "forwards": plan.forwards,
         "seconds": {stage: round(seconds, 3) for stage, seconds in result.timings.items()},
         **common,
     }
+    outputs.save_text(text, job.stem)
     outputs.save_record(record, job.stem)
-    return outputs.save_sample(result.frames[index], job.stem, request.fps)
 
 
 def _plain(cfg: Mapping[str, Any]) -> dict[str, Any]:

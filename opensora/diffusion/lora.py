@@ -48,16 +48,35 @@ def check_loras(value: str | Sequence[str] | None) -> None:
             raise UserError("pretrained_lora_path needs PEFT: pip install peft") from error
 
 
-def merge_loras(model: nn.Module, value: str | Sequence[str] | None) -> nn.Module:
-    """Add adapters to the weights of a model, each with its strength; afterwards it costs what it cost before."""
-    for entry in as_list(value):
-        from peft import PeftModel
+def apply_loras(model: nn.Module, value: str | Sequence[str] | None, merge: bool = True) -> nn.Module:
+    """Add adapters to a model, each with its strength.
 
+    Args:
+        model: gets the adapters; its own weights change when they are merged.
+        value: ``pretrained_lora_path``.
+        merge: add them to the weights, so that a forward costs what it cost before. Otherwise they stay beside the
+            weights: slower, but small changes are not lost where the weights are bf16.
+
+    Returns:
+        The model, of its own class.
+    """
+    entries = as_list(value)
+    if not entries:
+        return model
+    from peft import PeftModel
+
+    wrapped: Any = None
+    names = [f"adapter_{number}" for number in range(len(entries))]
+    for name, entry in zip(names, entries):
         path, strength = split_lora(entry)
-        wrapped: Any = PeftModel.from_pretrained(model, path)
+        if wrapped is None:
+            wrapped = PeftModel.from_pretrained(model, path, adapter_name=name)
+        else:
+            wrapped.load_adapter(path, adapter_name=name)
         for module in wrapped.modules():
-            if hasattr(module, "set_scale"):
-                for adapter in list(getattr(module, "scaling", {})):
-                    module.set_scale(adapter, strength)
-        model = wrapped.merge_and_unload()
-    return model
+            if hasattr(module, "set_scale") and name in getattr(module, "scaling", {}):
+                module.set_scale(name, strength)
+    if merge:
+        return wrapped.merge_and_unload(adapter_names=names)
+    wrapped.base_model.set_adapter(names)
+    return wrapped.base_model.model.requires_grad_(False)

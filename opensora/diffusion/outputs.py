@@ -73,11 +73,40 @@ def check_stems(cfg: Mapping[str, Any], requests: Sequence[Request]) -> None:
         seen[stem] = request.where
 
 
+def has_video(stem: Path) -> bool:
+    """Whether the sample itself is there: its video or image."""
+    return any(_with_ending(stem, ending).exists() for ending in (".mp4", ".png"))
+
+
+def is_taken(stem: Path) -> bool:
+    """Whether there are files that took time to make: the sample, its latents, or the picture it starts from."""
+    return has_video(stem) or _with_ending(stem, LATENTS_ENDING).exists() or condition_path(stem).exists()
+
+
+def recorded_prompt(stem: Path) -> str | None:
+    """Prompt in the ``.json`` of a sample, None if that is not there or not ours."""
+    try:
+        record = json.loads(_with_ending(stem, ".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    prompt = record.get("prompt") if isinstance(record, dict) else None
+    return prompt if isinstance(prompt, str) else None
+
+
+def condition_path(stem: Path) -> Path:
+    """The picture made first (``use_t2i2v``), in ``generated_condition`` beside the videos."""
+    return stem.parent / "generated_condition" / f"{stem.name}.png"
+
+
+def _with_ending(stem: Path, ending: str) -> Path:
+    return stem.with_name(stem.name + ending)  # names may hold dots, so with_suffix would cut them
+
+
 def save_sample(frames: np.ndarray, stem: Path, fps: float) -> Path:
     """Write a uint8 video [T, H, W, 3] as ``.mp4``, or a single frame as ``.png``."""
     if len(frames) == 1:
-        return save_image(frames[0], stem.with_name(stem.name + ".png"))
-    return save_video(frames, stem.with_name(stem.name + ".mp4"), fps)
+        return save_image(frames[0], _with_ending(stem, ".png"))
+    return save_video(frames, _with_ending(stem, ".mp4"), fps)
 
 
 def save_latents(latents: Tensor, stem: Path, text: str, fps: float, frames: slice) -> Path:
@@ -90,7 +119,7 @@ def save_latents(latents: Tensor, stem: Path, text: str, fps: float, frames: sli
         fps: frames per second of the video.
         frames: which frames of the decoded video to keep.
     """
-    path = stem.with_name(stem.name + LATENTS_ENDING)
+    path = _with_ending(stem, LATENTS_ENDING)
     facts = {"text": text, "fps": f"{fps:g}", "first_frame": str(frames.start), "end_frame": str(frames.stop)}
     save_safetensors({"latents": latents.float().cpu()}, path, facts)
     return path
@@ -99,12 +128,12 @@ def save_latents(latents: Tensor, stem: Path, text: str, fps: float, frames: sli
 def save_record(record: Mapping[str, Any], stem: Path) -> Path:
     """Write the ``.json`` that tells how to make the sample again."""
     text = json.dumps(record, indent=2, ensure_ascii=False, default=str)
-    return write_text(text + "\n", stem.with_name(stem.name + ".json"))
+    return write_text(text + "\n", _with_ending(stem, ".json"))
 
 
 def save_text(text: str, stem: Path) -> Path:
     """Write the ``.txt`` with the final prompt."""
-    return write_text(text, stem.with_name(stem.name + ".txt"))
+    return write_text(text, _with_ending(stem, ".txt"))
 
 
 def versions() -> dict[str, str]:
@@ -123,23 +152,28 @@ def versions() -> dict[str, str]:
 def weight_records(cfg: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Per model: its weight path, and a SHA-256 of the headers of its safetensors files.
 
-    A header lists names, types, shapes and places of all tensors; hashing it takes no time even for a large file.
+    A model without a path has random weights, drawn from the run's seed; the record says so. A header lists names,
+    types, shapes and places of all tensors; hashing it takes no time even for a large file.
     """
-    records = {}
+    records: dict[str, dict[str, str]] = {}
     for name in ("model", "ae", "t5", "clip", "img_flux", "img_flux_ae"):
-        path = (cfg.get(name) or {}).get("from_pretrained")
-        if not path or (name.startswith("img_") and not cfg["use_t2i2v"]):
+        if not cfg.get(name) or (name.startswith("img_") and not cfg["use_t2i2v"]):
+            continue
+        path = cfg[name].get("from_pretrained")
+        if not path:
+            records[name] = {"path": f"random weights of seed {cfg['seed']}"}
             continue
         records[name] = {"path": str(path)}
         local = Path(path).expanduser()
         files = [local] if local.is_file() else sorted(local.glob("*.safetensors"))
-        headers = [header for header in map(_read_header, files) if header]
+        headers = [header for header in map(read_header, files) if header]
         if headers:
             records[name]["header_sha256"] = hashlib.sha256(b"".join(headers)).hexdigest()
     return records
 
 
-def _read_header(path: Path) -> bytes:
+def read_header(path: Path) -> bytes:
+    """Header of a safetensors file (JSON), empty for other files."""
     if path.suffix != ".safetensors":
         return b""
     with path.open("rb") as file:

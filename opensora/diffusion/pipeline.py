@@ -11,13 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from opensora.acceleration import collectives
+from opensora.acceleration.parallel_context import ParallelContext
+from opensora.acceleration.parallel_vae import share_tiles
+from opensora.acceleration.plugins import divide_model
 from opensora.config import load_config
 from opensora.diffusion import building
 from opensora.diffusion.conditions import build_condition, get_spans, restore_references
-from opensora.diffusion.decode import decode_latents
+from opensora.diffusion.decode import DecodeMemoryError, decode_latents
 from opensora.diffusion.denoise import StepCallback, TextEmbeddings, denoise, denoise_distilled
 from opensora.diffusion.latents import get_noise, pack, prepare_ids, unpack
-from opensora.diffusion.lora import merge_loras
+from opensora.diffusion.lora import apply_loras
 from opensora.diffusion.offload import on_device
 from opensora.diffusion.plan import IMAGE_GUIDANCE, LatentSpec, SamplePlan, image_plan, make_plan
 from opensora.diffusion.progress import as_stage, timed, with_latents
@@ -31,6 +35,7 @@ from opensora.utils.video import to_uint8
 
 logger = get_logger(__name__)
 
+TEXT_ENCODERS = ("t5", "clip")
 REFERENCE_SEED_OFFSET = 0x5DEECE66D  # keeps posterior noise apart from the starting noise of the same seed
 
 
@@ -73,11 +78,18 @@ class VideoPipeline:
         cfg: resolved config (:class:`opensora.schema.InferenceOptions`).
         device: where the models work.
         dtype: of the models.
+        parallel: ranks that make a sample together, already reflected in the models; all call the same methods.
     """
 
     def __init__(
-        self, models: Mapping[str, nn.Module], cfg: Mapping[str, Any], device: torch.device, dtype: torch.dtype
+        self,
+        models: Mapping[str, nn.Module],
+        cfg: Mapping[str, Any],
+        device: torch.device,
+        dtype: torch.dtype,
+        parallel: ParallelContext | None = None,
     ) -> None:
+        self.parallel = parallel or ParallelContext()
         self.models = dict(models)
         self.cfg = cfg
         self.device = device
@@ -86,13 +98,18 @@ class VideoPipeline:
 
     @classmethod
     def from_config(
-        cls, config: str | Path | Mapping[str, Any], device: torch.device | None = None, **overrides: Any
+        cls,
+        config: str | Path | Mapping[str, Any],
+        device: torch.device | None = None,
+        parallel: ParallelContext | None = None,
+        **overrides: Any,
     ) -> "VideoPipeline":
         """Build the models of a config.
 
         Args:
             config: a config file, or its content.
             device: where the models work; None goes by the config.
+            parallel: ranks that make a sample together; the models are divided over them.
             overrides: config values by key; dotted keys and the aliases of the command line work
                 (``**{"ae.use_spatial_tiling": True}``, ``num_steps=20``).
 
@@ -107,9 +124,16 @@ class VideoPipeline:
         home = torch.device("cpu") if cfg.offload else device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)  # for models that start from random weights
-            models = {name: building.build_ready(cfg[name], home, dtype) for name in section_names(cfg)}
-        models["model"] = merge_loras(models["model"], cfg.pretrained_lora_path)
-        return cls(models, cfg, device, dtype)
+            # of ranks that make a sample together, the first embeds its text for all
+            embeds = parallel is None or parallel.sample.first
+            names = [name for name in section_names(cfg) if embeds or name not in TEXT_ENCODERS]
+            models = {name: building.build_ready(cfg[name], home, dtype, name) for name in names}
+        models["model"] = apply_loras(models["model"], cfg.pretrained_lora_path, cfg.merge_lora)
+        if parallel is not None:
+            divide_model(models["model"], parallel, cfg.plugin_config)
+            if cfg.plugin_ae not in (None, "none"):
+                share_tiles(models["ae"], parallel.sample)
+        return cls(models, cfg, device, dtype, parallel)
 
     def __call__(
         self,
@@ -196,21 +220,36 @@ class VideoPipeline:
             embedded = self.encode_prompt([*texts, *negatives])
         with timed(timings, "denoise", self.device):
             latents = self.sample(plan, *embedded.split(len(texts)), refs, seeds, on_step)
-        with timed(timings, "decode", self.device):
-            frames = self.decode(latents, plan)
-        return SampleResult(latents.float().cpu(), frames, list(texts), list(seeds), timings, plan)
+        result = SampleResult(latents.float().cpu(), [], list(texts), list(seeds), timings, plan)
+        try:
+            with timed(timings, "decode", self.device):
+                result.frames = self.decode(latents, plan)
+        except DecodeMemoryError as error:
+            error.result = result
+            raise
+        return result
 
     @torch.no_grad()
     def encode_prompt(self, texts: Sequence[str]) -> TextEmbeddings:
-        """Embed texts: T5 tokens [B, L, D] and CLIP vector [B, D]; equal texts are embedded once."""
+        """Embed texts: T5 tokens [B, L, D] and CLIP vector [B, D]; equal texts are embedded once.
+
+        Ranks that make a sample together get what the first of them embeds.
+        """
+        axis = self.parallel.sample
+        if axis.size == 1:
+            return TextEmbeddings(*self._embed(texts))
+        mine = [x.cpu() for x in self._embed(texts)] if axis.first else None
+        return TextEmbeddings(*(x.to(self.device) for x in collectives.agree(mine, axis)))
+
+    def _embed(self, texts: Sequence[str]) -> list[Tensor]:
         unique = list(dict.fromkeys(texts))
         rows = torch.tensor([unique.index(text) for text in texts], device=self.device)
         embedded = []
-        for name in ("t5", "clip"):
+        for name in TEXT_ENCODERS:
             with on_device(self.models[name], self.device, self.cfg["offload"]) as embedder:
                 embed: Any = embedder
                 embedded.append(embed(unique).to(self.device, self.dtype)[rows])
-        return TextEmbeddings(*embedded)
+        return embedded
 
     @torch.no_grad()
     def encode_references(
@@ -266,6 +305,7 @@ class VideoPipeline:
                 latent_frames=size[0],
                 has_image=plan.has_image,
                 on_step=with_latents(on_step, size, patch),
+                branches=self.parallel.branch,
             )
         return restore_references(unpack(tokens, size, patch), plan.cond_type, refs)
 
@@ -336,7 +376,8 @@ class VideoPipeline:
 
     def _seeds(self, seed: int | Sequence[int] | None, count: int) -> list[int]:
         if seed is None:
-            return [random.SystemRandom().getrandbits(32) for _ in range(count)]
+            drawn = [random.SystemRandom().getrandbits(32) for _ in range(count)]
+            return collectives.agree(drawn, self.parallel.sample)
         return [check_seed(value) for value in _per_prompt(seed, count, "seeds")]
 
 

@@ -1,14 +1,16 @@
 """The plan of a run in numbers, for ``--dry-run``: sizes, forwards, parameters, memory, FLOPs, files."""
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from opensora.diffusion import building
+from opensora.diffusion import building, outputs
 from opensora.diffusion.denoise import MAX_TOKENS_AT_ONCE
-from opensora.diffusion.plan import SamplePlan
+from opensora.diffusion.plan import LatentSpec, SamplePlan, image_plan
 from opensora.diffusion.validate import check_config
 
 
@@ -44,6 +46,13 @@ def dry_run_report(cfg: Mapping[str, Any], device: torch.device, stems: Sequence
     model: Any = building.build_on_meta(cfg["model"])
     names = ["model", "ae"] + (["img_flux", "img_flux_ae"] if cfg["use_t2i2v"] else [])
     counts = {name: building.count_parameters(building.build_on_meta(cfg[name])) for name in names}
+    uncounted = []
+    for name in ("t5", "clip"):
+        found = encoder_parameters(cfg[name].get("from_pretrained"))
+        if found is None:
+            uncounted.append(name)
+        else:
+            counts[name] = found
     text_tokens = cfg["t5"]["max_length"]
     flops = forward_flops(model, plan.tokens, text_tokens) * plan.forwards
     tokens = plan.tokens + text_tokens
@@ -52,6 +61,7 @@ def dry_run_report(cfg: Mapping[str, Any], device: torch.device, stems: Sequence
     rows = batch * (branches if batch * branches * plan.tokens <= MAX_TOKENS_AT_ONCE else 1)
     weights = (max if cfg["offload"] else sum)(count * dtype.itemsize for count in counts.values())
     ending = ".png" if plan.num_frames == 1 else ".mp4"
+    without = f" ({' and '.join(uncounted)} not counted)" if uncounted else ""
     lines = [
         f"video        {plan.num_frames} frames of {plan.height} x {plan.width} (height x width), {plan.cond_type}",
         f"latent       {' x '.join(map(str, plan.latent_size))} (frames x rows x columns)",
@@ -59,14 +69,42 @@ def dry_run_report(cfg: Mapping[str, Any], device: torch.device, stems: Sequence
         f"steps        {plan.num_steps}, {plan.forwards} forwards per sample, batches of {batch}",
         f"device       {device}, {cfg['dtype']}, offload {'on' if cfg['offload'] else 'off'}",
         *(f"parameters   {count / 1e6:,.1f}M {name}" for name, count in counts.items()),
-        f"memory       about {_size(weights)} of weights on the device (text encoders not counted), and "
+        f"memory       about {_size(weights)} of weights on the device{without}, and "
         f"{_size(activation_bytes(model, tokens, rows, dtype))} of activations while sampling",
         f"compute      about {flops / 1e12:,.3g} TFLOP per sample",
+        *_picture_lines(cfg, text_tokens),
+        *(f"weights      {name}: random, no from_pretrained" for name in names if not cfg[name].get("from_pretrained")),
         f"files        {len(stems)} to write, with .txt and .json beside:",
         *(f"  {stem}{ending}" for stem in stems),
         "dry run: nothing loaded, nothing written",
     ]
     return "\n".join(lines)
+
+
+def encoder_parameters(path: str | None) -> int | None:
+    """Parameters of a text encoder, from the headers of its safetensors files; None where there are none."""
+    folder = Path(path or "").expanduser()
+    headers = [json.loads(outputs.read_header(file)) for file in folder.glob("*.safetensors")] if path else []
+    shapes = [
+        tensor["shape"]
+        for header in headers
+        for key, tensor in header.items()
+        # of whole models, only the half that reads text is loaded
+        if key != "__metadata__" and not key.startswith(("vision_model.", "visual_projection.", "decoder."))
+    ]
+    return sum(map(math.prod, shapes)) if shapes else None
+
+
+def _picture_lines(cfg: Mapping[str, Any], text_tokens: int) -> list[str]:
+    """What the picture that comes first costs (``use_t2i2v``)."""
+    if not cfg["use_t2i2v"]:
+        return []
+    plan = image_plan(cfg, cfg["sampling_option"], LatentSpec.of(building.build_on_meta(cfg["img_flux_ae"])))
+    flops = forward_flops(building.build_on_meta(cfg["img_flux"]), plan.tokens, text_tokens) * plan.num_steps
+    return [
+        f"picture      {plan.height} x {plan.width} first, {plan.tokens} tokens, {plan.num_steps} forwards, about "
+        f"{flops / 1e12:,.3g} TFLOP"
+    ]
 
 
 def _size(count: float) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from opensora.acceleration.plugins import check_sizes
 from opensora.diffusion import building
 from opensora.diffusion.conditions import get_spans
 from opensora.diffusion.lora import check_loras
@@ -74,15 +75,19 @@ def check_resources(cfg: Mapping[str, Any], device: torch.device) -> None:
 
 
 def check_parallelism(cfg: Mapping[str, Any], world_size: int) -> None:
-    """Raises a UserError for a parallel plugin under several processes, which sampling does not offer."""
-    parallel = cfg["plugin"] == "hybrid" or cfg["plugin_ae"] == "hybrid"
-    if parallel and world_size > 1:
-        raise UserError(
-            f"plugin hybrid with {world_size} processes: one video is made by one process here; "
-            "--plugin none --plugin-ae none divides the prompts over the processes"
-        )
-    if parallel:
+    """See that a config's parallelism suits its model and the number of processes.
+
+    Raises:
+        UserError: unknown plugins, or sizes that do not divide the model.
+    """
+    for key in ("plugin", "plugin_ae"):
+        if cfg[key] not in (None, "none", "hybrid"):
+            raise UserError(f"{key}={cfg[key]!r}: sampling knows hybrid and none")
+    if cfg["plugin"] != "hybrid":
+        return
+    if world_size == 1:
         logger.info("one process: the parallel plugin of the config is not used")
+    check_sizes(cfg["plugin_config"], building.build_on_meta(cfg["model"]), world_size)
 
 
 def _check_channels(cfg: Mapping[str, Any], model: Any, ae: Any) -> None:

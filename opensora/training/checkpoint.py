@@ -1,14 +1,16 @@
 """Checkpoint folders: written beside and renamed, so a folder that exists is whole."""
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,59 +26,147 @@ FOLDER = re.compile(r"epoch(\d+)-global_step(\d+)")
 @dataclass
 class RunningStates:
     """Where a run stands: ``epoch`` and ``step`` (micro-batches into it) follow from the micro-steps done;
-    ``global_step`` counts optimizer steps."""
+    ``global_step`` counts optimizer steps, ``skipped_steps`` those of them that changed nothing; ``replicas`` are the
+    data-parallel ranks that each did these micro-steps."""
 
     epoch: int
     step: int
     global_step: int
     micro_step: int
     ema_updates: int = 0
+    skipped_steps: int = 0
+    replicas: int = 1
+
+    def move_to(self, replicas: int) -> None:
+        """Count micro-steps as another number of data-parallel ranks does them: the place in the data stays."""
+        self.micro_step = self.micro_step * self.replicas // replicas
+        self.replicas = replicas
+
+
+@dataclass
+class CheckpointContent:
+    """Everything that a checkpoint holds.
+
+    Attributes:
+        states: where the run stands.
+        model: weights; ``model/model.safetensors``, or an adapter's, see ``write_adapter_config``.
+        optimizers: state dicts by name; ``<name>/state.pt``.
+        ema: averaged weights; ``ema.safetensors``.
+        extra_models: further weights by name; ``<name>/model.safetensors``.
+        metadata: strings for the header of the weight files (layouts).
+        master: fp32 copies of the weights; ``master.safetensors``.
+        write_adapter_config: writes ``adapter_config.json`` into a folder. With it, ``model`` and ``ema`` are a LoRA
+            adapter's weights and become the PEFT folders ``lora`` and ``lora_ema``.
+    """
+
+    states: RunningStates
+    model: Mapping[str, Tensor]
+    optimizers: Mapping[str, Any]
+    ema: Mapping[str, Tensor] | None = None
+    extra_models: Mapping[str, Mapping[str, Tensor]] | None = None
+    metadata: Mapping[str, str] | None = None
+    master: Mapping[str, Tensor] | None = None
+    write_adapter_config: Callable[[Path], None] | None = None
+
+    def snapshot(self) -> "CheckpointContent":
+        """A copy in host memory that training does not change."""
+        return replace(
+            self,
+            states=replace(self.states),
+            **{
+                name: _to_host(getattr(self, name)) for name in ("model", "optimizers", "ema", "extra_models", "master")
+            },
+        )
+
+    def weight_files(self) -> dict[str, Mapping[str, Tensor]]:
+        """Weight files by their place in the folder."""
+        files: dict[str, Mapping[str, Tensor]] = {
+            f"{name}/model.safetensors": weights for name, weights in (self.extra_models or {}).items()
+        }
+        if self.write_adapter_config is None:
+            files["model/model.safetensors"] = self.model
+        else:
+            files["lora/adapter_model.safetensors"] = self.model
+        if self.ema is not None:
+            adapter = self.write_adapter_config is not None
+            files["lora_ema/adapter_model.safetensors" if adapter else "ema.safetensors"] = self.ema
+        if self.master:
+            files["master.safetensors"] = self.master
+        return files
+
+
+def _to_host(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _to_host(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_to_host(item) for item in value)
+    return value
 
 
 def save_checkpoint(
-    folder: Path,
-    states: RunningStates,
-    model: Mapping[str, Tensor],
-    *,
-    optimizers: Mapping[str, Any],
-    ema: Mapping[str, Tensor] | None = None,
-    extra_models: Mapping[str, Mapping[str, Tensor]] | None = None,
-    metadata: Mapping[str, str] | None = None,
+    folder: Path, states: RunningStates, model: Mapping[str, Tensor], *, optimizers: Mapping[str, Any], **more: Any
 ) -> Path:
-    """Write ``<folder>/epoch{E}-global_step{S}``.
-
-    Args:
-        folder: experiment folder.
-        states: where the run stands.
-        model: weights; written to ``model/model.safetensors``.
-        optimizers: state dicts by name; written to ``<name>/state.pt``.
-        ema: averaged weights; written to ``ema.safetensors``.
-        extra_models: further weights by name; written to ``<name>/model.safetensors``.
-        metadata: strings for the header of the weight files (layouts).
+    """Write ``<folder>/epoch{E}-global_step{S}``; arguments as in :class:`CheckpointContent`.
 
     Returns:
         The finished folder.
     """
+    return write_checkpoint(folder, CheckpointContent(states, model, optimizers, **more))
+
+
+def write_checkpoint(folder: Path, content: CheckpointContent) -> Path:
+    """Write a checkpoint beside its place, then rename it: the folder is whole or absent, even if the disk is full.
+
+    Returns:
+        The finished folder.
+
+    Raises:
+        OSError: it could not be written; what was there before is as it was.
+    """
+    states = content.states
     target = folder / f"epoch{states.epoch}-global_step{states.global_step}"
     beside = folder / f".{target.name}.writing"
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        for name, weights in {"model": model, **(extra_models or {})}.items():
-            (beside / name).mkdir(parents=True)
-            save_safetensors(weights, beside / name / "model.safetensors", dict(metadata or {}))
-        if ema is not None:
-            save_safetensors(ema, beside / "ema.safetensors", dict(metadata or {}))
-        for name, state in optimizers.items():
+        beside.mkdir(parents=True)
+        for name, weights in content.weight_files().items():
+            (beside / name).parent.mkdir(exist_ok=True)
+            save_safetensors(weights, beside / name, dict(content.metadata or {}))
+            if content.write_adapter_config is not None and name.startswith("lora"):
+                content.write_adapter_config((beside / name).parent)
+        for name, state in content.optimizers.items():
             (beside / name).mkdir(exist_ok=True)
             torch.save(state, beside / name / "state.pt")
         (beside / "running_states.json").write_text(json.dumps(asdict(states), indent=4), encoding="utf-8")
+        for file in beside.rglob("*"):
+            _flush(file)
         if target.exists():
             shutil.rmtree(target)
         beside.rename(target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, SafetensorError | RuntimeError):  # how the writers of tensors report a full disk
+            raise OSError(f"{target}: {error}") from error
         raise
     return target
+
+
+def _flush(file: Path) -> None:
+    """Have the system write a file out, so that a machine that goes down does not leave an empty one."""
+    if file.is_file():
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a killed run was writing."""
+    for path in folder.glob(".epoch*-global_step*.writing"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -124,8 +214,12 @@ def load_part(checkpoint: Path, name: str) -> Any:
 
 
 def load_weights(checkpoint: Path, name: str = "model") -> dict[str, Tensor]:
-    """Weights ``<name>/model.safetensors``, or ``ema.safetensors`` for "ema"."""
-    file = checkpoint / "ema.safetensors" if name == "ema" else checkpoint / name / "model.safetensors"
+    """Weights ``<name>/model.safetensors``, or ``<name>.safetensors`` for "ema" and "master".
+
+    Raises:
+        UserError: the checkpoint does not hold them.
+    """
+    file = checkpoint / (f"{name}.safetensors" if name in ("ema", "master") else f"{name}/model.safetensors")
     if not file.is_file():
         raise UserError(f"{checkpoint}: has no {file.relative_to(checkpoint)}")
     return load_file(file)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora.config import config_to_text
+from opensora.training.checkpoint import remove_unfinished
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger, setup_logging
 
@@ -35,6 +36,7 @@ def create_experiment(cfg: Any, resume_from: Path | None) -> Path:
     if occupied and (resume_from is None or resume_from.resolve().parent != folder.resolve()):
         raise UserError(f"{folder} already holds checkpoints: give another --exp-name, or go on with --load {folder}")
     folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder)
     (folder / "config.txt").write_text(config_to_text(cfg), encoding="utf-8")
     setup_logging(folder / "log.txt")
     logger.info("experiment folder: %s", folder)

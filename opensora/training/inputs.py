@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opensora.datasets.caches import WHOLE, batch_key, run_name
 from opensora.diffusion.conditions import build_condition, choose_conditions, get_spans
 from opensora.diffusion.flow import flow_matching_loss, interpolate, sample_timesteps, unconditioned_tokens, velocity
 from opensora.diffusion.latents import pack, prepare_ids
@@ -69,24 +70,29 @@ class InputEncoder:
             self._null_txt, self._null_vec = t5([""]), clip([""])
 
     @torch.no_grad()
-    def __call__(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    def __call__(
+        self, batch: dict[str, Any], generator: torch.Generator, timesteps: Tensor | None = None
+    ) -> dict[str, Any]:
         """Model inputs and target of one batch.
 
         Args:
-            batch: ``video [B, 3, T, H, W]`` in [-1, 1], ``text``, ``index``.
+            batch: ``video [B, 3, T, H, W]`` in [-1, 1], ``text``, ``index``; or, instead of pixels and texts, what
+                :class:`opensora.datasets.caches.CachedVideoTextDataset` gives for them.
             generator: source of everything random.
+            timesteps: these ``[B]`` instead of random ones, as they are.
 
         Returns:
             ``inputs`` (keyword arguments of the model), ``target [B, L, C]`` and ``mask [B, L]`` or None.
         """
-        video, keys = batch["video"], [(i, *batch["video"].shape[2:]) for i in batch["index"]]
-        x_0 = self._latent(self._encode(video, [(*key, "all") for key in keys]), generator)
-        cond = self._condition(x_0, video, keys, generator)
-        txt, vec = self._text(batch["text"], generator)
+        x_0 = self._clips(batch, generator)
+        cond = self._condition(x_0, batch, generator)
+        txt, vec = self._text(batch, generator)
 
         patch, (frames, height, width) = self.options.patch_size, x_0.shape[2:]
         tokens = height * width // 4  # the schedule counts 2x2 patches, whatever the model's patch is
-        t = sample_timesteps(len(x_0), tokens, frames, generator, x_0.device)
+        if timesteps is None:
+            timesteps = sample_timesteps(len(x_0), tokens, frames, generator)
+        t = timesteps.to(x_0.device)
         noise = torch.randn(x_0.shape, generator=generator).to(x_0)
         img_ids, txt_ids = prepare_ids(
             len(x_0), (frames, height, width), patch, txt.shape[1], x_0.device, torch.float32
@@ -107,6 +113,15 @@ class InputEncoder:
                 mask = unconditioned_tokens(cond[:, 0, :, 0, 0], height * width // patch**2)
         return {"inputs": inputs, "target": pack(velocity(x_0, noise, self.options.sigma_min), patch), "mask": mask}
 
+    def _clips(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+        """Latents ``[B, C, t, h, w]`` of whole clips, from the pixels or from what was cached of them."""
+        if "video_latents" in batch:
+            return batch["video_latents"]
+        stored = batch.get(batch_key(WHOLE))
+        if stored is None:
+            stored = self._encode(batch["video"], [(*key, WHOLE) for key in _clip_keys(batch)])
+        return self._latent(stored, generator)
+
     def _encode(self, clips: Tensor, keys: Sequence[Any]) -> Tensor:
         """What the autoencoder makes of clips before sampling: posterior moments ``[B, 2C, t, h, w]``, or latents."""
         encode = self.ae.encode_moments if self._has_posterior else self.ae.encode
@@ -123,9 +138,7 @@ class InputEncoder:
             return encoded
         return self.ae.normalize(DiagonalGaussian(encoded).sample(generator))
 
-    def _condition(
-        self, x_0: Tensor, video: Tensor, keys: Sequence[tuple], generator: torch.Generator
-    ) -> Tensor | None:
+    def _condition(self, x_0: Tensor, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor | None:
         """Mask and reference latents ``[B, 1 + C, t, h, w]``; the given frames are encoded on their own."""
         weights = self.options.condition_weights
         if weights is None:
@@ -139,20 +152,34 @@ class InputEncoder:
         latents: dict[tuple, Tensor] = {}
         for run, span in spans.items():
             rows = [i for i, runs in enumerate(needs) if run in runs]
-            clips = torch.stack([span.cut(video[i], run[1]) for i in rows])
-            encoded = self._latent(self._encode(clips, [(*keys[i], *run) for i in rows]), generator)
+            stored = batch.get(batch_key(run_name(*run)))
+            if stored is None:
+                clips = torch.stack([span.cut(batch["video"][i], run[1]) for i in rows])
+                moments = self._encode(clips, [(*_clip_keys(batch)[i], *run) for i in rows])
+            else:
+                moments = stored[rows]
+            encoded = self._latent(moments, generator)
             latents.update({(i, run): latent for i, latent in zip(rows, encoded)})
         refs = [[latents[i, run] for run in runs] or None for i, runs in enumerate(needs)]
         return build_condition(x_0, types, refs, causal)
 
-    def _text(self, texts: Sequence[str], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _text(self, batch: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Embeddings; each encoder's is replaced by that of the empty text at its dropout rate, independently."""
-        txt = self._txt(texts, lambda rows: self.t5([texts[i] for i in rows]))
-        vec = self._vec(texts, lambda rows: self.clip([texts[i] for i in rows]))
+        texts: Sequence[str] = batch["text"]
+        if "text_t5" in batch:
+            txt, vec = batch["text_t5"], batch["text_clip"]
+        else:
+            txt = self._txt(texts, lambda rows: self.t5([texts[i] for i in rows]))
+            vec = self._vec(texts, lambda rows: self.clip([texts[i] for i in rows]))
         drop_txt = torch.rand(len(texts), generator=generator) < self.options.t5_dropout
         drop_vec = torch.rand(len(texts), generator=generator) < self.options.clip_dropout
         txt = torch.where(drop_txt[:, None, None].to(txt.device), self._null_txt, txt)
         return txt, torch.where(drop_vec[:, None].to(vec.device), self._null_vec, vec)
+
+
+def _clip_keys(batch: Mapping[str, Any]) -> list[tuple]:
+    """What tells the clips of a batch, as they are seen, from all others: row and size."""
+    return [(i, *batch["video"].shape[2:]) for i in batch["index"]]
 
 
 def diffusion_loss(model: nn.Module, prepared: dict[str, Any]) -> Tensor:

@@ -1,8 +1,9 @@
 """The training loop that all trainers share: accumulate, step, average, log, save."""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -12,26 +13,42 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from opensora.acceleration.engine import Engine
-from opensora.training.checkpoint import RunningStates, remove_old_checkpoints, save_checkpoint
+from opensora.training.checkpoint import CheckpointContent, RunningStates
+from opensora.training.checkpoint_writer import CheckpointWriter
 from opensora.training.ema import EMA
-from opensora.training.metrics import MetricLog
+from opensora.training.metrics import MetricLog, StageTimer, Value
+from opensora.training.stopping import EXIT_STATUS, StopRequest
+from opensora.training.trained import TrainedWeights
+from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-MAX_BAD_STEPS = 20  # consecutive steps with a non-finite loss or gradient before the run stops
+NAMED_ROWS = 8  # rows listed when a run stops because of its batches
 
 
 class LossFunction(Protocol):
     """Loss of one micro-batch: a scalar to minimise and numbers to log."""
 
-    def __call__(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def __call__(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, Mapping[str, Value]]:
         """All randomness comes from ``generator``."""
 
 
 @dataclass
 class LoopSettings:
-    """Numbers of the loop; ``stop_at`` is the optimizer step this call ends at, ``total`` the whole run's last."""
+    """Numbers of the loop.
+
+    Attributes:
+        seed: of everything random.
+        accumulation: micro-batches per optimizer step.
+        ckpt_every: optimizer steps between checkpoints, 0 for none before the end.
+        keep_n_latest: checkpoints to keep, negative for all.
+        stop_at: optimizer step that the loop ends at.
+        rank: data-parallel place of this process.
+        max_skipped_steps: this many steps in a row without a finite loss and gradient stop the run.
+        async_io: write checkpoints beside training.
+        save_masters: write the fp32 copies of the weights into checkpoints.
+    """
 
     seed: int
     accumulation: int
@@ -39,6 +56,9 @@ class LoopSettings:
     keep_n_latest: int
     stop_at: int
     rank: int = 0
+    max_skipped_steps: int = 20
+    async_io: bool = False
+    save_masters: bool = True
 
 
 def step_generator(seed: int, micro_step: int, rank: int) -> torch.Generator:
@@ -65,6 +85,8 @@ class TrainLoop:
         states: where the run stands; updated in place.
         epoch_length: micro-batches per epoch (for the checkpoint's name).
         metadata: strings for the header of saved weights.
+        weights: what is averaged and saved; None is the engine's whole model.
+        timer: takes the time of the backward pass and the update.
     """
 
     def __init__(
@@ -78,11 +100,16 @@ class TrainLoop:
         states: RunningStates,
         epoch_length: int,
         metadata: dict[str, str] | None = None,
+        weights: TrainedWeights | None = None,
+        timer: StageTimer | None = None,
     ) -> None:
         self.engine, self.schedule, self.ema, self.log = engine, schedule, ema, log
         self.folder, self.settings, self.states = folder, settings, states
         self.epoch_length, self.metadata = epoch_length, metadata
-        self._bad_steps = 0
+        self.weights = weights or TrainedWeights(engine.unwrap())
+        self.writer = CheckpointWriter(folder, settings.keep_n_latest, settings.async_io)
+        self.timer = timer or StageTimer(torch.device("cpu"), enabled=False)
+        self._skipped_in_a_row = 0
 
     def run(
         self,
@@ -90,16 +117,42 @@ class TrainLoop:
         loss_function: LossFunction,
         on_step: Callable[[int], None] | None = None,
     ) -> None:
-        """Train until ``stop_at``; ``on_step(global_step)`` is called after every optimizer step."""
-        while self.states.global_step < self.settings.stop_at:
-            paths = [self._micro_step(next_batch, loss_function, i) for i, next_batch in self._group(batches)]
-            self._optimizer_step([path for group in paths for path in group])
-            step = self.states.global_step
-            if on_step is not None:
-                on_step(step)
-            every = self.settings.ckpt_every
-            if (every and step % every == 0) or step == self.settings.stop_at:
-                self.save()
+        """Train until ``stop_at``; ``on_step(global_step)`` is called after every optimizer step.
+
+        Raises:
+            UserError: too many steps in a row had no finite gradient (the rows of the batch are named), or the last
+                checkpoint could not be written.
+            SystemExit: SIGTERM came; the run is saved, the exit status is 143.
+        """
+        settings = self.settings
+        try:
+            with StopRequest() as stop:
+                while self.states.global_step < settings.stop_at:
+                    if self._step(batches, loss_function, stop) and on_step is not None:
+                        on_step(self.states.global_step)
+                    step = self.states.global_step
+                    done, ends = step == settings.stop_at, self.engine.on_any_rank(stop.requested)
+                    if done or ends or (settings.ckpt_every and step % settings.ckpt_every == 0):
+                        path = self.save(last=done or ends)
+                        if ends and not done:
+                            logger.warning("ended by SIGTERM after step %d; go on with --load %s", step, path)
+                            raise SystemExit(EXIT_STATUS)
+        finally:
+            self.writer.wait()
+
+    def _step(self, batches: Iterator[dict[str, Any]], loss_function: LossFunction, stop: StopRequest) -> bool:
+        """One optimizer step; False if it was given up because SIGTERM has also ended the processes that read data."""
+        start = replace(self.states)
+        try:
+            rows = [self._micro_step(batch, loss_function, i) for i, batch in self._group(batches)]
+        except RuntimeError:
+            if not stop.requested:
+                raise
+            self.states.epoch, self.states.step = start.epoch, start.step
+            self.states.micro_step = start.micro_step
+            return False
+        self._optimizer_step([row for of_batch in rows for row in of_batch])
+        return True
 
     def _group(self, batches: Iterator[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
         for i in range(self.settings.accumulation):
@@ -109,50 +162,85 @@ class TrainLoop:
             yield i, batch
 
     def _micro_step(self, batch: dict[str, Any], loss_function: LossFunction, i: int) -> list[str]:
+        """Forward and backward of one batch; returns the names of its rows."""
         settings, states = self.settings, self.states
         generator = step_generator(settings.seed, states.micro_step, settings.rank)
         loss, metrics = loss_function(batch, generator)
-        last = i == settings.accumulation - 1
-        if last:
-            self.engine.backward(loss / settings.accumulation)
-        else:
-            with self.engine.no_sync():
-                self.engine.backward(loss / settings.accumulation)
-        self.log.add({"loss": float(loss.detach()), **metrics})
+        # A loss that is not finite makes every gradient NaN, on every rank, and so the step is skipped; a finite one
+        # is multiplied by exactly 1. (Looking at the value here would wait for the GPU.)
+        scaled = loss * (1 + 0 * loss.detach()) / settings.accumulation
+        accumulates = i < settings.accumulation - 1
+        with self.timer("backward"), self.engine.no_sync() if accumulates else nullcontext():
+            self.engine.backward(scaled)
+        self.log.add({"loss": loss.detach(), **metrics})
         states.micro_step += 1
         states.epoch, states.step = divmod(states.micro_step, self.epoch_length)
-        return list(batch.get("path", []))
+        return row_names(batch)
 
-    def _optimizer_step(self, paths: list[str]) -> None:
+    def _optimizer_step(self, rows: list[str]) -> None:
         lr = float(self.schedule.get_last_lr()[0])
-        norm = self.engine.step()
+        with self.timer("update"):
+            norm = self.engine.step()
         self.schedule.step()
         self.states.global_step += 1
         if math.isfinite(norm):
-            self._bad_steps = 0
+            self._skipped_in_a_row = 0
             if self.ema is not None:
-                self.ema.update(self.engine.unwrap())
+                self.ema.update(self.weights)
+            self.log.add({"grad_norm": norm})
         else:
-            self._bad_steps += 1
-            logger.warning("step %d: gradient is not finite, weights left as they are", self.states.global_step)
-            if self._bad_steps >= MAX_BAD_STEPS:
-                raise RuntimeError(
-                    f"{MAX_BAD_STEPS} steps in a row had no finite gradient; the last batch held {', '.join(paths[:4])}"
-                )
-        self.log.add({"grad_norm": norm})
+            self._skip(rows)
+        self.log.add(self.timer.take())
         self.log.step_done(self.states.global_step, lr)
 
-    def save(self) -> Path:
-        """Write a checkpoint of this moment and drop those past ``keep_n_latest``."""
-        self.states.ema_updates = self.ema.updates if self.ema is not None else 0
-        path = save_checkpoint(
-            self.folder,
-            self.states,
-            self.engine.unwrap().state_dict(),
-            optimizers={"optimizer": self.engine.state_dict()},
-            ema=self.ema.state_dict() if self.ema is not None else None,
-            metadata=self.metadata,
+    def _skip(self, rows: list[str]) -> None:
+        """Count a step that left the weights as they are; too many in a row end the run."""
+        self._skipped_in_a_row += 1
+        self.states.skipped_steps += 1
+        names = ", ".join(rows[:NAMED_ROWS]) + (f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else "")
+        logger.warning(
+            "step %d: loss or gradient is not finite, weights left as they are (%d such steps so far); rows: %s",
+            self.states.global_step,
+            self.states.skipped_steps,
+            names,
         )
-        remove_old_checkpoints(self.folder, self.settings.keep_n_latest)
-        logger.info("saved %s", path)
-        return path
+        if self._skipped_in_a_row >= self.settings.max_skipped_steps:
+            raise UserError(
+                f"step {self.states.global_step}: {self._skipped_in_a_row} steps in a row had no finite loss and "
+                f"gradient; the last batch held {names}. Lower lr, look at these rows, or go on from an older "
+                "checkpoint with --load"
+            )
+
+    def content(self) -> CheckpointContent:
+        """What a checkpoint of this moment holds; tensors are the run's own."""
+        self.states.ema_updates = self.ema.updates if self.ema is not None else 0
+        masters, adapter = self.weights.masters, self.weights.adapter
+        gather = self.engine.gather
+        saved = gather(self.weights.saved())
+        if self.engine.rounded_to is not None:
+            saved = {name: value.to(self.engine.rounded_to) for name, value in saved.items()}
+        master = None
+        if self.settings.save_masters:
+            master = (gather(masters.state_dict()) if masters is not None else self.engine.master_state()) or None
+        return CheckpointContent(
+            self.states,
+            saved,
+            {"optimizer": self.engine.state_dict()},
+            ema=gather(self.ema.state_dict()) if self.ema is not None else None,
+            metadata=self.metadata,
+            master=master,
+            write_adapter_config=adapter.write_config if adapter is not None else None,
+        )
+
+    def save(self, last: bool = False) -> Path:
+        """Write a checkpoint of this moment and drop those past ``keep_n_latest``; see :class:`CheckpointWriter`."""
+        content, states = self.content(), self.states
+        self.engine.on_first_rank(lambda: self.writer.save(content, last))
+        return self.folder / f"epoch{states.epoch}-global_step{states.global_step}"
+
+
+def row_names(batch: Mapping[str, Any]) -> list[str]:
+    """Rows of a batch as a user finds them: number in the table (the header is row 1) and file."""
+    indices, paths = batch.get("index", []), batch.get("path", [])
+    names = [f"row {int(i) + 2}" for i in indices] or [""] * len(paths)
+    return [f"{name} ({path})" if name else str(path) for name, path in zip(names, paths)] if paths else names

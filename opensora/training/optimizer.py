@@ -44,8 +44,9 @@ class MuonWithAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        muon = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-        adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        muon: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        muon["adjust_lr_fn"] = "match_rms_adamw"
+        adam: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self.parts: list[Optimizer] = []
         if matrices:
             self.parts.append(Muon(matrices, **muon))
@@ -131,7 +132,8 @@ def create_schedule(
     """
     if cosine and total_steps is None:
         raise UserError("use_cosine_scheduler needs the length of the run: set max_steps or epochs")
-    base = optimizer.param_groups[0]["lr"]
+    first = optimizer.param_groups[0]
+    base = first.get("initial_lr", first["lr"]) if start_step else first["lr"]
     flat_until = warmup_steps + flat_share * max((total_steps or 0) - warmup_steps, 0)
 
     def factor(step: int) -> float:

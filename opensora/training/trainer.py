@@ -1,105 +1,75 @@
 """Training of the diffusion model."""
 
-from functools import partial
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.optim import Optimizer
 
-from opensora.acceleration.engine import SingleEngine
-from opensora.datasets.dataloader import build_train_loader, endless, to_device
-from opensora.diffusion.building import pick_device, torch_dtype
-from opensora.diffusion.conditions import CONDITIONS
+from opensora.acceleration.engine import Engine
+from opensora.acceleration.parallel_context import ParallelContext, launch
+from opensora.acceleration.plugins import check_training, create_context, create_engine, divide_model, keeps_masters
+from opensora.datasets.dataloader import build_train_loader, endless, prefetch
+from opensora.diffusion.building import build_on_meta, pick_device, torch_dtype
+from opensora.diffusion.ranks import from_rank_zero
 from opensora.models.mmdit.loading import layout_metadata
 from opensora.registry import DATASETS, MODELS, build_module
+from opensora.training.cached import cached_encoders, check_cache, dataset_section
 from opensora.training.checkpoint import RunningStates, find_checkpoint, load_part, load_states, load_weights
-from opensora.training.checks import check_frames, check_unfinished
+from opensora.training.checks import check_unfinished
+from opensora.training.diffusion_checks import check_config, check_resources
+from opensora.training.diffusion_step import DiffusionLoss
 from opensora.training.ema import EMA
 from opensora.training.experiment import create_experiment
-from opensora.training.inputs import InputEncoder, InputOptions, diffusion_loss
+from opensora.training.inputs import InputEncoder
 from opensora.training.loop import LoopSettings, TrainLoop
-from opensora.training.metrics import MetricLog
+from opensora.training.master_weights import MasterWeights
+from opensora.training.metrics import MetricLog, StageTimer
 from opensora.training.optimizer import create_optimizer, create_schedule
+from opensora.training.profiling import NsightWindow
+from opensora.training.recompute import apply_recompute
+from opensora.training.throughput import TrainingFlops, peak_flops
+from opensora.training.tracking import create_trackers
+from opensora.training.train_samples import TrainSamples
+from opensora.training.trained import LoraAdapter, TrainedWeights, freeze, read_adapter
+from opensora.training.validation import Validation
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-SECTIONS = ("model", "ae", "t5", "clip", "dataset", "bucket_config", "optim")
-
-
-def check_config(cfg: Any) -> InputOptions:
-    """Everything about a diffusion training config that can be judged before models are built.
-
-    Raises:
-        UserError: names the key and what would be right.
-    """
-    for key in SECTIONS:
-        if not cfg.get(key):
-            raise UserError(f"{cfg.config_path}: '{key}' is missing; training needs {', '.join(SECTIONS)}")
-    if cfg.lora_config or cfg.cached_video or cfg.cached_text:
-        key = next(k for k in ("lora_config", "cached_video", "cached_text") if cfg[k])
-        raise UserError(f"{key}: not available in this version; remove it")
-    weights = cfg.condition_config
-    for name in weights or {}:
-        if name not in CONDITIONS:
-            raise UserError(f"condition_config: unknown condition {name!r}; valid: {', '.join(CONDITIONS)}")
-    if bool(weights) != bool(cfg.model.get("cond_embed", False)):
-        raise UserError(
-            "condition_config and model.cond_embed belong together: set both (image conditions) or neither (text only)"
-        )
-    ae = build_module({**cfg.ae, "from_pretrained": None}, MODELS, device_map="meta")
-    patch, channels = cfg.patch_size, ae.latent_channels
-    expected = channels * patch**2
-    if cfg.model.get("in_channels", expected) != expected:
-        raise UserError(
-            f"model.in_channels={cfg.model['in_channels']} does not fit: {channels} latent channels in patches of "
-            f"{patch}x{patch} make {expected}"
-        )
-    check_frames(cfg.bucket_config, ae)
-    dropout = cfg.dropout_ratio or {}
-    return InputOptions(
-        patch_size=patch,
-        spatial_multiple=ae.compression[1] * patch,
-        sigma_min=cfg.sigma_min,
-        guidance=cfg.guidance,
-        no_i2v_ref_loss=cfg.no_i2v_ref_loss,
-        t5_dropout=dropout.get("t5", 0.0),
-        clip_dropout=dropout.get("clip", 0.0),
-        condition_weights=dict(weights) if weights else None,
-    )
-
-
-def batch_loss(
-    model: nn.Module,
-    encode: InputEncoder,
-    device: torch.device,
-    dtype: torch.dtype,
-    batch: dict[str, Any],
-    generator: torch.Generator,
-) -> tuple[Tensor, dict[str, float]]:
-    """Loss of one batch of clips."""  # fmt: skip
-    return diffusion_loss(model, encode(to_device(batch, device, dtype), generator)), {}
-
 
 class Trainer:
-    """One training run of the diffusion model, on one process.
+    """One training run of the diffusion model, on this process or all that `launch` has joined.
 
     Args:
         cfg: resolved config (``TrainOptions``).
+        local_rank: number of this process on its machine.
+        world_size: number of processes.
 
     Raises:
         UserError: anything wrong with config, table, checkpoint or weight files.
     """
 
-    def __init__(self, cfg: Any) -> None:
+    def __init__(self, cfg: Any, local_rank: int = 0, world_size: int = 1) -> None:
         self.cfg = cfg
         self.options = check_config(cfg)
-        self.device, self.dtype = pick_device(cfg.device), torch_dtype(cfg.dtype)
+        self.device, self.dtype = pick_device(cfg.device, local_rank), torch_dtype(cfg.dtype)
+        check_training(cfg.plugin, cfg.plugin_config, build_on_meta(cfg.model), world_size)
+        _check_parts(cfg, world_size)
+        self.parallel = ParallelContext(device=self.device)
+        if world_size > 1:
+            launch(self.device)
+            self.parallel = create_context(cfg.plugin, cfg.plugin_config, self.device)
         self.resume = find_checkpoint(cfg.load, cfg.outputs) if cfg.load else None
+        check_resources(cfg, self.device, self.resume)
         self.states = load_states(self.resume) if self.resume else RunningStates(0, 0, 0, 0)
-        self.dataset = build_module(dict(cfg.dataset), DATASETS)
+        self.states.move_to(self.parallel.dp.size)
+        self.dataset = build_module(dataset_section(cfg), DATASETS)
+        check_cache(cfg, self.dataset)
         self.loader, self.sampler = build_train_loader(
             self.dataset,
             cfg.bucket_config,
@@ -108,38 +78,114 @@ class Trainer:
             num_workers=cfg.num_workers,
             prefetch_factor=cfg.prefetch_factor,
             pin_memory=self.device.type == "cuda",
+            num_replicas=self.parallel.dp.size,
+            rank=self.parallel.dp.rank,
         )
+        self.validation = Validation(cfg, self.options) if cfg.validation else None
         self.total_steps = cfg.max_steps or cfg.epochs * len(self.sampler) // cfg.accumulation_steps
         check_unfinished(self.states, self.total_steps)
+        self._move_start()
+
+    def _move_start(self) -> None:
+        """Go on at another place in the data, if ``start_epoch`` or ``start_step`` say so."""
+        if self.cfg.start_epoch is None and self.cfg.start_step is None:
+            return
+        epoch = self.states.epoch if self.cfg.start_epoch is None else self.cfg.start_epoch
+        step = self.states.step if self.cfg.start_step is None else self.cfg.start_step
+        if epoch < 0 or step < 0:
+            raise UserError(f"start_epoch={epoch}, start_step={step}: must not be negative")
+        self.states.micro_step = epoch * len(self.sampler) + step
+        self.states.epoch, self.states.step = divmod(self.states.micro_step, len(self.sampler))
 
     def _build(self, section: str, **overrides: Any) -> Any:
-        return build_module(
-            dict(self.cfg[section]), MODELS, device_map=str(self.device), torch_dtype=self.dtype, **overrides
-        )
+        options = {"device_map": str(self.device), "torch_dtype": self.dtype, **overrides}
+        return build_module(dict(self.cfg[section]), MODELS, **options)
 
     def _encoder(self) -> InputEncoder:
-        ae, t5, clip = self._build("ae"), self._build("t5"), self._build("clip")
-        del ae.decoder  # training only encodes
-        return InputEncoder(ae.eval().requires_grad_(False), t5, clip, self.options, self.cfg.keep_encoded)
+        known = cached_encoders(self.cfg, self.dataset, self.device, self.dtype)
+        ae, t5, clip = (known[name] if name in known else self._build(name) for name in ("ae", "t5", "clip"))
+        if not self.cfg.samples:
+            del ae.decoder  # training only encodes
+        encoder = InputEncoder(ae.eval().requires_grad_(False), t5, clip, self.options, self.cfg.keep_encoded)
+        if self.cfg.warmup_ae and "ae" not in known:
+            self._warm_up(ae)
+        return encoder
 
-    def run(self) -> Path:
-        """Train to the end; returns the experiment folder."""
+    @torch.no_grad()
+    def _warm_up(self, ae: Any) -> None:
+        """Encode every bucket's shape once: kernels are chosen, and memory is seen to suffice, before training."""
+        shapes = {(b.batch_size, 3, b.num_frames, b.height, b.width) for b in self.sampler.table.buckets}
+        for shape in sorted(shapes):
+            ae.encode(torch.zeros(shape, device=self.device, dtype=self.dtype))
+        logger.info("autoencoder warmed up on %d shapes", len(shapes))
+
+    def _model(self) -> TrainedWeights:
+        """The model, its trained part marked, with the weights of the checkpoint to go on from."""
         cfg = self.cfg
-        encoder = self._encoder()
         torch.manual_seed(cfg.seed)
-        overrides = {"from_pretrained": str(self.resume / "model" / "model.safetensors")} if self.resume else {}
-        model = self._build("model", **overrides).train()
-        folder = create_experiment(cfg, self.resume)
-        logger.info("%.2fM parameters on %s", sum(p.numel() for p in model.parameters()) / 1e6, self.device)
-        ema = EMA(model, cfg.ema_decay) if cfg.ema_decay else None
-        optimizer = create_optimizer(model.named_parameters(), cfg.optim)
-        engine = SingleEngine(model, optimizer, cfg.grad_clip)
+        whole = self.resume is not None and not cfg.lora_config
+        overrides = {"from_pretrained": str(self.resume / "model" / "model.safetensors")} if whole else {}  # type: ignore[operator]
+        engine_keeps_masters = keeps_masters(cfg.plugin, self.parallel)
+        dtype = torch.float32 if engine_keeps_masters else self.dtype
+        model = self._build("model", torch_dtype=dtype, **overrides).train()
+        adapter = None
+        if cfg.lora_config:
+            adapter = LoraAdapter(model, cfg.lora_config, self.resume / "lora" if self.resume else cfg.lora_checkpoint)
+        else:
+            freeze(model, cfg.freeze_layers)
+        apply_recompute(model, cfg.grad_checkpoint, cfg.grad_ckpt_buffer_size, self.device)
+        total = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        logger.info("%.2fM parameters, %.2fM of them trained, on %s", total / 1e6, trained / 1e6, self.device)
+        self.layout = divide_model(model, self.parallel, cfg.plugin_config)
+        masters = MasterWeights(model) if dtype != torch.float32 else None
+        return TrainedWeights(model, masters, adapter)
+
+    def _engine(self, weights: TrainedWeights) -> Engine:
+        cfg, masters = self.cfg, weights.masters
+
+        def make_optimizer(named: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
+            optimizer = create_optimizer(named, cfg.optim)
+            if masters is not None:
+                masters.attach(optimizer)
+            return optimizer
+
+        engine = create_engine(
+            cfg.plugin,
+            weights.model,
+            make_optimizer,
+            self.parallel,
+            max_norm=cfg.grad_clip,
+            dtype=self.dtype,
+            config=cfg.plugin_config,
+            layout=self.layout,
+            masters=masters.named_parameters() if masters is not None else None,
+        )
         if self.resume:
+            self._load_masters(engine, masters, self.resume)
             engine.load_state_dict(load_part(self.resume, "optimizer"))
-            if ema:
-                ema.load_state_dict(load_weights(self.resume, "ema"), self.states.ema_updates)
-        schedule = create_schedule(
-            optimizer,
+            optimizer = engine.optimizer
+            wanted = {key: cfg.optim[key] for key in ("lr", "eps") if cfg.optim.get(key) is not None}
+            for group in optimizer.param_groups:  # the config's, which may have changed, not the checkpoint's
+                group.update({key: value for key, value in wanted.items() if key in group})
+                group["initial_lr"] = group["lr"]
+        return engine
+
+    def _load_masters(self, engine: Engine, masters: MasterWeights | None, resume: Path) -> None:
+        if not self.cfg.load_master_weights or (masters is None and engine.rounded_to is None):
+            return
+        if not (resume / "master.safetensors").is_file():
+            logger.warning("%s has no master.safetensors: the fp32 weights start from rounded ones", resume)
+            return
+        state = load_weights(resume, "master")
+        engine.load_master_state(state)
+        if masters is not None:
+            masters.load_state_dict(engine.scatter(state))
+
+    def _schedule(self, engine: Engine) -> Any:
+        cfg = self.cfg
+        return create_schedule(
+            engine.optimizer,
             warmup_steps=cfg.warmup_steps or 0,
             total_steps=self.total_steps,
             cosine=cfg.use_cosine_scheduler,
@@ -147,14 +193,112 @@ class Trainer:
             start_step=self.states.global_step,
             **({"initial_lr": cfg.initial_lr} if cfg.initial_lr is not None else {}),
         )
+
+    def _ema(self, weights: TrainedWeights, engine: Engine) -> EMA | None:
+        if not self.cfg.ema_decay:
+            return None
+        ema = EMA(weights, self.cfg.ema_decay)
+        if self.resume:
+            lora = weights.adapter is not None
+            state = read_adapter(self.resume / "lora_ema") if lora else load_weights(self.resume, "ema")
+            ema.load_state_dict(engine.scatter(state), self.states.ema_updates)
+        return ema
+
+    def run(self) -> Path:
+        """Train to the end; returns the experiment folder.
+
+        Raises:
+            UserError: the run cannot go on, see :class:`opensora.training.loop.TrainLoop`.
+            SystemExit: status 143, after SIGTERM and a checkpoint.
+        """
+        cfg = self.cfg
+        encoder = self._encoder()
+        weights = self._model()
+        model: Any = weights.model
+        rank, processes = self.parallel.rank, self.parallel.world_size
+        folder = from_rank_zero(lambda: create_experiment(cfg, self.resume), self.device, rank, processes)
+        engine = self._engine(weights)
+        ema = self._ema(weights, engine)
+        schedule = self._schedule(engine)
         logger.info("steps %d to %d\n%s", self.states.global_step, self.total_steps, self.sampler.describe())
-        settings = LoopSettings(cfg.seed, cfg.accumulation_steps, cfg.ckpt_every, cfg.keep_n_latest, self.total_steps)
-        log = MetricLog(folder, self.total_steps, self.states.global_step, cfg.log_every)
-        metadata = layout_metadata(model.config)
-        loop = TrainLoop(engine, schedule, ema, log, folder, settings, self.states, len(self.sampler), metadata)
+        log = MetricLog(
+            folder,
+            self.total_steps,
+            self.states.global_step,
+            cfg.log_every,
+            trackers=create_trackers(cfg, folder, self.states.global_step) if rank == 0 else [],
+            peak_flops=peak_flops(self.device, self.dtype),
+            device=self.device,
+            shown=rank == 0,
+        )
+        timer = StageTimer(self.device, cfg.record_time, cfg.record_barrier)
+        settings = self._settings()
+        loop = TrainLoop(
+            engine, schedule, ema, log, folder, settings, self.states, len(self.sampler),
+            layout_metadata(model.config), weights, timer,
+        )  # fmt: skip
+        loss = DiffusionLoss(engine.model, encoder, self.device, self.dtype, TrainingFlops(model), timer)
         try:
-            batches = endless(self.loader, self.sampler, self.states.micro_step)
-            loop.run(batches, partial(batch_loss, model, encoder, self.device, self.dtype))
+            batches = prefetch(endless(self.loader, self.sampler, self.states.micro_step), self.device, self.dtype)
+            loop.run(batches, loss, self._on_step(weights, encoder, ema, log, folder))
         finally:
             log.close()
         return folder
+
+    def _settings(self) -> LoopSettings:
+        cfg = self.cfg
+        if self.dtype != torch.float32 and not cfg.save_master_weights and not cfg.lora_config:
+            logger.warning("save_master_weights is off: a resumed run starts from weights rounded to %s", cfg.dtype)
+        return LoopSettings(
+            cfg.seed,
+            cfg.accumulation_steps,
+            cfg.ckpt_every,
+            cfg.keep_n_latest,
+            self.total_steps,
+            rank=self.parallel.dp.rank,
+            max_skipped_steps=cfg.max_skipped_steps,
+            async_io=cfg.async_io,
+            save_masters=cfg.save_master_weights,
+        )
+
+    def _on_step(
+        self, weights: TrainedWeights, encoder: InputEncoder, ema: EMA | None, log: MetricLog, folder: Path
+    ) -> Callable[[int], None]:
+        """What happens besides training: validation, samples, a profiler's window."""
+        model: nn.Module = weights.model
+        validation = self.validation
+        held_out = validation.encoder(encoder) if validation is not None else None
+        samples = None
+        if self.cfg.samples:
+            models = {"model": model, "ae": encoder.ae, "t5": encoder.t5, "clip": encoder.clip}
+            if self.parallel.rank:  # all ranks take part, the first one keeps what they make
+                self._scratch = tempfile.TemporaryDirectory()
+                folder = Path(self._scratch.name)
+            samples = TrainSamples(self.cfg, models, folder, self.device, self.dtype)
+        window = NsightWindow.from_config(self.cfg, self.states.global_step, self.device)
+
+        def on_step(step: int) -> None:
+            if window is not None:
+                window.on_step(step)
+            with log.paused():
+                if validation is not None and held_out is not None and step % validation.every == 0:
+                    log.record(validation(model, held_out, self.device, self.dtype), step)
+                if samples is not None and step % samples.every == 0:
+                    if ema is not None and self.cfg.samples["use_ema"]:
+                        with ema.shown(weights):
+                            samples(step, log)
+                    else:
+                        samples(step, log)
+
+        return on_step
+
+
+def _check_parts(cfg: Any, world_size: int) -> None:
+    """Raises a UserError for what cannot be divided over processes."""
+    if world_size == 1:
+        return
+    whole = cfg.plugin == "ddp" and (cfg.plugin_config or {}).get("tp_size", 1) == 1
+    if cfg.optim.get("cls") == "Muon" and not whole:
+        raise UserError("optim.cls=Muon needs whole matrices: use --plugin ddp, or AdamW")
+    if cfg.lora_config and not whole:
+        raise UserError("lora_config: adapters are trained with whole weights on every rank: use --plugin ddp")

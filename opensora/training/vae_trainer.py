@@ -1,176 +1,308 @@
 """Training of the video autoencoders."""
 
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from opensora.acceleration.engine import SingleEngine
-from opensora.datasets.buckets import BucketTable
-from opensora.datasets.dataloader import build_train_loader, endless, to_device
+from opensora.acceleration.engine import Engine
+from opensora.acceleration.parallel_context import ParallelContext, launch
+from opensora.acceleration.plugins import create_context, create_engine, keeps_masters
+from opensora.acceleration.sharding import WeightLayout
+from opensora.datasets.dataloader import build_train_loader, endless, prefetch
 from opensora.diffusion.building import pick_device, torch_dtype
-from opensora.models.hunyuan_vae.inflate import inflate_from_images
-from opensora.models.vae.losses import VAELoss
+from opensora.diffusion.ranks import from_rank_zero
+from opensora.models.dc_ae import DCAE
+from opensora.models.dc_ae import inflate as dc_ae_inflate
+from opensora.models.hunyuan_vae import AutoencoderKLCausal3D
+from opensora.models.hunyuan_vae import inflate as hunyuan_inflate
 from opensora.registry import DATASETS, MODELS, build_module
+from opensora.training.adversarial import AdversarialEngine, AdversarialLoop, Adversary
 from opensora.training.checkpoint import RunningStates, find_checkpoint, load_part, load_states, load_weights
-from opensora.training.checks import check_frames, check_unfinished
+from opensora.training.checks import check_unfinished
 from opensora.training.ema import EMA
 from opensora.training.experiment import create_experiment
 from opensora.training.loop import LoopSettings, TrainLoop
+from opensora.training.master_weights import MasterWeights
 from opensora.training.metrics import MetricLog
 from opensora.training.optimizer import create_optimizer, create_schedule
+from opensora.training.tracking import create_trackers
+from opensora.training.trained import TrainedWeights, freeze
+from opensora.training.vae_config import Stage, build_loss, check_config, plan_stages
+from opensora.training.vae_step import VAEStep
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-
-@dataclass(frozen=True)
-class Stage:
-    """A stretch of optimizer steps with its own data, optimizer and schedule."""
-
-    name: str
-    start: int
-    end: int
-    bucket_config: dict
-    lr: float
-
-    @property
-    def steps(self) -> int:
-        """Length in optimizer steps."""
-        return self.end - self.start
-
-
-def plan_stages(cfg: Any, steps_per_epoch: int) -> list[Stage]:
-    """Single frames first (``image_steps``), then the video buckets up to ``max_steps`` (or ``epochs``)."""
-    total = cfg.max_steps or cfg.image_steps + cfg.epochs * steps_per_epoch
-    stages = []
-    if cfg.image_steps:
-        if not cfg.image_bucket_config:
-            raise UserError("image_steps needs image_bucket_config, e.g. {'64px': {1: (1.0, 32)}}")
-        end = min(cfg.image_steps, total)
-        stages.append(Stage("images", 0, end, cfg.image_bucket_config, cfg.image_lr or cfg.optim["lr"]))
-    if total > cfg.image_steps:
-        stages.append(Stage("videos", cfg.image_steps, total, cfg.bucket_config, cfg.optim["lr"]))
-    return stages
-
-
-def check_config(cfg: Any) -> VAELoss:
-    """Everything about a VAE training config that can be judged before models are built; returns the loss.
-
-    Raises:
-        UserError: names the key and what would be right.
-    """
-    for key in ("model", "dataset", "bucket_config"):
-        if not cfg.get(key):
-            raise UserError(
-                f"{cfg.config_path}: '{key}' is missing; VAE training needs model, dataset and bucket_config"
-            )
-    if cfg.discriminator:
-        raise UserError("discriminator: adversarial training is not available in this version; remove the section")
-    BucketTable(cfg.bucket_config)
-    check_frames(cfg.bucket_config, build_module({**cfg.model, "from_pretrained": None}, MODELS, device_map="meta"))
-    return VAELoss(**(cfg.vae_loss_config or {}))
-
-
-def vae_loss(
-    model: nn.Module,
-    loss: VAELoss,
-    device: torch.device,
-    dtype: torch.dtype,
-    batch: dict[str, Any],
-    generator: torch.Generator,
-) -> tuple[Tensor, dict[str, float]]:
-    """Loss of one batch of clips; the posterior is sampled from ``generator``."""  # fmt: skip
-    video = to_device(batch, device, dtype)["video"]
-    reconstruction, posterior, _ = model(video, generator=generator)
-    total, parts = loss(video, reconstruction, posterior)
-    return total, {name: float(value) for name, value in parts.items()}
+DISCRIMINATOR_SEED = 7_919  # beside the run's seed, so that a discriminator does not change the autoencoder's start
 
 
 class VAETrainer:
-    """One training run of a video autoencoder, on one process.
+    """One training run of a video autoencoder, on this process or all that `launch` has joined.
 
     Args:
         cfg: resolved config (``VaeTrainOptions``).
+        local_rank: number of this process on its machine.
+        world_size: number of processes.
 
     Raises:
         UserError: anything wrong with config, table or checkpoint, before the model is built.
     """
 
-    def __init__(self, cfg: Any) -> None:
+    def __init__(self, cfg: Any, local_rank: int = 0, world_size: int = 1) -> None:
         self.cfg = cfg
-        self.loss = check_config(cfg)
-        self.device, self.dtype = pick_device(cfg.device), torch_dtype(cfg.dtype)
+        self.plan = check_config(cfg, world_size)
+        self.device, self.dtype = pick_device(cfg.device, local_rank), torch_dtype(cfg.dtype)
+        self.parallel = ParallelContext(device=self.device)
+        if world_size > 1:
+            launch(self.device)
+            self.parallel = create_context(cfg.plugin, cfg.plugin_config, self.device)
         self.resume = find_checkpoint(cfg.load, cfg.outputs) if cfg.load else None
         self.dataset = build_module(dict(cfg.dataset), DATASETS, require_text=False)
         _, sampler = self._loader(cfg.bucket_config)
         self.stages = plan_stages(cfg, len(sampler) // cfg.accumulation_steps)
         self.states = load_states(self.resume) if self.resume else RunningStates(0, 0, 0, 0)
+        self.states.move_to(self.parallel.dp.size)
         check_unfinished(self.states, self.stages[-1].end)
+        self._move_start(len(sampler))
 
     def _loader(self, bucket_config: dict):
         return build_train_loader(
             self.dataset,
             bucket_config,
+            multiple=self.plan.multiple,
             seed=self.cfg.seed,
             num_workers=self.cfg.num_workers,
             prefetch_factor=self.cfg.prefetch_factor,
             pin_memory=self.device.type == "cuda",
+            num_replicas=self.parallel.dp.size,
+            rank=self.parallel.dp.rank,
         )
 
+    def _move_start(self, epoch_length: int) -> None:
+        """Go on at another place in the data, if ``start_epoch`` or ``start_step`` say so."""
+        epoch, step = self.cfg.start_epoch, self.cfg.start_step
+        if epoch is None and step is None:
+            return
+        if len(self.stages) > 1:
+            raise UserError("start_epoch and start_step: not with image_steps, whose stages read the data anew")
+        epoch = self.states.epoch if epoch is None else epoch
+        step = self.states.step if step is None else step
+        if epoch < 0 or step < 0:
+            raise UserError(f"start_epoch={epoch}, start_step={step}: must not be negative")
+        self.states.micro_step = epoch * epoch_length + step
+
     def run(self) -> Path:
-        """Train to the end; returns the experiment folder."""
-        cfg = self.cfg
-        folder = create_experiment(cfg, self.resume)
-        torch.manual_seed(cfg.seed)
-        self.model = build_module(dict(cfg.model), MODELS, device_map=str(self.device), torch_dtype=self.dtype)
-        self.model.train()
-        if cfg.grad_checkpoint:
-            self.model.set_grad_checkpoint()
-        if self.resume:
-            self.model.load_state_dict(load_weights(self.resume))
-        logger.info("%.2fM parameters on %s", sum(p.numel() for p in self.model.parameters()) / 1e6, self.device)
-        self.ema = EMA(self.model, cfg.ema_decay) if cfg.ema_decay else None
+        """Train to the end; returns the experiment folder.
+
+        Raises:
+            UserError: the run cannot go on, see :class:`opensora.training.loop.TrainLoop`.
+            SystemExit: status 143, after SIGTERM and a checkpoint.
+        """
+        cfg, rank = self.cfg, self.parallel.rank
+        folder = from_rank_zero(
+            lambda: create_experiment(cfg, self.resume), self.device, rank, self.parallel.world_size
+        )
+        self.weights = self._build_model()
+        self.model: Any = self.weights.model
+        self.loss = build_loss(cfg.vae_loss_config, self.device, cfg.grad_checkpoint)
+        self.ema = EMA(self.weights, cfg.ema_decay) if cfg.ema_decay else None
         if self.ema and self.resume:
             self.ema.load_state_dict(load_weights(self.resume, "ema"), self.states.ema_updates)
-        log = MetricLog(folder, self.stages[-1].end, self.states.global_step, cfg.log_every)
+        self.adversary = self._build_adversary() if cfg.discriminator else None
+        log = MetricLog(
+            folder,
+            self.stages[-1].end,
+            self.states.global_step,
+            cfg.log_every,
+            trackers=create_trackers(cfg, folder, self.states.global_step) if rank == 0 else [],
+            device=self.device,
+            shown=rank == 0,
+        )
         try:
-            for stage in self.stages:
-                if self.states.global_step < stage.end:
-                    self._run_stage(stage, folder, log)
+            with profiling(cfg.profile and rank == 0, folder) as on_step:
+                for stage in self.stages:
+                    if self.states.global_step < stage.end:
+                        self._run_stage(stage, folder, log, on_step)
         finally:
             log.close()
         return folder
 
-    def _run_stage(self, stage: Stage, folder: Path, log: MetricLog) -> None:
+    def _build(self, section: str, seed: int) -> tuple[Any, torch.dtype]:
+        """A new model in training mode, and the dtype of its weights: fp32 if the plugin rounds them itself."""
+        dtype = torch.float32 if keeps_masters(self.cfg.plugin, self.parallel) else self.dtype
+        torch.manual_seed(seed)
+        model = build_module(dict(self.cfg[section]), MODELS, device_map=str(self.device), torch_dtype=dtype)
+        return model.train(), dtype
+
+    def _build_model(self) -> TrainedWeights:
+        """The autoencoder, its trained part marked, with the weights of the checkpoint to go on from."""
         cfg = self.cfg
-        fresh = self.states.global_step == stage.start
-        if fresh and stage.name == "videos" and cfg.image_steps:
-            inflate_from_images(self.model)
-            if self.ema:  # the average's kernels changed meaning with the model's
-                self.ema = EMA(self.model, cfg.ema_decay)
-        optimizer = create_optimizer(self.model.named_parameters(), {**cfg.optim, "lr": stage.lr})
-        engine = SingleEngine(self.model, optimizer, cfg.grad_clip)
-        if self.resume and not fresh and cfg.load_optimizer:
-            engine.load_state_dict(load_part(self.resume, "optimizer"))
-        scheduler = cfg.lr_scheduler or {}
-        schedule = create_schedule(
-            optimizer,
-            warmup_steps=scheduler.get("warmup_steps") or 0,
-            total_steps=stage.steps,
-            cosine=scheduler.get("cosine", False),
-            flat_share=scheduler.get("flat_share", 0.0),
-            start_step=self.states.global_step - stage.start,
+        model, dtype = self._build("model", cfg.seed)
+        if cfg.grad_checkpoint:
+            model.set_grad_checkpoint()
+            if cfg.discriminator and hasattr(model.decoder, "grad_checkpoint_output"):
+                # The adaptive weight takes gradients of the last layer twice more: it would be recomputed each time.
+                model.decoder.grad_checkpoint_output = False
+        if self.resume:
+            model.load_state_dict(load_weights(self.resume))
+        if cfg.freeze_layers == "all":
+            model.requires_grad_(False)
+        else:
+            freeze(model, cfg.freeze_layers)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters())
+        logger.info("%.2fM parameters, %.2fM of them trained, on %s", total / 1e6, trained / 1e6, self.device)
+        masters = MasterWeights(model) if dtype != torch.float32 and trained else None
+        if masters is not None and self.resume and (self.resume / "master.safetensors").is_file():
+            masters.load_state_dict(load_weights(self.resume, "master"))
+        return TrainedWeights(model, masters)
+
+    def _build_adversary(self) -> Adversary:
+        """The discriminator with optimizer and schedule, as the checkpoint has them unless it is to start anew."""
+        cfg, resume = self.cfg, self.resume
+        model, dtype = self._build("discriminator", cfg.seed + DISCRIMINATOR_SEED)
+        goes_on = resume is not None and not cfg.restart_disc and (resume / "discriminator").is_dir()
+        past = resume if goes_on else None
+        if resume and past is None:
+            reason = "restart_disc" if cfg.restart_disc else f"there is none in {resume}"
+            logger.warning("the discriminator starts anew: %s", reason)
+        if past is not None:
+            model.load_state_dict(load_weights(past, "discriminator"))
+        masters = MasterWeights(model) if dtype != torch.float32 else None
+        kept_masters = past is not None and (past / "disc_master").is_dir()
+        if past is not None and masters is not None and kept_masters:
+            masters.load_state_dict(load_weights(past, "disc_master"))
+        engine = self._wrap(model, cfg.optim_discriminator, masters)
+        if past is not None and masters is None and kept_masters:
+            engine.load_master_state(load_weights(past, "disc_master"))
+        if past is not None and cfg.load_optimizer:
+            engine.load_state_dict(load_part(past, "disc_optimizer"))
+        start = self.states.global_step if past is not None else 0
+        total = self.stages[-1].end - self.states.global_step + start
+        schedule = self._schedule(engine.optimizer, cfg.optim_discriminator["lr"], cfg.disc_lr_scheduler, total, start)
+        assert self.plan.adversarial is not None
+        logger.info("discriminator: %.2fM parameters", sum(p.numel() for p in model.parameters()) / 1e6)
+        return Adversary(engine, schedule, self.plan.adversarial, masters)
+
+    def _wrap(self, model: nn.Module, optim: Mapping[str, Any], masters: MasterWeights | None) -> Engine:
+        """Engine of the config's plugin around a whole model and a new optimizer."""
+
+        def make_optimizer(named: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
+            optimizer = create_optimizer(named, optim)
+            if masters is not None:
+                masters.attach(optimizer)
+            return optimizer
+
+        return create_engine(
+            self.cfg.plugin,
+            model,
+            make_optimizer,
+            self.parallel,
+            max_norm=self.cfg.grad_clip,
+            dtype=self.dtype,
+            config=self.cfg.plugin_config,
+            layout=WeightLayout(),
+            masters=masters.named_parameters() if masters is not None else None,
         )
+
+    def _schedule(
+        self, optimizer: Optimizer, lr: float, section: Mapping[str, Any] | None, total: int, start: int
+    ) -> LRScheduler:
+        """Schedule of an optimizer that is at step ``start`` of ``total``; ``lr`` holds, whatever a checkpoint says."""
+        options = section or {}
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = lr
+        initial = {} if self.cfg.initial_lr is None else {"initial_lr": self.cfg.initial_lr}
+        return create_schedule(
+            optimizer,
+            warmup_steps=options.get("warmup_steps") or 0,
+            total_steps=total,
+            cosine=options.get("cosine", False),
+            flat_share=options.get("flat_share", 0.0),
+            start_step=start,
+            **initial,
+        )
+
+    def _run_stage(self, stage: Stage, folder: Path, log: MetricLog, on_step: Callable[[int], None] | None) -> None:
+        cfg = self.cfg
+        if self.states.global_step == stage.start and stage.name == "videos" and cfg.image_steps:
+            self._inflate()
+        engine, schedule = self._engine(stage, log)
         loader, sampler = self._loader(stage.bucket_config)
         logger.info("%s: steps %d to %d\n%s", stage.name, self.states.global_step, stage.end, sampler.describe())
-        settings = LoopSettings(cfg.seed, cfg.accumulation_steps, cfg.ckpt_every, cfg.keep_n_latest, stage.end)
-        loop = TrainLoop(engine, schedule, self.ema, log, folder, settings, self.states, len(sampler))
-        # Every stage begins its data at the front; the place in it follows from the steps done in the stage.
-        stage_micro_step = (self.states.global_step - stage.start) * cfg.accumulation_steps
-        batches = endless(loader, sampler, stage_micro_step)
-        loop.run(batches, partial(vae_loss, self.model, self.loss, self.device, self.dtype))
+        settings = LoopSettings(
+            cfg.seed,
+            cfg.accumulation_steps,
+            cfg.ckpt_every,
+            cfg.keep_n_latest,
+            stage.end,
+            rank=self.parallel.dp.rank,
+            max_skipped_steps=cfg.max_skipped_steps,
+            save_masters=True,
+        )
+        kind = TrainLoop if self.adversary is None else AdversarialLoop
+        loop = kind(engine, schedule, self.ema, log, folder, settings, self.states, len(sampler), weights=self.weights)
+        step = VAEStep(
+            engine.model,
+            self.model,
+            self.loss,
+            self.plan.mixer.on_rank(self.parallel.dp.rank, self.parallel.dp.size),
+            self.device,
+            self.dtype,
+            self.states,
+            engine if isinstance(engine, AdversarialEngine) else None,
+        )
+        # Every stage begins its data at the front; the place in it follows from the micro-steps done in the stage.
+        place = self.states.micro_step - stage.start * cfg.accumulation_steps
+        loop.run(prefetch(endless(loader, sampler, place), self.device, self.dtype), step, on_step)
+
+    def _inflate(self) -> None:
+        """From pictures to videos: kernels then treat each frame as the picture they were trained on."""
+        if isinstance(self.model, AutoencoderKLCausal3D):
+            hunyuan_inflate.inflate_from_images(self.model)
+        elif isinstance(self.model, DCAE):
+            dc_ae_inflate.inflate_from_images(self.model)
+        else:
+            return
+        if self.weights.masters is not None:
+            self.weights.masters.load_state_dict({name: p.detach() for name, p in self.model.named_parameters()})
+        if self.ema:  # the average's kernels changed meaning with the model's
+            self.ema = EMA(self.weights, self.cfg.ema_decay)
+
+    def _engine(self, stage: Stage, log: MetricLog) -> tuple[Engine, LRScheduler]:
+        """Engine and schedule of a stage; those of the discriminator, which go through all stages, are part of it."""
+        cfg, done = self.cfg, self.states.global_step - stage.start
+        if cfg.freeze_layers == "all":
+            assert self.adversary is not None
+            return AdversarialEngine(
+                self.model, None, self.adversary, cfg.accumulation_steps, log
+            ), self.adversary.schedule
+        engine = self._wrap(self.model, {**cfg.optim, "lr": stage.lr}, self.weights.masters)
+        if self.resume and done and cfg.load_optimizer:
+            engine.load_state_dict(load_part(self.resume, "optimizer"))
+            if self.weights.masters is None and engine.rounded_to is not None:
+                engine.load_master_state(load_weights(self.resume, "master"))
+        schedule = self._schedule(engine.optimizer, stage.lr, cfg.lr_scheduler, stage.steps, done)
+        if self.adversary is None:
+            return engine, schedule
+        return AdversarialEngine(engine.model, engine, self.adversary, cfg.accumulation_steps, log), schedule
+
+
+@contextmanager
+def profiling(enabled: bool, folder: Path) -> Iterator[Callable[[int], None] | None]:
+    """Record steps 12 to 31 with torch's profiler, to ``<folder>/profile`` (read by TensorBoard); gives a step hook."""
+    if not enabled:
+        yield None
+        return
+    with torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=1, warmup=10, active=20, repeat=1),
+        on_trace_ready=torch.profiler.tensorboard_trace_handler(str(folder / "profile")),
+    ) as profiler:
+        yield lambda _: profiler.step()

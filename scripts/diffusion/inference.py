@@ -12,6 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout without being installed
 
+from opensora.acceleration.failures import reported_once
+from opensora.acceleration.parallel_context import shutdown
 from opensora.config import parse_config, run_main
 from opensora.diffusion.building import pick_device
 from opensora.diffusion.generate import generate
@@ -21,12 +23,17 @@ from opensora.utils.logging import setup_logging
 
 def main(argv: list[str] | None = None) -> list[Path]:
     """Run one command line; returns the files this process wrote."""
-    cfg = parse_config(argv, InferenceOptions)
+    with reported_once(os.environ):
+        cfg = parse_config(argv, InferenceOptions)
     setup_logging()
     # what torchrun says of this process; a single one without it
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", "0")))
-    return generate(cfg, device, rank, world_size, os.environ)
+    try:
+        with reported_once(os.environ):
+            return generate(cfg, device, rank, world_size, os.environ)
+    finally:
+        shutdown()
 
 
 if __name__ == "__main__":

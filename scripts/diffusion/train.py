@@ -1,15 +1,34 @@
-"""Train the diffusion model: ``python scripts/diffusion/train.py CONFIG [--key value ...]`` (``--help``: all keys)."""
+"""Train the diffusion model: ``python scripts/diffusion/train.py CONFIG [--key value ...]`` (``--help``: all keys).
 
+On several devices: ``torchrun --nproc_per_node N --standalone scripts/diffusion/train.py CONFIG --plugin fsdp2``.
+"""
+
+import os
+
+from opensora.acceleration.failures import reported_once
 from opensora.config import parse_config, run_main
 from opensora.schema import TrainOptions
+from opensora.utils.logging import setup_logging
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and train."""
-    cfg = parse_config(argv, TrainOptions)
-    from opensora.training.trainer import Trainer  # after parsing: --help and typos answer at once
+    with reported_once(os.environ):
+        cfg = parse_config(argv, TrainOptions)
+    # after parsing: --help and typos answer at once
+    from opensora.acceleration.parallel_context import shutdown
+    from opensora.training.trainer import Trainer
 
-    print(Trainer(cfg).run())
+    setup_logging()
+    try:
+        with reported_once(os.environ):
+            # what torchrun says of this process; a single one without it
+            trainer = Trainer(cfg, int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+            folder = trainer.run()
+        if trainer.parallel.rank == 0:
+            print(folder)
+    finally:
+        shutdown()
 
 
 if __name__ == "__main__":

@@ -8,54 +8,52 @@ from tqdm import tqdm
 from opensora.config import parse_config, run_main
 from opensora.datasets.dataloader import build_train_loader
 from opensora.diffusion.building import pick_device, torch_dtype
+from opensora.evaluation.clips import SIZE_MULTIPLE, bucket_of
+from opensora.evaluation.latents import RunningMoments
 from opensora.registry import DATASETS, MODELS, build_module
 from opensora.schema import VaeStatsOptions
-
-
-class RunningMoments:
-    """Mean and variance per channel, combined batch by batch in float64 (Chan et al. 1983), so nothing cancels."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = torch.zeros(())
-        self.squares = torch.zeros(())
-
-    def add(self, z: torch.Tensor) -> None:
-        """Take in ``z [B, C, t, h, w]``."""
-        values = z.double().transpose(0, 1).flatten(1)
-        count, mean = values.shape[1], values.mean(dim=1)
-        squares = (values - mean[:, None]).square().sum(dim=1)
-        total = self.count + count
-        delta = mean - self.mean
-        self.mean = self.mean + delta * count / total
-        self.squares = self.squares + squares + delta.square() * self.count * count / total
-        self.count = total
-
-    @property
-    def std(self) -> torch.Tensor:
-        """Standard deviation per channel."""
-        return (self.squares / self.count).sqrt()
+from opensora.utils.errors import UserError
 
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
-    """Encode the dataset and print scale and shift that give every latent channel mean 0 and variance 1."""
+    """Encode the dataset and print what brings its latents to unit variance, in the terms of the autoencoder."""
     cfg = parse_config(argv, VaeStatsOptions)
+    for key in ("model", "dataset"):
+        if not cfg.get(key):
+            raise UserError(f"{cfg.config_path}: '{key}' is missing")
     device, dtype = pick_device(cfg.device), torch_dtype(cfg.dtype)
     dataset = build_module(dict(cfg.dataset), DATASETS, require_text=False)
-    loader, _ = build_train_loader(dataset, cfg.bucket_config, seed=cfg.seed, num_workers=cfg.num_workers)
-    model = build_module(dict(cfg.model), MODELS, device_map=str(device), torch_dtype=dtype).eval()
+    section = dict(cfg.model)
+    if section["type"] == "dc_ae":
+        section["scaling_factor"] = None  # the latents as they are before scaling
+    model = build_module(section, MODELS, device_map=str(device), torch_dtype=dtype).eval()
+    loader, _ = build_train_loader(
+        dataset,
+        bucket_of(cfg.eval_setting) if cfg.eval_setting else cfg.bucket_config,
+        multiple=max(SIZE_MULTIPLE, *model.compression[1:]),
+        seed=cfg.seed,
+        num_workers=cfg.num_workers,
+        prefetch_factor=cfg.prefetch_factor,
+    )
     moments = RunningMoments()
     batches = min(len(loader), cfg.max_batches or len(loader))
-    for batch in tqdm(islice(loader, batches), total=batches, unit="batch"):
+    for batch in tqdm(islice(loader, batches), total=batches, unit="batch", disable=cfg.verbose == 0):
         z = model.encode(batch["video"].to(device, dtype))
         moments.add(model.denormalize(z) if hasattr(model, "denormalize") else z)
-
-    def listed(values: torch.Tensor) -> str:
-        return "[" + ", ".join(f"{value:.4f}" for value in values.tolist()) + "]"
-
     print(f"mean = {listed(moments.mean)}\nstd = {listed(moments.std)}")
-    print(f"scale_factor={listed(1 / moments.std)},\nshift_factor={listed(moments.mean)},")
+    mean, std = moments.overall
+    if section["type"] == "dc_ae":  # divides latents by one number for all channels
+        print(f"scaling_factor={std:.4f},")
+    elif section["type"] == "autoencoder_2d":  # one number for all channels
+        print(f"scale_factor={1 / std:.4f},\nshift_factor={mean:.4f},")
+    else:
+        print(f"scale_factor={listed(1 / moments.std)},\nshift_factor={listed(moments.mean)},")
+
+
+def listed(values: torch.Tensor) -> str:
+    """Numbers as a config has them."""
+    return "[" + ", ".join(f"{value:.4f}" for value in values.tolist()) + "]"
 
 
 if __name__ == "__main__":

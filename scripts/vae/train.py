@@ -1,16 +1,31 @@
-"""Train a video autoencoder: ``python scripts/vae/train.py CONFIG [--key value ...]`` (``--help`` lists the keys)."""
+"""Train a video autoencoder: ``python scripts/vae/train.py CONFIG [--key value ...]`` (``--help`` lists the keys).
+
+On several devices: ``torchrun --nproc_per_node N --standalone scripts/vae/train.py CONFIG --plugin ddp``.
+"""
+
+import os
 
 from opensora.config import parse_config, run_main
 from opensora.schema import VaeTrainOptions
+from opensora.utils.logging import setup_logging
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and train."""
     cfg = parse_config(argv, VaeTrainOptions)
-    from opensora.training.vae_trainer import VAETrainer  # after parsing: --help and typos answer at once
+    # after parsing: --help and typos answer at once
+    from opensora.acceleration.parallel_context import shutdown
+    from opensora.training.vae_trainer import VAETrainer
 
-    folder = VAETrainer(cfg).run()
-    print(folder)
+    setup_logging()
+    try:
+        # what torchrun says of this process; a single one without it
+        trainer = VAETrainer(cfg, int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        folder = trainer.run()
+        if trainer.parallel.rank == 0:
+            print(folder)
+    finally:
+        shutdown()
 
 
 if __name__ == "__main__":

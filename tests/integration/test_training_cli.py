@@ -1,9 +1,5 @@
 """Training commands on a handful of real clips: they train, stop, go on exactly, and name mistakes."""
 
-import pprint
-
-import numpy as np
-import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,63 +9,10 @@ from opensora.schema import TrainOptions, VaeTrainOptions
 from opensora.training.trainer import Trainer
 from opensora.training.vae_trainer import VAETrainer
 from opensora.utils.errors import UserError
-from opensora.utils.video import save_video
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    """Six random clips of 9 frames, 32x32."""
-    folder = tmp_path_factory.mktemp("train_clips")
-    rng, rows = np.random.default_rng(0), []
-    for i in range(6):
-        path = save_video(rng.integers(0, 255, (9, 32, 32, 3), dtype=np.uint8), folder / f"{i}.mp4", fps=8)
-        rows.append(dict(path=str(path), text=f"clip {i}", num_frames=9, height=32, width=32, fps=8.0))
-    pd.DataFrame(rows).to_csv(folder / "clips.csv", index=False)
-    return str(folder / "clips.csv")
-
-
-def write_config(path, content):
-    path.write_text("\n".join(f"{key} = {pprint.pformat(value)}" for key, value in content.items()))
-    return str(path)
 
 
 @pytest.fixture
-def common(tmp_path, table):
-    """What both trainings share."""
-    return dict(
-        device="cpu",
-        dtype="fp32",
-        seed=3,
-        outputs=str(tmp_path / "outputs"),
-        dataset=dict(type="video_text", data_path=table, fps_max=24),
-        bucket_config={"32px_ar1:1": {9: (1.0, 2)}},
-        num_workers=0,
-        optim=dict(cls="HybridAdam", lr=1e-3),
-        ema_decay=0.9,
-        grad_clip=1.0,
-        plugin="none",
-        max_steps=5,
-        ckpt_every=3,
-    )
-
-
-@pytest.fixture
-def diffusion(tmp_path, common, tiny_config):
-    """A tiny diffusion training config file."""
-    sections = {key: tiny_config[key] for key in ("model", "ae", "t5", "clip")}
-    extra = dict(
-        condition_config={"t2v": 1, "i2v_head": 1},
-        dropout_ratio=dict(t5=0.3, clip=0.3),
-        is_causal_vae=True,
-        grad_checkpoint=False,
-        warmup_steps=2,
-        use_cosine_scheduler=True,
-    )
-    return write_config(tmp_path / "train.py", {**common, **sections, **extra})
-
-
-@pytest.fixture
-def vae(tmp_path, common, tiny_config):
+def vae(tmp_path, common, tiny_config, write_config):
     """A tiny VAE training config file: single frames, then clips."""
     extra = dict(
         model=tiny_config["ae"],
@@ -138,7 +81,7 @@ def test_mistakes_are_named(diffusion, tmp_path, overrides, message):
     assert not list(tmp_path.glob("outputs/*/epoch*"))
 
 
-def test_frames_that_the_vae_cannot_take(vae, tmp_path, common):
+def test_frames_that_the_vae_cannot_take(vae, tmp_path, common, write_config):
     bad = write_config(
         tmp_path / "bad.py", {**common, "model": {"type": "hunyuan_vae"}, "bucket_config": {"32px": {8: (1.0, 2)}}}
     )

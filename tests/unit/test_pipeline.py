@@ -199,18 +199,29 @@ def test_latents_survive_a_failed_decode(tiny_config, monkeypatch):
     assert pipe.models["ae"].config.use_spatial_tiling is False
 
 
-def test_loras_are_merged_with_their_strength(tiny_config, tmp_path):
+def test_loras_and_their_strength(tiny_config, tmp_path):
     peft = pytest.importorskip("peft")
-    pipe = VideoPipeline.from_config(tiny_config)
+    pipe = wake(VideoPipeline.from_config(tiny_config))
     before = pipe.models["model"].double_blocks[0].img_attn.proj.weight.clone()
-    tuned = peft.get_peft_model(
-        pipe.models["model"], peft.LoraConfig(r=2, lora_alpha=4, target_modules=["proj"], init_lora_weights=False)
+    changes = []
+    for number, width in enumerate((2, 3)):
+        settings = peft.LoraConfig(r=width, lora_alpha=4, target_modules=["proj"], init_lora_weights=False)
+        tuned = peft.get_peft_model(VideoPipeline.from_config(tiny_config).models["model"], settings)
+        layer = tuned.base_model.model.double_blocks[0].img_attn.proj
+        changes.append(4 / width * layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
+        tuned.save_pretrained(tmp_path / f"style{number}")
+    styles = [f"{tmp_path}/style0@0.5", f"{tmp_path}/style1"]
+
+    one = VideoPipeline.from_config(tiny_config, pretrained_lora_path=styles[1]).models["model"]
+    assert_close(one.double_blocks[0].img_attn.proj.weight, before + changes[1])
+    merged, beside = (
+        wake(VideoPipeline.from_config(tiny_config, pretrained_lora_path=styles, merge_lora=merge))
+        for merge in (True, False)
     )
-    layer = tuned.base_model.model.double_blocks[0].img_attn.proj
-    change = 2.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    tuned.save_pretrained(tmp_path / "style")
-    for entry, strength in ((f"{tmp_path}/style", 1.0), (f"{tmp_path}/style@0.5", 0.5)):
-        model = VideoPipeline.from_config(tiny_config, pretrained_lora_path=entry).models["model"]
-        assert_close(model.double_blocks[0].img_attn.proj.weight, before + strength * change)
+    assert_close(merged.models["model"].double_blocks[0].img_attn.proj.weight, before + 0.5 * changes[0] + changes[1])
+    assert_close(beside.models["model"].double_blocks[0].img_attn.proj.base_layer.weight, before)
+    made = [each("a", seed=1).latents for each in (pipe, merged, beside)]
+    assert_close(made[2], made[1], rtol=0, atol=1e-4)
+    assert not torch.allclose(made[0], made[1], atol=1e-3)
     with pytest.raises(UserError, match="no adapter there"):
         VideoPipeline.from_config(tiny_config, pretrained_lora_path=str(tmp_path))

@@ -1,4 +1,8 @@
-"""Draw the first frame of a scene of the demo world, to start a video from."""
+"""Draw a picture to start a video from: a shape of the demo world, or the lighthouse of ``assets/texts/i2v.csv``.
+
+python tools/demo/draw_picture.py --color blue --shape square
+python tools/demo/draw_picture.py --scene lighthouse
+"""
 
 import argparse
 import sys
@@ -9,28 +13,36 @@ if __package__ in (None, ""):
 
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_image
+from tools.demo.lighthouse import draw_lighthouse
 from tools.demo.world import BACKGROUNDS, COLORS, MARGIN, SHAPES, SIZE, Scene, draw_frame
+
+PICTURES = {"shape": Path("assets/demo/blue_square.png"), "lighthouse": Path("assets/texts/i2v.png")}
 
 
 def main() -> int:
     """Draw the picture and print its path; 2 for a shape that would not fit."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("assets/demo/blue_square.png"), help="picture to write")
-    parser.add_argument("--color", choices=list(COLORS), default="blue", help="of the shape")
-    parser.add_argument("--shape", choices=SHAPES, default="square", help="what to draw")
-    parser.add_argument("--background", choices=list(BACKGROUNDS), default="light", help="medium grey of that kind")
-    parser.add_argument("--radius", type=float, default=13.0, help="half the extent of the shape in px")
-    parser.add_argument("--x", type=float, default=32.0, help="centre of the shape in px from the left")
-    parser.add_argument("--y", type=float, default=48.0, help="centre of the shape in px from the top")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scene", choices=list(PICTURES), default="shape", help="what to draw (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="picture to write (default: the one of the scene below assets/)")
+    parser.add_argument("--color", choices=list(COLORS), default="blue", help="of the shape (default: %(default)s)")
+    parser.add_argument("--shape", choices=SHAPES, default="square", help="which shape (default: %(default)s)")
+    parser.add_argument("--background", choices=list(BACKGROUNDS), default="light", help="grey (default: %(default)s)")
+    parser.add_argument("--radius", type=float, default=13.0, help="half its extent in px (default: %(default)s)")
+    parser.add_argument("--x", type=float, default=32.0, help="its centre in px from the left (default: %(default)s)")
+    parser.add_argument("--y", type=float, default=48.0, help="its centre in px from the top (default: %(default)s)")
     args = parser.parse_args()
+    out = args.out or PICTURES[args.scene]
     try:
+        if args.scene == "lighthouse":
+            print(save_image(draw_lighthouse(), out))
+            return 0
         for flag, value in (("--x", args.x), ("--y", args.y)):
             low, high = args.radius + MARGIN, SIZE - args.radius - MARGIN
             if not low <= value <= high:
                 raise UserError(f"{flag} is {value}: with --radius {args.radius} it must be {low} to {high}")
         level = sum(BACKGROUNDS[args.background]) // 2
         scene = Scene(args.color, args.shape, "still", args.background, level, args.radius, (args.x, args.y), 0.0)
-        print(save_image(draw_frame(scene, 0.0), args.out))
+        print(save_image(draw_frame(scene, 0.0), out))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

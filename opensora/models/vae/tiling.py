@@ -15,6 +15,8 @@ from torch import Tensor
 from opensora.utils.errors import UserError
 
 Network = Callable[[Tensor], Tensor]
+Runner = Callable[[list[Tensor], Network], list[Tensor]]
+"""Runs a network on tiles, in whatever order or place; results in the order of the tiles."""
 TIME, HEIGHT, WIDTH = 2, 3, 4  # axes of [B, C, T, H, W]
 
 
@@ -82,6 +84,7 @@ class Tiling:
         temporal_tile: length of a tile, in frames.
         overlap: share of a tile that overlaps the next one, in [0, 1); rounded down to whole latents.
         use_spatial, use_temporal: whether frames larger, videos longer than a tile are tiled.
+        runner: takes all tiles at once, to divide them over devices; None runs one after the other as they are needed.
 
     Raises:
         UserError: an overlap outside [0, 1), or a tile size in use that is not a multiple of the compression.
@@ -94,6 +97,7 @@ class Tiling:
     overlap: float
     use_spatial: bool = False
     use_temporal: bool = False
+    runner: Runner | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlap < 1:
@@ -129,13 +133,37 @@ class Tiling:
         return TileAxis(size * ratio, keep * ratio, extent, keep, lead)
 
     def _run(self, x: Tensor, network: Network, axes: list[TileAxis]) -> Tensor:
+        if self.runner is None:
+            return self._join(x, network, axes)
+        outputs = iter(self.runner(list(self._cut(x, axes)), network))
+        return self._join(x, lambda tile: next(outputs), axes)
+
+    def _cut(self, x: Tensor, axes: list[TileAxis]) -> Iterator[Tensor]:
+        """The tiles of ``x``, in the order in which `_join` asks for them."""
+        time, rows, columns = axes
+        for start in time.starts(x.shape[TIME]) if self._in_tiles_of_time(x, time) else [None]:
+            part = x if start is None else time.cut(x, start, TIME)
+            if not self._in_tiles_of_space(part, rows, columns):
+                yield part
+                continue
+            for top in rows.starts(x.shape[HEIGHT]):
+                for left in columns.starts(x.shape[WIDTH]):
+                    yield columns.cut(rows.cut(part, top, HEIGHT), left, WIDTH)
+
+    def _in_tiles_of_time(self, x: Tensor, time: TileAxis) -> bool:
+        return self.use_temporal and x.shape[TIME] > time.size
+
+    def _in_tiles_of_space(self, x: Tensor, rows: TileAxis, columns: TileAxis) -> bool:
+        return self.use_spatial and (x.shape[HEIGHT] > rows.size or x.shape[WIDTH] > columns.size)
+
+    def _join(self, x: Tensor, network: Network, axes: list[TileAxis]) -> Tensor:
         time, rows, columns = axes
 
         def frames(part: Tensor) -> Tensor:
-            large = part.shape[HEIGHT] > rows.size or part.shape[WIDTH] > columns.size
-            return _in_space(part, network, rows, columns) if self.use_spatial and large else network(part)
+            tiled = self._in_tiles_of_space(part, rows, columns)
+            return _in_space(part, network, rows, columns) if tiled else network(part)
 
-        return _in_time(x, frames, time) if self.use_temporal and x.shape[TIME] > time.size else frames(x)
+        return _in_time(x, frames, time) if self._in_tiles_of_time(x, time) else frames(x)
 
 
 def _in_time(x: Tensor, network: Network, axis: TileAxis) -> Tensor:

@@ -1,0 +1,10 @@
+# Small twin of ../256px.py: its guidance, prompts and conditions at 64px, for a CPU.
+_base_ = ["../demo.py"]
+
+sampling_option = dict(
+    num_steps=20,
+    text_osci=True,
+    image_osci=True,
+    scale_temporal_osci=True,
+)
+motion_score = "4"

@@ -1,0 +1,234 @@
+"""Engines of torch itself: replicated weights (DDP) and sharded weights (FSDP2)."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from opensora.acceleration import collectives
+from opensora.acceleration.engine import SingleEngine
+from opensora.acceleration.parallel_context import ParallelContext
+from opensora.acceleration.sharding import WeightLayout
+from opensora.utils.errors import UserError
+
+OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
+"""From named parameters to an optimizer."""
+
+
+Named = Sequence[tuple[str, nn.Parameter]]
+
+
+class DistributedEngine(SingleEngine):
+    """What the engines share: norms, checkpoints and the first rank.
+
+    Args:
+        model: what a forward pass calls.
+        plain: the model inside of it.
+        named: what is optimised, by the model's names: its parameters, or fp32 copies of them.
+        make_optimizer: over those.
+        max_norm: limit of the gradient norm, 0 for none.
+        context: the ranks.
+        layout: tensor parallelism of the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, plain: nn.Module, named: Named, make_optimizer: OptimizerFactory,
+        max_norm: float, context: ParallelContext, layout: WeightLayout,
+    ) -> None:  # fmt: skip
+        super().__init__(model, make_optimizer(named), max_norm)
+        self.context, self.layout, self._plain = context, layout, plain
+        names = {id(parameter): name for name, parameter in named}
+        self._names = [names[id(parameter)] for parameter in self._parameters]
+
+    def unwrap(self) -> nn.Module:
+        """See :class:`Engine`."""
+        return self._plain
+
+    def _clip(self) -> float:
+        """The norm counts every weight once, wherever its parts are."""
+        squares = torch.zeros(2, dtype=torch.float64, device=self.context.device)  # divided over tp, and not
+        grads = [(name, p.grad) for name, p in zip(self._names, self._parameters) if p.grad is not None]
+        for divided in (True, False):
+            norm = torch.nn.utils.get_total_norm([g for name, g in grads if (name in self.layout.splits) == divided])
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            squares[int(not divided)] = norm.double().square()
+        squares[:1] = collectives.all_reduce(squares[:1].clone(), self.context.tp)
+        norm_of_all = float(squares.sum().sqrt())
+        if 0 < self.max_norm < norm_of_all:
+            for _, grad in grads:
+                (grad.to_local() if isinstance(grad, DTensor) else grad).mul_(self.max_norm / (norm_of_all + 1e-6))
+        return norm_of_all
+
+    def gather(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See :class:`Engine`; one tensor at a time, so that only the first rank needs memory for all."""
+        whole = {}
+        for name, value in state.items():
+            tensor = self.layout.whole(name, value)
+            if self.context.rank == 0:
+                whole[name] = tensor.cpu()
+        return whole
+
+    def scatter(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See :class:`Engine`."""
+        own = self._plain.state_dict()
+        return {name: self.layout.local(name, value, own.get(name, value)) for name, value in state.items()}
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """See :class:`Engine`."""
+        return self._whole_state(self.optimizer.state_dict())
+
+    def _whole_state(self, own: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What one process would have saved, of an optimizer's state as this rank has it."""
+        state: dict[int, dict[str, Any]] = {}
+        for index, values in own["state"].items():
+            name = self._names[index]
+            state[index] = {
+                key: self.gather({name: value}).get(name) if isinstance(value, Tensor) else value
+                for key, value in values.items()
+            }
+        return {"state": state, "param_groups": own["param_groups"]} if self.context.rank == 0 else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See :class:`Engine`."""
+        self.optimizer.load_state_dict(self._local_state(state))
+
+    def _local_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """This rank's part of an optimizer's state."""
+        local: dict[int, dict[str, Any]] = {}
+        for index, values in state["state"].items():
+            parameter = self._parameters[index]
+            local[index] = {
+                key: self.layout.local(self._names[index], value, parameter)
+                if isinstance(value, Tensor) and value.ndim
+                else value
+                for key, value in values.items()
+            }
+        return {"state": local, "param_groups": state["param_groups"]}
+
+    def on_first_rank(self, action: Callable[[], Any]) -> None:
+        """See :class:`Engine`."""
+        on_first_rank(action, self.context)
+
+    def on_any_rank(self, flag: bool) -> bool:
+        """See :class:`Engine`."""
+        flags = torch.tensor([float(flag)], device=self.context.device)
+        if self.context.world_size > 1:
+            dist.all_reduce(flags)
+        return bool(flags.item())
+
+
+def on_first_rank(action: Callable[[], Any], context: ParallelContext) -> None:
+    """Run ``action`` on rank 0 while the others wait.
+
+    Raises:
+        SystemExit: on the other ranks, if it failed: quietly, since rank 0 raises what the action raised.
+    """
+    failed = torch.zeros(1, device=context.device)
+    try:
+        if context.rank == 0:
+            action()
+    except BaseException:
+        failed.fill_(1)
+        raise
+    finally:
+        if context.world_size > 1:
+            dist.broadcast(failed, 0)
+    if failed:
+        raise SystemExit(1)
+
+
+class DDPEngine(DistributedEngine):
+    """Weights on every rank, gradients averaged.
+
+    That happens while the backward pass runs (torch's DDP, arXiv:2006.15704); with fp32 copies of the parameters, into
+    which their gradients move as they arise, at the step.
+
+    Args:
+        model: see `DistributedEngine`.
+        make_optimizer: called once.
+        context: the ranks.
+        max_norm: limit of the gradient norm, 0 for none.
+        layout: tensor parallelism of the model.
+        masters: fp32 copies of the parameters by name, if the optimizer is to work on them.
+    """
+
+    def __init__(
+        self, model: nn.Module, make_optimizer: OptimizerFactory, context: ParallelContext,
+        max_norm: float = 0.0, layout: WeightLayout | None = None, masters: Named | None = None,
+    ) -> None:  # fmt: skip
+        wrapped = model
+        self._at_step = masters is not None
+        if context.replica.group is not None and not self._at_step:
+            wrapped = DistributedDataParallel(model, process_group=context.replica.group)
+        named = [*model.named_parameters()] if masters is None else masters
+        super().__init__(wrapped, model, named, make_optimizer, max_norm, context, layout or WeightLayout())
+
+    def no_sync(self) -> AbstractContextManager:
+        """See :class:`Engine`."""
+        wrapped: Any = self.model
+        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else super().no_sync()
+
+    def step(self) -> float:
+        """See :class:`Engine`."""
+        if self._at_step:
+            collectives.average([p.grad for p in self._parameters if p.grad is not None], self.context.replica)
+        return super().step()
+
+
+class FSDP2Engine(DistributedEngine):
+    """Weights, gradients and optimizer states divided over ranks, block by block (arXiv:2304.11277).
+
+    Parameters are float32 masters; the forward and backward pass see them in ``dtype``.
+    """
+
+    def __init__(
+        self, model: nn.Module, make_optimizer: OptimizerFactory, context: ParallelContext,
+        max_norm: float = 0.0, layout: WeightLayout | None = None,
+        dtype: torch.dtype = torch.float32, reshard_after_forward: bool = True,
+    ) -> None:  # fmt: skip
+        model.float()
+        if context.replica.group is not None:
+            # inputs keep their dtypes: rotary tables are float32 in every model
+            policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+            options: dict[str, Any] = dict(
+                mesh=context.replica_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
+            )
+            # FSDP hangs its backward on the output, and warns of views, which could be changed under it
+            model.register_forward_hook(lambda module, args, out: out.clone() if out._is_view() else out)
+            for block in [block for group in ("double_blocks", "single_blocks") for block in getattr(model, group)]:
+                fully_shard(block, **options)
+            fully_shard(model, **options)
+        elif dtype != torch.float32:
+            raise UserError("plugin fsdp2: all ranks are tensor parallel, none is left to divide weights over; use ddp")
+        named = [*model.named_parameters()]
+        super().__init__(model, model, named, make_optimizer, max_norm, context, layout or WeightLayout())
+        self.rounded_to = dtype if dtype != torch.float32 else None
+
+    def master_state(self) -> dict[str, Tensor]:
+        """See :class:`Engine`."""
+        return self.gather(self._plain.state_dict()) if self.rounded_to is not None else {}
+
+    def load_master_state(self, state: Mapping[str, Tensor]) -> None:
+        """See :class:`Engine`."""
+        if self.rounded_to is not None:
+            self.layout.load(self._plain, state)
+
+    @contextmanager
+    def _unsynchronised(self) -> Iterator[None]:
+        model: Any = self.model
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+
+    def no_sync(self) -> AbstractContextManager:
+        """See :class:`Engine`."""
+        return self._unsynchronised() if hasattr(self.model, "set_requires_gradient_sync") else super().no_sync()

@@ -1,0 +1,180 @@
+"""Process groups of a run, as a value that is handed to whoever needs it."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from opensora.utils.errors import UserError
+from opensora.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+AXES = ("dp", "branch", "sp", "tp")
+TIMEOUT = timedelta(minutes=30)  # of any exchange: longer than a large checkpoint takes the first rank to write
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the grid of processes: the ranks that differ from this one in nothing else.
+
+    Attributes:
+        size: number of ranks.
+        rank: place of this process, 0 to ``size - 1``.
+        group: their process group; None where there is only one rank, and then nothing is ever exchanged.
+    """
+
+    size: int = 1
+    rank: int = 0
+    group: Any = field(default=None, repr=False)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process speaks for the axis."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Wanted sizes of the axes; the data-parallel one takes the ranks that are left.
+
+    Attributes:
+        tp: ranks that share each weight matrix.
+        sp: ranks that share the tokens of a sample.
+        branch: ranks that share the guidance branches of a sampling step.
+    """
+
+    tp: int = 1
+    sp: int = 1
+    branch: int = 1
+
+    @classmethod
+    def of(cls, plugin: str | None, config: Mapping[str, Any] | None) -> "Sizes":
+        """Sizes that a config asks for: ``plugin`` and ``plugin_config``, which says nothing without a plugin.
+
+        Raises:
+            UserError: a size below 1, or pipeline parallelism.
+        """
+        config = config or {}
+        if plugin in (None, "", "none"):
+            return cls()
+        if (config.get("pp_size") or 1) != 1:
+            raise UserError(f"plugin_config.pp_size={config['pp_size']}: pipeline parallelism is not available")
+        found = {}
+        for name in ("tp", "sp", "branch"):
+            found[name] = config.get(f"{name}_size") or 1
+            if found[name] < 1:
+                raise UserError(f"plugin_config.{name}_size={found[name]}: must be at least 1")
+        if plugin in ("zero1", "zero2", "torch_ddp") and max(found.values()) > 1:
+            raise UserError(
+                f"plugin {plugin} only divides data; for plugin_config.tp_size or sp_size above 1 use hybrid "
+                "(ColossalAI), ddp or fsdp2"
+            )
+        return cls(**found)
+
+    def fit(self, world_size: int) -> "Sizes":
+        """The largest sizes not above these whose product divides ``world_size``; a change is logged."""
+        left, fitted = world_size, {}
+        for name in ("tp", "sp", "branch"):
+            wanted = getattr(self, name)
+            fitted[name] = max(size for size in range(1, min(wanted, left) + 1) if left % size == 0)
+            left //= fitted[name]
+            if fitted[name] != wanted:
+                logger.info(
+                    "%s_size=%d asked for, %d used: there are %d processes (torchrun --nproc_per_node)",
+                    name, wanted, fitted[name], world_size,
+                )  # fmt: skip
+        return Sizes(**fitted)
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Place of this process in the grid (dp, branch, sp, tp); tp ranks are neighbours.
+
+    Attributes:
+        rank, world_size: of all processes.
+        device: where this process works.
+        dp: data parallel: different samples.
+        branch: same samples, different guidance branches.
+        sp: same samples, different tokens.
+        tp: same samples, different parts of the weights.
+        replica: dp, branch and sp together: the ranks that hold the same weights and average their gradients.
+        sample: branch, sp and tp together: the ranks that work on the same samples.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dp: Axis = Axis()
+    branch: Axis = Axis()
+    sp: Axis = Axis()
+    tp: Axis = Axis()
+    replica: Axis = Axis()
+    sample: Axis = Axis()
+
+    @classmethod
+    def create(cls, sizes: Sizes, device: torch.device | None = None) -> "ParallelContext":
+        """Groups of the processes that `launch` joined; one process needs no `launch`.
+
+        Args:
+            sizes: wanted ones, see `Sizes.fit`.
+            device: where this process works, the CPU by default.
+        """
+        device = device or torch.device("cpu")
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        sizes = sizes.fit(world)
+        if world == 1:
+            return cls(device=device)
+        grid = torch.arange(world).reshape(-1, sizes.branch, sizes.sp, sizes.tp)
+        axes = {name: _axis(grid.movedim(dim, -1).flatten(0, -2)) for dim, name in enumerate(AXES)}
+        axes |= {"replica": _axis(grid.flatten(0, 2).movedim(0, -1)), "sample": _axis(grid.flatten(1))}
+        context = cls(dist.get_rank(), world, device, **axes)
+        logger.info("%d processes: %s", world, context.describe())
+        return context
+
+    def describe(self) -> str:
+        """Sizes in words."""
+        return ", ".join(f"{name} {getattr(self, name).size}" for name in AXES)
+
+    @property
+    def replica_mesh(self) -> DeviceMesh:
+        """One-dimensional mesh of the axis `replica`, of more than one rank."""
+        return DeviceMesh.from_group(self.replica.group, self.device.type)
+
+
+def _axis(groups: Tensor) -> Axis:
+    """Axis whose groups of ranks are the rows of ``groups``; every process makes all of them, in the same order."""
+    mine = Axis()
+    for ranks in groups.tolist():
+        group = dist.new_group(ranks, timeout=TIMEOUT) if len(ranks) > 1 else None
+        if dist.get_rank() in ranks:
+            mine = Axis(len(ranks), ranks.index(dist.get_rank()), group)
+    return mine
+
+
+def launch(device: torch.device, timeout: timedelta = TIMEOUT) -> bool:
+    """Join the processes that torchrun started; false where there is only this one.
+
+    Args:
+        device: where this process works; NCCL on GPUs, gloo on CPUs.
+        timeout: how long an exchange may take before this process gives up on the others.
+    """
+    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return dist.is_initialized()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, timeout=timeout)
+    return True
+
+
+def shutdown() -> None:
+    """Leave the groups; nothing where there are none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,218 @@
+"""Rows of a dataset's table: held in memory, or read one by one from parquet shards.
+
+A table of a million captions takes gigabytes once every loader worker has touched it. Training needs the numbers of all
+rows (to sort them into buckets), but paths and captions only of the rows at hand: those stay in shards that
+``scripts/cnv/shard.py`` writes beside the table, ``clips.parquet`` -> ``clips/00001.parquet`` and so on.
+"""
+
+import json
+import math
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from opensora.datasets.table import check_table_name, locate, require_columns
+from opensora.utils.errors import UserError
+from opensora.utils.logging import get_logger
+from opensora.utils.video import write_beside, write_text
+
+logger = get_logger(__name__)
+
+NUMBER_COLUMNS = ("num_frames", "height", "width", "fps")  # what buckets are made of
+DROPPED_COLUMNS = (*NUMBER_COLUMNS, "aspect_ratio", "resolution")  # not repeated in shards
+ROWS_PER_SHARD = 10_000  # default of scripts/cnv/shard.py
+ROW_GROUP = 128  # rows decoded at a time to get at one
+GROUPS_IN_MEMORY = 16  # of each loader worker
+SUMMARY = "shards.json"
+
+
+class TableRows:
+    """Rows of a table in memory, as dicts."""
+
+    def __init__(self, table: pd.DataFrame) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the values in a row."""
+        return [str(column) for column in self.table.columns]
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return dict(zip(self.columns, self.table.iloc[row]))
+
+
+class ShardedRows:
+    """Rows of the shards that belong to a parquet table; a few row groups are kept in memory.
+
+    Args:
+        table_path: the table that was sharded; relative media paths are found from its folder.
+        num_rows: rows of that table.
+
+    Raises:
+        UserError: no shards, too few of them, or shards of another state of the table; says how to write them.
+    """
+
+    def __init__(self, table_path: str | Path, num_rows: int) -> None:
+        self.table_path, self.num_rows = Path(table_path), num_rows
+        self.folder = shard_folder(self.table_path)
+        self.files = sorted(self.folder.glob("[0-9]*.parquet"))
+        command = f"python scripts/cnv/shard.py {self.table_path}"
+        if not self.files:
+            raise UserError(f"memory_efficient reads from shards, but {self.folder} holds none; write them: {command}")
+        self.rows_per_shard = pq.read_metadata(self.files[0]).num_rows
+        expected = math.ceil(num_rows / max(self.rows_per_shard, 1))
+        present = (len(self.files) - 1) * self.rows_per_shard + pq.read_metadata(self.files[-1]).num_rows
+        if len(self.files) != expected or present != num_rows:
+            raise UserError(
+                f"{self.folder}: {len(self.files)} shards hold {present} rows, {self.table_path} has {num_rows}; "
+                f"write them again: {command}"
+            )
+        self._check_summary(command)
+        self.columns = [str(name) for name in pq.read_schema(self.files[0]).names]
+        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+
+    def _check_summary(self, command: str) -> None:
+        summary = self.folder / SUMMARY  # shards written by other tools have none
+        if summary.is_file() and json.loads(summary.read_text())["table_bytes"] != self.table_path.stat().st_size:
+            raise UserError(f"{self.table_path} changed since its shards were written; write them again: {command}")
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Workers start with an empty memory of their own."""
+        return {**self.__dict__, "_groups": OrderedDict()}
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        shard, inside = divmod(row, self.rows_per_shard)
+        file = pq.ParquetFile(self.files[shard]) if self._needs_file(shard, inside) else None
+        if file is not None:
+            with file:
+                self._read_group(file, shard, inside)
+        first, group = self._find(shard, inside)
+        values = group.slice(inside - first, 1).to_pylist()[0]
+        return {**values, "path": str(locate(str(values["path"]), self.table_path.parent))}
+
+    def _find(self, shard: int, inside: int) -> tuple[int, pa.Table]:
+        for key in reversed(self._groups):
+            group = self._groups[key]
+            if key[0] == shard and key[1] <= inside < key[1] + len(group):
+                self._groups.move_to_end(key)
+                return key[1], group
+        raise KeyError(inside)
+
+    def _needs_file(self, shard: int, inside: int) -> bool:
+        try:
+            self._find(shard, inside)
+        except KeyError:
+            return True
+        return False
+
+    def _read_group(self, file: pq.ParquetFile, shard: int, inside: int) -> None:
+        first = 0
+        for number in range(file.metadata.num_row_groups):
+            size = file.metadata.row_group(number).num_rows
+            if inside < first + size:
+                self._groups[shard, first] = file.read_row_group(number)
+                break
+            first += size
+        while len(self._groups) > GROUPS_IN_MEMORY:
+            self._groups.popitem(last=False)
+
+
+def shard_folder(table_path: Path) -> Path:
+    """Folder of a table's shards: its name without the ending, beside it."""
+    return table_path.with_suffix("")
+
+
+def read_numbers(path: str | Path, extra: tuple[str, ...] = ()) -> pd.DataFrame:
+    """The number columns of a parquet table, 4 bytes each, without reading the others.
+
+    Raises:
+        UserError: not a parquet table, or missing columns.
+    """
+    path = Path(path)
+    if path.suffix == ".csv":
+        raise UserError(f"{path}: memory_efficient needs a parquet table; scripts/cnv/meta.py writes one")
+    check_table_name(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file (expected a parquet table)")
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read as a table ({error})") from error
+    names = list(file.schema_arrow.names)
+    require_columns(pd.DataFrame(columns=names), [*NUMBER_COLUMNS, *extra], path, hint="scripts/cnv/meta.py adds them.")
+    columns: dict[str, np.ndarray] = {}
+    for name in NUMBER_COLUMNS:  # column by column, so that no more than one is held twice
+        values = file.read(columns=[name]).column(0).to_numpy().astype(np.float32 if name == "fps" else np.float64)
+        columns[name] = values if name == "fps" else _whole(values, name, path)
+    return pd.DataFrame(columns, copy=False)
+
+
+def _whole(values: np.ndarray, name: str, path: str | Path) -> np.ndarray:
+    """Positive whole numbers as int32; a UserError names the first row that has none."""
+    bad = ~(np.isfinite(values) & (values >= 1) & (values < 2**31))
+    if bad.any():
+        row = int(bad.argmax())
+        raise UserError(
+            f"{path}, row {row + 2}: {name} is {values[row]:g}, expected a whole number from 1 "
+            f"({int(bad.sum())} rows in all); scripts/cnv/meta.py measures it"
+        )
+    return values.astype(np.int32)
+
+
+def check_numbers(table: pd.DataFrame, path: str | Path) -> None:
+    """Raise a UserError for the first row whose length or size is missing, not a number, or below 1."""
+    for name in ("num_frames", "height", "width"):
+        _whole(pd.to_numeric(table[name], errors="coerce").to_numpy(dtype=np.float64), name, path)
+
+
+def write_shards(path: str | Path, shards: int | None = None, overwrite: bool = False) -> Path:
+    """Split a parquet table into shards: the whole of ``scripts/cnv/shard.py``.
+
+    Args:
+        path: parquet table.
+        shards: number of files; None makes files of :data:`ROWS_PER_SHARD` rows.
+        overwrite: replace shards that are there.
+
+    Returns:
+        Folder of the shards.
+
+    Raises:
+        UserError: not a parquet table, an empty one, more shards than rows, or shards that are there already.
+    """
+    path = Path(path)
+    if path.suffix != ".parquet" or not path.is_file():
+        raise UserError(f"{path}: expected an existing .parquet table; scripts/cnv/meta.py writes one")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read as a table ({error})") from error
+    count = math.ceil(len(table) / ROWS_PER_SHARD) if shards is None else shards
+    if not 1 <= count <= len(table):
+        raise UserError(f"{path}: {len(table)} rows cannot be split into {count} shards")
+    folder = shard_folder(path)
+    old = sorted(folder.glob("[0-9]*.parquet"))
+    if old and not overwrite:
+        raise UserError(f"{folder} holds {len(old)} shards already; --overwrite replaces them")
+    for file in old:
+        file.unlink()
+    table = table.drop_columns([name for name in DROPPED_COLUMNS if name in table.column_names])
+    size = math.ceil(len(table) / count)
+    for number, start in enumerate(range(0, len(table), size), start=1):
+        _write_part(table.slice(start, size), folder / f"{number:05d}.parquet")
+    write_text(json.dumps({"rows": len(table), "table_bytes": path.stat().st_size}), folder / SUMMARY)
+    return folder
+
+
+def _write_part(part: pa.Table, path: Path) -> None:
+    write_beside(path, lambda target: pq.write_table(part, target, ROW_GROUP))

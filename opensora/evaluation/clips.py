@@ -1,0 +1,245 @@
+"""Which clips an autoencoder is judged on, at which size, and reading them."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from opensora.datasets.buckets import BucketTable
+from opensora.datasets.dataset import target_fps
+from opensora.datasets.meta import probe_media
+from opensora.datasets.table import MEDIA_COLUMNS, read_table, require_columns, resolve_media_paths
+from opensora.datasets.transforms import resize_crop, to_model_range
+from opensora.datasets.video_io import BrokenMediaError, read_frames
+from opensora.utils.errors import UserError
+from opensora.utils.logging import get_logger
+from opensora.utils.video import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, is_video, read_image
+
+logger = get_logger(__name__)
+
+MIN_SIDE = 16  # px; what the measures need
+SIZE_MULTIPLE = 16
+NAMED = 3  # clips listed in messages
+
+
+@dataclass(frozen=True)
+class EvalClip:
+    """A clip or picture and what is taken of it.
+
+    Args:
+        name: its files in the results are called so; unique.
+        path: where it is.
+        num_frames, height, width: what is taken; the frames from the first one on.
+        stride: distance of the frames.
+        fps: of the file, NaN for pictures.
+        keep_scale: cut the size out of the middle; otherwise the frames are scaled to it first.
+    """
+
+    name: str
+    path: str
+    num_frames: int
+    height: int
+    width: int
+    stride: int
+    fps: float
+    keep_scale: bool = False
+
+
+def parse_eval_setting(text: str) -> tuple[int, int, int]:
+    """(frames, height, width) of ``17x256`` (square) or ``17x256x320``.
+
+    Raises:
+        UserError: another form.
+    """
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", text):
+        raise UserError(
+            f"eval_setting={text!r}: expected frames x side (17x256) or frames x height x width (17x256x320)"
+        )
+    frames, height, *width = map(int, text.split("x"))
+    return frames, height, width[0] if width else height
+
+
+def list_media(data_path: str | Path) -> pd.DataFrame:
+    """Path, frames, size and rate of the clips of a table, or of the clips and pictures of a folder (and below it).
+
+    Raises:
+        UserError: no such table or folder, missing columns or files, nothing readable.
+    """
+    folder = Path(data_path)
+    if not folder.is_dir():
+        table = read_table(data_path)
+        require_columns(table, MEDIA_COLUMNS, data_path, hint="scripts/cnv/meta.py adds all but path.")
+        return resolve_media_paths(table, data_path)
+    rows = []
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)):
+        try:
+            info = probe_media(path)
+        except BrokenMediaError as error:
+            logger.warning("left out: %s", error)
+            continue
+        rows.append([str(path), info.num_frames, info.height, info.width, info.fps])
+    if not rows:
+        raise UserError(f"{folder}: no readable videos ({', '.join(VIDEO_EXTENSIONS)}) or pictures in this folder")
+    return pd.DataFrame(rows, columns=list(MEDIA_COLUMNS))
+
+
+def choose_clips(cfg: Any, autoencoder: Any) -> list[EvalClip]:
+    """The clips of a config at the sizes it asks for: ``eval_setting``, else ``bucket_config``, else their own.
+
+    Args:
+        cfg: resolved config (``VaeInferenceOptions``).
+        autoencoder: its model, on the meta device will do.
+
+    Raises:
+        UserError: sizes that the autoencoder does not take, or no clip is large and long enough.
+    """
+    section = cfg.dataset or {}
+    if not section.get("data_path"):
+        raise UserError("dataset.data_path is not set: give a table of clips, or a folder of videos and pictures")
+    if cfg.frame_interval < 1:
+        raise UserError(f"frame_interval={cfg.frame_interval}: at least 1")
+    table = list_media(section["data_path"])
+    fps_max = section.get("fps_max") or float("inf")
+    strides = np.array([target_fps(float(fps), fps_max)[1] * cfg.frame_interval for fps in table["fps"]])
+    sizes, asked = _sizes(cfg, autoencoder, table, strides)
+    names = _names(table["path"])
+    clips = [
+        EvalClip(
+            names[i],
+            str(table["path"].iloc[i]),
+            *size,
+            int(strides[i]),
+            float(table["fps"].iloc[i]),
+            keep_scale=asked is None,
+        )
+        for i, size in enumerate(sizes)
+        if size is not None
+    ]
+    if not clips:
+        raise UserError(
+            f"{section['data_path']}: none of {len(table)} clips is large and long enough for {asked or 'it'}"
+        )
+    if len(clips) < len(table):
+        left_out = [names[i] for i, size in enumerate(sizes) if size is None]
+        logger.warning(
+            "%d of %d clips are too short or too small and left out: %s%s",
+            len(left_out),
+            len(table),
+            ", ".join(left_out[:NAMED]),
+            " ..." if len(left_out) > NAMED else "",
+        )
+    return clips[: cfg.max_clips]
+
+
+def _sizes(
+    cfg: Any, autoencoder: Any, table: pd.DataFrame, strides: np.ndarray
+) -> tuple[list[tuple[int, int, int] | None], str | None]:
+    """Size of each row, None where it cannot have one; and what was asked for, in words."""
+    available = np.where(table["num_frames"] > 1, -(-table["num_frames"].to_numpy() // strides), 1)
+    if cfg.eval_setting:
+        size = parse_eval_setting(cfg.eval_setting)
+        check_size(size, autoencoder, f"eval_setting={cfg.eval_setting}")
+        return [size if frames >= size[0] else None for frames in available], f"eval_setting={cfg.eval_setting}"
+    if cfg.bucket_config:
+        certain = {
+            name: dict.fromkeys(lengths, (1.0, 1)) for name, lengths in cfg.bucket_config.items()
+        }  # every clip counts, whatever share of them training would take
+        buckets = BucketTable(certain, max(SIZE_MULTIPLE, *autoencoder.compression[1:]))
+        for bucket in buckets.buckets:
+            size = (bucket.num_frames, bucket.height, bucket.width)
+            check_size(size, autoencoder, f"bucket_config[{bucket.resolution!r}]")
+        numbers = buckets.assign(table, strides, seed=0)
+        chosen = [None if n < 0 else buckets.buckets[n] for n in numbers]
+        return [None if b is None else (b.num_frames, b.height, b.width) for b in chosen], "bucket_config"
+    own = zip(available, table["height"], table["width"])
+    return [own_size(int(t), int(h), int(w), autoencoder) for t, h, w in own], None
+
+
+def own_size(frames: int, height: int, width: int, autoencoder: Any) -> tuple[int, int, int] | None:
+    """Largest size within a clip's that the autoencoder takes, None if there is none."""
+    time, rows, columns = autoencoder.compression
+    lead = int(bool(autoencoder.is_causal))
+    length = (frames - lead) // time * time + lead
+    if length < 1 or autoencoder.get_latent_size((length, height, width))[0] == 1:
+        length = 1
+    size = (length, height // rows * rows, width // columns * columns)
+    return size if min(size[1:]) >= MIN_SIDE else None
+
+
+def check_size(size: tuple[int, int, int], autoencoder: Any, where: str) -> None:
+    """Refuse a size that the autoencoder does not take.
+
+    Raises:
+        UserError: names the nearest one that it does.
+    """
+    frames, height, width = size
+    if own_size(frames, height, width, autoencoder) != size:
+        ratios = autoencoder.compression
+        enough = [max(round(s / r) * r, -(-MIN_SIDE // r) * r) for s, r in zip(size[1:], ratios[1:])]
+        nearest = own_size(frames, enough[0], enough[1], autoencoder)
+        assert nearest is not None
+        raise UserError(
+            f"{where}: the autoencoder does not take {frames} frames of {height}x{width}; "
+            f"nearest: {'x'.join(map(str, nearest))}"
+        )
+
+
+def _names(paths: pd.Series) -> list[str]:
+    """Stem of each path; with the row's number where several have the same."""
+    stems = [Path(path).stem for path in paths]
+    counts = Counter(stems)
+    return [stem if counts[stem] == 1 else f"{stem}_{row:05d}" for row, stem in enumerate(stems)]
+
+
+class ClipReader(Dataset):
+    """Clips as tensors ``[3, T, H, W]`` in [-1, 1]; None for one that turns out to be unreadable, which is logged."""
+
+    def __init__(self, clips: list[EvalClip]) -> None:
+        self.clips = clips
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        clip = self.clips[index]
+        try:
+            return read_clip(clip)
+        except (BrokenMediaError, UserError) as error:
+            logger.warning("left out: %s", error)
+            return None
+
+
+def read_clip(clip: EvalClip) -> Tensor:
+    """``[3, T, H, W]`` in [-1, 1] of a clip.
+
+    Raises:
+        BrokenMediaError, UserError: it cannot be read.
+    """
+    if is_video(clip.path):
+        indices = [i * clip.stride for i in range(clip.num_frames)]
+        frames = read_frames(clip.path, indices, clip.fps if clip.fps > 0 else None)
+    else:
+        frames = read_image(clip.path)[None]
+    if clip.keep_scale:
+        top, left = ((have - want) // 2 for have, want in zip(frames.shape[1:3], (clip.height, clip.width)))
+        frames = frames[:, top : top + clip.height, left : left + clip.width]
+    return resize_crop(to_model_range(frames), clip.height, clip.width)
+
+
+def bucket_of(eval_setting: str) -> Mapping[str, Mapping[int, Any]]:
+    """The bucket that ``eval_setting`` (square) stands for.
+
+    Raises:
+        UserError: not square.
+    """
+    frames, height, width = parse_eval_setting(eval_setting)
+    if height != width:
+        raise UserError(f"eval_setting={eval_setting}: only squares here; give {frames}x{height}, or bucket_config")
+    return {f"{height}px_ar1:1": {frames: (1.0, 1)}}

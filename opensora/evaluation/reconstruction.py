@@ -1,0 +1,252 @@
+"""Reconstructing clips with an autoencoder: files to look at, measures per clip, and what they come to."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from opensora.datasets.table import write_table
+from opensora.diffusion.building import build_on_meta, build_ready, check_weights, pick_device, torch_dtype
+from opensora.evaluation.clips import ClipReader, EvalClip, choose_clips
+from opensora.evaluation.latents import RunningMoments
+from opensora.evaluation.quality import flicker, psnr, ssim
+from opensora.models.vae.lpips import LPIPSSource, build_lpips
+from opensora.utils.errors import UserError
+from opensora.utils.logging import get_logger
+from opensora.utils.video import contact_sheet, read_image, read_video, save_image, save_video, to_uint8, write_text
+
+logger = get_logger(__name__)
+
+MEASURES = ("psnr", "ssim", "lpips", "flicker", "latent_mean", "latent_std")
+CRF = 17  # of the files: near to lossless, since they are there to judge fine differences
+LPIPS_FRAMES = 16  # at a time
+SHEET_FRAMES = 5
+Frames = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Where the results of a clip lie below ``folder``."""
+
+    folder: Path
+
+    def metrics(self, clip: EvalClip) -> Path:
+        """Measures of a clip; written last, so that a clip that has them is finished."""
+        return self.folder / "clips" / f"{clip.name}.json"
+
+    def pictures(self, clip: EvalClip) -> tuple[Path, Path, Path]:
+        """Original, reconstruction, and both side by side."""
+        suffix = ".mp4" if clip.num_frames > 1 else ".png"
+        return (
+            self.folder / "orig" / f"{clip.name}_orig{suffix}",
+            self.folder / "recn" / f"{clip.name}_recn{suffix}",
+            self.folder / "side_by_side" / f"{clip.name}{suffix}",
+        )
+
+    def read(self, clip: EvalClip) -> dict[str, Any] | None:
+        """Measures of a finished clip of the same size, None for any other."""
+        path = self.metrics(clip)
+        if not path.is_file() or not all(picture.is_file() for picture in self.pictures(clip)):
+            return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if _same(found["clip"], clip) else None
+
+
+def _same(found: Mapping[str, Any], clip: EvalClip) -> bool:
+    """Whether measures are of this clip at this size (the rate of a picture, NaN, never equals itself)."""
+    own = asdict(clip)
+    return all(
+        found[key] == value for key, value in own.items() if not (isinstance(value, float) and math.isnan(value))
+    )
+
+
+def measure(
+    original: Tensor, reconstruction: Tensor, z: Tensor, lpips: nn.Module | None
+) -> tuple[dict[str, float], tuple[Frames, Frames]]:
+    """Measures of one clip, on the 8-bit pixels that are saved, and those pixels.
+
+    Args:
+        original, reconstruction: ``[3, T, H, W]``, original in [-1, 1].
+        z: latents ``[1, C, t, h, w]``.
+        lpips: the perceptual distance, None to leave it out.
+
+    Returns:
+        the measures and (original, reconstruction) as uint8 ``[T, H, W, 3]``.
+    """
+    frames = min(original.shape[1], reconstruction.shape[1])
+    first, second = to_uint8(original[:, :frames]), to_uint8(reconstruction[:, :frames])
+    values = {"psnr": psnr(first, second), "ssim": ssim(first, second)}
+    if lpips is not None:
+        values["lpips"] = _perceptual(first, second, lpips, z.device)
+    exact = z.double()
+    std = float(exact.std(unbiased=False))
+    values |= {"flicker": flicker(first, second), "latent_mean": float(exact.mean()), "latent_std": std}
+    return values, (first, second)
+
+
+def _perceptual(first: Frames, second: Frames, lpips: nn.Module, device: torch.device) -> float:
+    total = 0.0
+    for start in range(0, len(first), LPIPS_FRAMES):
+        pair = (
+            torch.from_numpy(frames[start : start + LPIPS_FRAMES]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            for frames in (first, second)
+        )
+        total += float(lpips(*pair).double().sum())
+    return total / len(first)
+
+
+@torch.no_grad()
+def reconstruct(cfg: Any) -> Path:
+    """Reconstruct the clips of a config into ``save_dir``; clips finished by an earlier call are left as they are.
+
+    Writes ``orig/``, ``recn/`` and ``side_by_side/`` (videos, pictures for single frames), ``metrics.csv`` (a row per
+    clip), ``overall.csv``, ``latents.csv`` (per channel) and ``sheet.png``, and prints the overall table.
+
+    Args:
+        cfg: resolved config (``VaeInferenceOptions``).
+
+    Raises:
+        UserError: anything wrong with config, weights, clips or folder, before the model is built.
+    """
+    clips, results = prepare(cfg)
+    waiting = [clip for clip in clips if results.read(clip) is None]
+    logger.info("%d clips, %d of them done before, to %s", len(clips), len(clips) - len(waiting), results.folder)
+    if waiting:
+        device = pick_device(cfg.device)
+        model: Any = build_ready(cfg.model, device, torch_dtype(cfg.dtype))
+        lpips = build_lpips(cfg.lpips, device) if cfg.lpips else None
+        for clip, video in _read_ahead(waiting, cfg):
+            _reconstruct_clip(clip, video.to(device), model, lpips, results, max(cfg.fps // cfg.frame_interval, 1))
+    summarise(clips, results, cfg.sheet_clips)
+    return results.folder
+
+
+def prepare(cfg: Any) -> tuple[list[EvalClip], Results]:
+    """Check everything that can be checked without a model; returns the clips and where their results go."""
+    if not cfg.model:
+        raise UserError(f"{cfg.config_path}: 'model' is missing; give the autoencoder")
+    check_weights("model", cfg.model)
+    if cfg.lpips:
+        LPIPSSource(**cfg.lpips).check()
+    clips = choose_clips(cfg, build_on_meta(cfg.model))
+    folder = Path(cfg.save_dir)
+    settings = {"model": cfg.model, "dtype": cfg.dtype, "lpips": cfg.lpips, "weights": _weights_stamp(cfg.model)}
+    text = json.dumps(settings, indent=4, default=str) + "\n"
+    path = folder / "settings.json"
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise UserError(
+            f"save_dir={folder} holds results of other weights or settings ({path}); give another --save-dir"
+        )
+    write_text(text, path)
+    return clips, Results(folder)
+
+
+def _weights_stamp(section: Mapping[str, Any]) -> list[Any] | None:
+    """Size and time of the weight file, to notice that it was replaced; None where it is not a local file."""
+    path = Path(section.get("from_pretrained") or "")
+    return [path.stat().st_size, path.stat().st_mtime] if path.is_file() else None
+
+
+def _read_ahead(clips: list[EvalClip], cfg: Any) -> Iterator[tuple[EvalClip, Tensor]]:
+    """Readable clips in order, with a progress bar; others are left out."""
+    loader = DataLoader(
+        ClipReader(clips),
+        batch_size=None,
+        num_workers=cfg.num_workers,
+        prefetch_factor=(cfg.prefetch_factor or 2) if cfg.num_workers else None,
+    )
+    bar = tqdm(zip(clips, loader), total=len(clips), unit="clip", desc="reconstructing", disable=cfg.verbose == 0)
+    for clip, video in bar:
+        if video is not None:
+            yield clip, video
+
+
+def _reconstruct_clip(
+    clip: EvalClip, video: Tensor, model: Any, lpips: nn.Module | None, results: Results, fps: int
+) -> None:
+    z = model.encode(video[None].to(next(model.parameters()).dtype), sample_posterior=False)
+    values, (first, second) = measure(video, model.decode(z)[0], z, lpips)
+    moments = RunningMoments()
+    moments.add(z)
+    both = np.concatenate([first, second], axis=2)
+    for frames, path in zip((first, second, both), results.pictures(clip)):
+        if clip.num_frames > 1:
+            save_video(frames, path, fps, CRF)
+        else:
+            save_image(frames[0], path)
+    write_text(json.dumps({"clip": asdict(clip), **values, "moments": moments.state()}), results.metrics(clip))
+
+
+def summarise(clips: list[EvalClip], results: Results, sheet_clips: int) -> None:
+    """Write the tables and the sheet of all finished clips, and print the overall table.
+
+    Raises:
+        UserError: no clip is finished, since none could be read.
+    """
+    finished = [(clip, found) for clip in clips if (found := results.read(clip)) is not None]
+    if not finished:
+        raise UserError("none of the clips could be read; the log names the reasons")
+    rows, moments = [], RunningMoments()
+    for clip, found in finished:
+        size = {key: getattr(clip, key) for key in ("name", "path", "num_frames", "height", "width")}
+        rows.append({**size, **{key: found[key] for key in MEASURES if key in found}})
+        moments.merge(found["moments"])
+    table = pd.DataFrame(rows)
+    write_table(table, results.folder / "metrics.csv")
+    overall = overall_table(table)
+    write_table(overall, results.folder / "overall.csv")
+    channels = pd.DataFrame({"mean": moments.mean.tolist(), "std": moments.std.tolist()})
+    write_table(channels.rename_axis("channel").reset_index(), results.folder / "latents.csv")
+    if sheet_clips > 0:
+        _draw_sheet(finished[:sheet_clips], results)
+    print(overall.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    mean, std = moments.overall
+    print(f"latents: mean {mean:.4f}, std {std:.4f} over all channels; per channel in latents.csv")
+
+
+def overall_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean, spread and range of every measure, for videos and for pictures: one row each.
+
+    Args:
+        table: one row per clip, with ``num_frames`` and the measures.
+    """
+    rows = []
+    for kind, part in (("videos", table[table["num_frames"] > 1]), ("pictures", table[table["num_frames"] == 1])):
+        for name in (name for name in MEASURES if name in part and part[name].notna().any()):
+            values = part[name].dropna()
+            rows.append(
+                {
+                    "kind": kind,
+                    "measure": name,
+                    "clips": len(values),
+                    "mean": values.mean(),
+                    "std": values.std(ddof=0),
+                    "lowest": values.min(),
+                    "highest": values.max(),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _draw_sheet(finished: list[tuple[EvalClip, dict[str, Any]]], results: Results) -> None:
+    """Originals over their reconstructions, from the files."""
+    pairs, labels = [], []
+    for clip, found in finished:
+        original, reconstruction, _ = results.pictures(clip)
+        if clip.num_frames > 1:
+            frames = [read_video(path)[0] for path in (original, reconstruction)]
+        else:
+            frames = [read_image(path)[None] for path in (original, reconstruction)]
+        pairs.append(np.concatenate(frames, axis=1))
+        labels.append(f"{clip.name}: {found['psnr']:.1f} dB, SSIM {found['ssim']:.3f}")
+    contact_sheet(pairs, results.folder / "sheet.png", SHEET_FRAMES, labels, columns=2, gap=6)

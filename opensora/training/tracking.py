@@ -1,0 +1,111 @@
+"""Where metrics and sample videos go besides the log: TensorBoard always, Weights & Biases on request."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+
+from opensora.utils.errors import UserError
+
+
+class Tracker(Protocol):
+    """A place that shows curves and videos."""
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers of one optimizer step."""
+
+    def video(self, name: str, frames: np.ndarray, path: Path, fps: float, step: int) -> None:
+        """A sample: uint8 ``[T, H, W, 3]``, also in the file ``path``."""
+
+    def close(self) -> None:
+        """Write what is still held back."""
+
+
+def filmstrip(frames: np.ndarray, count: int = 6) -> np.ndarray:
+    """Up to ``count`` evenly spaced frames of uint8 ``[T, H, W, 3]`` side by side: ``[H, n W, 3]``."""
+    chosen = np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)
+    return np.concatenate([frames[i] for i in chosen], axis=1)
+
+
+class TensorBoardTracker:
+    """TensorBoard files in ``<folder>/tensorboard``; videos are shown as filmstrips.
+
+    Args:
+        folder: experiment folder.
+        start_step: where the run goes on; what an earlier, killed run wrote beyond it is hidden.
+    """
+
+    def __init__(self, folder: Path, start_step: int = 0) -> None:
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """See :class:`Tracker`."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def video(self, name: str, frames: np.ndarray, path: Path, fps: float, step: int) -> None:
+        """See :class:`Tracker`."""
+        self.writer.add_image(name, filmstrip(frames), step, dataformats="HWC")
+
+    def close(self) -> None:
+        """See :class:`Tracker`."""
+        self.writer.close()
+
+
+class WandbTracker:
+    """A run at Weights & Biases, or in a local folder with ``WANDB_MODE=offline``.
+
+    Args:
+        folder: experiment folder; its name is the run's name and id, so a resumed run goes on in the same curves.
+        project: project at Weights & Biases.
+        config: the resolved config.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+
+    def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
+        self._wandb = _import_wandb()
+        self._run = self._wandb.init(
+            project=project, name=folder.name, id=folder.name, resume="allow", config=dict(config), dir=str(folder)
+        )
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """See :class:`Tracker`."""
+        self._run.log(dict(values), step=step)
+
+    def video(self, name: str, frames: np.ndarray, path: Path, fps: float, step: int) -> None:
+        """See :class:`Tracker`."""
+        self._run.log({name: self._wandb.Video(str(path))}, step=step)
+
+    def close(self) -> None:
+        """See :class:`Tracker`."""
+        self._run.finish()
+
+
+def _import_wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("wandb=True needs the package wandb: pip install wandb") from error
+    return wandb
+
+
+def check_trackers(cfg: Any) -> None:
+    """See that what the config asks for is installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    if cfg.wandb:
+        _import_wandb()
+
+
+def create_trackers(cfg: Any, folder: Path, start_step: int) -> Sequence[Tracker]:
+    """Trackers of a training config."""
+    trackers: list[Tracker] = [TensorBoardTracker(folder, start_step)]
+    if cfg.wandb:
+        trackers.append(WandbTracker(folder, cfg.wandb_project, cfg.to_dict()))
+    return trackers

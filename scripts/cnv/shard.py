@@ -1,0 +1,22 @@
+"""Split a parquet table into shards for ``memory_efficient`` datasets: ``python scripts/cnv/shard.py FILE [K]``."""
+
+import argparse
+from pathlib import Path
+
+from opensora.config import run_main
+from opensora.datasets.rows import ROWS_PER_SHARD, write_shards
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and write the shards."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path, help="parquet table")
+    parser.add_argument("shards", nargs="?", type=int, help=f"files; default one per {ROWS_PER_SHARD} rows")
+    parser.add_argument("--overwrite", action="store_true", help="replace shards that are there")
+    args = parser.parse_args(argv)
+    folder = write_shards(args.file, args.shards, args.overwrite)
+    print(f"{folder}: {len(list(folder.glob('[0-9]*.parquet')))} shards")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,18 @@
+"""Compute latents and text embeddings beforehand: ``python scripts/diffusion/cache.py CONFIG --cache-dir DIR``."""
+
+from opensora.config import parse_config, run_main
+from opensora.schema import CacheOptions
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and write the cache."""
+    cfg = parse_config(argv, CacheOptions)
+    from opensora.training.cache_writer import CacheWriter  # after parsing: --help and typos answer at once
+    from opensora.utils.logging import setup_logging
+
+    setup_logging()
+    print(CacheWriter(cfg).run())
+
+
+if __name__ == "__main__":
+    run_main(main)

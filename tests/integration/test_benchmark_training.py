@@ -1,0 +1,26 @@
+"""The benchmark of training runs, on a tiny config."""
+
+import json
+
+import pytest
+
+from opensora.utils.errors import UserError
+from tools.benchmark.training import main
+
+
+def test_figures_of_a_tiny_config(diffusion, tmp_path, capsys):
+    out = tmp_path / "figures.json"
+    words = ["--steps", "2", "--warm-up", "1", "--bucket", "32px_ar1:1,9,2", "--overhead", "--out", str(out)]
+    main([diffusion, *words, "--device", "cpu"])
+    figures = json.loads(out.read_text())
+    assert figures["steps"] == 2
+    assert figures["device"].startswith("CPU")
+    names = {"step_s", "bare_step_s", "overhead", "tokens_per_s", "tflops_per_s", "data_wait", "memory_gib"}
+    assert names <= figures.keys()
+    assert all(figures[name] > 0 for name in names - {"overhead"})
+    assert "overhead" in capsys.readouterr().out
+    assert not (tmp_path / "outputs").exists()  # what it trained is gone
+    with pytest.raises(UserError, match="--overhead compares steps of one size"):
+        main([diffusion, "--overhead", "--bucket_config", "{'32px_ar1:1': {5: (1.0, 1), 9: (1.0, 1)}}"])
+    with pytest.raises(UserError, match="--steps"):
+        main([diffusion, "--steps", "0"])

@@ -1,0 +1,113 @@
+"""ColossalAI's engines beside one process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.optim.lr_scheduler import LambdaLR
+
+from opensora.acceleration.engine import Engine
+from opensora.acceleration.plugins import create_engine
+from opensora.utils.errors import UserError
+from tests.parallel.checks_engines import MAX_NORM, compare, expected, make_optimizer, train, weights
+from tests.parallel.harness import assert_close
+from tests.parallel.tiny import context, loss_of, tiny_inputs, tiny_model
+
+
+def zero1(folder: Path) -> None:
+    compare("zero1")
+
+
+def zero2(folder: Path) -> None:
+    compare("zero2")
+
+
+def torch_ddp(folder: Path) -> None:
+    compare("torch_ddp")
+
+
+def hybrid(folder: Path) -> None:
+    compare("hybrid", "all_to_all", sp=2)
+    compare("hybrid", tp=2)
+
+
+def goes_on_under_fsdp2(folder: Path) -> None:
+    """Two steps under ZeRO 1, the third under FSDP2 with sequence parallelism, equal three of one process."""
+    norms, whole, _ = expected(1)
+    place = context(sp=2)
+    saved: list[Any] = [None, None]
+    for plugin, first, steps in (("hybrid", 0, 2), ("fsdp2", 2, 1)):
+        engine = create_engine(plugin, tiny_model().train(), make_optimizer, place, max_norm=MAX_NORM)
+        if first:
+            dist.broadcast_object_list(saved, 0)
+            engine.load_state_dict(saved[1])
+            with torch.no_grad():
+                own = engine.unwrap().state_dict()
+                for name, value in engine.scatter(saved[0]).items():
+                    own[name].copy_(value)
+        found = train(engine, place, first, steps, 1)
+        assert_close(torch.tensor(found), torch.tensor(norms[first : first + steps]), f"{plugin} norms")
+        saved = [weights(engine), dict(engine.state_dict())]
+    if dist.get_rank() == 0:
+        for name, value in whole.items():
+            assert_close(saved[0][name], value, name)
+
+
+def bfloat16_masters(folder: Path) -> None:
+    """float32 masters are saved and loaded whole, and resuming with them is exact."""
+    inputs = tiny_inputs(dtype=torch.bfloat16)
+
+    def engine_of(plugin: str, place: Any) -> Engine:
+        return create_engine(
+            plugin, tiny_model().train(), make_optimizer, place, dtype=torch.bfloat16, config={"zero_stage": 1}
+        )
+
+    def step(engine: Engine) -> None:
+        engine.backward(loss_of(engine.model, inputs))
+        engine.step()
+
+    for plugin, place in (("zero2", context()), ("hybrid", context(sp=2))):
+        first: Any = engine_of(plugin, place)
+        step(first)
+        saved = [first.master_state(), dict(first.state_dict())]
+        dist.broadcast_object_list(saved, 0)
+        assert all(value.dtype == torch.float32 for value in saved[0].values())
+        second: Any = engine_of(plugin, place)
+        second.load_master_state(saved[0])
+        second.load_state_dict(saved[1])
+        for engine in (first, second):
+            step(engine)
+        ends = [engine.master_state() for engine in (first, second)]
+        for name, value in ends[0].items():
+            assert torch.equal(value, ends[1][name]), f"{plugin} {name}"
+
+
+def bad_steps_are_skipped(folder: Path) -> None:
+    """A gradient that is not finite leaves weights and moments alone."""
+    for plugin in ("zero1", "torch_ddp"):
+        engine = create_engine(plugin, tiny_model().train(), make_optimizer, context(), max_norm=MAX_NORM)
+        LambdaLR(engine.optimizer, lambda step: 1.0)  # schedules wrap the step too
+        before = {name: value.clone() for name, value in weights(engine).items()}
+        engine.backward(loss_of(engine.model, tiny_inputs()) * float("nan"))
+        assert not torch.isfinite(torch.tensor(engine.step()))
+        for name, value in weights(engine).items():
+            assert torch.equal(value, before[name]), f"{plugin} {name}"
+
+
+def settings_it_does_not_know(folder: Path) -> None:
+    with pytest.raises(UserError, match="no_such_key"):
+        create_engine("zero1", tiny_model(), make_optimizer, context(), config={"no_such_key": 1})
+
+
+CHECKS = [
+    zero1,
+    zero2,
+    torch_ddp,
+    hybrid,
+    goes_on_under_fsdp2,
+    bfloat16_masters,
+    bad_steps_are_skipped,
+    settings_it_does_not_know,
+]

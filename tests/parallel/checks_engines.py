@@ -1,0 +1,208 @@
+"""Engines beside one process: three optimizer steps, norms, accumulation, and checkpoints from one to another."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import AdamW
+
+from opensora.acceleration.engine import Engine
+from opensora.acceleration.parallel_context import ParallelContext
+from opensora.acceleration.plugins import create_engine
+from opensora.utils.errors import UserError
+from tests.parallel.harness import assert_close
+from tests.parallel.tiny import context, loss_of, tiny_inputs, tiny_model
+
+MAX_NORM = 1.0  # below the gradients' norm
+STEPS = 3
+
+
+def make_optimizer(named: Any) -> AdamW:
+    return AdamW([parameter for _, parameter in named], lr=1e-2, eps=1e-3)
+
+
+def make_engine(plugin: str, place: ParallelContext, mode: str = "ring_attn", **model_options: Any) -> Engine:
+    model = tiny_model(**model_options).train()
+    config = {"sequence_parallelism_mode": mode}
+    return create_engine(plugin, model, make_optimizer, place, max_norm=MAX_NORM, config=config)
+
+
+def batch(step: int, sample: int) -> dict[str, Tensor]:
+    return tiny_inputs(seed=10 * step + sample)
+
+
+def train(engine: Engine, place: ParallelContext, first: int, steps: int, samples: int) -> list[float]:
+    """Steps of two micro-batches with ``samples`` of different data each, divided over the dp ranks; their norms."""
+    norms = []
+    for step in range(first, first + steps):
+        for micro in range(2):
+            mine = range(samples)[place.dp.rank :: place.dp.size]
+            loss = sum(loss_of(engine.model, batch(step, 2 * sample + micro)) for sample in mine) / len(mine) / 2
+            if micro == 0:
+                with engine.no_sync():
+                    engine.backward(loss)
+            else:
+                engine.backward(loss)
+        norms.append(engine.step())
+    return norms
+
+
+def weights(engine: Engine) -> dict[str, Tensor]:
+    return engine.gather(engine.unwrap().state_dict())
+
+
+@functools.cache
+def expected(samples: int, **model_options: Any) -> tuple[list[float], dict[str, Tensor], dict[str, Any]]:
+    """Norms, weights and optimizer state of one process."""
+    place = ParallelContext()
+    engine = make_engine("none", place, **model_options)
+    norms = train(engine, place, 0, STEPS, samples)
+    return norms, weights(engine), dict(engine.state_dict())
+
+
+def compare(plugin: str, mode: str = "ring_attn", model_options: dict[str, Any] | None = None, **sizes: int) -> None:
+    """Three steps equal those of one process."""
+    place, options = context(**sizes), model_options or {}
+    engine = make_engine(plugin, place, mode, **options)
+    samples = place.dp.size
+    norms, whole, state = expected(samples, **options)
+    found = train(engine, place, 0, STEPS, samples)
+    assert_close(torch.tensor(found), torch.tensor(norms), f"{plugin} {sizes} norms {found} {norms}")
+    compare_states(engine, whole, state, f"{plugin} {mode} {sizes}")
+
+
+def compare_states(engine: Engine, whole: dict[str, Tensor], state: dict[str, Any], name: str) -> None:
+    found, optimizer = weights(engine), engine.state_dict()
+    if dist.get_rank():
+        assert not found
+        assert not optimizer
+        return
+    assert list(found) == list(whole)
+    for key, value in whole.items():
+        assert_close(found[key], value, f"{name} {key}")
+    assert optimizer["state"].keys() == state["state"].keys()
+    for index, values in state["state"].items():
+        for key, value in values.items():
+            assert_close(optimizer["state"][index][key], value, f"{name} optimizer {index} {key}", limit=1e-4)
+
+
+def check_ddp(folder: Path) -> None:
+    compare("ddp")
+
+
+def check_fsdp2(folder: Path) -> None:
+    compare("fsdp2")
+
+
+def check_sequence_parallel(folder: Path) -> None:
+    for plugin in ("ddp", "fsdp2"):
+        compare(plugin, "all_to_all", sp=2)
+    compare("fsdp2", "ring_attn", {"grad_ckpt_settings": (1, 2)}, sp=2)
+
+
+def check_tensor_parallel(folder: Path) -> None:
+    compare("ddp", tp=2)
+    compare("ddp", model_options={"fused_qkv": True, "use_liger_rope": False}, tp=2)
+
+
+def check_combined(folder: Path) -> None:
+    """Four ranks: tensor or sequence parallel, times data parallel; and both."""
+    compare("fsdp2", tp=2)
+    compare("fsdp2", "all_to_all", sp=2)
+    compare("ddp", "all_to_all", sp=2, tp=2)
+
+
+def check_other_layouts(folder: Path) -> None:
+    """A run goes on under another engine and layout as it would have in one process."""
+    samples = 1
+    norms, whole, state = expected(samples)
+    chain = [("fsdp2", dict(sp=2)), ("ddp", dict(tp=2)), ("ddp", dict(sp=2))]
+    saved: list[Any] = [None, None]
+    for step, (plugin, sizes) in enumerate(chain):
+        place = context(**sizes)
+        engine = make_engine(plugin, place, "all_to_all")
+        if step:
+            dist.broadcast_object_list(saved, 0)
+            engine.load_state_dict(saved[1])
+            with torch.no_grad():
+                own = engine.unwrap().state_dict()
+                for name, value in engine.scatter(saved[0]).items():
+                    own[name].copy_(value)
+        found = train(engine, place, step, 1, samples)
+        assert_close(torch.tensor(found), torch.tensor(norms[step : step + 1]), f"{plugin} {sizes} norm")
+        saved = [weights(engine), dict(engine.state_dict())]
+    compare_states(engine, whole, state, "chain")
+
+
+def check_average_of_sharded_weights(folder: Path) -> None:
+    """An EMA of sharded weights equals that of whole ones, and is loaded again."""
+    from opensora.training.ema import EMA
+
+    alone, place = ParallelContext(), context(sp=2)
+    results = []
+    for plugin, where in (("none", alone), ("fsdp2", place)):
+        engine = make_engine(plugin, where)
+        ema = EMA(engine.unwrap(), 0.5)
+        for step in range(2):
+            train(engine, where, step, 1, 1)
+            ema.update(engine.unwrap())
+        results.append(engine.gather(ema.state_dict()))
+        again = EMA(engine.unwrap(), 0.5)
+        again.load_state_dict(engine.scatter(results[0]), 2)
+        for name, value in engine.gather(again.state_dict()).items():
+            assert_close(value, results[0][name], name)
+    for name, value in results[1].items():
+        assert_close(value, results[0][name], name)
+
+
+def check_bfloat16(folder: Path) -> None:
+    """Forward in bf16 with fp32 weights: losses near those of one process in fp32, small updates not lost."""
+    for sizes in (dict(), dict(sp=2)):
+        place = context(**sizes)
+        model = tiny_model().train()
+        engine = create_engine("fsdp2", model, make_optimizer, place, max_norm=MAX_NORM, dtype=torch.bfloat16)
+        inputs = tiny_inputs(dtype=torch.bfloat16)
+        loss = loss_of(engine.model, inputs)
+        reference = loss_of(tiny_model(), {name: value.float() for name, value in inputs.items()})
+        assert_close(loss.detach(), reference.detach(), "loss", limit=3e-2)
+        engine.backward(loss)
+        engine.step()
+        assert next(iter(engine.unwrap().state_dict().values())).dtype == torch.float32
+
+
+def check_refusals(folder: Path) -> None:
+    """Ranks that disagree about the model are told so before anything hangs; a failed save fails everywhere."""
+    place = context()
+    adapted = tiny_model()
+    adapted.single_blocks[0].q_proj = torch.nn.Sequential(adapted.single_blocks[0].q_proj)
+    for action in (
+        lambda: create_engine("ddp", adapted, make_optimizer, context(tp=2)),
+        lambda: create_engine("ddp", tiny_model(depth=1 + dist.get_rank()), make_optimizer, place),
+        lambda: create_engine("ddp", tiny_model(num_heads=3, hidden_size=24), make_optimizer, context(tp=2)),
+    ):
+        with pytest.raises(UserError, match="different models|tp_size=2|merge"):
+            action()
+    engine = make_engine("ddp", place)
+
+    def full_disk() -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError if dist.get_rank() == 0 else SystemExit):
+        engine.on_first_rank(full_disk)
+
+
+CHECKS = [
+    check_ddp,
+    check_fsdp2,
+    check_sequence_parallel,
+    check_tensor_parallel,
+    check_other_layouts,
+    check_average_of_sharded_weights,
+    check_bfloat16,
+    check_refusals,
+]
+FOUR = [check_combined]

@@ -1,0 +1,133 @@
+"""Training runs of several processes beside those of one: weights, averages, and going on elsewhere."""
+
+import pprint
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from opensora.config import parse_config
+from opensora.schema import TrainOptions
+from opensora.training.trainer import Trainer
+from opensora.utils.errors import UserError
+from opensora.utils.video import save_video
+from tests.conftest import tiny_inference_config
+from tests.parallel.harness import assert_close
+
+
+def write_run(folder: Path, **overrides: Any) -> str:
+    """Config file of a tiny run on random clips; the first rank writes it, all get its path."""
+    path = folder / "train.py"
+    if dist.get_rank() == 0 and not path.exists():
+        rng, rows = np.random.default_rng(0), []
+        for i in range(8):
+            clip = save_video(rng.integers(0, 255, (9, 32, 32, 3), dtype=np.uint8), folder / f"{i}.mp4", fps=8)
+            rows.append(dict(path=str(clip), text=f"clip {i}", num_frames=9, height=32, width=32, fps=8.0))
+        pd.DataFrame(rows).to_csv(folder / "clips.csv", index=False)
+        tiny = tiny_inference_config()
+        content = dict(
+            {key: tiny[key] for key in ("model", "ae", "t5", "clip")},
+            device="cpu",
+            dtype="fp32",
+            seed=3,
+            outputs=str(folder),
+            dataset=dict(type="video_text", data_path=str(folder / "clips.csv"), fps_max=24),
+            bucket_config={"32px_ar1:1": {9: (1.0, 2)}},
+            num_workers=0,
+            optim=dict(cls="AdamW", lr=1e-3, eps=1e-4),
+            ema_decay=0.9,
+            grad_clip=1.0,
+            condition_config={"t2v": 1, "i2v_head": 1},
+            dropout_ratio=dict(t5=0.3, clip=0.3),
+            is_causal_vae=True,
+            plugin="none",
+            max_steps=3,
+            ckpt_every=0,
+            **overrides,
+        )
+        path.write_text("\n".join(f"{key} = {pprint.pformat(value)}" for key, value in content.items()))
+    dist.barrier()
+    return str(path)
+
+
+def run(config: str, words: Sequence[Any], world_size: int = 2) -> Path:
+    """One command line on this many processes; a single one is the first rank, while the others wait."""
+    torch.manual_seed(0)  # of the tiny autoencoder's random weights
+    folder = None
+    if world_size > 1 or dist.get_rank() == 0:
+        folder = Trainer(parse_config([config, *map(str, words)], TrainOptions), 0, world_size).run()
+    box = [folder]
+    dist.broadcast_object_list(box, 0)
+    assert box[0] is not None
+    return box[0]
+
+
+def compare(found: Path, expected: Path, step: int, limit: float = 1e-5) -> None:
+    """Weights and averages of two runs."""
+    if dist.get_rank():
+        return
+    for name in ("model/model.safetensors", "ema.safetensors"):
+        a, b = (load_file(next(run.glob(f"epoch*-global_step{step}")) / name) for run in (found, expected))
+        assert a.keys() == b.keys()
+        for key, value in b.items():
+            assert_close(a[key].float(), value.float(), f"{found.name} {name} {key}", limit)
+
+
+def layouts(folder: Path) -> None:
+    """A run that goes on in another layout is that of one process: tensor parallel, then sequence parallel."""
+    config = write_run(folder)
+    alone = run(config, ["--exp-name", "alone"], world_size=1)
+    tp = run(config, ["--exp-name", "tp", "--plugin", "ddp", "--plugin_config.tp_size", 2, "--max-steps", 1])
+    half = next(tp.glob("epoch*-global_step1"))
+    assert run(config, ["--load", half, "--plugin", "fsdp2", "--plugin_config.sp_size", 2]) == tp
+    compare(tp, alone, 3)
+
+
+def data_parallel(folder: Path) -> None:
+    """Both engines agree, and one process goes on where two stopped in the data."""
+    config = write_run(folder)
+    two = run(config, ["--exp-name", "two", "--plugin", "ddp", "--max-steps", 1])
+    again = run(config, ["--exp-name", "again", "--plugin", "fsdp2", "--max-steps", 1])
+    compare(again, two, 1)
+    one = run(config, ["--load", next(two.glob("epoch*-global_step1")), "--max-steps", 2], world_size=1)
+    if dist.get_rank() == 0:
+        assert '"micro_step": 3' in (next(one.glob("epoch*-global_step2")) / "running_states.json").read_text()
+
+
+def bfloat16(folder: Path) -> None:
+    """fp32 weights are kept, saved, and gone on with under another engine."""
+    config = write_run(folder)
+    words = ["--dtype", "bf16", "--plugin_config.sp_size", 2, "--save-master-weights", True]
+    fsdp2 = run(config, [*words, "--exp-name", "fsdp2", "--plugin", "fsdp2", "--max-steps", 1])
+    saved = next(fsdp2.glob("epoch*-global_step1"))
+    run(config, [*words, "--load", saved, "--plugin", "ddp", "--max-steps", 2])
+    if dist.get_rank() == 0:
+        for folder in fsdp2.glob("epoch*"):
+            model, master = (load_file(folder / name) for name in ("model/model.safetensors", "master.safetensors"))
+            assert {value.dtype for value in model.values()} == {torch.bfloat16}
+            assert all(torch.equal(master[name].bfloat16(), value) for name, value in model.items())
+
+
+def refusals(folder: Path) -> None:
+    config = write_run(folder)
+    for words, message in (
+        (["--plugin", "none"], "fsdp2"),
+        (["--plugin", "fsdp3"], "fsdp2"),
+        (["--plugin", "fsdp2", "--optim.cls", "Muon"], "whole matrices"),
+        (["--plugin", "zero2", "--plugin_config.sp_size", 2], "hybrid"),
+        (
+            ["--plugin", "ddp", "--plugin_config.tp_size", 2, "--model.num_heads", 1, "--model.axes_dim", "[8,12,12]"],
+            "tp",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            Trainer(parse_config([config, *map(str, words)], TrainOptions), 0, 2)
+
+
+CHECKS = [layouts, data_parallel, bfloat16, refusals]

@@ -1,0 +1,26 @@
+"""A failing process ends the run within seconds, and every message is printed once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parallel
+def test_one_process_fails():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests" / "parallel" / "failing.py")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("a mistake of one") == 1
+    assert done.stderr.count("a mistake of all") == 1
+    assert "Connection closed" not in done.stderr

@@ -1,0 +1,108 @@
+"""Checkpoints beside training, on a full disk, and on request."""
+
+import logging
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+from opensora.training import checkpoint
+from opensora.training.checkpoint import (
+    CheckpointContent,
+    RunningStates,
+    list_checkpoints,
+    load_part,
+    load_states,
+    load_weights,
+    remove_unfinished,
+)
+from opensora.training.checkpoint_writer import CheckpointWriter
+from opensora.training.loop import row_names
+from opensora.training.stopping import StopRequest
+from opensora.utils.errors import UserError
+
+
+def content(step: int, weight: torch.Tensor | None = None) -> CheckpointContent:
+    weight = torch.full((4,), float(step)) if weight is None else weight
+    state = {"state": {0: {"exp_avg": weight}}, "param_groups": [{"lr": 1.0, "betas": (0.9, 0.99)}]}
+    return CheckpointContent(RunningStates(0, step, step, step), {"w": weight}, {"optimizer": state}, ema={"w": weight})
+
+
+def names(folder):
+    return [path.name for path in list_checkpoints(folder)]
+
+
+def test_beside_training(tmp_path, monkeypatch):
+    gate, wrote = threading.Event(), checkpoint.save_safetensors
+    monkeypatch.setattr(checkpoint, "save_safetensors", lambda *args: gate.wait(10) and wrote(*args))
+    writer = CheckpointWriter(tmp_path, keep_n_latest=2, asynchronous=True)
+    weight = torch.ones(4)
+    path = writer.save(content(1, weight))
+    assert not path.exists()  # still waiting at the gate
+    weight.zero_()  # training goes on
+    gate.set()
+    for step in (2, 3):
+        writer.save(content(step))
+    writer.save(content(4), last=True)
+    assert names(tmp_path) == ["epoch0-global_step3", "epoch0-global_step4"]
+    writer = CheckpointWriter(tmp_path, asynchronous=True)
+    weight = torch.ones(4)
+    path = writer.save(content(5, weight))
+    weight.zero_()
+    writer.wait()
+    assert load_weights(path)["w"].tolist() == [1.0] * 4
+    saved = load_part(path, "optimizer")
+    assert saved["state"][0]["exp_avg"].tolist() == [1.0] * 4
+    assert saved["param_groups"][0]["betas"] == (0.9, 0.99)
+    assert load_states(path).global_step == 5
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("part", ["save_safetensors", "torch.save"])
+def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch, caplog, asynchronous, part):
+    writer = CheckpointWriter(tmp_path, keep_n_latest=1, asynchronous=asynchronous)
+    good = writer.save(content(1))
+    writer.wait()
+    before = load_weights(good)["w"]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, caplog.at_level("ERROR", logger="opensora"):
+        patch.setattr(checkpoint.torch if part == "torch.save" else checkpoint, part.split(".")[-1], full)
+        patch.setattr(logging.getLogger("opensora"), "propagate", True)
+        writer.save(content(2))
+        writer.wait()
+        assert "no checkpoint was written" in caplog.text
+        assert "No space left" in caplog.text
+        with pytest.raises(UserError, match="last checkpoint could not be written"):
+            writer.save(content(3), last=True)
+    assert names(tmp_path) == [good.name]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [good.name]  # nothing half-written
+    assert torch.equal(load_weights(good)["w"], before)
+    writer.save(content(4), last=True)  # room again
+    assert names(tmp_path) == ["epoch0-global_step4"]
+
+
+def test_leftovers_of_a_killed_run_go(tmp_path):
+    (tmp_path / ".epoch0-global_step7.writing" / "model").mkdir(parents=True)
+    remove_unfinished(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_first_sigterm_is_noted():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+        assert signal.getsignal(signal.SIGTERM) == before  # the second one acts as usual
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_rows_are_named():
+    assert row_names({"index": [0, 4], "path": ["a.mp4", "b.mp4"]}) == ["row 2 (a.mp4)", "row 6 (b.mp4)"]
+    assert row_names({"path": ["a.mp4"]}) == ["a.mp4"]
+    assert row_names({}) == []

@@ -1,0 +1,66 @@
+"""The shipped configs of autoencoders: they hold what Open-Sora 2.0's hold, and fit together."""
+
+from pathlib import Path
+
+import pytest
+
+from opensora.config import load_config
+from opensora.diffusion.building import build_on_meta
+from opensora.schema import VaeInferenceOptions, VaeTrainOptions
+from opensora.training.vae_config import check_adversarial, check_config, check_lengths
+from opensora.utils.errors import UserError
+from tools.benchmark.vae import AUTOENCODERS, frames_for
+
+ROOT = Path(__file__).parents[2] / "configs" / "vae"
+TRAIN, INFERENCE = (sorted(path.name for path in (ROOT / kind).glob("*.py")) for kind in ("train", "inference"))
+
+
+def load(kind, name):
+    return load_config(ROOT / kind / name, VaeTrainOptions if kind == "train" else VaeInferenceOptions)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("train", n) for n in TRAIN] + [("inference", n) for n in INFERENCE])
+def test_lengths_fit_the_autoencoder(kind, name):
+    cfg = load(kind, name)
+    model = build_on_meta(cfg.model)
+    check_lengths(cfg.bucket_config, model)
+    assert cfg.dataset.type == "video_text"
+
+
+def test_training_of_the_video_dc_ae_is_the_original_one():
+    plain, adversarial = load("train", "video_dc_ae.py"), load("train", "video_dc_ae_disc.py")
+    for cfg in (plain, adversarial):
+        assert cfg.bucket_config == {"256px_ar1:1": {32: (1.0, 1)}}
+        assert (cfg.optim.lr, cfg.optim.eps, cfg.optim.betas) == (5e-5, 1e-8, (0.9, 0.98))
+        assert (cfg.mixed_strategy, cfg.mixed_image_ratio, cfg.ema_decay) == ("mixed_video_image", 0.2, 0.99)
+        assert (cfg.vae_loss_config.perceptual_loss_weight, cfg.vae_loss_config.kl_loss_weight) == (0.5, 0)
+        assert cfg.pin_memory_cache_pre_alloc_numels == [50 * 1024**2] * 24
+    assert plain.discriminator is None
+    assert not plain.grad_checkpoint
+    assert adversarial.grad_checkpoint
+    assert adversarial.model.disc_off_grad_ckpt
+    assert adversarial.model.from_scratch
+    assert check_adversarial(adversarial, []).disc_weight == 0.05
+    with pytest.raises(UserError, match=r"lpips\.(backbone|heads): No weights at ./ckpts/lpips"):
+        check_config(plain)
+
+
+@pytest.mark.parametrize("name", [name for name in TRAIN if name.startswith("demo")])
+def test_demo_trainings_pass_all_checks(name, monkeypatch):
+    monkeypatch.chdir(ROOT.parents[1])
+    plan = check_config(load("train", name))
+    assert plan.multiple == 16
+    assert (plan.adversarial is not None) == (name == "demo_disc.py")
+
+
+def test_demo_dc_ae_is_measured_as_it_was_trained():
+    train, inference = load("train", "demo_dc_ae.py").model, load("inference", "demo_dc_ae.py").model
+    assert all(train[key] == inference[key] for key in ("latent_channels", "encoder", "decoder"))
+
+
+def test_benchmark_lengths():
+    causal, deep = (build_on_meta(section) for section in AUTOENCODERS.values())
+    assert [frames_for(causal, n) for n in (33, 36)] == [33, 33]
+    assert [frames_for(deep, n) for n in (33, 36)] == [32, 36]
+    with pytest.raises(UserError, match="at least 9"):
+        frames_for(deep, 7)

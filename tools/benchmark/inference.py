@@ -1,0 +1,195 @@
+"""Where the time and the memory of a video go: seconds per stage and step, peak memory, forwards, TFLOP/s.
+
+    python tools/benchmark/inference.py --config configs/diffusion/inference/demo.py --out benchmark.json
+    python tools/benchmark/inference.py --config configs/diffusion/inference/256px.py --random-weights --num_steps 3
+
+Further ``--key value`` are those of ``scripts/diffusion/inference.py``; a picture condition gets a grey picture. With
+``--random-weights`` no file is read: models and text encoders of the config's sizes start from random weights.
+Afterwards the sampler is timed beside the plain loop with three forwards per step, at toy size on the CPU.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from opensora.config import parse_config, run_main
+from opensora.diffusion import building
+from opensora.diffusion.guidance import count_forwards
+from opensora.diffusion.pipeline import SampleResult, VideoPipeline
+from opensora.diffusion.report import forward_flops
+from opensora.diffusion.validate import check_config, section_names
+from opensora.schema import InferenceOptions
+from opensora.utils.errors import UserError
+from opensora.utils.logging import setup_logging
+from opensora.utils.video import write_text
+from tools.benchmark.measuring import MIB, peak_of
+from tools.benchmark.models import markdown
+from tools.benchmark.sampler import compare_samplers
+from tools.benchmark.text_encoders import random_text_encoder
+
+TERA = 1e12
+
+
+def build_pipeline(cfg: Any, device: torch.device, random_weights: bool) -> VideoPipeline:
+    """The pipeline of a config, with its weights or with random ones of the same sizes."""
+    if not random_weights:
+        return VideoPipeline.from_config(cfg, device)
+    check_config(cfg)
+    dtype = building.torch_dtype(cfg.dtype)
+    home = torch.device("cpu") if cfg.offload else device
+    models: dict[str, nn.Module] = {}
+    widths = {"t5": cfg.model["context_in_dim"], "clip": cfg.model["vec_in_dim"]}
+    torch.manual_seed(cfg.seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # so that no model is ever held in a wider dtype than its own
+    try:
+        for name in section_names(cfg):
+            if name in widths:
+                models[name] = random_text_encoder(name, widths[name], cfg[name]["max_length"], device, dtype).to(home)
+            else:
+                section = {**cfg[name], "from_pretrained": None}
+                section |= {"from_scratch": True} if section["type"] == "dc_ae" else {}
+                models[name] = building.build_ready(section, device, dtype, name).to(home)
+    finally:
+        torch.set_default_dtype(before)
+    return VideoPipeline(models, cfg, device, dtype)
+
+
+class Meter:
+    """Seconds of every step and rows of every forward of a pipeline's video model."""
+
+    def __init__(self, pipe: VideoPipeline) -> None:
+        self.device = pipe.device
+        self.rows = 0
+        self.marks: list[tuple[int, int, int, float]] = []  # step, of how many, rows so far, time
+        pipe.models["model"].register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        if not self.marks:
+            self._mark(0, 0)
+        self.rows += len(kwargs["img"])
+
+    def _mark(self, step: int, total: int) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.marks.append((step, total, self.rows, time.perf_counter()))
+
+    def on_step(self, step: int, total: int, latents: Tensor) -> None:
+        """Callback of the pipeline; steps of a picture made first are not looked at."""
+        if self.rows:
+            self._mark(step, total)
+
+    def steps(self) -> list[tuple[float, int]]:
+        """(seconds, forwards) of every step of the video."""
+        pairs = zip(self.marks, self.marks[1:])
+        return [(now[3] - last[3], now[2] - last[2]) for last, now in pairs]
+
+
+def measure(pipe: VideoPipeline, prompt: str, full_steps: int) -> dict[str, Any]:
+    """One video, after nothing else has run: what a user waits for.
+
+    Args:
+        pipe: the models.
+        prompt: of the video.
+        full_steps: what the denoising time is extrapolated to, from the seconds per forward.
+    """
+    meter, cfg = Meter(pipe), pipe.cfg
+    picture = np.full((256, 256, 3), 128, np.uint8)
+    reference: dict[str, Any] = {"ref": picture} if cfg["cond_type"].startswith("i2v") else {"cond_type": "t2v"}
+    if cfg["use_t2i2v"]:
+        reference = {}
+    device = pipe.device
+    in_use = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    with peak_of(device) as peak:
+        result: SampleResult = pipe(prompt, seed=cfg["seed"], on_step=meter.on_step, **reference)
+    plan, steps = result.plan, meter.steps()
+    per_forward = statistics.median(seconds / rows for seconds, rows in steps)
+    flops = forward_flops(pipe.models["model"], plan.tokens, cfg["t5"]["max_length"])
+    full = count_forwards(plan.guidance, full_steps, plan.has_image)
+    stages = {f"{stage}_s": seconds for stage, seconds in result.timings.items()}
+    return {
+        "config": cfg["config_path"],
+        "condition": plan.cond_type,
+        "frames": f"{plan.num_frames} x {plan.height} x {plan.width}",
+        "tokens": plan.tokens,
+        "offload": cfg["offload"],
+        **stages,
+        "total_s": sum(stages.values()),
+        "steps": plan.num_steps,
+        "forwards": meter.rows,
+        "step_s": [seconds for seconds, _ in steps],
+        "median_step_s": statistics.median(seconds for seconds, _ in steps),
+        "forward_s": per_forward,
+        "forward_tflop": flops / TERA,
+        "tflop_per_s": flops / per_forward / TERA,
+        f"denoise_s_at_{full_steps}_steps": per_forward * full,
+        "weights_mib": in_use / MIB if in_use else model_bytes(pipe) / MIB,
+        "peak_beyond_weights_mib": peak[0] / MIB,
+    }
+
+
+def model_bytes(pipe: VideoPipeline) -> int:
+    """Bytes of all weights."""
+    return sum(p.numel() * p.element_size() for model in pipe.models.values() for p in model.parameters())
+
+
+def column(row: Mapping[str, Any]) -> str:
+    """The row as a table of two columns; lists of single values are left out."""
+    pairs = [{"figure": key, "value": value} for key, value in row.items() if not isinstance(value, list)]
+    return markdown(pairs)
+
+
+def environment(device: torch.device, random_weights: bool) -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "random_weights": random_weights,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the command line, measure, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="inference config")
+    parser.add_argument("--random-weights", action="store_true", help="read no weight files")
+    parser.add_argument("--full-steps", type=int, default=50, help="extrapolate to so many (default: %(default)s)")
+    parser.add_argument("--comparison", type=int, default=5, help="runs of the comparison; 0: none (default: 5)")
+    parser.add_argument("--out", type=Path, help="file for all figures, as JSON")
+    args, others = parser.parse_known_args(argv)
+    cfg = parse_config([args.config, *others], InferenceOptions)
+    if args.comparison and args.comparison < 3:
+        raise UserError(f"--comparison {args.comparison}: a median needs 3 runs or more (0: no comparison)")
+    setup_logging()
+    device = building.pick_device(cfg.device)
+    report: dict[str, Any] = {"environment": environment(device, args.random_weights)}
+    print(", ".join(f"{key} {value}" for key, value in report["environment"].items()))
+    pipe = build_pipeline(cfg, device, args.random_weights)
+    report["inference"] = measure(pipe, cfg.prompt or "raining, sea", args.full_steps)
+    del pipe
+    print(column(report["inference"]))
+    if args.comparison:
+        report["comparison"] = [dataclasses.asdict(row) for row in compare_samplers(args.comparison)]
+        print(markdown([{k: v for k, v in row.items() if not isinstance(v, list)} for row in report["comparison"]]))
+    if args.out:
+        write_text(json.dumps(report, indent=2) + "\n", args.out)
+
+
+if __name__ == "__main__":
+    run_main(main)

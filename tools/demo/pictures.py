@@ -1,0 +1,65 @@
+"""Draw the pictures of the README and docs/inference.md from what the demo model makes: ``make pictures``.
+
+Each is a contact sheet of videos that the commands beside it in the text make too.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from opensora.config import run_main
+from opensora.diffusion.pipeline import VideoPipeline
+from opensora.utils.logging import setup_logging
+from opensora.utils.video import contact_sheet, read_image
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs" / "diffusion" / "inference" / "demo.py"
+PICTURE = ROOT / "assets" / "demo" / "blue_square.png"
+FRAMES, SCALE = 5, 2
+Labelled = tuple[str, np.ndarray]
+
+
+def text_to_video(pipe: VideoPipeline) -> list[Labelled]:
+    """Prompts alone."""
+    prompts = [
+        "a blue triangle moving right on a dark background",
+        "a purple square moving up on a light background",
+        "a green triangle moving left on a light background",
+    ]
+    return list(zip(prompts, pipe(prompts, seed=42).frames))
+
+
+def image_to_video(pipe: VideoPipeline) -> list[Labelled]:
+    """The same picture as the first frame, under two prompts."""
+    prompts = ["a blue square moving up", "a blue square moving right"]
+    picture = read_image(PICTURE)
+    return list(zip(prompts, pipe(prompts, ref=[picture] * len(prompts), cond_type="i2v_head", seed=42).frames))
+
+
+SHEETS: dict[str, Callable[[VideoPipeline], list[Labelled]]] = {
+    "text_to_video": text_to_video,
+    "image_to_video": image_to_video,
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make all sheets, or those that are named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=list(SHEETS), help="make this one alone")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images", help="default: docs/images")
+    args = parser.parse_args(argv)
+    setup_logging()
+    pipe = VideoPipeline.from_config(CONFIG)
+    for name in [args.only] if args.only else SHEETS:
+        labels, videos = zip(*SHEETS[name](pipe))
+        print(contact_sheet(videos, args.out / f"{name}.png", frames=FRAMES, labels=labels, scale=SCALE))
+
+
+if __name__ == "__main__":
+    run_main(main)
