@@ -1,0 +1,256 @@
+"""The machinery below the data tools: fingerprints, shards, runners, joining, killing and going on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import polars as pl
+import pytest
+
+from opensora.utils.errors import UserError
+from tools.data.pipeline import Pipeline, group_stages
+from tools.data.runners import DIED, LocalRunner
+from tools.data.stage import PixelStage, Stage, TableStage
+from tools.data.store import StageStore
+
+
+class Double(Stage):
+    """Doubles a number; 13 is bad luck, and 99 kills the process."""
+
+    name = "double"
+    reads = ("number", "where")
+    identity = ("number",)
+    adds: ClassVar = {"twice": pl.Int64}
+    neutral = ("pause",)
+
+    def worker(self):
+        def work(row):
+            if row["number"] == 13:
+                raise UserError("13 is not allowed")
+            if row["number"] == 99:
+                os._exit(1)
+            time.sleep(self.settings.get("pause", 0))
+            if self.settings.get("log"):
+                with Path(self.settings["log"]).open("a") as file:
+                    file.write(f"{row['number']}\n")
+            return [{"twice": 2 * row["number"] * self.settings.get("factor", 1)}]
+
+        return work
+
+
+class Split(Stage):
+    """As many rows as ``twice`` says."""
+
+    name = "split"
+    reads = identity = ("twice",)
+    adds: ClassVar = {"part": pl.Int64, "keep": pl.Boolean, "reason": pl.String}
+    expands = True
+
+    def worker(self):
+        def work(row):
+            if row["twice"] == 0:
+                return [{"part": None, "keep": False, "reason": "nothing"}]
+            return [{"part": part, "keep": True, "reason": ""} for part in range(row["twice"])]
+
+        return work
+
+
+class Share(TableStage):
+    """Each part's share of all."""
+
+    name = "share"
+    reads = ("part",)
+    adds: ClassVar = {"share": pl.Float64}
+
+    def run_table(self, table):
+        return table.with_columns((pl.col("part") / pl.col("part").sum()).alias("share"))
+
+
+def numbers(*values) -> pl.DataFrame:
+    return pl.DataFrame(
+        {"number": values, "where": [f"place {v}" for v in values]}, schema_overrides={"number": pl.Int64}
+    )
+
+
+def chain(root, retry=False, workers=0, **settings) -> Pipeline:
+    stages = [Double(settings, root), Split({}, root), Share({}, root)]
+    return Pipeline(stages, root, LocalRunner(workers), retry, progress=False)
+
+
+def test_rows_flow_through_the_chain(tmp_path):
+    table = chain(tmp_path).run(numbers(2, 0, 13, 1))
+    assert table["number"].to_list() == [2, 2, 2, 2, 0, 13, 1, 1]
+    assert table["part"].to_list() == [0, 1, 2, 3, None, None, 0, 1]
+    assert table["keep"].to_list() == [True] * 4 + [False] + [True] * 3
+    assert table.filter(pl.col("number") == 13)["error"].to_list() == ["13 is not allowed"]
+    assert table.filter(pl.col("number") == 13)["error_stage"].to_list() == ["double"]
+    assert table["share"].sum() == pytest.approx(1.0)
+    assert table["reason"][4] == "nothing"
+
+
+def test_funnel_counts(tmp_path):
+    pipeline = chain(tmp_path)
+    pipeline.run(numbers(2, 0, 13, 1))
+    double, split, share = pipeline.funnel
+    assert (double.rows_in, double.rows_out, double.failed) == (4, 3, 1)
+    assert (split.rows_in, split.rows_out, split.dropped) == (3, 6, {"nothing": 1})
+    assert (share.rows_in, share.rows_out, share.finished) == (6, 6, True)
+
+
+def test_only_what_is_missing_or_changed_is_done(tmp_path):
+    log = tmp_path / "log"
+    chain(tmp_path / "out", log=log).run(numbers(1, 2))
+    first = chain(tmp_path / "out", log=log).run(numbers(1, 2, 3, 3))
+    assert log.read_text().split() == ["1", "2", "3"]
+    changed = chain(tmp_path / "out", log=log, factor=2).run(numbers(1, 2))
+    assert changed["twice"].max() == 8
+    assert log.read_text().split() == ["1", "2", "3", "1", "2"]
+    again = chain(tmp_path / "out", log=log).run(numbers(1, 2, 3, 3))
+    assert again.equals(first)
+    assert len(log.read_text().split()) == 5
+
+
+def test_other_settings_are_named(tmp_path, caplog):
+    chain(tmp_path).run(numbers(1))
+    with caplog.at_level("WARNING", logger="opensora"):
+        chain(tmp_path, factor=3).run(numbers(1))
+    assert "double: other settings than before (factor: None -> 3)" in caplog.text
+
+
+def test_neutral_settings_and_paths_change_nothing(tmp_path):
+    stage = Double({"pause": 0}, tmp_path)
+    assert stage.fingerprint() == Double({"pause": 1}, tmp_path / "moved").fingerprint()
+    assert stage.fingerprint() != Double({"factor": 1}, tmp_path).fingerprint()
+    assert stage.key({"number": 1, "where": "a"}) == stage.key({"number": 1, "where": "b"})
+
+
+def test_weights_count_by_content(tmp_path):
+    class Weighted(Double):
+        def weights(self):
+            return [self.settings["weights"]]
+
+    def stage(name, content):
+        path = tmp_path / name
+        path.write_bytes(content)
+        return Weighted({}, tmp_path) if not name else Weighted({"factor": 1, "weights": path}, tmp_path)
+
+    one = stage("a", b"one").fingerprint()
+    assert stage("a", b"two").fingerprint() != one
+    assert stage("a", b"one").fingerprint() == one
+
+
+def test_retry_errors(tmp_path, monkeypatch):
+    assert chain(tmp_path).run(numbers(13))["error"][0] is not None
+
+    def fixed(self):
+        return lambda row: [{"twice": 26}]
+
+    monkeypatch.setattr(Double, "worker", fixed)
+    assert chain(tmp_path).run(numbers(13))["error"][0] is not None
+    table = chain(tmp_path, retry=True).run(numbers(13))
+    assert table["error"].to_list() == [None] * 26
+
+
+def test_processes_give_the_same(tmp_path):
+    values = [*range(8), 13]
+    assert chain(tmp_path / "a", workers=2).run(numbers(*values)).equals(chain(tmp_path / "b").run(numbers(*values)))
+
+
+def test_a_row_that_kills_its_process_is_named(tmp_path):
+    table = chain(tmp_path, workers=2).run(numbers(1, 99, 2))
+    assert table.filter(pl.col("number") == 99)["error"].to_list() == [DIED]
+    assert set(table.filter(pl.col("error").is_null())["number"]) == {1, 2}
+
+
+def test_dry_run_does_nothing(tmp_path):
+    pipeline = chain(tmp_path)
+    plans = pipeline.plan(numbers(1, 2))
+    assert [(p.stage, p.rows, p.pending) for p in plans] == [
+        ("double", 2, 2),
+        ("split", None, None),
+        ("share", None, None),
+    ]
+    assert list(tmp_path.iterdir()) == []
+    pipeline.run(numbers(1, 2))
+    assert [p.pending for p in chain(tmp_path).plan(numbers(1, 2))] == [0, 0, 0]
+
+
+def test_a_chain_that_cannot_work_is_refused(tmp_path):
+    with pytest.raises(UserError, match="'split' reads column 'twice', which no stage before it adds"):
+        Pipeline([Split({}, tmp_path)], tmp_path, LocalRunner(0)).run(numbers(1))
+
+
+def test_one_run_per_folder(tmp_path):
+    import filelock
+
+    with filelock.FileLock(tmp_path / ".lock"), pytest.raises(UserError, match="another run is at work"):
+        chain(tmp_path).run(numbers(1))
+
+
+def test_damaged_shard_is_named(tmp_path):
+    chain(tmp_path).run(numbers(1))
+    (shard,) = (tmp_path / "stages" / "double").glob("*/part-*.parquet")
+    shard.write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=r"part-00000000.parquet is damaged"):
+        chain(tmp_path).run(numbers(1))
+
+
+def test_many_shards_are_merged(tmp_path):
+    store = StageStore(Double({}, tmp_path))
+    store.open()
+    for number in range(60):
+        store.add(str(number % 50), [{"twice": number}])
+        store.flush()
+    assert len(store.shards()) < 15
+    table = store.load()
+    assert table.height == 50
+    assert set(table["twice"]) == set(range(10, 60))
+
+
+def test_pixel_stages_share_a_pass_unless_one_reads_the_other(tmp_path):
+    class A(PixelStage):
+        name = "a"
+        adds: ClassVar = {"x": pl.Int64}
+
+    class B(PixelStage):
+        name = "b"
+
+    class C(PixelStage):
+        name = "c"
+        reads = ("clip_path", "x")
+
+    stages = [A({}, tmp_path), B({}, tmp_path), C({}, tmp_path), Double({}, tmp_path)]
+    assert [[s.name for s in group] for group in group_stages(stages)] == [["a", "b"], ["c"], ["double"]]
+
+
+KILLED = """
+import sys
+sys.path[:0] = [{root!r}, {here!r}]
+import tools.data.store as store
+store.FLUSH_SECONDS = 0.0
+from test_data_tools_core import chain, numbers
+from pathlib import Path
+if __name__ == "__main__":
+    chain(Path({out!r}), workers=0, pause=0.05).run(numbers(*range(20)))
+"""
+
+
+def test_sigkill_and_again_gives_the_same_table(tmp_path):
+    out = tmp_path / "killed"
+    script = tmp_path / "run.py"
+    root = Path(__file__).parents[2]
+    script.write_text(KILLED.format(root=str(root), here=str(Path(__file__).parent), out=str(out)))
+    process = subprocess.Popen([sys.executable, str(script)])
+    while process.poll() is None and len(list(out.glob("stages/double/*/part-*"))) < 3:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    store = StageStore(Double({}, out))
+    assert 0 < store.load().height < 20
+    (store.folder / ".half.parquet").write_bytes(b"half")
+    assert chain(out).run(numbers(*range(20))).equals(chain(tmp_path / "whole").run(numbers(*range(20))))
+    assert not list(out.glob("stages/*/*/.*"))

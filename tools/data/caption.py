@@ -1,0 +1,223 @@
+"""Captions by a vision-language model: behind an OpenAI-compatible endpoint, or a local one."""
+
+import base64
+import os
+import re
+import string
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, ClassVar
+
+import polars as pl
+from PIL import Image
+
+from opensora.utils.errors import UserError
+from opensora.utils.logging import get_logger
+from opensora.utils.video import read_image
+from tools.data.stage import Row, Stage, Worker, shrink
+
+logger = get_logger(__name__)
+
+SEEN = "These pictures are frames of one short video, in order. "
+STYLE = "Write plain sentences about what is to be seen, no introduction, no markup, no guesses about sound or intent."
+TEMPLATES = {
+    "short": SEEN + "Describe the video in one sentence of at most 25 words. " + STYLE,
+    "long": SEEN
+    + "Describe the video in 60 to 120 words: the main subject and its looks, what it does from beginning to "
+    "end, the surroundings, the light and the style. " + STYLE,
+    "motion": SEEN
+    + "The camera motion was measured as: {camera_motion}. Describe the video in 60 to 120 words: first what "
+    "moves and how it moves from beginning to end, then the camera, then subject, surroundings and light. " + STYLE,
+}
+OPENINGS = re.compile(
+    r"^(?:sure[,!.]?\s*|certainly[,!.]?\s*|here(?: is|'s) (?:a|the) (?:description|caption)[^:.]*[:.]\s*"
+    r"|(?:caption|description)\s*:\s*"
+    r"|(?:in )?(?:the|this) (?:video|clip|footage|image|picture|scene|sequence)(?: clip)?"
+    r"(?: (?:shows|depicts|features|captures|presents|displays|begins with|opens with)|,)\s+)",
+    re.IGNORECASE,
+)
+Ask = Callable[[str, Sequence[Image.Image]], tuple[str, int, int]]
+"""``ask(prompt, pictures)`` gives the answer, and the tokens read and written."""
+
+
+def clean_caption(text: str) -> str:
+    """An answer as one line of plain text: no markup, quotes around it, links, or openings like 'The video shows'."""
+    text = re.sub(r"```\w*|[*#`]{1,3}(?=\S)|(?<=\S)[*`]{1,3}|(?<!\w)_+(?=\w)|(?<=\w)_+(?!\w)", "", text)
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    text = re.sub(r"https?://\S+|www\.\S+", "", text)
+    text = re.sub(r"(?m)^\s*(?:[-•]|\d+[.)])\s+", "", text)
+    text = " ".join(text.split()).strip("\"'“” ")
+    while (opening := OPENINGS.match(text)) and opening.end() < len(text):
+        text = text[opening.end() :]
+    return text[:1].upper() + text[1:]
+
+
+class Caption(Stage):
+    """``text`` of a clip. The tokens are counted, so that the cost is known."""
+
+    name = "caption"
+    identity = ("clip_id", "phash")
+    reads = ("clip_id", "phash", "frame_paths")
+    adds: ClassVar = {"text": pl.String, "tokens_in": pl.Int64, "tokens_out": pl.Int64}
+    neutral = ("base_url", "concurrency", "attempts", "timeout", "price_in", "price_out", "device")
+
+    @property
+    def io_bound(self) -> bool:  # type: ignore[override]
+        """An endpoint is waited for; a local model computes."""
+        return not self.settings["local"]
+
+    def prompt(self) -> str:
+        """Template with its {columns}."""
+        return TEMPLATES.get(self.settings["template"], self.settings["template"])
+
+    def fields(self) -> tuple[str, ...]:
+        """Columns that the template names."""
+        return tuple(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(self.prompt()) if name))
+
+    def needs(self) -> tuple[str, ...]:
+        """Frames, and what the template names."""
+        return (*self.reads, *self.fields())
+
+    def deciding(self) -> tuple[str, ...]:
+        """Frames, and what the template names."""
+        return (*self.identity, *self.fields())
+
+    def weights(self) -> Sequence[Path]:
+        """The folder of a local model."""
+        return [Path(self.settings["local"])] if self.settings["local"] else []
+
+    def most_workers(self) -> int | None:
+        """A local model is large: one at a time."""
+        return 1
+
+    def check(self) -> None:
+        """The template can be filled in, and a local model is there."""
+        try:
+            self.fields()
+        except ValueError as error:
+            raise UserError(f"caption.template: {error}; write braces that are no column as {{{{ and }}}}") from error
+        template = self.settings["template"]
+        if template not in TEMPLATES and " " not in template:
+            raise UserError(f"caption.template {template!r} is none of {', '.join(TEMPLATES)}, nor a prompt")
+        local = self.settings["local"]
+        if local and not (Path(local) / "config.json").is_file():
+            raise UserError(
+                f"--caption.local {local}: no model there (config.json is missing); e.g. hf download "
+                "Qwen/Qwen2.5-VL-7B-Instruct --local-dir ckpts/Qwen2.5-VL-7B-Instruct"
+            )
+
+    def worker(self) -> Worker:
+        """Caption one clip."""
+        ask = LocalModel(self.settings) if self.settings["local"] else Endpoint(self.settings, os.environ)
+
+        def caption(row: Row) -> list[Row]:
+            paths = row["frame_paths"]
+            step = max(len(paths) / self.settings["frames"], 1)
+            chosen = [paths[int((i + 0.5) * step)] for i in range(min(self.settings["frames"], len(paths)))]
+            images = [Image.fromarray(shrink(read_image(self.root / p), self.settings["side"])) for p in chosen]
+            answer, tokens_in, tokens_out = ask(self.prompt().format_map(row), images)
+            text = clean_caption(answer) if self.settings["clean"] else answer.strip()
+            if not text:
+                raise UserError("the model gave no caption")
+            return [{"text": text, "tokens_in": tokens_in, "tokens_out": tokens_out}]
+
+        return caption
+
+    def finish(self, table: pl.DataFrame) -> pl.DataFrame:
+        """Say what it took."""
+        read, written = int(table["tokens_in"].sum()), int(table["tokens_out"].sum())
+        cost = (read * self.settings["price_in"] + written * self.settings["price_out"]) / 1e6
+        price = f", cost {cost:.2f}" if cost else ""
+        logger.info("caption: %d texts, %d tokens read, %d written%s", table["tokens_in"].count(), read, written, price)
+        return table
+
+
+class Endpoint:
+    """Any server that speaks OpenAI's chat protocol and takes pictures.
+
+    Args:
+        settings: section ``caption``.
+        environment: ``OPENAI_API_KEY`` and ``OPENAI_BASE_URL`` stand in for what is not set.
+
+    Raises:
+        UserError: no key for OpenAI's own, or nobody answers.
+    """
+
+    def __init__(self, settings: Any, environment: Any) -> None:
+        import openai
+
+        url = settings["base_url"] or environment.get("OPENAI_BASE_URL")
+        key = environment.get("OPENAI_API_KEY")
+        if not key and not url:
+            raise UserError(
+                "stage 'caption' needs a vision-language model: set OPENAI_API_KEY, or give --caption.base_url URL of "
+                "a server (vLLM, llama.cpp, ...), or --caption.local FOLDER of a model"
+            )
+        self.settings = settings
+        retries, timeout = settings["attempts"] - 1, settings["timeout"]
+        # repeats with growing pauses what fails for the moment: no connection, 408, 409, 429, 5xx
+        self.client = openai.OpenAI(base_url=url, api_key=key or "none", max_retries=retries, timeout=timeout)
+        try:
+            self.client.with_options(max_retries=0).models.list()
+        except (openai.APIConnectionError, openai.AuthenticationError) as error:
+            raise UserError(f"caption endpoint {self.client.base_url}: {error}") from error
+        except openai.OpenAIError:
+            pass  # it answers; not every server lists its models
+
+    def __call__(self, prompt: str, images: Sequence[Image.Image]) -> tuple[str, int, int]:
+        """Ask."""
+        content: list[Any] = [{"type": "text", "text": prompt}]
+        content += [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
+        answer = self.client.chat.completions.create(
+            model=self.settings["model"],
+            messages=[{"role": "user", "content": content}],
+            max_tokens=self.settings["max_tokens"],
+            temperature=self.settings["temperature"],
+        )
+        if not answer.choices:
+            raise UserError("the endpoint's answer holds no choices")
+        usage = answer.usage
+        text = answer.choices[0].message.content or ""
+        return text, usage.prompt_tokens if usage else 0, usage.completion_tokens if usage else 0
+
+
+def data_url(image: Image.Image) -> str:
+    """A picture as text for a request."""
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+class LocalModel:
+    """A Hugging Face image-text-to-text model; takes the most likely words.
+
+    Raises:
+        UserError: the folder holds no such model.
+    """
+
+    def __init__(self, settings: Any) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        self.settings = settings
+        try:
+            self.processor = AutoProcessor.from_pretrained(settings["local"])
+            model: Any = AutoModelForImageTextToText.from_pretrained(settings["local"], dtype="auto")
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(f"--caption.local {settings['local']}: cannot be loaded ({error})") from error
+        self.model = model.to(settings["device"]).eval()
+
+    def __call__(self, prompt: str, images: Sequence[Image.Image]) -> tuple[str, int, int]:
+        """Ask."""
+        content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": prompt}]
+        inputs = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(self.model.device)
+        out = self.model.generate(**inputs, max_new_tokens=self.settings["max_tokens"], do_sample=False)
+        read = inputs["input_ids"].shape[1]
+        written = out[0, read:]
+        return self.processor.decode(written, skip_special_tokens=True), int(read), len(written)

@@ -1,0 +1,309 @@
+"""Shots to clips: H.264 files of constant rate, upright, square pixels, without black borders, exact to the frame."""
+
+import math
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import polars as pl
+from PIL import Image
+
+from opensora.utils.errors import UserError
+from opensora.utils.video import read_image, write_beside
+from tools.data.decode import clip_info, decode, frame_rate, luma, open_video, turns
+from tools.data.ingest import hash_file
+from tools.data.stage import Row, Stage, Worker, digest, shrink
+
+BORDER_SAMPLES = (0.1, 0.5, 0.9)  # of a shot: where its borders are looked at
+MIN_LEFT = 0.3  # of a side: a border that would leave less is a dark picture
+TRANSPOSE: dict[int, list[tuple[str, str | None]]] = {
+    0: [],
+    1: [("transpose", "2")],
+    2: [("hflip", None), ("vflip", None)],
+    3: [("transpose", "1")],
+}
+TOLERANCE = 0.25  # of a frame: how far time stamps may be off
+
+CLIP_COLUMNS = {
+    "clip_id": pl.String,
+    "clip_path": pl.String,
+    "start": pl.Float64,
+    "end": pl.Float64,
+    "num_frames": pl.Int32,
+    "height": pl.Int32,
+    "width": pl.Int32,
+    "fps": pl.Float64,
+    "keep": pl.Boolean,
+    "reason": pl.String,
+}
+Box = tuple[int, int, int, int]  # left, top, width, height
+Frames = Iterator[tuple[float, Any]]
+
+
+class Cut(Stage):
+    """One row per clip; a source without one stays as a row that is out."""
+
+    name = "cut"
+    reads = ("path", "kind", "source_id", "scenes")
+    identity = ("source_id", "scenes")
+    adds = CLIP_COLUMNS
+    expands = True
+
+    def worker(self) -> Worker:
+        """Cut one source."""
+
+        def cut(row: Row) -> list[Row]:
+            if row["kind"] == "image":
+                return [self._image(row)]
+            spans = split_scenes(row["scenes"], self.settings["min_seconds"], self.settings["max_seconds"])
+            if not spans:
+                return [{"keep": False, "reason": "no shot long enough"}]
+            return self._video(row, spans)
+
+        return cut
+
+    def clip_id(self, source_id: str, start: float, end: float) -> str:
+        """Of content, place and cut settings; never of the path."""
+        return digest([source_id, round(start, 4), round(end, 4), dict(self.settings), self.version])
+
+    def _target(self, clip_id: str, suffix: str) -> Path:
+        return self.root / "clips" / clip_id[:2] / f"{clip_id}{suffix}"
+
+    def _video(self, row: Row, spans: list[tuple[float, float]]) -> list[Row]:
+        path = Path(row["path"])
+        clips = [(self.clip_id(row["source_id"], *span), *span) for span in spans]
+        targets = [self._target(clip_id, ".mp4") for clip_id, _, _ in clips]
+        if not all(target.is_file() for target in targets):
+            boxes = find_borders(path, spans, self.settings)
+            with open_video(path) as container:
+                frames = _Pushback(decode(container, path.name))
+                for target, (start, end), box in zip(targets, spans, boxes):
+                    encode = _Encoder(container, start, end, box, self.settings)
+                    write_beside(target, lambda temporary: encode(frames, temporary))  # noqa: B023
+        return [self._row(*clip, target) for clip, target in zip(clips, targets)]
+
+    def _image(self, row: Row) -> Row:
+        clip_id = self.clip_id(row["source_id"], 0.0, 0.0)
+        target = self._target(clip_id, ".png")
+        image = read_image(row["path"])
+        if self.settings["remove_borders"]:
+            left, top, width, height = content_box(image.max(axis=2), self.settings["border_level"])
+            image = image[top : top + height, left : left + width]
+        image = shrink(image, self.settings["max_side"])
+        write_beside(target, Image.fromarray(image).save)
+        return self._row(clip_id, 0.0, 0.0, target)
+
+    def _row(self, clip_id: str, start: float, end: float, target: Path) -> Row:
+        info = clip_info(target)
+        return {
+            "clip_id": clip_id,
+            "clip_path": target.relative_to(self.root).as_posix(),
+            "start": start,
+            "end": end,
+            "num_frames": info.num_frames,
+            "height": info.height,
+            "width": info.width,
+            "fps": info.fps or None,
+            "keep": True,
+            "reason": "",
+        }
+
+
+class Whole(Stage):
+    """Instead of scenes and cut: every file is one clip as it is. For clips that others have cut."""
+
+    name = "whole"
+    reads = ("path", "kind", "source_id", "source_seconds")
+    identity = ("source_id",)
+    adds = {name: kind for name, kind in CLIP_COLUMNS.items() if name not in ("keep", "reason")}
+
+    def worker(self) -> Worker:
+        """Take one file."""
+
+        def take(row: Row) -> list[Row]:
+            path = Path(row["path"]).resolve()
+            if row["kind"] == "video":
+                with open_video(path) as container:
+                    _, frame = next(decode(container, path.name))
+                if turns(frame):
+                    raise UserError(f"{path.name} is rotated by its header, which training ignores: cut it instead")
+            info = clip_info(path)
+            return [
+                {
+                    "clip_id": row["source_id"] or hash_file(path),
+                    "clip_path": str(path),
+                    "start": 0.0,
+                    "end": row["source_seconds"] or 0.0,
+                    "num_frames": info.num_frames,
+                    "height": info.height,
+                    "width": info.width,
+                    "fps": info.fps or None,
+                }
+            ]
+
+        return take
+
+
+def split_scenes(scenes: list[list[float]], shortest: float, longest: float) -> list[tuple[float, float]]:
+    """Spans of clips in seconds: shots in pieces of at most ``longest``; pieces below ``shortest`` are left out."""
+    spans = []
+    for start, end in scenes:
+        pieces = max(math.ceil((end - start) / longest - 1e-3), 1)
+        for piece in range(pieces):
+            span = (start + piece * longest, min(start + (piece + 1) * longest, end))
+            if span[1] - span[0] >= shortest - 1e-3:
+                spans.append(span)
+    return spans
+
+
+def content_box(image: np.ndarray, level: int) -> Box:
+    """What is left of a picture (uint8 [H, W], brightest over time) without its black borders."""
+    rows = np.flatnonzero(np.percentile(image, 99, axis=1) > level)
+    columns = np.flatnonzero(np.percentile(image, 99, axis=0) > level)
+    height, width = image.shape
+    whole = (0, 0, width, height)
+    if len(rows) == 0 or len(columns) == 0:
+        return whole
+    left, right, top, bottom = columns[0], columns[-1] + 1, rows[0], rows[-1] + 1
+    if bottom - top < MIN_LEFT * height or right - left < MIN_LEFT * width:
+        return whole
+    return int(left), int(top), int(right - left), int(bottom - top)
+
+
+def find_borders(path: Path, spans: list[tuple[float, float]], settings: Mapping[str, Any]) -> list[Box | None]:
+    """Content box of each span, as stored (not upright); None where nothing is to be cut off."""
+    if not settings["remove_borders"]:
+        return [None] * len(spans)
+    boxes: list[Box | None] = []
+    with open_video(path) as container:
+        stream = container.streams.video[0]
+        origin = float((stream.start_time or 0) * stream.time_base)
+        for start, end in spans:
+            brightest: np.ndarray | None = None
+            for share in BORDER_SAMPLES:
+                image = _frame_at(container, stream, origin + start + share * (end - start), origin + start)
+                if image is not None and (brightest is None or image.shape == brightest.shape):
+                    brightest = image if brightest is None else np.maximum(brightest, image)
+            box = content_box(brightest, settings["border_level"]) if brightest is not None else None
+            whole = box is not None and brightest is not None and box[2:] == brightest.shape[::-1]
+            boxes.append(None if whole else box)
+    return boxes
+
+
+def _frame_at(container: Any, stream: Any, time: float, start: float) -> np.ndarray | None:
+    """Luma of a frame of the shot near a time: the key frame before it, or the shot's first after that."""
+    try:
+        container.seek(int(time / stream.time_base), stream=stream)
+        for frame in container.decode(stream):
+            if frame.time is None or frame.time >= start - 1e-3:
+                return luma(frame).copy()
+    except (av.FFmpegError, ValueError):
+        return None  # not seekable here: the other samples have to do
+    return None
+
+
+class _Pushback:
+    """Frames of which the last one taken can be given back."""
+
+    def __init__(self, frames: Frames) -> None:
+        self.frames = frames
+        self.held: tuple[float, Any] | None = None
+
+    def next(self) -> tuple[float, Any] | None:
+        if self.held is not None:
+            item, self.held = self.held, None
+            return item
+        return next(self.frames, None)
+
+
+class _Encoder:
+    """Encodes the frames of one span at a constant rate."""
+
+    def __init__(self, container: Any, start: float, end: float, box: Box | None, settings: Mapping[str, Any]) -> None:
+        self.source = container.streams.video[0]
+        rate = self.source.average_rate or Fraction(frame_rate(self.source) or 25).limit_denominator(1001)
+        self.stride = max(math.ceil(float(rate) / settings["max_fps"] - 1e-3), 1)
+        self.rate = Fraction(rate).limit_denominator(1001) / self.stride
+        self.slack = TOLERANCE / float(rate)
+        self.start, self.end, self.box, self.settings = start, end, box, settings
+        self.count = max(round((end - start) * float(self.rate)), 1)
+
+    def __call__(self, frames: _Pushback, path: Path) -> None:
+        """Write the clip. Each of its frames is the source's last one at or before its time.
+
+        Raises:
+            UserError: the source has no frame in this span.
+        """
+        graph: Any = None
+        with av.open(str(path), "w") as target:
+            stream: Any = None
+            for number, frame in enumerate(self._on_grid(frames)):
+                if graph is None:
+                    graph = self._graph(frame)
+                frame.pts, frame.time_base = number, 1 / self.rate
+                graph.push(frame)
+                shown = graph.pull()
+                stream = stream or self._stream(target, shown)
+                shown.pts, shown.time_base, shown.pict_type = number, 1 / self.rate, 0
+                target.mux(stream.encode(shown))
+            if stream is None:
+                raise UserError(f"no frame between {self.start:.3f} s and {self.end:.3f} s")
+            target.mux(stream.encode())
+
+    def _on_grid(self, frames: _Pushback) -> Iterator[Any]:
+        held: Any = None
+        number = 0
+        while number < self.count:
+            item = frames.next()
+            time = item[0] if item else math.inf
+            if time < self.start - self.slack:
+                continue
+            over = time >= self.end - self.slack
+            while held is not None and number < self.count and (over or self._time(number) + self.slack < time):
+                yield held
+                number += 1
+            if over:
+                frames.held = item
+                return
+            if item:
+                held = item[1]
+        frames.held = item
+
+    def _time(self, number: int) -> float:
+        return self.start + number / float(self.rate)
+
+    def _graph(self, frame: Any) -> Any:
+        """Filters from stored to upright, square, without borders, of even size."""
+        left, top, width, height = self.box or (0, 0, frame.width, frame.height)
+        shown = [width * float(self.source.sample_aspect_ratio or 1), float(height)]
+        quarter = turns(frame)
+        shown = shown[::-1] if quarter % 2 else shown
+        scale = min(self.settings["max_side"] / max(shown), 1.0)
+        size = (max(int(shown[0] * scale) // 2 * 2, 2), max(int(shown[1] * scale) // 2 * 2, 2))
+        # One odd row or column is cut off rather than the picture be resampled for it.
+        exact = scale == 1.0 and shown[0] == int(shown[0])
+        steps: list[tuple[str, str | None]] = [("crop", f"{width}:{height}:{left}:{top}:exact=1"), *TRANSPOSE[quarter]]
+        steps.append(("crop", f"{size[0]}:{size[1]}:0:0:exact=1") if exact else ("scale", f"{size[0]}:{size[1]}"))
+        steps += [("setsar", "1"), ("format", "yuv420p")]
+        graph = av.filter.Graph()
+        last = graph.add_buffer(template=self.source, width=frame.width, height=frame.height, time_base=1 / self.rate)
+        for name, arguments in steps:
+            node = graph.add(name, arguments) if arguments else graph.add(name)
+            last.link_to(node)
+            last = node
+        last.link_to(graph.add("buffersink"))
+        graph.configure()
+        return graph
+
+    def _stream(self, target: Any, shown: Any) -> Any:
+        stream = target.add_stream("libx264", rate=self.rate)
+        stream.width, stream.height = shown.width, shown.height
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": str(self.settings["crf"]), "preset": self.settings["preset"]}
+        stream.codec_context.thread_count = 1  # threads would change nothing but the time, and the pool has them all
+        for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
+            setattr(stream.codec_context, name, int(getattr(shown, name)))
+        return stream

@@ -1,0 +1,101 @@
+"""The training table of a finished run: ``python tools/data/export.py OUTPUT [--out train.csv] [--tier NAME]``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from opensora.config import run_main
+from opensora.utils.errors import UserError
+from opensora.utils.video import write_beside
+from tools.data.pipeline import TABLE_FILE, is_active
+
+TRAIN_COLUMNS = ("path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps")
+EXTRA_COLUMNS = ("score_vmafmotion", "aesthetic", "match", "camera_motion", "tier")
+TRAIN_FILE = "train.csv"
+
+
+def read_result(root: Path) -> pl.DataFrame:
+    """The whole table of a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not (root / TABLE_FILE).is_file():
+        raise UserError(f"{root / TABLE_FILE}: no such file; run tools/data/run.py CONFIG --output {root} first")
+    return pl.read_parquet(root / TABLE_FILE)
+
+
+def training_table(table: pl.DataFrame, tier: str | None = None, columns: Sequence[str] = ()) -> pl.DataFrame:
+    """Rows that are in, with the columns of ``scripts/cnv/meta.py`` and the scores that are there.
+
+    Args:
+        table: of a run; ``clip_path`` becomes ``path``, relative to the output folder.
+        tier: only clips of this tier.
+        columns: further ones to keep.
+
+    Raises:
+        UserError: no clips in the table, an unknown tier or column.
+    """
+    if "clip_path" not in table.columns:
+        raise UserError("the run made no clips: its stages lack cut (or whole)")
+    table = table.filter(is_active())
+    if tier is not None:
+        known = table["tier"].unique().drop_nulls().to_list() if "tier" in table.columns else []
+        if tier not in known:
+            raise UserError(f"--tier {tier}: no clip has it; there are {', '.join(sorted(known)) or 'none'}")
+        table = table.filter(pl.col("tier") == tier)
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise UserError(f"--columns {missing[0]}: the table has {', '.join(table.columns)}")
+    size = pl.col("height").cast(pl.Int64), pl.col("width").cast(pl.Int64)
+    table = table.with_columns(
+        pl.col("clip_path").alias("path"),
+        (size[0] / size[1]).alias("aspect_ratio"),
+        (size[0] * size[1]).alias("resolution"),
+        pl.col("fps").round(3),
+    )
+    if "text" in table.columns:
+        table = table.filter(pl.col("text").is_not_null() & (pl.col("text") != ""))
+    wanted = dict.fromkeys((*TRAIN_COLUMNS, *EXTRA_COLUMNS, *columns))
+    return table.select([column for column in wanted if column in table.columns])
+
+
+def export(root: Path, out: Path, tier: str | None = None, columns: Sequence[str] = ()) -> int:
+    """Write the training table as CSV or parquet, and say how many clips are in it.
+
+    Paths in it are relative to the run's folder if it lies there, else absolute.
+    """
+    table = training_table(read_result(root), tier, columns)
+    if out.resolve().parent != root.resolve():
+        here = root.resolve()
+        table = table.with_columns(pl.Series("path", [str(here / path) for path in table["path"]], pl.String))
+    if out.suffix == ".csv":
+        write_beside(out, table.write_csv)
+    elif out.suffix == ".parquet":
+        write_beside(out, table.write_parquet)
+    else:
+        raise UserError(f"--out {out}: expected .csv or .parquet")
+    return table.height
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the table and say where it is."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("output", type=Path, help="folder of a run of tools/data/run.py")
+    parser.add_argument("--out", type=Path, help=f".csv or .parquet (default: OUTPUT/{TRAIN_FILE})")
+    parser.add_argument("--tier", help="only clips of this tier")
+    parser.add_argument("--columns", default="", help="further columns, comma-separated")
+    args = parser.parse_args(argv)
+    out = args.out or args.output / TRAIN_FILE
+    count = export(args.output, out, args.tier, [name for name in args.columns.split(",") if name])
+    print(f"{count} clips: {out}")
+
+
+if __name__ == "__main__":
+    run_main(main)

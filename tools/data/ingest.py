@@ -1,0 +1,196 @@
+"""Find raw files, look into their headers, drop what is hopeless."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from opensora.utils.errors import UserError
+from opensora.utils.video import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, is_video, read_image
+from tools.data.decode import decode, frame_rate, open_video, turns
+from tools.data.stage import DIGEST_CHARS, Row, Stage, Worker
+
+MEDIA = {*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS}
+CHUNK = 1 << 22
+
+
+def list_files(folder: Path) -> pl.DataFrame:
+    """Images and videos below a folder, sorted by path: ``path, size, mtime``.
+
+    Raises:
+        UserError: no such folder, or nothing in it that looks like a picture or a video.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--input {folder}: no such folder (or .csv / .parquet table)")
+    found, others = [], 0
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if Path(name).suffix.lower() in MEDIA and not name.startswith("."):
+                found.append(Path(parent) / name)
+            else:
+                others += 1
+    if not found:
+        what = f"{others} files, none of them a" if others else "no"
+        raise UserError(f"--input {folder}: {what} picture or video ({' '.join(VIDEO_EXTENSIONS)}; {' '.join(MEDIA)})")
+    return _with_stat(pl.DataFrame({"path": sorted(str(path) for path in found)}))
+
+
+def read_list(path: Path) -> pl.DataFrame:
+    """Files that a table names in its column ``path``; its other columns stay. Relative paths are from its folder.
+
+    Raises:
+        UserError: not a table, or no column ``path``.
+    """
+    table = read_table(path)
+    if "path" not in table.columns:
+        raise UserError(f"{path}: no column 'path'; found {', '.join(table.columns)}")
+    here = [p if Path(p).exists() else str(path.parent / p) for p in table["path"].cast(pl.String).to_list()]
+    return _with_stat(table.with_columns(pl.Series("path", here, pl.String)))
+
+
+def read_table(path: Path) -> pl.DataFrame:
+    """A CSV or parquet file.
+
+    Raises:
+        UserError: missing, of another kind, or damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file (expected a CSV or parquet table)")
+    if path.suffix.lower() not in (".csv", ".parquet"):
+        raise UserError(f"{path}: '{path.suffix}' is not a table format; use .csv or .parquet")
+    try:
+        if path.suffix.lower() == ".parquet":
+            return pl.read_parquet(path)
+        return pl.read_csv(path, infer_schema_length=None)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as a table ({error})") from error
+
+
+def _with_stat(table: pl.DataFrame) -> pl.DataFrame:
+    stats = [Path(path).stat() if Path(path).is_file() else None for path in table["path"]]
+    return table.with_columns(
+        pl.Series("size", [s.st_size if s else None for s in stats], pl.Int64),
+        pl.Series("mtime", [s.st_mtime_ns if s else None for s in stats], pl.Int64),
+    )
+
+
+def hash_file(path: Path) -> str:
+    """Hash of a file's whole content."""
+    content = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            content.update(chunk)
+    return content.hexdigest()[:DIGEST_CHARS]
+
+
+class Ingest(Stage):
+    """What a file's header says, the hash of its content, and the raw filters."""
+
+    name = "ingest"
+    reads = ("path", "size", "mtime")
+    identity = ("path", "size", "mtime")
+    adds = {
+        "source_id": pl.String,
+        "kind": pl.String,
+        "source_seconds": pl.Float64,
+        "source_fps": pl.Float64,
+        "source_height": pl.Int32,
+        "source_width": pl.Int32,
+        "codec": pl.String,
+        "profile": pl.String,
+        "bpp": pl.Float64,
+        "keep": pl.Boolean,
+        "reason": pl.String,
+    }
+
+    def worker(self) -> Worker:
+        """Probe one file."""
+
+        def probe(row: Row) -> list[Row]:
+            path = Path(row["path"])
+            facts = probe_video(path) if is_video(path) else probe_image(path)
+            reason = raw_reason(facts, self.settings)
+            return [{**facts, "source_id": hash_file(path), "keep": not reason, "reason": reason}]
+
+        return probe
+
+    def finish(self, table: pl.DataFrame) -> pl.DataFrame:
+        """Of files with the same content only the first stays in."""
+        again = pl.col("source_id").is_not_null() & ~pl.col("source_id").is_first_distinct() & pl.col("keep")
+        return table.with_columns(
+            pl.when(again).then(pl.lit("same file")).otherwise(pl.col("reason")).alias("reason"),
+            (pl.col("keep") & ~again).alias("keep"),
+        )
+
+
+def probe_image(path: Path) -> Row:
+    """Size of a picture."""
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    if path.stat().st_size == 0:
+        raise UserError(f"empty file (0 bytes): {path.name}")
+    height, width = read_image(path).shape[:2]
+    facts: dict[str, Any] = dict.fromkeys(("source_seconds", "source_fps", "codec", "profile", "bpp"))
+    return {**facts, "kind": "image", "source_height": height, "source_width": width}
+
+
+def probe_video(path: Path) -> Row:
+    """Length, rate, size (upright, square pixels), codec and bits per pixel of a video.
+
+    The first frame is decoded, since only it tells how a phone was held. The rate is the average one, which is all
+    that a variable rate has.
+    """
+    with open_video(path) as container:
+        stream = container.streams.video[0]
+        fps = frame_rate(stream)
+        if stream.duration and stream.time_base:
+            seconds = float(stream.duration * stream.time_base)
+        elif container.duration:
+            seconds = container.duration / 1e6
+        else:  # raw streams have no length in their header
+            seconds = sum(1 for packet in container.demux(stream) if packet.size) / max(fps, 1e-9)
+            container.seek(0)
+        bytes_, codec, profile = path.stat().st_size, stream.codec_context.name, stream.codec_context.profile
+        bits = stream.bit_rate * seconds if stream.bit_rate else bytes_ * 8
+        _, frame = next(decode(container, path.name))
+        height, width = display_size(frame, stream)
+    if fps <= 0 or seconds <= 0:
+        raise UserError(f"{path.name} says neither its length nor its frame rate")
+    return {
+        "kind": "video",
+        "source_seconds": seconds,
+        "source_fps": fps,
+        "source_height": height,
+        "source_width": width,
+        "codec": codec,
+        "profile": profile,
+        "bpp": bits / (seconds * fps * height * width),
+    }
+
+
+def display_size(frame: Any, stream: Any) -> tuple[int, int]:
+    """(height, width) as shown: square pixels, upright."""
+    ratio = float(stream.sample_aspect_ratio or 1) or 1.0
+    size = (frame.height, round(frame.width * ratio))
+    return size if turns(frame) % 2 == 0 else (size[1], size[0])
+
+
+def raw_reason(facts: Row, settings: Any) -> str:
+    """Why a raw file is dropped, empty if it is not."""
+    aspect = facts["source_height"] / facts["source_width"]
+    if aspect < settings["min_aspect"]:
+        return "too wide"
+    if aspect > settings["max_aspect"]:
+        return "too tall"
+    if facts["kind"] == "image":
+        return ""
+    if facts["source_seconds"] < settings["min_seconds"]:
+        return "too short"
+    if facts["source_fps"] < settings["min_fps"]:
+        return "frame rate too low"
+    if facts["bpp"] < settings["min_bpp"]:
+        return "bit rate too low"
+    return ""

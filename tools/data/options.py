@@ -1,0 +1,193 @@
+"""Every key of a data config: ``configs/data/*.py`` and the command lines of ``tools/data``."""
+
+# ruff: noqa: RUF009 - opt() and section() make dataclass fields
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from opensora.schema_sections import Section, opt, section
+
+Bounds = dict[str, list[Any]]
+
+
+def _fill(group: type, help: str) -> Any:
+    return section(group, help, default={}, fill=True)
+
+
+@dataclass
+class IngestOptions:
+    """Which raw files are worth looking at; the defaults are those of Open-Sora 2.0's report."""
+
+    min_seconds: float = opt(2.0, "videos below are dropped", "s")
+    min_bpp: float = opt(0.02, "bits per pixel and frame; videos below are dropped", "bits")
+    min_fps: float = opt(16.0, "videos below are dropped", "frames/s")
+    min_aspect: float = opt(1 / 3, "height / width; files below are dropped")
+    max_aspect: float = opt(3.0, "height / width; files above are dropped")
+
+
+@dataclass
+class ScenesOptions:
+    """Where one shot ends and the next begins."""
+
+    method: Literal["scdet", "adaptive", "transnetv2"] = opt(
+        "scdet", "FFmpeg's scdet, PySceneDetect's adaptive detector, or TransNetV2 (finds dissolves)"
+    )
+    threshold: float | None = opt(None, "of the method; none takes 10 (scdet), 3 (adaptive), 0.5 (transnetv2)")
+    min_frames: int = opt(3, "shots below are joined to the one before", "frames")
+
+
+@dataclass
+class CutOptions:
+    """What a clip looks like."""
+
+    min_seconds: float = opt(2.0, "shots below give no clip", "s")
+    max_seconds: float = opt(8.0, "longer shots give several clips", "s")
+    max_side: int = opt(1080, "long side; larger ones are shrunk", "px")
+    max_fps: float = opt(30.0, "higher rates are thinned out by a whole number", "frames/s")
+    remove_borders: bool = opt(True, "cut off black borders")
+    border_level: int = opt(24, "brightness up to which a row or column is black", "0..255")
+    crf: int = opt(18, "x264 quality: 0 lossless, 51 worst")
+    preset: str = opt("veryfast", "x264 speed")
+
+
+@dataclass
+class MotionOptions:
+    """The VMAF motion feature, which training appends as 'motion score'."""
+
+    fps: float = opt(24.0, "frames are compared at this rate", "frames/s")
+
+
+@dataclass
+class FlowOptions:
+    """Optical flow (DIS)."""
+
+    pairs_per_second: float = opt(2.0, "pairs of neighbouring frames looked at")
+    side: int = opt(320, "long side for the flow; that of camera costs least", "px")
+
+
+@dataclass
+class CameraOptions:
+    """Camera motion from tracked points."""
+
+    fps: float = opt(10.0, "frames are compared at this rate", "frames/s")
+    side: int = opt(320, "long side for the tracking", "px")
+    points: int = opt(80, "points tracked at most")
+    pan: float = opt(0.03, "speed from which it is a pan or tilt", "frame widths/s")
+    zoom: float = opt(0.03, "change of scale from which it is a zoom", "1/s")
+    shake: float = opt(0.004, "deviation from smooth motion from which it is shake", "frame widths")
+
+
+@dataclass
+class BlurOptions:
+    """Sharpness: variance of the Laplacian."""
+
+    frames: int = opt(5, "frames looked at")
+    side: int = opt(720, "long side it is measured at", "px")
+
+
+@dataclass
+class FramesOptions:
+    """Pictures taken out of a clip for the stages after."""
+
+    count: int = opt(3, "frames per clip, at the middle of equal parts")
+    side: int = opt(720, "long side", "px")
+    quality: int = opt(92, "of the JPEG")
+
+
+@dataclass
+class OcrOptions:
+    """Share of the picture covered by readable text (RapidOCR)."""
+
+    min_score: float = opt(0.6, "confidence from which text counts as recognised")
+    min_chars: int = opt(2, "shorter finds do not count")
+
+
+@dataclass
+class ClipOptions:
+    """Features of the pictures, for aesthetic, match and duplicates."""
+
+    path: str | None = opt(None, "folder of a CLIP model; the scores of others are of openai/clip-vit-large-patch14")
+    device: str = opt("cpu", "cpu or cuda")
+
+
+@dataclass
+class AestheticOptions:
+    """Aesthetic score: CLIP features through a small head."""
+
+    head: str | None = opt(None, "weights of the head (sac+logos+ava1-l14-linearMSE.pth)")
+
+
+@dataclass
+class MatchOptions:
+    """How well caption and picture match: 100 x cosine of CLIP features."""
+
+    path: str | None = opt(None, "folder of the CLIP model that clip.path names")
+    device: str = opt("cpu", "cpu or cuda")
+
+
+@dataclass
+class DuplicatesOptions:
+    """Clips that show the same."""
+
+    max_distance: float = opt(6.0, "mean distance of perceptual hashes up to which clips are the same", "bits of 64")
+    min_cosine: float = opt(0.98, "cosine of CLIP features from which they are, where the chain has stage clip")
+
+
+@dataclass
+class FilterOptions:
+    """Named sets of thresholds, from lenient to strict."""
+
+    tiers: dict[str, Bounds] = opt({}, "{tier: {column: [lowest or none, highest or none]}}")
+    keep: str | None = opt(None, "tier that a clip must reach; none takes the first")
+
+
+@dataclass
+class CaptionOptions:
+    """Captions by a vision-language model."""
+
+    base_url: str | None = opt(None, "OpenAI-compatible endpoint (none: OPENAI_BASE_URL, or OpenAI's)")
+    model: str = opt("gpt-4o", "its model there")
+    local: str | None = opt(None, "folder or hub name of a transformers vision-language model, instead of an endpoint")
+    template: str = opt("long", "short, long, motion, or your own text; {columns} of the table are filled in")
+    frames: int = opt(3, "frames shown at most")
+    side: int = opt(512, "their long side", "px")
+    max_tokens: int = opt(300, "length of an answer")
+    temperature: float = opt(0.01, "of sampling")
+    clean: bool = opt(True, "strip markup and openings like 'The video shows'")
+    concurrency: int = opt(8, "requests at a time")
+    attempts: int = opt(4, "tries before a row fails")
+    timeout: float = opt(60.0, "for an answer", "s")
+    price_in: float = opt(0.0, "for the cost count", "per million input tokens")
+    price_out: float = opt(0.0, "for the cost count", "per million output tokens")
+    device: str = opt("cpu", "of a local model")
+
+
+@dataclass
+class DataOptions:
+    """From raw footage to a training table."""
+
+    aliases: ClassVar[dict[str, str]] = {}
+
+    input: str | None = opt(None, "folder of raw footage, or a CSV/parquet table with a column path")
+    output: str | None = opt(None, "folder for everything that is made")
+    stages: list[str] = opt([], "stages to run, in order")
+    workers: int | None = opt(None, "processes; none takes one per core, 0 works in this one")
+    runner: Literal["local", "ray"] = opt("local", "where: this machine, or a Ray cluster")
+    dry_run: bool = opt(False, "print what would be done")
+    retry_errors: bool = opt(False, "do rows again that failed before")
+    ingest: Section = _fill(IngestOptions, "raw files")
+    scenes: Section = _fill(ScenesOptions, "shots")
+    cut: Section = _fill(CutOptions, "clips")
+    motion: Section = _fill(MotionOptions, "VMAF motion")
+    flow: Section = _fill(FlowOptions, "optical flow")
+    camera: Section = _fill(CameraOptions, "camera motion")
+    blur: Section = _fill(BlurOptions, "sharpness")
+    frames: Section = _fill(FramesOptions, "sampled frames")
+    ocr: Section = _fill(OcrOptions, "readable text in the picture")
+    clip: Section = _fill(ClipOptions, "picture features")
+    aesthetic: Section = _fill(AestheticOptions, "aesthetic score")
+    duplicates: Section = _fill(DuplicatesOptions, "duplicates")
+    filter: Section = _fill(FilterOptions, "thresholds before captions")
+    caption: Section = _fill(CaptionOptions, "captions")
+    match: Section = _fill(MatchOptions, "caption against picture")
+    final: Section = _fill(FilterOptions, "thresholds after captions")

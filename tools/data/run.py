@@ -1,0 +1,52 @@
+"""Raw footage to a training table: ``python tools/data/run.py CONFIG --input DIR --output DIR [--key value ...]``.
+
+May be stopped at any moment and started again: it goes on where it was. ``--dry-run`` shows what would be done,
+``--retry-errors`` does failed rows again, ``--help`` lists all keys.
+"""
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from opensora.config import parse_config, run_main
+from opensora.utils.logging import setup_logging
+from tools.data.chain import make_pipeline, read_input
+from tools.data.export import TRAIN_FILE, export
+from tools.data.options import DataOptions
+from tools.data.pipeline import Pipeline
+from tools.data.status import error_text, funnel_text, read_funnel
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the chain, print the funnel, write the training table."""
+    setup_logging()
+    cfg = parse_config(argv, DataOptions)
+    files = read_input(cfg["input"])
+    pipeline = make_pipeline(cfg["stages"], cfg)
+    if cfg["dry_run"]:
+        print_plan(pipeline, files.height, files)
+        return
+    table = pipeline.run(files)
+    print(funnel_text(read_funnel(pipeline.root)))
+    errors = error_text(table)
+    if errors:
+        print(f"\nfailed (do again with --retry-errors):\n{errors}")
+    if "clip_path" in table.columns:
+        out = pipeline.root / TRAIN_FILE
+        print(f"\n{export(pipeline.root, out)} clips: {out}")
+
+
+def print_plan(pipeline: Pipeline, count: int, files) -> None:  # type: ignore[no-untyped-def]
+    """What a run would do."""
+    print(f"{count} files; output: {pipeline.root}")
+    print(f"{'stage':<12}{'rows':>9}{'to do':>9}")
+    for plan in pipeline.plan(files):
+        shown = ["?" if value is None else str(value) for value in (plan.rows, plan.pending)]
+        print(f"{plan.stage:<12}{shown[0]:>9}{shown[1]:>9}")
+    print("?: depends on what stages before it find")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,57 @@
+"""One stage alone: ``python tools/data/stage_run.py STAGE CONFIG --input DIR --output DIR [--key value ...]``.
+
+Files are taken as whole clips (unless the stage is scenes or cut), and what the stage needs is made first. The result
+is ``OUTPUT/STAGE.csv``: path and the columns that the stage adds.
+"""
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import polars as pl
+
+from opensora.config import parse_config, run_main
+from opensora.utils.errors import UserError
+from opensora.utils.logging import setup_logging
+from opensora.utils.video import write_beside
+from tools.data.chain import STAGES, chain_for, make_pipeline, read_input
+from tools.data.options import DataOptions
+from tools.data.run import print_plan
+from tools.data.status import error_text
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the stage and write its table."""
+    setup_logging()
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0].startswith("-"):
+        raise UserError(f"usage: stage_run.py STAGE CONFIG --input DIR --output DIR; stages: {', '.join(STAGES)}")
+    cfg = parse_config(words[1:], DataOptions)
+    files = read_input(cfg["input"])
+    chain = chain_for(words[0], cfg, files.columns)
+    pipeline = make_pipeline(chain, cfg)
+    if cfg["dry_run"]:
+        print_plan(pipeline, files.height, files)
+        return
+    table = pipeline.run(files)
+    out = pipeline.root / f"{words[0]}.csv"
+    write_beside(out, flat(table.select("path", *STAGES[words[0]].adds, "error")).write_csv)
+    errors = error_text(table)
+    if errors:
+        print(f"failed (do again with --retry-errors):\n{errors}\n")
+    print(f"{table.height} rows: {out}")
+
+
+def flat(table: pl.DataFrame) -> pl.DataFrame:
+    """Lists as JSON text, since a CSV holds none."""
+    lists = [name for name, kind in table.schema.items() if isinstance(kind, pl.List)]
+    return table.with_columns(
+        pl.Series(name, [None if v is None else str(v).replace("'", '"') for v in table[name].to_list()], pl.String)
+        for name in lists
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
