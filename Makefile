@@ -22,8 +22,11 @@ $(STAMP): requirements.txt setup.py
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $(STAMP)
 
-$(DEV_STAMP): $(STAMP) requirements-dev.txt
+$(DEV_STAMP): $(STAMP) requirements-dev.txt requirements-data.txt requirements-colossalai.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-colossalai.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps colossalai==0.5.0
 	touch $(DEV_STAMP)
 
 demo: $(STAMP)

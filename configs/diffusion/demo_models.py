@@ -27,8 +27,8 @@ ae = dict(
     layers_per_block=1,
     latent_channels=8,
     norm_num_groups=4,
-    scale_factor=[0.1237, 0.5934, 0.1813, 0.4768, 0.6850, 0.6291, 0.7269, 0.2714],
-    shift_factor=[-0.9448, 1.2699, 0.0499, -0.8611, 0.1039, -0.9750, 1.1321, -0.4593],
+    scale_factor=[1.4637, 0.9089, 1.3564, 1.2396, 0.8232, 0.6065, 1.3039, 1.4524],
+    shift_factor=[0.0384, 0.0350, -0.0204, -0.0257, -0.0317, -0.0576, 0.0036, -0.0117],
 )
 t5 = dict(type="text_embedder", from_pretrained="assets/demo/google/t5-demo", max_length=24)
 clip = dict(type="text_embedder", from_pretrained="assets/demo/openai/clip-demo", max_length=77)

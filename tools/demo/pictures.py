@@ -28,7 +28,7 @@ Labelled = tuple[str, np.ndarray]
 def text_to_video(pipe: VideoPipeline) -> list[Labelled]:
     """Prompts alone."""
     prompts = [
-        "a blue triangle moving right on a dark background",
+        "a red circle moving right on a dark background",
         "a purple square moving up on a light background",
         "a green triangle moving left on a light background",
     ]

@@ -13,7 +13,7 @@ from opensora.utils.logging import setup_logging
 from opensora.utils.video import contact_sheet, save_video
 
 ROOT = Path(__file__).resolve().parents[2]
-PROMPT = "a blue triangle moving right on a dark background"
+PROMPT = "a red circle moving right on a dark background"
 
 
 def main(argv: list[str] | None = None) -> None:

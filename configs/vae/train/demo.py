@@ -6,7 +6,7 @@ image_steps = 3200
 image_bucket_config = {"64px_ar1:1": {1: (1.0, 16)}}
 image_lr = 1e-3
 bucket_config = {"64px_ar1:1": {17: (1.0, 2)}}
-max_steps = 4800
+max_steps = 5000
 num_workers = 0
 
 model = dict(
@@ -17,7 +17,7 @@ model = dict(
     norm_num_groups=4,
     scale_factor=1.0,
 )
-vae_loss_config = dict(kl_loss_weight=1e-5, mse_loss_weight=4.0, object_weight=4.0, perceptual_loss_weight=0.0)
+vae_loss_config = dict(kl_loss_weight=0.05, mse_loss_weight=4.0, object_weight=4.0, perceptual_loss_weight=0.0)
 
 lr = 4e-4
 optim = dict(cls="HybridAdam", lr=lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
