@@ -18,7 +18,7 @@ from opensora.diffusion.jobs import Job, left_to_make, list_jobs, settle_jobs, w
 from opensora.diffusion.pipeline import SampleResult, VideoPipeline
 from opensora.diffusion.plan import LatentSpec
 from opensora.diffusion.progress import timed
-from opensora.diffusion.prompts import Request, read_requests
+from opensora.diffusion.prompts import Request, read_requests, where_of_ref
 from opensora.diffusion.ranks import from_rank_zero
 from opensora.diffusion.references import check_references
 from opensora.diffusion.refine import make_asker, wants_language_model
@@ -120,7 +120,7 @@ def _check_references(cfg: Mapping[str, Any], requests: Sequence[Request]) -> No
             if request.refs:
                 check_references(request.refs, request.cond_type, spec)
         except UserError as error:
-            raise UserError(f"{request.where}: {error}") from None
+            raise UserError(f"{where_of_ref(request.where)}: {error}") from None
 
 
 def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:

@@ -176,7 +176,7 @@ def _request(
     try:
         refs = locate_references(cell("ref"), downloads, beside) if spans else []
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{where_of_ref(where)}: {error}") from None
     fps = _number(cell("fps") or cfg["fps_save"], "fps", where)
     if not 0 < fps <= 1000:
         raise UserError(f"{where}: fps {fps:g} must be above 0 and at most 1000")
@@ -194,6 +194,11 @@ def _request(
         motion_score=check_motion_score(cell("motion_score") or cfg["motion_score"], where),
         seed=None if seed is None else check_seed(seed, where),
     )
+
+
+def where_of_ref(where: str) -> str:
+    """How to name a request's references to the user: their own flag, or the row."""
+    return "--ref" if where == "--prompt" else where
 
 
 def _number(value: Any, name: str, where: str) -> float:

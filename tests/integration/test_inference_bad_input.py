@@ -60,7 +60,7 @@ def bad_lines(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "rows": (from_table("bad_seed", "--start-index", "9"), "no rows from start_index=9"),
         "no picture": (
             [*prompt, "--cond_type", "i2v_head", "--ref", "gone.png"],
-            r"--prompt: image not found: gone\.png",
+            r"--ref: image not found: gone\.png",
         ),
         "no clip": ([*prompt, "--cond_type", "v2v_head", "--num_frames", "65", "--ref", "gone.mp4"], r"gone\.mp4"),
         "damaged clip": (
@@ -77,7 +77,7 @@ def bad_lines(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "not a picture": ([*prompt, "--cond_type", "i2v_head", "--ref", paths["text"]], "not a readable image"),
         "short clip": (
             [*prompt, "--cond_type", "v2v_head", "--num_frames", "65", "--ref", paths["clip"]],
-            r"--prompt: reference too short: .*short\.mp4 has 5 frames, v2v_head needs 33",
+            r"--ref: reference too short: .*short\.mp4 has 5 frames, v2v_head needs 33",
         ),
         "no weights": (
             [*prompt, "--model.from_pretrained", "./ckpts/Open_Sora_v2.safetensors"],
