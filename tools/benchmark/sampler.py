@@ -17,7 +17,7 @@ from opensora.models.mmdit import MMDiTConfig, MMDiTModel
 from tools.benchmark.measuring import seconds_of
 
 STEPS = 50
-LATENT, CHANNELS, TEXT_TOKENS, WIDTH = (5, 16, 16), 4, 32, 64
+LATENT, CHANNELS, TEXT_TOKENS, WIDTH = (5, 24, 24), 4, 32, 64
 GUIDANCE = Guidance(7.5, 3.0, text_osci=True, image_osci=True, scale_temporal_osci=True)  # of the released configs
 
 
@@ -70,9 +70,9 @@ def toy_inputs(has_image: bool) -> Inputs:
         in_channels=4 * CHANNELS,
         vec_in_dim=WIDTH,
         context_in_dim=WIDTH,
-        hidden_size=128,
+        hidden_size=256,
         mlp_ratio=4.0,
-        num_heads=4,
+        num_heads=8,
         depth=1,
         depth_single_blocks=2,
         axes_dim=[8, 12, 12],
