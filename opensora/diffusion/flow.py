@@ -5,7 +5,7 @@ al. 2024 (arXiv:2403.03206) the logit-normal times and the shift towards noise f
 """
 
 import math
-from typing import overload
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,11 +15,10 @@ BASE_TOKENS, BASE_SHIFT = 256, 1.0
 MAX_TOKENS, MAX_SHIFT = 4096, 3.0
 
 
-@overload
-def time_shift(alpha: float, t: float) -> float: ...
-@overload
-def time_shift(alpha: float, t: Tensor) -> Tensor: ...
-def time_shift(alpha: float, t: float | Tensor) -> float | Tensor:
+Times = TypeVar("Times", float, Tensor)
+
+
+def time_shift(alpha: float, t: Times) -> Times:
     """Move times towards noise: ``alpha t / (1 + (alpha - 1) t)`` (arXiv:2403.03206, eq. 23). 0 and 1 stay put."""
     return alpha * t / (1 + (alpha - 1) * t)
 

@@ -42,6 +42,25 @@ class RunningStates:
         self.micro_step = self.micro_step * self.replicas // replicas
         self.replicas = replicas
 
+    def start_at(self, epoch: int | None, step: int | None, epoch_length: int) -> None:
+        """Go on at another place in the data.
+
+        Args:
+            epoch, step: a config's ``start_epoch`` and ``start_step``; None keeps the present one.
+            epoch_length: micro-batches per epoch.
+
+        Raises:
+            UserError: a negative place.
+        """
+        if epoch is None and step is None:
+            return
+        epoch = self.epoch if epoch is None else epoch
+        step = self.step if step is None else step
+        if epoch < 0 or step < 0:
+            raise UserError(f"start_epoch={epoch}, start_step={step}: must not be negative")
+        self.micro_step = epoch * epoch_length + step
+        self.epoch, self.step = divmod(self.micro_step, epoch_length)
+
 
 @dataclass
 class CheckpointContent:

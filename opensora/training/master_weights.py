@@ -5,11 +5,15 @@ copy in fp32, and the model gets its rounded values after each step (arXiv:1710.
 as they arise, so that accumulation and clipping are in fp32 too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from opensora.acceleration.native import OptimizerFactory
+from opensora.training.optimizer import create_optimizer
 
 
 class MasterWeights:
@@ -58,6 +62,18 @@ class MasterWeights:
         for name, master in self._master.items():
             master.copy_(state[name])
         self.copy_to_model()
+
+
+def optimizer_factory(config: Mapping[str, Any], masters: MasterWeights | None) -> OptimizerFactory:
+    """Maker of a config's optimizer (see `create_optimizer`) whose steps reach the model if there are copies."""
+
+    def make(named: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
+        optimizer = create_optimizer(named, config)
+        if masters is not None:
+            masters.attach(optimizer)
+        return optimizer
+
+    return make
 
 
 def _mover(master: nn.Parameter):

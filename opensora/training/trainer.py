@@ -1,13 +1,12 @@
 """Training of the diffusion model."""
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from opensora.acceleration.engine import Engine
 from opensora.acceleration.parallel_context import ParallelContext, launch
@@ -26,9 +25,9 @@ from opensora.training.ema import EMA
 from opensora.training.experiment import create_experiment
 from opensora.training.inputs import InputEncoder
 from opensora.training.loop import LoopSettings, TrainLoop
-from opensora.training.master_weights import MasterWeights
+from opensora.training.master_weights import MasterWeights, optimizer_factory
 from opensora.training.metrics import MetricLog, StageTimer
-from opensora.training.optimizer import create_optimizer, create_schedule
+from opensora.training.optimizer import create_schedule
 from opensora.training.profiling import NsightWindow
 from opensora.training.recompute import apply_recompute
 from opensora.training.throughput import TrainingFlops, peak_flops
@@ -84,18 +83,7 @@ class Trainer:
         self.validation = Validation(cfg, self.options) if cfg.validation else None
         self.total_steps = cfg.max_steps or cfg.epochs * len(self.sampler) // cfg.accumulation_steps
         check_unfinished(self.states, self.total_steps)
-        self._move_start()
-
-    def _move_start(self) -> None:
-        """Go on at another place in the data, if ``start_epoch`` or ``start_step`` say so."""
-        if self.cfg.start_epoch is None and self.cfg.start_step is None:
-            return
-        epoch = self.states.epoch if self.cfg.start_epoch is None else self.cfg.start_epoch
-        step = self.states.step if self.cfg.start_step is None else self.cfg.start_step
-        if epoch < 0 or step < 0:
-            raise UserError(f"start_epoch={epoch}, start_step={step}: must not be negative")
-        self.states.micro_step = epoch * len(self.sampler) + step
-        self.states.epoch, self.states.step = divmod(self.states.micro_step, len(self.sampler))
+        self.states.start_at(cfg.start_epoch, cfg.start_step, len(self.sampler))
 
     def _build(self, section: str, **overrides: Any) -> Any:
         options = {"device_map": str(self.device), "torch_dtype": self.dtype, **overrides}
@@ -143,17 +131,10 @@ class Trainer:
 
     def _engine(self, weights: TrainedWeights) -> Engine:
         cfg, masters = self.cfg, weights.masters
-
-        def make_optimizer(named: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
-            optimizer = create_optimizer(named, cfg.optim)
-            if masters is not None:
-                masters.attach(optimizer)
-            return optimizer
-
         engine = create_engine(
             cfg.plugin,
             weights.model,
-            make_optimizer,
+            optimizer_factory(cfg.optim, masters),
             self.parallel,
             max_norm=cfg.grad_clip,
             dtype=self.dtype,

@@ -1,6 +1,6 @@
 """Training of the video autoencoders."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ from opensora.training.checks import check_unfinished
 from opensora.training.ema import EMA
 from opensora.training.experiment import create_experiment
 from opensora.training.loop import LoopSettings, TrainLoop
-from opensora.training.master_weights import MasterWeights
+from opensora.training.master_weights import MasterWeights, optimizer_factory
 from opensora.training.metrics import MetricLog
-from opensora.training.optimizer import create_optimizer, create_schedule
+from opensora.training.optimizer import create_schedule
 from opensora.training.tracking import create_trackers
 from opensora.training.trained import TrainedWeights, freeze
 from opensora.training.vae_config import Stage, build_loss, check_config, plan_stages
@@ -88,15 +88,9 @@ class VAETrainer:
     def _move_start(self, epoch_length: int) -> None:
         """Go on at another place in the data, if ``start_epoch`` or ``start_step`` say so."""
         epoch, step = self.cfg.start_epoch, self.cfg.start_step
-        if epoch is None and step is None:
-            return
-        if len(self.stages) > 1:
+        if len(self.stages) > 1 and (epoch, step) != (None, None):
             raise UserError("start_epoch and start_step: not with image_steps, whose stages read the data anew")
-        epoch = self.states.epoch if epoch is None else epoch
-        step = self.states.step if step is None else step
-        if epoch < 0 or step < 0:
-            raise UserError(f"start_epoch={epoch}, start_step={step}: must not be negative")
-        self.states.micro_step = epoch * epoch_length + step
+        self.states.start_at(epoch, step, epoch_length)
 
     def run(self) -> Path:
         """Train to the end; returns the experiment folder.
@@ -193,17 +187,10 @@ class VAETrainer:
 
     def _wrap(self, model: nn.Module, optim: Mapping[str, Any], masters: MasterWeights | None) -> Engine:
         """Engine of the config's plugin around a whole model and a new optimizer."""
-
-        def make_optimizer(named: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
-            optimizer = create_optimizer(named, optim)
-            if masters is not None:
-                masters.attach(optimizer)
-            return optimizer
-
         return create_engine(
             self.cfg.plugin,
             model,
-            make_optimizer,
+            optimizer_factory(optim, masters),
             self.parallel,
             max_norm=self.cfg.grad_clip,
             dtype=self.dtype,

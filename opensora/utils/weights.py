@@ -283,7 +283,7 @@ def check_match(
 
 def load_model(
     build: Callable[[], Model],
-    from_pretrained: str | Path,
+    from_pretrained: str | Path | None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     *,
@@ -299,8 +299,8 @@ def load_model(
         build: makes the model; called with the meta device as default. A module that has buffers which are not in its
             state dict must offer ``reset_buffers(device)`` to compute them; other tensors it keeps must not be made in
             its constructor.
-        from_pretrained: weights, see `open_weights`.
-        device: where the weights go.
+        from_pretrained: weights, see `open_weights`; empty for a new model, freshly initialised.
+        device: where the weights go; "meta", with a new model, builds it without memory.
         dtype: dtype of floating-point weights; None keeps the file's.
         explain: given the shapes in the file, says which config keys disagree (one sentence each).
         metadata: layouts the model expects, checked against those that the file records (if it does).
@@ -311,6 +311,9 @@ def load_model(
     Raises:
         UserError: no such file, an unreadable one, or one that does not fit; says what to do.
     """
+    if not from_pretrained:
+        with torch.device(device):
+            return build().to(dtype=dtype)
     weights = open_weights(from_pretrained, cache_dir)
     with torch.device("meta"):
         model = build()

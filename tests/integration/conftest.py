@@ -1,4 +1,4 @@
-"""Fixtures that several files share: the inference script, a few real clips, and tiny training configs for them."""
+"""Fixtures that several files share: a few real clips, and tiny training configs for them."""
 
 import copy
 import pprint
@@ -10,27 +10,6 @@ import pandas as pd
 import pytest
 
 from opensora.utils.video import save_video
-from tests.integration.cli import INFERENCE, files, load_main
-
-
-@pytest.fixture(scope="session")
-def main():
-    """``main`` of the inference script."""
-    return load_main(INFERENCE)
-
-
-@pytest.fixture
-def run(main, tiny_config_file, tmp_path, monkeypatch):
-    """Run one command line in an empty folder; returns the paths of the files it left there."""
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
-
-    def run(*words: str) -> list[str]:
-        main([str(tiny_config_file), *map(str, words)])
-        return files(work)
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from opensora.acceleration.engine import Engine
 from opensora.acceleration.plugins import create_engine
 from opensora.utils.errors import UserError
-from tests.parallel.checks_engines import MAX_NORM, compare, expected, make_optimizer, train, weights
+from tests.parallel.checks_engines import MAX_NORM, compare, expected, make_optimizer, take_over, train, weights
 from tests.parallel.harness import assert_close
 from tests.parallel.tiny import context, loss_of, tiny_inputs, tiny_model
 
@@ -41,12 +41,7 @@ def goes_on_under_fsdp2(folder: Path) -> None:
     for plugin, first, steps in (("hybrid", 0, 2), ("fsdp2", 2, 1)):
         engine = create_engine(plugin, tiny_model().train(), make_optimizer, place, max_norm=MAX_NORM)
         if first:
-            dist.broadcast_object_list(saved, 0)
-            engine.load_state_dict(saved[1])
-            with torch.no_grad():
-                own = engine.unwrap().state_dict()
-                for name, value in engine.scatter(saved[0]).items():
-                    own[name].copy_(value)
+            take_over(engine, saved)
         found = train(engine, place, first, steps, 1)
         assert_close(torch.tensor(found), torch.tensor(norms[first : first + steps]), f"{plugin} norms")
         saved = [weights(engine), dict(engine.state_dict())]

@@ -116,6 +116,16 @@ def check_combined(folder: Path) -> None:
     compare("ddp", "all_to_all", sp=2, tp=2)
 
 
+def take_over(engine: Engine, saved: list[Any]) -> None:
+    """Go on from the first rank's weights and optimizer state of another engine; all ranks get them."""
+    dist.broadcast_object_list(saved, 0)
+    engine.load_state_dict(saved[1])
+    with torch.no_grad():
+        own = engine.unwrap().state_dict()
+        for name, value in engine.scatter(saved[0]).items():
+            own[name].copy_(value)
+
+
 def check_other_layouts(folder: Path) -> None:
     """A run goes on under another engine and layout as it would have in one process."""
     samples = 1
@@ -126,12 +136,7 @@ def check_other_layouts(folder: Path) -> None:
         place = context(**sizes)
         engine = make_engine(plugin, place, "all_to_all")
         if step:
-            dist.broadcast_object_list(saved, 0)
-            engine.load_state_dict(saved[1])
-            with torch.no_grad():
-                own = engine.unwrap().state_dict()
-                for name, value in engine.scatter(saved[0]).items():
-                    own[name].copy_(value)
+            take_over(engine, saved)
         found = train(engine, place, step, 1, samples)
         assert_close(torch.tensor(found), torch.tensor(norms[step : step + 1]), f"{plugin} {sizes} norm")
         saved = [weights(engine), dict(engine.state_dict())]

@@ -274,9 +274,6 @@ def build_dc_ae(
     device = torch.device(device_map)
     if not from_pretrained and not from_scratch and layout == named and device.type != "meta":
         from_pretrained = "/".join(RELEASED[WEIGHTS[model_name]])
-    if not from_pretrained:
-        with device:
-            return DCAE(config).to(torch_dtype)
     return load_model(
         lambda: DCAE(config),
         from_pretrained,

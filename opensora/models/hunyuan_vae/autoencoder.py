@@ -229,8 +229,4 @@ def build_hunyuan_vae(
         UserError: config or weights that do not fit; the message names the key.
     """
     vae_config = HunyuanVAEConfig(**config)
-    device = torch.device(device_map)
-    if not from_pretrained:
-        with device:
-            return AutoencoderKLCausal3D(vae_config).to(torch_dtype)
-    return load_model(lambda: AutoencoderKLCausal3D(vae_config), from_pretrained, device, torch_dtype)
+    return load_model(lambda: AutoencoderKLCausal3D(vae_config), from_pretrained, device_map, torch_dtype)

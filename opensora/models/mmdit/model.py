@@ -159,18 +159,10 @@ def Flux(
         UserError: config or weights that do not fit; the message names the config key.
     """
     model_config = MMDiTConfig.from_dict(config)
-
-    def build() -> MMDiTModel:
-        return MMDiTModel(model_config)
-
-    device = torch.device(device_map)
-    if not from_pretrained:
-        with device:
-            return build().to(torch_dtype)
     return load_model(
-        build,
+        lambda: MMDiTModel(model_config),
         from_pretrained,
-        device,
+        device_map,
         torch_dtype,
         explain=partial(explain_mismatch, model_config, strict=strict_load),
         metadata=layout_metadata(model_config),

@@ -332,14 +332,10 @@ def build_autoencoder_2d(
         UserError: config or weights that do not fit; the message names the key.
     """
     ae_config = AutoEncoder2DConfig(**config)
-    device = torch.device(device_map)
-    if not from_pretrained:
-        with device:
-            return AutoEncoder2D(ae_config).to(torch_dtype)
     return load_model(
         lambda: AutoEncoder2D(ae_config),
         from_pretrained,
-        device,
+        device_map,
         torch_dtype,
         allow_unexpected=() if strict_load else ("",),
         cache_dir=cache_dir,

@@ -85,8 +85,5 @@ def build_discriminator(
     """
     if conv_cls != "conv3d":
         raise UserError(f"discriminator.conv_cls={conv_cls!r}: only 'conv3d' is available")
-    device = torch.device(device_map)
-    if from_pretrained and device.type != "meta":
-        return load_model(lambda: NLayerDiscriminator3D(**config), from_pretrained, device, torch_dtype)
-    with device:
-        return NLayerDiscriminator3D(**config).to(torch_dtype)
+    source = None if torch.device(device_map).type == "meta" else from_pretrained
+    return load_model(lambda: NLayerDiscriminator3D(**config), source, device_map, torch_dtype)
