@@ -223,6 +223,8 @@ def _set(data: dict, options: type, override: Override) -> str:
     dotted = override.key.replace("-", "_")
     dotted = options.aliases.get(dotted, dotted)  # type: ignore[attr-defined]
     place = locate(data, options, dotted, override.shown)
+    if place.option and "no_effect" in place.option.metadata:
+        logger.warning("%s has no effect: %s", override.shown, place.option.metadata["no_effect"])
     value = _typed(override, place)
     if place.option and place.option.is_section and isinstance(value, Mapping):
         kept = {} if value.get("_delete_") else place.parent.get(place.name) or {}

@@ -56,7 +56,8 @@ def _line(dotted: str, option: Option, value: Any) -> str:
         value = "none" if value is None else "see below"
     unit = f", {option.metadata['unit']}" if option.metadata["unit"] else ""
     also = f" (also sets {option.metadata['also']})" if "also" in option.metadata else ""
-    return f"  --{dotted:<{KEY_WIDTH}} {option.metadata['help']}{also} [{kind}{unit}; {_show(value)}]"
+    idle = f" (no effect: {option.metadata['no_effect']})" if "no_effect" in option.metadata else ""
+    return f"  --{dotted:<{KEY_WIDTH}} {option.metadata['help']}{also}{idle} [{kind}{unit}; {_show(value)}]"
 
 
 def _show(value: Any) -> str:

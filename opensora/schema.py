@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from opensora.schema_sections import (
+    AE_KNOWS,
     COMPONENTS,
     AutoEncoder2DOptions,
     CachedVideoTextDatasetOptions,
@@ -104,7 +105,9 @@ class LoaderOptions:
     batch_size: int | None = opt(None, "samples per step where there are no buckets", "samples")
     num_workers: int = opt(4, "processes that read data")
     prefetch_factor: int | None = opt(None, "batches each of them reads ahead", "batches")
-    num_bucket_build_workers: int = opt(1, "processes that sort clips into buckets")
+    num_bucket_build_workers: int = opt(
+        1, "processes that sort clips into buckets", no_effect="one process sorts a million rows in seconds"
+    )
 
 
 @dataclass
@@ -161,7 +164,9 @@ class InferenceOptions(RunOptions):
     plugin: str | None = opt(None, "parallelism of the diffusion model: hybrid, or none")
     plugin_config: Section = section(PluginOptions, "its settings", {}, open=True)
     plugin_ae: str | None = opt(None, "parallelism of the autoencoder: hybrid, or none")
-    plugin_config_ae: Section = section(PluginOptions, "its settings", {}, open=True)
+    plugin_config_ae: Section = section(
+        PluginOptions, "its settings", {}, open=True, no_effect="tiles are divided over all ranks that share a video"
+    )
     grad_clip: float = opt(0.0, "gradient norm limit handed to the plugin (unused in sampling)")
     pretrained_lora_path: list[str] | str | None = opt(None, "PEFT adapters to load: folder, or folder@strength")
     merge_lora: bool = opt(True, "add adapters to the weights; false keeps them beside (slower, exact in bf16)")
@@ -182,14 +187,18 @@ class LoopOptions:
     optim: Section = section(OptimOptions, "optimizer", {}, open=True)
     lr: float | None = opt(None, "learning rate, also sets optim.lr", also="optim.lr")
     initial_lr: float | None = opt(None, "learning rate at the start of warm-up")
-    update_warmup_steps: bool = opt(False, "build the schedule anew when going on")
+    update_warmup_steps: bool = opt(
+        False, "build the schedule anew when going on", no_effect="it always follows from the config and the step"
+    )
     grad_clip: float = opt(0.0, "gradient norm limit (0 is none)")
     ema_decay: float | None = opt(None, "decay of the averaged weights; none keeps no average")
     plugin: str | None = opt(
         "zero2", "parallelism: zero1, zero2, hybrid, torch_ddp (ColossalAI), ddp, fsdp2 (torch), none"
     )
     plugin_config: Section = section(PluginOptions, "its settings", {}, open=True)
-    pin_memory_cache_pre_alloc_numels: list[int] | None = opt(None, "pinned buffers to allocate", "elements")
+    pin_memory_cache_pre_alloc_numels: list[int] | None = opt(
+        None, "pinned buffers to allocate", "elements", no_effect="torch keeps and reuses pinned buffers itself"
+    )
     log_every: int = opt(1, "distance of log lines", "optimizer steps")
     ckpt_every: int = opt(0, "distance of checkpoints (0: only at the end)", "optimizer steps")
     keep_n_latest: int = opt(-1, "checkpoints to keep (-1: all)")
@@ -211,7 +220,7 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
     cached_video: bool = opt(False, "clips come as latents, from cache_dir")
     cached_text: bool = opt(False, "texts come as embeddings, from cache_dir")
     cache_dir: str | None = opt(None, "folder that scripts/diffusion/cache.py writes")
-    is_causal_vae: bool = opt(False, "first frame has a latent of its own")
+    is_causal_vae: bool = opt(False, "first frame has a latent of its own", no_effect=AE_KNOWS)
     patch_size: int = opt(2, "latent pixels per token side", "latent px")
     condition_config: dict[str, float] | None = opt(None, "{condition type: weight}; none trains on text only")
     dropout_ratio: Section = section(DropoutOptions, "share of samples that train without their text")

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 Section = dict[str, Any] | None
+AE_KNOWS = "the autoencoder knows it"
 
 
 def opt(default: Any, help: str, unit: str = "", **extra: Any) -> Any:
@@ -22,7 +23,8 @@ def opt(default: Any, help: str, unit: str = "", **extra: Any) -> Any:
         default: value when nobody sets the key; lists and dicts are copied per instance.
         help: one line for ``--help``.
         unit: unit of the value, empty if it has none.
-        extra: ``verbatim=True`` keeps a command line's ``none`` as text; ``also="optim.lr"`` sets that key too.
+        extra: ``verbatim=True`` keeps a command line's ``none`` as text; ``also="optim.lr"`` sets that key too;
+            ``no_effect=REASON`` marks a key that configs of Open-Sora 2.0 hold and that nothing needs any more.
     """
     metadata = {"help": help, "unit": unit, "default": default, **extra}
     if isinstance(default, list | dict):
@@ -64,7 +66,7 @@ class SamplingOption:
     seed: int | None = opt(None, "seed of the sample's noise; none draws one")
     shift: bool = opt(True, "move the time schedule towards noise for large samples")
     method: Literal["i2v", "distill"] = opt("i2v", "denoiser: guided video, or guidance-distilled image")
-    temporal_reduction: int = opt(1, "frames per latent frame of the autoencoder", "frames")
+    temporal_reduction: int = opt(1, "frames per latent frame of the autoencoder", "frames", no_effect=AE_KNOWS)
     is_causal_vae: bool = opt(False, "first frame has a latent of its own (lengths 4k+1)")
     flow_shift: float | None = opt(None, "shift of the schedule in place of the one that sizes give")
 
@@ -100,7 +102,9 @@ class PluginOptions:
     sp_size: int = opt(1, "sequence-parallel group", "ranks")
     branch_size: int = opt(1, "group that shares the guidance branches of a sampling step", "ranks")
     sequence_parallelism_mode: str | None = opt(None, "how tokens are exchanged: ring_attn, all_to_all")
-    enable_sequence_parallelism: bool = opt(False, "split tokens over the sequence-parallel group")
+    enable_sequence_parallelism: bool = opt(
+        False, "split tokens over the sequence-parallel group", no_effect="sp_size above 1 does it"
+    )
     static_graph: bool = opt(False, "every step runs the same graph")
     zero_stage: int = opt(2, "ZeRO stage of the hybrid plugin")
     overlap_allgather: bool = opt(True, "gather parameters while computing")

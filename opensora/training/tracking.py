@@ -58,19 +58,21 @@ class WandbTracker:
     """A run at Weights & Biases, or in a local folder with ``WANDB_MODE=offline``.
 
     Args:
-        folder: experiment folder; its name is the run's name and id, so a resumed run goes on in the same curves.
+        folder: experiment folder; its name is the run's id, so a resumed run goes on in the same curves.
         project: project at Weights & Biases.
         config: the resolved config.
+        name: of the run; None takes the folder's.
 
     Raises:
         UserError: the package is not installed.
     """
 
-    def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, project: str, config: Mapping[str, Any], name: str | None = None) -> None:
         self._wandb = _import_wandb()
         self._run = self._wandb.init(
-            project=project, name=folder.name, id=folder.name, resume="allow", config=dict(config), dir=str(folder)
-        )
+            project=project, name=name or folder.name, id=folder.name, resume="allow", config=dict(config),
+            dir=str(folder),
+        )  # fmt: skip
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """See :class:`Tracker`."""
@@ -107,5 +109,5 @@ def create_trackers(cfg: Any, folder: Path, start_step: int) -> Sequence[Tracker
     """Trackers of a training config."""
     trackers: list[Tracker] = [TensorBoardTracker(folder, start_step)]
     if cfg.wandb:
-        trackers.append(WandbTracker(folder, cfg.wandb_project, cfg.to_dict()))
+        trackers.append(WandbTracker(folder, cfg.wandb_project, cfg.to_dict(), cfg.get("wandb_expr_name")))
     return trackers

@@ -503,6 +503,30 @@ def test_defaults_pass_their_own_check(options):
     load_config({**defaults, "model": {"type": types["model"]}}, options)
 
 
+PASSED_ON = {"initial_scale"}  # keys that go to ColossalAI's plugin as they are
+
+
+@pytest.mark.parametrize("options", SCRIPTS)
+def test_a_key_that_nothing_reads_says_so(options):
+    files = [path for folder in ("opensora", "scripts") for path in (ROOT / folder).rglob("*.py")]
+    code = "\n".join(path.read_text("utf-8") for path in files if not path.stem.startswith("schema"))
+    # an attribute, a string, or an argument or field of that name
+    read = {*re.findall(r"""[."'](\w+)""", code), *re.findall(r"\b(\w+)(?:: |=)", code), *PASSED_ON}
+    for dotted, option, _ in walk_options(options, None):
+        if not {"also", "no_effect"} & set(option.metadata):
+            assert option.name in read, f"{dotted} does nothing"
+
+
+def test_keys_of_old_configs_that_do_nothing_are_told(write, caplog, capsys):
+    path = write(TRAIN)
+    parse_config([path, "--num_bucket_build_workers", "8", "--plugin_config.enable-sequence-parallelism"], TrainOptions)
+    assert "--num_bucket_build_workers has no effect: one process sorts a million rows in seconds" in caplog.text
+    assert "--plugin_config.enable-sequence-parallelism has no effect: sp_size above 1 does it" in caplog.text
+    with pytest.raises(SystemExit):
+        parse_config([path, "--help"], TrainOptions)
+    assert "no effect: it always follows from the config and the step" in capsys.readouterr().out
+
+
 # -------------------------------------------------------------------------------------------------------- exit status
 
 
