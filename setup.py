@@ -36,6 +36,7 @@ setup(
     extras_require={
         # tools/data; also opencv-python (mmengine brings it) and scipy. Exact versions: requirements-data.txt
         "data": [
+            "av>=18",
             "filelock>=3.13",
             "ImageHash>=4.3",
             "matplotlib>=3.8",

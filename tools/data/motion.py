@@ -62,6 +62,7 @@ class MotionAnalyser(Analyser):
         self.clock = Clock(rate, fps)
         self.repeats = rate / fps if fps and fps < rate else 1.0
         self.before: np.ndarray | None = None
+        self.difference, self.blurred = np.empty((2, 0, 0), np.int16)  # one frame's worth, used again for every frame
         self.scores: list[float] = []
 
     def add(self, index: int, time: float, frame: Picture) -> None:
@@ -72,10 +73,13 @@ class MotionAnalyser(Analyser):
         if self.before is None:
             self.scores.append(0.0)
         else:
+            if self.difference.shape != luma.shape:
+                self.difference, self.blurred = np.empty((2, *luma.shape), np.int16)
             # The filter is linear: blurring the difference once does for blurring both frames.
-            difference = np.subtract(luma, self.before, dtype=np.int16)
-            blurred = cv2.sepFilter2D(difference, cv2.CV_16S, VMAF_FILTER * FIXED_POINT, VMAF_FILTER)
-            self.scores.append(cv2.norm(blurred, cv2.NORM_L1) / luma.size / FIXED_POINT)
+            np.subtract(luma, self.before, out=self.difference, dtype=np.int16)
+            fixed = VMAF_FILTER * FIXED_POINT
+            cv2.sepFilter2D(self.difference, cv2.CV_16S, fixed, VMAF_FILTER, dst=self.blurred)
+            self.scores.append(cv2.norm(self.blurred, cv2.NORM_L1) / luma.size / FIXED_POINT)
         self.before = luma  # the array keeps the decoder's frame alive
 
     def result(self) -> Row:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from opensora.utils.errors import UserError
 from tools.data.decode import PixelWorker
+from tools.data.process import prepare
 from tools.data.stage import PixelStage, Row, Stage
 from tools.data.store import Failure, Outcome
 
@@ -87,6 +88,7 @@ class LocalRunner:
         if stages[0].io_bound:
             yield from self._threads(stages, jobs)
         elif self.workers == 0:
+            prepare()
             work = make_work(stages)
             for job in jobs:
                 yield job, work(job)
@@ -161,13 +163,11 @@ def _pool(stages: Sequence[Stage], workers: int) -> ProcessPoolExecutor:
     context: Any = multiprocessing.get_context(kind)
     if kind == "forkserver":
         context.set_forkserver_preload([__name__])
-    return ProcessPoolExecutor(workers, context, _start, (list(stages),))
+    return ProcessPoolExecutor(workers, context, _start, (list(stages), workers))
 
 
-def _start(stages: list[Stage]) -> None:
-    import cv2
-
-    cv2.setNumThreads(1)  # the pool has a process per core already
+def _start(stages: list[Stage], workers: int) -> None:
+    prepare(workers)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         _work[:] = [make_work(stages)]
