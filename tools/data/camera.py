@@ -26,6 +26,7 @@ class Camera(PixelStage):
     """
 
     name = "camera"
+    version = 2
     adds: ClassVar = {
         "pan": pl.Float64,
         "tilt": pl.Float64,
