@@ -109,10 +109,10 @@ def test_killed_and_started_again(config, raw, tmp_path):
     assert not list(out.glob("clips/*/.*"))
 
 
-def test_ten_bad_files_among_many(config, tmp_path, capsys):
+def test_ten_bad_files_among_a_hundred(config, tmp_path, capsys):
     folder = tmp_path / "many"
-    for number in range(20):
-        save_image(np.full((8, 8 + number, 3), 10 * number, np.uint8), folder / f"{number}.png")
+    for number in range(90):
+        save_image(np.full((8, 8 + number % 10, 3), number, np.uint8), folder / f"{number}.png")
     for number in range(10):
         (folder / f"bad {number}.mp4").write_bytes(b"bad" * number)
     table = command(config, str(folder), tmp_path / "out", "--stages", "ingest")
@@ -154,6 +154,12 @@ def test_one_stage_alone(config, raw, tmp_path):
 def test_mistakes_are_named_before_anything_runs(config, raw, tmp_path, words, message):
     with pytest.raises(UserError, match=message):
         command(config, raw, tmp_path / "out", *words)
+
+
+def test_output_inside_the_footage_is_refused(config, raw):
+    with pytest.raises(UserError, match=r"--output .*raw/out lies in --input .*raw: its clips would be taken for raw"):
+        command(config, raw, Path(raw) / "out")
+    assert not (Path(raw) / "out").exists()
 
 
 @pytest.fixture
