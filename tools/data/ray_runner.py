@@ -4,6 +4,7 @@ Ray repeats a block whose actor or node is gone, for ever if need be. A file tha
 the run, so each actor works through a process of its own: the crash ends that one, and the file alone is given up.
 """
 
+import logging
 import os
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,7 +34,7 @@ class Actor:
         return make_pool(self.stages, 1, sharing=os.cpu_count() or 1)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """A batch with a column ``job`` of pickled jobs; the same with ``outcomes``."""
+        """A batch with a column ``job`` of pickled jobs (which Arrow holds as they are); the same with ``outcomes``."""
         jobs = [pickle.loads(data) for data in batch["job"]]
         return {"job": list(batch["job"]), "outcomes": [pickle.dumps(self._do(job)) for job in jobs]}
 
@@ -105,4 +106,7 @@ def _ray() -> Any:
         import ray.data
     except ImportError as error:
         raise UserError(f"runner 'ray' needs Ray Data: pip install 'ray[data]' ({error})") from error
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.WARNING)  # its plans and timings stay in its log file
     return ray
