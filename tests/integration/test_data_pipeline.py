@@ -1,11 +1,13 @@
 """The commands of the data tools on footage made on the spot: whole chain, killing, going on, bad files."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import polars as pl
@@ -14,7 +16,11 @@ import pytest
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_image, save_video
 from tools.data import run, stage_run
+from tools.data.pipeline import Pipeline
+from tools.data.ray_runner import RayRunner
+from tools.data.runners import DIED
 from tools.data.sample_footage import pan, scenery, titled
+from tools.data.stage import Stage
 
 ROOT = Path(__file__).parents[2]
 SIZE = (72, 128)
@@ -103,10 +109,10 @@ def test_killed_and_started_again(config, raw, tmp_path):
     assert not list(out.glob("clips/*/.*"))
 
 
-def test_ten_bad_files_among_many(config, tmp_path, capsys):
+def test_ten_bad_files_among_a_hundred(config, tmp_path, capsys):
     folder = tmp_path / "many"
-    for number in range(20):
-        save_image(np.full((8, 8 + number, 3), 10 * number, np.uint8), folder / f"{number}.png")
+    for number in range(90):
+        save_image(np.full((8, 8 + number % 10, 3), number, np.uint8), folder / f"{number}.png")
     for number in range(10):
         (folder / f"bad {number}.mp4").write_bytes(b"bad" * number)
     table = command(config, str(folder), tmp_path / "out", "--stages", "ingest")
@@ -150,8 +156,50 @@ def test_mistakes_are_named_before_anything_runs(config, raw, tmp_path, words, m
         command(config, raw, tmp_path / "out", *words)
 
 
-def test_ray_gives_the_same(config, raw, tmp_path):
-    pytest.importorskip("ray", reason="ray is not installed")
-    words = ["--stages", "ingest,scenes,cut,blur"]
+def test_output_inside_the_footage_is_refused(config, raw):
+    with pytest.raises(UserError, match=r"--output .*raw/out lies in --input .*raw: its clips would be taken for raw"):
+        command(config, raw, Path(raw) / "out")
+    assert not (Path(raw) / "out").exists()
+
+
+@pytest.fixture
+def ray():
+    """Ray on this machine, ended after the test."""
+    library = pytest.importorskip("ray", reason="ray is not installed")
+    pytest.importorskip("ray.data", reason="ray[data] is not installed")
+    yield library
+    library.shutdown()
+
+
+def test_ray_gives_the_same(config, raw, tmp_path, ray):
+    words = ["--stages", "ingest,scenes,cut,blur,frames"]
     local = command(config, raw, tmp_path / "local", *words)
-    assert command(config, raw, tmp_path / "ray", *words, "--runner", "ray", "--workers", "1").equals(local)
+    assert command(config, raw, tmp_path / "ray", *words, "--runner", "ray", "--workers", "2").equals(local)
+
+
+class Fragile(Stage):
+    """Says which process did a row; 9 ends it."""
+
+    name = "fragile"
+    reads = identity = ("number",)
+    adds: ClassVar = {"process": pl.Int64}
+
+    def worker(self):
+        if self.settings.get("gone"):
+            raise UserError("the weights are gone")
+
+        def work(row):
+            if row["number"] == 9:
+                os._exit(1)
+            return [{"process": os.getpid()}]
+
+        return work
+
+
+def test_ray_goes_on_after_a_crash_and_names_what_cannot_start(tmp_path, ray):
+    numbers = pl.DataFrame({"number": range(12)})
+    table = Pipeline([Fragile({}, tmp_path)], tmp_path, RayRunner(1), progress=False).run(numbers)
+    assert table.filter(pl.col("error") == DIED)["number"].to_list() == [9]
+    assert table["process"].n_unique() == 3  # one before the crash, one after it, none for the row itself
+    with pytest.raises(UserError, match="stage 'fragile' cannot start: the weights are gone"):
+        Pipeline([Fragile({"gone": True}, tmp_path)], tmp_path, RayRunner(1), progress=False).run(numbers)

@@ -8,10 +8,13 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import polars as pl
 import pytest
 
 from opensora.utils.errors import UserError
+from opensora.utils.video import save_video
+from tools.data.decode import decode, open_video, picture
 from tools.data.pipeline import Pipeline, group_stages
 from tools.data.runners import DIED, LocalRunner
 from tools.data.stage import PixelStage, Stage, TableStage
@@ -164,6 +167,36 @@ def test_a_row_that_kills_its_process_is_named(tmp_path):
     table = chain(tmp_path, workers=2).run(numbers(1, 99, 2))
     assert table.filter(pl.col("number") == 99)["error"].to_list() == [DIED]
     assert set(table.filter(pl.col("error").is_null())["number"]) == {1, 2}
+
+
+class Threads(Stage):
+    """How many threads a process gains by working on a video, and how many OpenCV may take."""
+
+    name = "threads"
+    reads = identity = ("number",)
+    adds: ClassVar = {"gained": pl.Int64, "limit": pl.Int64}
+
+    def worker(self):
+        def work(row):
+            import cv2
+
+            before = len(list(Path("/proc/self/task").iterdir()))
+            with open_video(self.settings["clip"]) as container:
+                for _, frame in decode(container):
+                    picture(frame).rgb  # noqa: B018
+            return [{"gained": len(list(Path("/proc/self/task").iterdir())) - before, "limit": cv2.getNumThreads()}]
+
+        return work
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_processes_that_share_a_machine_use_one_thread_each(tmp_path):
+    clip = save_video(np.zeros((3, 64, 96, 3), np.uint8), tmp_path / "clip.mp4", fps=24)
+    stage = Threads({"clip": str(clip)}, tmp_path)
+    runner = LocalRunner(os.cpu_count() or 1)
+    table = Pipeline([stage], tmp_path, runner, progress=False).run(numbers(1, 2))
+    assert set(table["limit"]) == {1}
+    assert set(table["gained"]) == {0}
 
 
 def test_dry_run_does_nothing(tmp_path):

@@ -9,9 +9,9 @@ from tools.data import decode
 from tools.data.camera import Camera, camera_label
 from tools.data.decode import PixelWorker
 from tools.data.frames import FrameSamples
-from tools.data.motion import Blur, Flow, Motion, MotionAnalyser, middles
+from tools.data.motion import Blur, Flow, Motion, MotionAnalyser, middles, sharpness
 from tools.data.options import BlurOptions, CameraOptions, FlowOptions, FramesOptions, MotionOptions
-from tools.data.sample_footage import blurred, pan, shake, still, texture, view, zoom
+from tools.data.sample_footage import blurred, pan, scenery, shake, still, texture, view, zoom
 from tools.data.stage import Picture
 
 SIZE = (120, 200)
@@ -148,6 +148,25 @@ def test_blur_is_told_from_sharp_at_any_quality(tmp_path):
             sharp.append(measure(tmp_path, frames, "blur", crf=crf)["sharpness"])
             soft.append(measure(tmp_path, blurred(frames, 4.0), "blur", crf=crf)["sharpness"])
     assert min(sharp) > 2 * max(soft)
+
+
+@pytest.mark.parametrize("crf", [12, 34])
+def test_a_sharp_subject_on_a_soft_background_is_sharp(tmp_path, crf):
+    """A ninth of the picture in focus is enough for the shipped threshold, and low contrast does not matter."""
+    frames = pan(scenery(360, 640, 2), (180, 320), 6, x=1.0)
+    soft = blurred(frames, 6.0)
+    subject = soft.copy()
+    subject[:, 60:120, 100:207] = frames[:, 60:120, 100:207]
+    faint = (128 + (frames.astype(int) - 128) // 6).astype(np.uint8)
+    assert measure(tmp_path, soft, "blur", crf=crf)["sharpness"] < 1
+    for sharp in (frames, subject, faint):
+        assert measure(tmp_path, sharp, "blur", crf=crf)["sharpness"] > 2
+
+
+def test_sharpness_of_any_size():
+    assert sharpness(np.full((1, 1), 9, np.uint8)) == 0
+    assert sharpness(scenery(7, 300, 1)[..., 0]) > 2
+    assert sharpness(np.zeros((90, 160), np.uint8)) == 0
 
 
 # ------------------------------------------------------------------------------------------------------ frames, sharing

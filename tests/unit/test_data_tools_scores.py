@@ -318,7 +318,7 @@ def test_endpoint_down_or_not_given(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     with pytest.raises(UserError, match="set OPENAI_API_KEY, or give --caption.base_url"):
-        caption(tmp_path).worker()
+        caption(tmp_path)  # before anything runs
 
 
 def test_wrong_caption_settings(tmp_path):
@@ -331,7 +331,7 @@ def test_wrong_caption_settings(tmp_path):
 
 
 def test_cost_is_counted(tmp_path, caplog):
-    stage = caption(tmp_path, price_in=2.0, price_out=10.0)
+    stage = caption(tmp_path, base_url="http://x", price_in=2.0, price_out=10.0)
     table = pl.DataFrame({"tokens_in": [500_000, None], "tokens_out": [100_000, None]})
     with caplog.at_level("INFO", logger="opensora"):
         stage.finish(table)

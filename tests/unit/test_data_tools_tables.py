@@ -32,6 +32,7 @@ def test_table_operations(files):
     assert change(files, "--subtract", two)["path"].to_list() == ["a", "c"]
     both = change(files, "--intersect", two, "--dedup", "path")
     assert both.to_dicts() == [{"path": "b", "n": 5, "t": "", "score": 0.5}]
+    assert change(files, "--dedup", "n,t")["path"].to_list() == ["a", "b", "c"]
     assert change(files, "--join", two)["score"].to_list() == [None, 0.5, None, 0.5]
     assert change(files, "--sort", "n")["n"].to_list() == [5, 5, 3, 1]
     assert change(files, "--sort-ascending", "n", "--head", "2")["n"].to_list() == [1, 3]
@@ -43,6 +44,12 @@ def test_table_operations(files):
     assert drawn.height == 3
     assert drawn.equals(change(files, "--sample", "3", "--seed", "1"))
     assert sorted(change(files, "--shuffle")["n"]) == [1, 3, 5, 5]
+
+
+def test_empty_values_are_equal_to_each_other(files):
+    frame = pl.DataFrame({"path": ["a", None, None, "b"], "n": [1, None, 2, None]})
+    assert table.first_of_each(frame, ["path"])["n"].to_list() == [1, None, None]
+    assert table.first_of_each(frame, ["path", "n"]).height == 4
 
 
 def test_table_splits_and_converts(files):
@@ -84,7 +91,7 @@ def test_five_million_rows_in_seconds(tmp_path):
         str(tmp_path / "o.parquet"),
     ]
     table.main([str(tmp_path / "big.parquet"), *words])
-    assert time.process_time() - start < 6
+    assert time.process_time() - start < 3
     assert pl.read_parquet(tmp_path / "o.parquet").height == rows * 2 // 3
 
 

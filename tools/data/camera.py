@@ -12,6 +12,8 @@ from tools.data.stage import Analyser, ClipInfo, Picture, PixelStage, Row
 
 MIN_POINTS = 8  # fewer points say nothing about the camera
 REDETECT = 0.6  # of the points left: find new ones
+WINDOW = (15, 15)  # px around a point that are looked for in the next frame
+LEVELS = 3  # halvings of the frame: motion of up to about 100 px is found
 SMOOTHING = 5  # frames over which intended camera motion is even
 
 
@@ -24,6 +26,7 @@ class Camera(PixelStage):
     """
 
     name = "camera"
+    version = 2
     adds: ClassVar = {
         "pan": pl.Float64,
         "tilt": pl.Float64,
@@ -72,7 +75,9 @@ class CameraAnalyser(Analyser):
             self.points = None
             return None
         opencv: Any = cv2  # its type stubs do not know that None asks for new points
-        moved, status, error = opencv.calcOpticalFlowPyrLK(last, image, self.points, None, winSize=(21, 21), maxLevel=3)
+        moved, status, error = opencv.calcOpticalFlowPyrLK(
+            last, image, self.points, None, winSize=WINDOW, maxLevel=LEVELS
+        )
         good = (status[:, 0] == 1) & (error[:, 0] < 30)
         old, new = self.points[good], moved[good]
         if len(new) < MIN_POINTS:

@@ -106,6 +106,8 @@ class Caption(Stage):
                 f"--caption.local {local}: no model there (config.json is missing); e.g. hf download "
                 "Qwen/Qwen2.5-VL-7B-Instruct --local-dir ckpts/Qwen2.5-VL-7B-Instruct"
             )
+        if not local:
+            endpoint_of(self.settings, os.environ)
 
     def worker(self) -> Worker:
         """Caption one clip."""
@@ -133,6 +135,22 @@ class Caption(Stage):
         return table
 
 
+def endpoint_of(settings: Any, environment: Any) -> tuple[str | None, str | None]:
+    """URL and key of the endpoint, None where OpenAI's own or none is meant.
+
+    Raises:
+        UserError: neither is given, so there is no model to ask.
+    """
+    url = settings["base_url"] or environment.get("OPENAI_BASE_URL")
+    key = environment.get("OPENAI_API_KEY")
+    if not key and not url:
+        raise UserError(
+            "stage 'caption' needs a vision-language model: set OPENAI_API_KEY, or give --caption.base_url URL of "
+            "a server (vLLM, llama.cpp, ...), or --caption.local FOLDER of a model"
+        )
+    return url, key
+
+
 class Endpoint:
     """Any server that speaks OpenAI's chat protocol and takes pictures.
 
@@ -147,13 +165,7 @@ class Endpoint:
     def __init__(self, settings: Any, environment: Any) -> None:
         import openai
 
-        url = settings["base_url"] or environment.get("OPENAI_BASE_URL")
-        key = environment.get("OPENAI_API_KEY")
-        if not key and not url:
-            raise UserError(
-                "stage 'caption' needs a vision-language model: set OPENAI_API_KEY, or give --caption.base_url URL of "
-                "a server (vLLM, llama.cpp, ...), or --caption.local FOLDER of a model"
-            )
+        url, key = endpoint_of(settings, environment)
         self.settings = settings
         retries, timeout = settings["attempts"] - 1, settings["timeout"]
         # repeats with growing pauses what fails for the moment: no connection, 408, 409, 429, 5xx

@@ -93,16 +93,21 @@ def chain_for(name: str, cfg: Mapping[str, Any], table_columns: Sequence[str]) -
     return chain
 
 
-def read_input(path: str | None) -> pl.DataFrame:
-    """Files of a folder, or those a table lists.
+def read_input(cfg: Mapping[str, Any]) -> pl.DataFrame:
+    """Files of the folder that the config's ``input`` names, or those that a table of that name lists.
 
     Raises:
-        UserError: neither is there.
+        UserError: neither is there, or what is made would be taken for footage the next time.
     """
+    path, output = cfg["input"], cfg["output"]
     if not path:
         raise UserError("no --input: give a folder of raw footage, or a CSV/parquet table with a column path")
     place = Path(path)
-    return read_list(place) if place.suffix.lower() in (".csv", ".parquet") else list_files(place)
+    if place.suffix.lower() in (".csv", ".parquet"):
+        return read_list(place)
+    if output and Path(output).resolve().is_relative_to(place.resolve()):
+        raise UserError(f"--output {output} lies in --input {path}: its clips would be taken for raw footage")
+    return list_files(place)
 
 
 def make_runner(cfg: Mapping[str, Any]) -> Runner:

@@ -289,6 +289,7 @@ class _Encoder:
         steps.append(("crop", f"{size[0]}:{size[1]}:0:0:exact=1") if exact else ("scale", f"{size[0]}:{size[1]}"))
         steps += [("setsar", "1"), ("format", "yuv420p")]
         graph = av.filter.Graph()
+        graph.threads = 1
         last = graph.add_buffer(template=self.source, width=frame.width, height=frame.height, time_base=1 / self.rate)
         for name, arguments in steps:
             node = graph.add(name, arguments) if arguments else graph.add(name)

@@ -99,7 +99,13 @@ def luma(frame: Any) -> np.ndarray:
         plane = frame.planes[0]
         whole = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
         return whole[: frame.height, : frame.width]
-    return frame.to_ndarray(format="gray")
+    return converted(frame, "gray")
+
+
+def converted(frame: Any, pixels: str, size: tuple[int, int] | None = None) -> np.ndarray:
+    """A frame in other pixels (``rgb24``, ...) and perhaps another (width, height), on one thread like all decoding."""
+    width, height = size or (None, None)
+    return frame.reformat(width=width, height=height, format=pixels, threads=1).to_ndarray()
 
 
 def picture(frame: Any) -> Picture:
@@ -109,7 +115,7 @@ def picture(frame: Any) -> Picture:
     def upright(image: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(np.rot90(image, quarter)) if quarter else image
 
-    return Picture(upright(luma(frame)), lambda: upright(frame.to_ndarray(format="rgb24")))
+    return Picture(upright(luma(frame)), lambda: upright(converted(frame, "rgb24")))
 
 
 def frame_rate(stream: Any) -> float:

@@ -34,7 +34,7 @@ def list_files(folder: Path) -> pl.DataFrame:
                 others += 1
     if not found:
         what = f"{others} files, none of them a" if others else "no"
-        raise UserError(f"--input {folder}: {what} picture or video ({' '.join(VIDEO_EXTENSIONS)}; {' '.join(MEDIA)})")
+        raise UserError(f"--input {folder}: {what} picture or video ({' '.join(sorted(MEDIA))})")
     return _with_stat(pl.DataFrame({"path": sorted(str(path) for path in found)}))
 
 

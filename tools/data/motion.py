@@ -12,6 +12,7 @@ from tools.data.stage import Analyser, ClipInfo, Picture, PixelStage, Row
 
 # libvmaf's 5-tap Gaussian, in 1/65536 (libvmaf/src/feature/integer_motion.h)
 VMAF_FILTER = np.array([3571, 16004, 26386, 16004, 3571], np.float64) / 65536
+CELLS, SHARPEST = 6, 90  # along the short side of a picture; percentile of them that is its sharpness
 FIXED_POINT = 64  # levels of a blurred difference per level of brightness: 16 bits hold them, and are fast
 
 
@@ -62,6 +63,7 @@ class MotionAnalyser(Analyser):
         self.clock = Clock(rate, fps)
         self.repeats = rate / fps if fps and fps < rate else 1.0
         self.before: np.ndarray | None = None
+        self.difference, self.blurred = np.empty((2, 0, 0), np.int16)  # one frame's worth, used again for every frame
         self.scores: list[float] = []
 
     def add(self, index: int, time: float, frame: Picture) -> None:
@@ -72,10 +74,13 @@ class MotionAnalyser(Analyser):
         if self.before is None:
             self.scores.append(0.0)
         else:
+            if self.difference.shape != luma.shape:
+                self.difference, self.blurred = np.empty((2, *luma.shape), np.int16)
             # The filter is linear: blurring the difference once does for blurring both frames.
-            difference = np.subtract(luma, self.before, dtype=np.int16)
-            blurred = cv2.sepFilter2D(difference, cv2.CV_16S, VMAF_FILTER * FIXED_POINT, VMAF_FILTER)
-            self.scores.append(cv2.norm(blurred, cv2.NORM_L1) / luma.size / FIXED_POINT)
+            np.subtract(luma, self.before, out=self.difference, dtype=np.int16)
+            fixed = VMAF_FILTER * FIXED_POINT
+            cv2.sepFilter2D(self.difference, cv2.CV_16S, fixed, VMAF_FILTER, dst=self.blurred)
+            self.scores.append(cv2.norm(self.blurred, cv2.NORM_L1) / luma.size / FIXED_POINT)
         self.before = luma  # the array keeps the decoder's frame alive
 
     def result(self) -> Row:
@@ -135,12 +140,14 @@ class FlowAnalyser(Analyser):
 
 
 class Blur(PixelStage):
-    """Sharpness: variance of the Laplacian (Pech-Pacheco et al. 2000), median of some frames. Low is blurred.
+    """Sharpness: energy of the Laplacian (Pech-Pacheco et al. 2000), median of some frames. Low is blurred.
 
-    It is divided by the variance of the picture, so that a low-contrast but sharp clip does not count as blurred.
+    It is that of the sharpest tenth of the picture, so that a sharp subject before a soft background does not count as
+    blurred, divided by the variance of the whole, so that a sharp clip of low contrast does not either.
     """
 
     name = "blur"
+    version = 2
     adds: ClassVar = {"sharpness": pl.Float64}
 
     def analyser(self, row: Row, info: ClipInfo) -> Analyser:
@@ -159,17 +166,25 @@ class BlurAnalyser(Analyser):
     def __init__(self, settings: Mapping[str, Any], info: ClipInfo) -> None:
         self.side = settings["side"]
         self.wanted = set(middles(settings["frames"], info.num_frames))
-        self.values: list[float] = []
+        self.values: dict[int, float] = {}
 
     def add(self, index: int, time: float, frame: Picture) -> None:
         """Look at the frame if it is one of the chosen."""
-        # the first one too, should the header's number of frames be too high
         if index in self.wanted or index == 0:
-            # a little smoothing first: the blocks and ringing of strong compression are not detail
-            image = cv2.GaussianBlur(frame.small(self.side).astype(np.float32), (0, 0), 1.0)
-            contrast = max(float(image.std()) ** 2, 1.0)
-            self.values.append(1000 * float(cv2.Laplacian(image, cv2.CV_32F).var()) / contrast)
+            self.values[index] = sharpness(frame.small(self.side))
 
     def result(self) -> Row:
-        """``sharpness``."""
-        return {"sharpness": float(np.median(self.values))}
+        """``sharpness``; of the first frame only if the header's number of frames was too high for any other."""
+        chosen = [value for index, value in self.values.items() if index in self.wanted]
+        return {"sharpness": float(np.median(chosen or list(self.values.values())))}
+
+
+def sharpness(image: np.ndarray) -> float:
+    """Sharpness of a picture (uint8 [H, W]); see ``Blur``."""
+    # a little smoothing first: the blocks and ringing of strong compression are not detail
+    smooth = cv2.GaussianBlur(image.astype(np.float32), (0, 0), 1.0)
+    energy = np.square(cv2.Laplacian(smooth, cv2.CV_32F))
+    height, width = image.shape
+    cell = max(min(height, width) / CELLS, 1)
+    cells = cv2.resize(energy, (round(width / cell), round(height / cell)), interpolation=cv2.INTER_AREA)  # their means
+    return 1000 * float(np.percentile(cells, SHARPEST)) / max(float(smooth.std()) ** 2, 1.0)

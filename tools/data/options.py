@@ -79,7 +79,7 @@ class CameraOptions:
 
 @dataclass
 class BlurOptions:
-    """Sharpness: variance of the Laplacian."""
+    """Sharpness: energy of the Laplacian against contrast."""
 
     frames: int = opt(5, "frames looked at")
     side: int = opt(720, "long side it is measured at", "px")

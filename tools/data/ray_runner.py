@@ -1,28 +1,51 @@
-"""The same work on a Ray cluster: one actor per worker, which loads its models once."""
+"""The same work on a Ray cluster, by Ray Data: actors that load their models once, results that come as they are done.
 
+Ray repeats a block whose actor or node is gone, for ever if need be. A file that crashes its decoder would then hold up
+the run, so each actor works through a process of its own: the crash ends that one, and the file alone is given up.
+"""
+
+import logging
+import os
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from opensora.utils.errors import UserError
-from tools.data.runners import AHEAD, DIED, Job, Outcomes, Work, make_work
+from tools.data.runners import DIED, Job, LocalRunner, Outcomes, do_job, make_pool
 from tools.data.stage import Stage
 from tools.data.store import Failure
 
+ROWS_PER_BLOCK = 8  # go to an actor together and come back together: what the loss of a node costs at most
+BLOCKS_PER_WORKER = 4  # at least, so that none waits for the last one
+
 
 class Actor:
-    """Holds the work of a group of stages in a process of the cluster."""
+    """Does jobs in a process that it starts, and starts another where a job has ended it."""
 
     def __init__(self, stages: list[Stage]) -> None:
-        import cv2
+        self.stages = stages
+        self.pool = self._start()
 
-        cv2.setNumThreads(1)
-        self.work: Work = make_work(stages)
+    def _start(self) -> ProcessPoolExecutor:
+        # Ray has counted one core for this actor
+        return make_pool(self.stages, 1, sharing=os.cpu_count() or 1)
 
-    def do(self, job: Job) -> Outcomes:
-        """One job."""
-        return self.work(job)
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """A batch with a column ``job`` of pickled jobs (which Arrow holds as they are); the same with ``outcomes``."""
+        jobs = [pickle.loads(data) for data in batch["job"]]
+        return {"job": list(batch["job"]), "outcomes": [pickle.dumps(self._do(job)) for job in jobs]}
+
+    def _do(self, job: Job) -> Outcomes | UserError:
+        try:
+            return self.pool.submit(do_job, job).result()
+        except UserError as error:  # the stages cannot start; raised here, it would reach the user in Ray's wrappings
+            return error
+        except BrokenProcessPool:
+            self.pool = self._start()
+            return {name: Failure(DIED) for name in job.keys}
 
 
 @dataclass(frozen=True)
@@ -30,7 +53,8 @@ class RayRunner:
     """A Ray cluster: the one that ``ray start`` or ``RAY_ADDRESS`` made known, else one on this machine.
 
     Input and output folders must be visible under the same paths on all nodes. Rows that are done are kept in the
-    stage's shards by the process that started the run, so a lost node or a killed run costs only the rows in flight.
+    stage's shards by the process that started the run, so a lost node or a killed run costs only the blocks in flight.
+    Stages that wait for an endpoint do so in that process.
 
     Args:
         workers: actors; each takes one CPU, or one GPU where a stage's device is cuda.
@@ -39,58 +63,50 @@ class RayRunner:
     workers: int
 
     def run(self, stages: Sequence[Stage], jobs: Iterable[Job]) -> Iterator[tuple[Job, Outcomes]]:
-        """Every job with its outcomes, as they come."""
+        """Every job with its outcomes, as they come.
+
+        Raises:
+            UserError: Ray is not installed, or the stages cannot start.
+        """
+        if stages[0].io_bound:
+            yield from LocalRunner(0).run(stages, jobs)
+            return
         ray = _ray()
-        started = not ray.is_initialized()
-        if started:
-            ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False)
-        try:
-            yield from self._run(ray, list(stages), iter(jobs))
-        finally:
-            if started:
-                ray.shutdown()
+        if not ray.is_initialized():  # it stays for the next stages, and ends with this process
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+        for job, outcomes in self._outcomes(ray, list(stages), list(jobs)):
+            if isinstance(outcomes, UserError):
+                raise outcomes
+            yield job, outcomes
 
-    def _run(self, ray: Any, stages: list[Stage], jobs: Iterator[Job]) -> Iterator[tuple[Job, Outcomes]]:
+    def _outcomes(self, ray: Any, stages: list[Stage], jobs: list[Job]) -> Iterator[tuple[Job, Outcomes | UserError]]:
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False  # the pipeline has one
+        context.execution_options.preserve_order = False
         gpus = 1 if any(stage.settings.get("device", "cpu") != "cpu" for stage in stages) else 0
-        waiting = stages[0].io_bound
-        threads = int(stages[0].settings["concurrency"]) if waiting else 1
-        count = 1 if waiting else self.workers
-        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_concurrency=threads)(Actor)
-        actors = [remote.remote(stages) for _ in range(count)]
-        flying: dict[Any, tuple[Job, int]] = {}
-        load = [0] * count
-        while True:
-            for job in islice(jobs, count * threads * AHEAD - len(flying)):
-                place = load.index(min(load))
-                load[place] += 1
-                flying[actors[place].do.remote(job)] = (job, place)
-            if not flying:
-                return
-            (reference, *_), _ = ray.wait(list(flying), num_returns=1)
-            job, place = flying.pop(reference)
-            load[place] -= 1
-            yield job, self._outcome(ray, reference, job, stages, remote)
-
-    @staticmethod
-    def _outcome(ray: Any, reference: Any, job: Job, stages: list[Stage], remote: Any) -> Outcomes:
-        try:
-            return ray.get(reference)
-        except ray.exceptions.ActorDiedError as error:
-            raise UserError(f"stage '{stages[0].name}' cannot start on Ray: {error}") from error
-        except ray.exceptions.ActorUnavailableError:
-            pass
-        alone = remote.remote(stages)  # this job or one beside it ended the actor; alone it shows which
-        try:
-            return ray.get(alone.do.remote(job))
-        except ray.exceptions.RayActorError:
-            return {name: Failure(DIED) for name in job.keys}
-        finally:
-            ray.kill(alone)
+        workers = min(self.workers, len(jobs))
+        blocks = max(-(-len(jobs) // ROWS_PER_BLOCK), min(workers * BLOCKS_PER_WORKER, len(jobs)))
+        rows = ray.data.from_items([{"job": pickle.dumps(job)} for job in jobs], override_num_blocks=blocks)
+        done = rows.map_batches(
+            Actor,
+            fn_constructor_args=(stages,),
+            batch_size=1,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_cpus=1,
+            num_gpus=gpus,
+        )
+        for row in done.iter_rows():
+            yield pickle.loads(row["job"]), pickle.loads(row["outcomes"])
 
 
 def _ray() -> Any:
     try:
         import ray
+        import ray.data
     except ImportError as error:
-        raise UserError("runner 'ray' needs the library ray: pip install ray") from error
+        raise UserError(f"runner 'ray' needs Ray Data: pip install 'ray[data]' ({error})") from error
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.WARNING)  # its plans and timings stay in its log file
     return ray

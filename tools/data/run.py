@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the chain, print the funnel, write the training table."""
     setup_logging()
     cfg = parse_config(argv, DataOptions)
-    files = read_input(cfg["input"])
+    files = read_input(cfg)
     pipeline = make_pipeline(cfg["stages"], cfg)
     if cfg["dry_run"]:
         print_plan(pipeline, files.height, files)

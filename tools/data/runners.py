@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from opensora.utils.errors import UserError
 from tools.data.decode import PixelWorker
+from tools.data.process import prepare
 from tools.data.stage import PixelStage, Row, Stage
 from tools.data.store import Failure, Outcome
 
@@ -87,6 +88,7 @@ class LocalRunner:
         if stages[0].io_bound:
             yield from self._threads(stages, jobs)
         elif self.workers == 0:
+            prepare()
             work = make_work(stages)
             for job in jobs:
                 yield job, work(job)
@@ -107,9 +109,9 @@ class LocalRunner:
         workers = min([self.workers, *(most for stage in stages if (most := stage.most_workers()) is not None)])
         while True:
             flying: list[Job] = []
-            pool = _pool(stages, workers)
+            pool = make_pool(stages, workers)
             try:
-                yield from _bounded(lambda job: pool.submit(_do, job), rest, workers * AHEAD, flying)  # noqa: B023
+                yield from _bounded(lambda job: pool.submit(do_job, job), rest, workers * AHEAD, flying)  # noqa: B023
                 return
             except BrokenProcessPool:
                 pass
@@ -120,9 +122,9 @@ class LocalRunner:
                 yield job, self._alone(stages, job)
 
     def _alone(self, stages: Sequence[Stage], job: Job) -> Outcomes:
-        with _pool(stages, 1) as pool:
+        with make_pool(stages, 1) as pool:
             try:
-                return pool.submit(_do, job).result()
+                return pool.submit(do_job, job).result()
             except BrokenProcessPool:
                 return {name: Failure(DIED) for name in job.keys}
 
@@ -154,20 +156,25 @@ def _bounded(
 _work: list[Work] = []
 
 
-def _pool(stages: Sequence[Stage], workers: int) -> ProcessPoolExecutor:
+def make_pool(stages: Sequence[Stage], workers: int, sharing: int | None = None) -> ProcessPoolExecutor:
+    """Processes that have loaded the stages and take jobs by ``do_job``.
+
+    Args:
+        stages: a group.
+        workers: processes.
+        sharing: how many processes work on this machine in all; none takes ``workers``.
+    """
     # Forking this process hangs (polars and torch have threads); a server that has imported everything and started
     # nothing forks safely and fast. Where there is none (Windows), every worker imports for itself.
     kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context: Any = multiprocessing.get_context(kind)
     if kind == "forkserver":
         context.set_forkserver_preload([__name__])
-    return ProcessPoolExecutor(workers, context, _start, (list(stages),))
+    return ProcessPoolExecutor(workers, context, _start, (list(stages), sharing or workers))
 
 
-def _start(stages: list[Stage]) -> None:
-    import cv2
-
-    cv2.setNumThreads(1)  # the pool has a process per core already
+def _start(stages: list[Stage], sharing: int) -> None:
+    prepare(sharing)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         _work[:] = [make_work(stages)]
@@ -185,5 +192,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _do(job: Job) -> Outcomes:
+def do_job(job: Job) -> Outcomes:
+    """A job, in a process of ``make_pool``."""
     return _work[0](job)

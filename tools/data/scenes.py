@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from opensora.utils.errors import UserError
-from tools.data.decode import decode, luma, open_video
+from tools.data.decode import converted, decode, luma, open_video
 from tools.data.stage import Row, Stage, Worker
 
 THRESHOLDS = {"scdet": 10.0, "adaptive": 3.0, "transnetv2": 0.5}
@@ -110,6 +110,7 @@ def _scdet(threshold: float) -> Detector:
 
 def _scdet_graph(shape: Any, threshold: float) -> "av.filter.Graph":
     graph = av.filter.Graph()
+    graph.threads = 1
     source = graph.add("buffer", f"width={shape[1]}:height={shape[0]}:pix_fmt=gray:time_base=1/25:pixel_aspect=1/1")
     detector = graph.add("scdet", f"threshold={threshold}")
     sink = graph.add("buffersink")
@@ -140,7 +141,7 @@ def _adaptive(threshold: float) -> Detector:
             for time, frame in decode(container, path.name):
                 scale = DETECT_SIDE / max(frame.width, frame.height)
                 size = (max(round(frame.width * scale), 2), max(round(frame.height * scale), 2))
-                image = frame.reformat(width=size[0], height=size[1], format="bgr24").to_ndarray()
+                image = converted(frame, "bgr24", size)
                 code = FrameTimecode(len(times), fps=25.0)
                 changes += [cut.frame_num for cut in detector.process_frame(code, image)]
                 times.append(time)
@@ -161,7 +162,7 @@ def _transnet(threshold: float) -> Detector:
         frames, times = [], []
         with open_video(path) as container:
             for time, frame in decode(container, path.name):
-                image = frame.reformat(width=TRANSNET_SIZE[0], height=TRANSNET_SIZE[1], format="rgb24").to_ndarray()
+                image = converted(frame, "rgb24", TRANSNET_SIZE)
                 frames.append(image)
                 times.append(time)
         with torch.no_grad():

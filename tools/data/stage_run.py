@@ -4,6 +4,7 @@ Files are taken as whole clips (unless the stage is scenes or cut), and what the
 is ``OUTPUT/STAGE.csv``: path and the columns that the stage adds.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     if not words or words[0].startswith("-"):
         raise UserError(f"usage: stage_run.py STAGE CONFIG --input DIR --output DIR; stages: {', '.join(STAGES)}")
     cfg = parse_config(words[1:], DataOptions)
-    files = read_input(cfg["input"])
+    files = read_input(cfg)
     chain = chain_for(words[0], cfg, files.columns)
     pipeline = make_pipeline(chain, cfg)
     if cfg["dry_run"]:
@@ -48,7 +49,9 @@ def flat(table: pl.DataFrame) -> pl.DataFrame:
     """Lists as JSON text, since a CSV holds none."""
     lists = [name for name, kind in table.schema.items() if isinstance(kind, pl.List)]
     return table.with_columns(
-        pl.Series(name, [None if v is None else str(v).replace("'", '"') for v in table[name].to_list()], pl.String)
+        pl.Series(
+            name, [None if v is None else json.dumps(v, ensure_ascii=False) for v in table[name].to_list()], pl.String
+        )
         for name in lists
     )
 

