@@ -184,6 +184,11 @@ class DownsampleCausal3D(nn.Module):
         return self.conv(x)
 
 
+def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """``silu(norm(x))``, without a second tensor where no backward pass needs both."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+
+
 class ResnetBlockCausal3D(nn.Module):
     """GroupNorm, SiLU, causal convolution, twice, plus the (projected) input."""
 
@@ -198,9 +203,10 @@ class ResnetBlockCausal3D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, T, H, W] -> [B, C', T, H, W]``."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h = self.conv1(norm_silu(self.norm1, x))
+        h = self.dropout(norm_silu(self.norm2, h))  # frees what conv1 returned before conv2 runs
+        h = self.conv2(h)
+        return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class FrameCausalAttention(nn.Module):
