@@ -68,7 +68,7 @@ def test_one_frame_shortcut_equals_the_3d_convolution(kernel_stride):
     conv = blocks.CausalConv3d(3, 5, *kernel_stride).double()
     frame = torch.randn(2, 3, 1, 8, 6, dtype=torch.float64)
     # float64: only the order of three additions differs.
-    torch.testing.assert_close(conv(frame), conv._video(frame, 2), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(conv(frame), conv._video(frame, 0), atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("stride", [1, (2, 2, 2)])
@@ -80,6 +80,43 @@ def test_convolution_in_pieces_is_exact(monkeypatch, stride, frames):
     monkeypatch.setattr(blocks, "INDEX_LIMIT", 3 * 10 * 8 * 5)
     assert conv._frames_per_call(x) < frames
     torch.testing.assert_close(conv(x), whole, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("stride", [1, (1, 2, 2)])
+@pytest.mark.parametrize("frames", [5, 6, 7, 8, 9])  # whole tiles after the first frame, and every remainder
+def test_convolution_in_tiles_equals_the_plain_one(stride, frames):
+    conv = blocks.CausalConv3d(3, 5, 3, stride).double()
+    x = torch.randn(2, 3, frames, 17, 16, dtype=torch.float64)
+    assert not conv._tiles_pay(x)  # the plain convolution, since gradients are on
+    plain = conv(x).detach()
+    with torch.no_grad():
+        assert conv._tiles_pay(x)
+        # float64: other sums of products, with factors of up to 8.
+        torch.testing.assert_close(conv(x), plain, atol=1e-12, rtol=0)
+
+
+def test_rounding_of_tiles_in_float32():
+    conv = blocks.CausalConv3d(64, 8, 3)
+    x = torch.randn(1, 64, 9, 16, 16)
+    exact = conv.double()(x.double()).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(conv.float()(x), exact.float(), atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [{"dtype": torch.bfloat16}, {"device": "meta"}])
+def test_tiles_are_for_float32_on_cpu(change):
+    conv = blocks.CausalConv3d(3, 5, 3).to(**change)
+    assert not conv._tiles_pay(torch.zeros(1, 3, 9, 16, 16, **change))
+
+
+def test_residual_block_without_gradients_changes_nothing():
+    block = blocks.ResnetBlockCausal3D(4, 8, 2).double()
+    x = torch.randn(2, 4, 6, 17, 16, dtype=torch.float64)
+    given, plain = x.clone(), block(x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), plain, atol=1e-12, rtol=0)
+    assert torch.equal(x, given)  # what works in place leaves the input alone
 
 
 @pytest.mark.parametrize("scale", [(1, 2, 2), (2, 2, 2)])

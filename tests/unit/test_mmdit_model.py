@@ -144,13 +144,31 @@ def test_every_block_has_an_attention_that_can_be_replaced():
     assert list(model.state_dict()) == keys
 
 
+def parts_of(block, x):
+    """q, k, v and the MLP's hidden state of a single-stream block."""
+    q, k, v_mlp = block.project(x)
+    return q, k, *v_mlp.tensor_split((q.shape[-1],), dim=-1)
+
+
+@pytest.mark.parametrize("overrides", [{}, FLUX])
+def test_without_gradients_nothing_but_memory_changes(overrides):
+    """Without gradients, activations and the joined result are written in place."""
+    model, inputs = example(**overrides)
+    given = {key: value.clone() for key, value in inputs.items()}
+    with_gradients = model(**inputs).detach()
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            torch.testing.assert_close(model(**inputs), with_gradients, rtol=0, atol=1e-6)
+    assert all(torch.equal(inputs[key], value) for key, value in given.items())
+
+
 def test_tensor_parallel_share_needs_no_telling():
     """A block whose projections hold one of two heads gives that head's share of the output."""
     for overrides in ({}, FLUX):
         model, _ = example(**overrides)
         block = model.single_blocks[0]
         x = torch.randn(2, 5, 32)
-        whole = block.project(x)
+        whole = parts_of(block, x)
         for name in ("linear1", "q_proj", "k_proj", "v_mlp"):
             if (linear := getattr(block, name, None)) is None:
                 continue
@@ -160,7 +178,7 @@ def test_tensor_parallel_share_needs_no_telling():
                 rows = [piece[: len(piece) // 2] for piece in getattr(linear, part).split(sizes)]
                 setattr(share, part, nn.Parameter(torch.cat(rows)))
             setattr(block, name, share)
-        for full, part in zip(whole, block.project(x), strict=True):
+        for full, part in zip(whole, parts_of(block, x), strict=True):
             torch.testing.assert_close(part, full[..., : full.shape[-1] // 2])
 
 

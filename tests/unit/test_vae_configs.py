@@ -9,7 +9,8 @@ from opensora.diffusion.building import build_on_meta
 from opensora.schema import VaeInferenceOptions, VaeTrainOptions
 from opensora.training.vae_config import check_adversarial, check_config, check_lengths
 from opensora.utils.errors import UserError
-from tools.benchmark.vae import AUTOENCODERS, frames_for
+from tools.benchmark import models
+from tools.benchmark.vae import AUTOENCODERS, VAE_SIZES, frames_for
 
 ROOT = Path(__file__).parents[2] / "configs" / "vae"
 TRAIN, INFERENCE = (sorted(path.name for path in (ROOT / kind).glob("*.py")) for kind in ("train", "inference"))
@@ -64,3 +65,19 @@ def test_benchmark_lengths():
     assert [frames_for(deep, n) for n in (33, 36)] == [32, 36]
     with pytest.raises(UserError, match="at least 9"):
         frames_for(deep, 7)
+
+
+@pytest.mark.parametrize("kind", list(VAE_SIZES))
+@pytest.mark.parametrize("name", list(AUTOENCODERS))
+def test_benchmark_sizes_fit_the_autoencoders(kind, name):
+    changes = VAE_SIZES[kind].changes
+    assert set(changes) <= set(AUTOENCODERS)
+    model = build_on_meta({**AUTOENCODERS[name], **changes.get(name, {})})
+    assert frames_for(model, VAE_SIZES[kind].frames) > 0
+
+
+@pytest.mark.parametrize("words", [["--size", "100"], ["--frames", "8"]])
+def test_benchmark_refuses_clips_that_do_not_fit(words, monkeypatch):
+    monkeypatch.setattr(models, "environment", lambda *_: {})
+    with pytest.raises(UserError, match=" ".join(words)):
+        models.main(["--vae", *words])

@@ -3,6 +3,9 @@
 ``python tools/benchmark/models.py --device cpu --repeats 5 --out benchmark.json`` prints a table. The implementations
 take turns, so that whatever else the machine does hits all of them; the time is the median. On a GPU the released 11B
 model and autoencoder are timed as well (with random weights, nothing is downloaded).
+
+``--vae`` measures both video autoencoders instead, in frames per second, whole and in tiles: the released sizes at 256
+and 512 px on a GPU, a fourth of the channels at 128 px on a CPU. ``--size`` and ``--frames`` choose others.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ from opensora.utils.video import write_text
 from tools.benchmark.cases import BASELINE, CASES, SIZES, Build, diffusers_module
 from tools.benchmark.measuring import MIB, peak_of, seconds_of
 from tools.benchmark.released import released
+from tools.benchmark.vae import VAE_SIZES, VaeSizes, autoencoder_rows
 
 
 def time_case(builds: Mapping[str, Build], device: torch.device, repeats: int) -> dict[str, list[float]]:
@@ -123,6 +128,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="runs per figure, 5 or more (default: %(default)s)")
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES), help="which (default: all)")
+    parser.add_argument("--vae", action="store_true", help="both video autoencoders instead, in frames per second")
+    parser.add_argument("--size", type=int, nargs="+", help="with --vae: sides of the clips, in px")
+    parser.add_argument("--frames", type=int, help="with --vae: frames of the clips, at most")
     parser.add_argument("--out", type=Path, help="file for all figures, as JSON; grows with every case")
     args = parser.parse_args(argv)
     if args.repeats < 5:
@@ -130,8 +138,18 @@ def main(argv: list[str] | None = None) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")
     device = torch.device(args.device)
-    report: dict[str, Any] = {"environment": environment(device, args.repeats), "comparison": []}
+    report: dict[str, Any] = {"environment": environment(device, args.repeats)}
     print(", ".join(f"{key} {value}" for key, value in report["environment"].items() if key != "sizes"))
+    if args.vae:
+        sizes = vae_sizes(args, device)
+        report["environment"]["sizes"] = {key: str(value) for key, value in vars(sizes).items()}
+        report["autoencoders"] = []
+        for row in tqdm(autoencoder_rows(device, sizes, args.repeats), unit="case", disable=None):
+            report["autoencoders"].append(row)
+            save(report, args.out)
+        print(markdown(report["autoencoders"]))
+        return
+    report["comparison"] = []
     for case in tqdm(args.case, unit="case", disable=None):
         report["comparison"] += compare(case, device, args.repeats)
         save(report, args.out)
@@ -140,6 +158,17 @@ def main(argv: list[str] | None = None) -> None:
         report["released"] = released(device, args.repeats)
         save(report, args.out)
         print(markdown(report["released"]))
+
+
+def vae_sizes(args: argparse.Namespace, device: torch.device) -> VaeSizes:
+    """The clips of ``--vae``: the device's, or what the command line says."""
+    sizes = VAE_SIZES[device.type]
+    sides, frames = args.size or sizes.sides, sizes.frames if args.frames is None else args.frames
+    if min(sides) < 1 or any(side % 32 for side in sides):
+        raise UserError(f"--size {' '.join(map(str, sides))}: multiples of 32")
+    if frames < 9:
+        raise UserError(f"--frames {frames}: at least 9")
+    return replace(sizes, sides=sides, frames=frames)
 
 
 def save(report: Mapping[str, Any], out: Path | None) -> None:

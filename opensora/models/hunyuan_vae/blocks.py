@@ -4,8 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opensora.models.hunyuan_vae.winograd import TILE, convolve_tile, tile_kernels
+
 # Convolution and interpolation kernels index with 32 bits; larger tensors are processed in pieces along time.
 INDEX_LIMIT = 2**31 - 1
+MIN_TILE_AREA = 256  # elements of a frame; with smaller ones, transforming the kernels costs what the tiles save
 
 
 def _triple(value: int | tuple[int, int, int]) -> tuple[int, int, int]:
@@ -38,20 +41,50 @@ class CausalConv3d(nn.Module):
             return self.conv(x)
         if x.shape[2] == 1:
             return self._image(x)
+        if self._tiles_pay(x):
+            return self._in_tiles(x)
         frames = self._frames_per_call(x)
         if frames >= x.shape[2]:
-            return self._video(x, self.kernel_size - 1)
-        pieces = []
-        for start in range(0, x.shape[2], frames):
-            # Frames before the piece stand in for the front padding, which only the first piece needs.
-            context = min(start, self.kernel_size - 1)
-            piece = x[:, :, start - context : start + frames]
-            pieces.append(self._video(piece, self.kernel_size - 1 - context))
-        return torch.cat(pieces, dim=2)
+            return self._video(x, 0)
+        return torch.cat([self._video(x[:, :, : start + frames], start) for start in range(0, x.shape[2], frames)], 2)
 
-    def _video(self, x: Tensor, front: int) -> Tensor:
-        pad = self.kernel_size // 2
-        return self.conv(F.pad(x, (pad, pad, pad, pad, front, 0), mode="replicate"))
+    def _padded(self, x: Tensor, start: int) -> Tensor:
+        """Frames from ``start`` on, padded, with all earlier frames that a kernel reaches."""
+        pad, context = self.kernel_size // 2, self.kernel_size - 1
+        front = max(context - start, 0)
+        return F.pad(x[:, :, max(start - context, 0) :], (pad, pad, pad, pad, front, 0), mode="replicate")
+
+    def _video(self, x: Tensor, start: int) -> Tensor:
+        """Output for the frames from ``start`` (a multiple of the time stride) on."""
+        return self.conv(self._padded(x, start))
+
+    def _tiles_pay(self, x: Tensor) -> bool:
+        """Whether `_in_tiles` is known to be faster: float32 on CPU, no gradients, frames that outweigh the kernels."""
+        return (
+            not torch.is_grad_enabled()
+            and x.device.type == "cpu"
+            and x.dtype in (torch.float32, torch.float64)
+            and self.kernel_size == 3
+            and self.stride[0] == 1
+            and x.shape[2] > TILE
+            and x.shape[3] * x.shape[4] >= MIN_TILE_AREA
+        )
+
+    def _in_tiles(self, x: Tensor) -> Tensor:
+        """The same with fewer multiplications, see `winograd`; only a tile's frames are ever padded."""
+        frames = x.shape[2]
+        first = self._image(x[:, :, :1])
+        out = x.new_empty(*first.shape[:2], frames, *first.shape[3:])
+        out[:, :, :1] = first
+        kernels = tile_kernels(self.conv.weight)
+        rest = frames - (frames - 1) % TILE
+        for start in range(1, rest, TILE):
+            tile = self._padded(x[:, :, : start + TILE], start).unbind(2)
+            for i, frame in enumerate(convolve_tile(tile, kernels, self.conv.bias, self.stride[1:])):
+                out[:, :, start + i] = frame
+        if rest < frames:
+            out[:, :, rest:] = self._video(x, rest)
+        return out
 
     def _image(self, x: Tensor) -> Tensor:
         """One frame: its copies in front make all taps see the same picture, so the taps add up to a 2D kernel."""
@@ -151,6 +184,11 @@ class DownsampleCausal3D(nn.Module):
         return self.conv(x)
 
 
+def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """``silu(norm(x))``, without a second tensor where no backward pass needs both."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+
+
 class ResnetBlockCausal3D(nn.Module):
     """GroupNorm, SiLU, causal convolution, twice, plus the (projected) input."""
 
@@ -165,9 +203,10 @@ class ResnetBlockCausal3D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, T, H, W] -> [B, C', T, H, W]``."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h = self.conv1(norm_silu(self.norm1, x))
+        h = self.dropout(norm_silu(self.norm2, h))  # frees what conv1 returned before conv2 runs
+        h = self.conv2(h)
+        return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class FrameCausalAttention(nn.Module):

@@ -3,11 +3,16 @@
 import math
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from opensora.models.hunyuan_vae.blocks import CausalConv3d, DownBlockCausal3D, MidBlockCausal3D, UpBlockCausal3D
+from opensora.models.hunyuan_vae.blocks import (
+    CausalConv3d,
+    DownBlockCausal3D,
+    MidBlockCausal3D,
+    UpBlockCausal3D,
+    norm_silu,
+)
 
 Factor = tuple[int, int, int]
 
@@ -69,7 +74,7 @@ class EncoderCausal3D(_CheckpointedStack):
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         x = self._run([*self.down_blocks, self.mid_block], self.conv_in(x))
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
 
 
 class DecoderCausal3D(_CheckpointedStack):
@@ -102,4 +107,4 @@ class DecoderCausal3D(_CheckpointedStack):
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         x = self._run([self.mid_block, *self.up_blocks], self.conv_in(x))
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))

@@ -152,9 +152,18 @@ class SelfAttention(nn.Module):
         return *self.norm(q, k, v), v
 
 
+class TanhGELU(nn.Module):
+    """GELU in its tanh approximation. Without gradients it overwrites its input: the widest tensor of a block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return F.gelu(x, approximate="tanh")
+        return torch.ops.aten.gelu_(x, approximate="tanh")
+
+
 def mlp(dim: int, mlp_hidden: int) -> nn.Sequential:
     """Feed-forward network C -> mlp_hidden -> C with tanh-approximated GELU."""
-    return nn.Sequential(nn.Linear(dim, mlp_hidden), nn.GELU(approximate="tanh"), nn.Linear(mlp_hidden, dim))
+    return nn.Sequential(nn.Linear(dim, mlp_hidden), TanhGELU(), nn.Linear(mlp_hidden, dim))
 
 
 class DoubleStreamBlock(nn.Module):
@@ -176,15 +185,19 @@ class DoubleStreamBlock(nn.Module):
         self.txt_mlp = mlp(hidden_size, mlp_hidden)
         self.attention = attention
 
+    def project(self, img: Tensor, txt: Tensor, img_mod: ModulationOut, txt_mod: ModulationOut) -> list[Tensor]:
+        """q, k, v ``[B, L + N, H, D]`` of both streams, text first."""
+        img_qkv = self.img_attn(modulate(self.img_norm1(img), img_mod.shift, img_mod.scale))
+        txt_qkv = self.txt_attn(modulate(self.txt_norm1(txt), txt_mod.shift, txt_mod.scale))
+        return [torch.cat(pair, dim=1) for pair in zip(txt_qkv, img_qkv, strict=True)]
+
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Rotary) -> tuple[Tensor, Tensor]:
         """``img`` ``[B, N, C]``, ``txt`` ``[B, L, C]``, ``vec`` ``[B, C]``, ``rope`` of text then image tokens."""
         img_mod1, img_mod2 = self.img_mod(vec)
         txt_mod1, txt_mod2 = self.txt_mod(vec)
-        img_qkv = self.img_attn(modulate(self.img_norm1(img), img_mod1.shift, img_mod1.scale))
-        txt_qkv = self.txt_attn(modulate(self.txt_norm1(txt), txt_mod1.shift, txt_mod1.scale))
-
-        q, k, v = (torch.cat(pair, dim=1) for pair in zip(txt_qkv, img_qkv, strict=True))
-        txt_out, img_out = self.attention(q, k, v, rope).split((txt.shape[1], img.shape[1]), dim=1)
+        qkv = self.project(img, txt, img_mod1, txt_mod1)
+        txt_out, img_out = self.attention(*qkv, rope).split((txt.shape[1], img.shape[1]), dim=1)
+        del qkv  # the MLPs need the room
 
         img = torch.addcmul(img, img_mod1.gate, self.img_attn.proj(img_out))
         img = torch.addcmul(
@@ -215,29 +228,34 @@ class SingleStreamBlock(nn.Module):
         self.linear2 = nn.Linear(hidden_size + self.mlp_hidden, hidden_size)
         self.norm = QKNorm(self.head_dim, config.norm_backend)
         self.pre_norm = layer_norm(hidden_size)
-        self.mlp_act = nn.GELU(approximate="tanh")
+        self.mlp_act = TanhGELU()
         self.modulation = Modulation(hidden_size, branches=1)
         self.attention = attention
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``x`` ``[B, L, C]`` -> q, k, v (``[B, L, C]`` each) and the MLP's hidden state ``[B, L, mlp_hidden]``."""
-        if self.fused_qkv:
-            joined = self.linear1(x)
-            # a tensor-parallel rank holds the same share of all four parts
-            width = joined.shape[-1] * self.hidden_size // (3 * self.hidden_size + self.mlp_hidden)
-            q, k, v, hidden = joined.split((width, width, width, joined.shape[-1] - 3 * width), dim=-1)
-            return q, k, v, hidden
-        q, k, joined = self.q_proj(x), self.k_proj(x), self.v_mlp(x)
-        v, hidden = joined.split((q.shape[-1], joined.shape[-1] - q.shape[-1]), dim=-1)
-        return q, k, v, hidden
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``x`` ``[B, L, C]`` -> q, k ``[B, L, C]``, and v with the MLP's hidden state ``[B, L, C + mlp_hidden]``."""
+        if not self.fused_qkv:
+            return self.q_proj(x), self.k_proj(x), self.v_mlp(x)
+        joined = self.linear1(x)
+        # a tensor-parallel rank holds the same share of all four parts
+        width = joined.shape[-1] * self.hidden_size // (3 * self.hidden_size + self.mlp_hidden)
+        q, k, v_mlp = joined.split((width, width, joined.shape[-1] - 2 * width), dim=-1)
+        return q, k, v_mlp
 
     def forward(self, x: Tensor, vec: Tensor, rope: Rotary) -> Tensor:
         """``x`` ``[B, L + N, C]``, ``vec`` ``[B, C]``, ``rope`` of all tokens -> ``[B, L + N, C]``."""
         (mod,) = self.modulation(vec)
-        *qkv, hidden = self.project(modulate(self.pre_norm(x), mod.shift, mod.scale))
-        q, k, v = (split_heads(part, self.head_dim) for part in qkv)
-        attn = self.attention(*self.norm(q, k, v), v, rope)
-        return torch.addcmul(x, mod.gate, self.linear2(torch.cat((attn, self.mlp_act(hidden)), dim=-1)))
+        q, k, v_mlp = self.project(modulate(self.pre_norm(x), mod.shift, mod.scale))
+        v, hidden = v_mlp.tensor_split((q.shape[-1],), dim=-1)
+        q, k, v = (split_heads(part, self.head_dim) for part in (q, k, v))
+        q, k = self.norm(q, k, v)
+        attn = self.attention(q, k, v, rope)
+        hidden = self.mlp_act(hidden)
+        if torch.is_grad_enabled():
+            v_mlp = torch.cat((attn, hidden), dim=-1)
+        else:  # the activation worked in place, and the attention's result takes the place of v, beside it
+            v.copy_(attn.view_as(v))
+        return torch.addcmul(x, mod.gate, self.linear2(v_mlp))
 
 
 class LastLayer(nn.Module):
