@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from opensora.acceleration.engine import Engine
 from opensora.acceleration.parallel_context import ParallelContext, launch
@@ -30,7 +29,7 @@ from opensora.training.experiment import create_experiment
 from opensora.training.loop import LoopSettings, TrainLoop
 from opensora.training.master_weights import MasterWeights, optimizer_factory
 from opensora.training.metrics import MetricLog
-from opensora.training.optimizer import create_schedule
+from opensora.training.optimizer import Schedule, create_schedule
 from opensora.training.tracking import create_trackers
 from opensora.training.trained import TrainedWeights, freeze
 from opensora.training.vae_config import Stage, build_loss, check_config, plan_stages
@@ -201,7 +200,7 @@ class VAETrainer:
 
     def _schedule(
         self, optimizer: Optimizer, lr: float, section: Mapping[str, Any] | None, total: int, start: int
-    ) -> LRScheduler:
+    ) -> Schedule:
         """Schedule of an optimizer that is at step ``start`` of ``total``; ``lr`` holds, whatever a checkpoint says."""
         options = section or {}
         for group in optimizer.param_groups:
@@ -263,7 +262,7 @@ class VAETrainer:
         if self.ema:  # the average's kernels changed meaning with the model's
             self.ema = EMA(self.weights, self.cfg.ema_decay)
 
-    def _engine(self, stage: Stage, log: MetricLog) -> tuple[Engine, LRScheduler]:
+    def _engine(self, stage: Stage, log: MetricLog) -> tuple[Engine, Schedule]:
         """Engine and schedule of a stage; those of the discriminator, which go through all stages, are part of it."""
         cfg, done = self.cfg, self.states.global_step - stage.start
         if cfg.freeze_layers == "all":

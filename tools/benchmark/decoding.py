@@ -45,12 +45,14 @@ def make_clip(path: Path, frames: int, size: tuple[int, int], fps: int, key_ever
 
 
 def read_whole(path: Path, indices: list[int]) -> np.ndarray:
-    """Decode the clip from end to end into one array, then take the frames."""
+    """Decode the clip from end to end into one array, as Open-Sora 2.0 does, then take the frames."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-    return np.stack(frames)[indices]
+        frames = np.zeros((stream.frames, stream.height, stream.width, 3), dtype=np.uint8)
+        for i, frame in enumerate(container.decode(stream)):
+            frames[i] = frame.to_ndarray(format="rgb24")
+    return frames[indices]
 
 
 def compare(path: Path, total: int, frames: int, repeats: int) -> tuple[float, float]:
