@@ -14,7 +14,7 @@ from opensora.acceleration.parallel_context import ParallelContext, launch
 from opensora.acceleration.plugins import create_context, create_engine, keeps_masters
 from opensora.acceleration.sharding import WeightLayout
 from opensora.datasets.dataloader import build_train_loader, endless, prefetch
-from opensora.diffusion.building import pick_device, torch_dtype
+from opensora.diffusion.building import build_on_meta, pick_device, torch_dtype
 from opensora.diffusion.ranks import from_rank_zero
 from opensora.models.dc_ae import DCAE
 from opensora.models.dc_ae import inflate as dc_ae_inflate
@@ -36,6 +36,7 @@ from opensora.training.vae_config import Stage, build_loss, check_config, plan_s
 from opensora.training.vae_step import VAEStep
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
+from opensora.utils.weights import check_match, open_weights
 
 logger = get_logger(__name__)
 
@@ -63,6 +64,8 @@ class VAETrainer:
             launch(self.device)
             self.parallel = create_context(cfg.plugin, cfg.plugin_config, self.device)
         self.resume = find_checkpoint(cfg.load, cfg.outputs) if cfg.load else None
+        if self.resume:
+            check_match(build_on_meta(cfg.model), open_weights(self.resume / "model"))
         self.dataset = build_module(dict(cfg.dataset), DATASETS, require_text=False)
         _, sampler = self._loader(cfg.bucket_config)
         self.stages = plan_stages(cfg, len(sampler) // cfg.accumulation_steps)
