@@ -237,7 +237,7 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
     warmup_steps: int | None = opt(None, "linear warm-up", "optimizer steps")
     use_cosine_scheduler: bool = opt(False, "cosine decay to zero after warm-up and plateau")
     flat_share: float = opt(0.0, "share of the run on the plateau before the cosine")
-    keep_encoded: bool = opt(False, "keep latents and text embeddings in memory after first use (small datasets)")
+    keep_encoded: bool = opt(False, "keep latents and text embeddings in memory, read each clip once (small datasets)")
     warmup_ae: bool = opt(False, "run the autoencoder on every bucket shape first")
     async_io: bool = opt(False, "write checkpoints while training goes on")
     load_master_weights: bool = opt(False, "go on from the fp32 weights of a checkpoint")

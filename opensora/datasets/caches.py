@@ -275,10 +275,10 @@ class CachedVideoTextDataset(VideoTextDataset):
         return frames, height, width
 
     def load(self, key: SampleKey) -> dict[str, Any]:
-        """``{"index", "text", "path"}`` and, as configured: the moments of :func:`batch_key` (from single files
+        """``{"index", "size", "text", "path"}`` and, as configured: the moments of :func:`batch_key` (from single files
         ``video_latents``), ``text_t5``, ``text_clip``, ``video``, ``latents_path``."""
         row = self.row(key.row)
-        sample = {"index": key.row, "text": self.caption(key, row), "path": row["path"]}
+        sample = {"index": key.row, "size": key[1:4], "text": self.caption(key, row), "path": row["path"]}
         if self.cache is not None:
             self._check_row(key.row, row)
         if self.cached_video:
@@ -286,7 +286,7 @@ class CachedVideoTextDataset(VideoTextDataset):
         if self.cached_text:
             single = {name: row.get(f"{name}_path") for name in ("text_t5", "text_clip")}
             sample |= self.cache.text(key.row) if self.cache else {n: read_tensor(p) for n, p in single.items()}
-        if self.load_original_video:
+        if self.load_original_video and key.read:
             sample["video"] = self.clip(key, row)
         if self.return_latents_path:
             sample["latents_path"] = self._latents_path(key.row, row)

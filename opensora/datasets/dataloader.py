@@ -83,6 +83,7 @@ def build_train_loader(
     pin_memory: bool = False,
     num_replicas: int = 1,
     rank: int = 0,
+    same_windows: bool = False,
 ) -> tuple[BucketLoader, BucketBatchSampler]:
     """Loader of bucketed micro-batches and its sampler (to set the epoch and the place to resume at).
 
@@ -95,12 +96,13 @@ def build_train_loader(
         prefetch_factor: micro-batches each of them reads ahead.
         pin_memory: page-locked memory, from which a GPU copies while it computes.
         num_replicas, rank: data-parallel size and place.
+        same_windows: show each clip at the frames of the first epoch, in all epochs.
 
     Raises:
         UserError: malformed buckets, or no full batch.
     """
     table = BucketTable(bucket_config, multiple)
-    sampler = BucketBatchSampler(dataset, table, seed, num_replicas, rank)
+    sampler = BucketBatchSampler(dataset, table, seed, num_replicas, rank, same_windows)
     loader = BucketLoader(
         dataset,
         batch_sampler=sampler,

@@ -18,10 +18,11 @@ from opensora.utils.video import is_video, read_image
 
 
 class SampleKey(NamedTuple):
-    """What the sampler asks of the dataset: a row at a size, and the seed of its random choices.
+    """What the sampler asks of the dataset: a row at a size, and the seed of the epoch's random choices.
 
     The seed travels with the key, so a sample is the same whichever worker loads it and however often training was
-    resumed. So do the rows of the same bucket that take its place, in turn, if it turns out to be broken.
+    resumed. So do the rows of the same bucket that take its place, in turn, if it turns out to be broken. ``read`` is
+    false where the pixels are not needed, because what an encoder makes of them is at hand.
     """
 
     row: int
@@ -30,6 +31,7 @@ class SampleKey(NamedTuple):
     width: int
     seed: int
     spares: tuple[int, ...] = ()
+    read: bool = True
 
 
 def target_fps(fps: float, fps_max: float) -> tuple[float, int]:
@@ -125,6 +127,7 @@ class VideoTextDataset(Dataset):
             self.data = resolve_media_paths(table, data_path)
             self.rows = TableRows(self.data)
         self.vmaf = vmaf and "score_vmafmotion" in self.rows.columns
+        self._numbers = {name: self.data[name].to_numpy() for name in ("num_frames", "fps")}
         self._decoded: dict[int, np.ndarray] | None = {} if keep_in_memory else None
 
     def __len__(self) -> int:
@@ -142,9 +145,9 @@ class VideoTextDataset(Dataset):
         """One row at the size in the key.
 
         Returns:
-            ``{"index", "video" [3, T, H, W] in [-1, 1], "text", "path", "broken"}``. ``broken`` lists (row, reason) of
-            the rows that could not be read and whose place this one took. If the spares are broken, too, there is
-            nothing but ``index`` and ``broken``.
+            ``{"index", "size" (T, H, W), "text", "path", "video" [3, T, H, W] in [-1, 1], "broken"}``; no ``video`` if
+            the key says that it is not to be read. ``broken`` lists (row, reason) of the rows that could not be read
+            and whose place this one took. If the spares are broken, too, there is nothing but ``index`` and ``broken``.
 
         Raises:
             BrokenMediaError: the row cannot be read and the key names no spares.
@@ -152,7 +155,8 @@ class VideoTextDataset(Dataset):
         broken: list[tuple[int, str]] = []
         for row in (key.row, *key.spares):
             try:
-                return {**self.load(key._replace(row=row)), "broken": broken}
+                wanted = key._replace(row=row, read=key.read or row != key.row)
+                return {**self.load(wanted), "broken": broken}
             except BrokenMediaError as error:
                 if not key.spares:
                     raise
@@ -161,17 +165,18 @@ class VideoTextDataset(Dataset):
 
     def row(self, index: int) -> dict[str, Any]:
         """Values of a row by column, wherever they are kept."""
-        return {**self.rows[index], **{name: self.data[name].iat[index] for name in ("num_frames", "fps")}}
+        return {**self.rows[index], **{name: values[index] for name, values in self._numbers.items()}}
 
     def load(self, key: SampleKey) -> dict[str, Any]:
         """The row of the key, without regard to its spares; see :meth:`__getitem__`."""
         row = self.row(key.row)
-        return {"index": key.row, "video": self.clip(key, row), "text": self.caption(key, row), "path": row["path"]}
+        sample = {"index": key.row, "size": key[1:4], "text": self.caption(key, row), "path": row["path"]}
+        return {**sample, "video": self.clip(key, row)} if key.read else sample
 
     def clip(self, key: SampleKey, row: dict[str, Any]) -> torch.Tensor:
         """Pixels ``[3, T, H, W]`` in [-1, 1]."""
         stride = target_fps(_number(row["fps"]), self.fps_max)[1]
-        frames = self._frames(key, row, stride, np.random.default_rng(key.seed))
+        frames = self._frames(key, row, stride, np.random.default_rng([key.seed, key.row]))
         return TRANSFORMS[self.transform_name](to_model_range(frames), key.height, key.width)
 
     def caption(self, key: SampleKey, row: dict[str, Any]) -> str:
@@ -204,6 +209,7 @@ def _number(value: Any) -> float:
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack the tensors of samples and list everything else.
 
+    ``video`` holds the clips that were read, ``read`` their positions in the batch; without any there is neither.
     What was broken is gathered in ``broken``. Where a sample failed (see :meth:`VideoTextDataset.__getitem__`) there
     is no batch, only ``broken`` and ``failed``, the rows asked for.
 
@@ -214,8 +220,12 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     failed = [sample["index"] for sample in samples if sample.keys() <= {"index", "broken"}]
     if failed:
         return {"broken": broken, "failed": failed}
-    keys = [key for key in samples[0] if key != "broken"]
-    return {**{key: _join(key, [sample[key] for sample in samples], samples) for key in keys}, "broken": broken}
+    keys = [key for key in samples[0] if key not in ("broken", "video")]
+    batch = {**{key: _join(key, [sample[key] for sample in samples], samples) for key in keys}, "broken": broken}
+    read = [position for position, sample in enumerate(samples) if "video" in sample]
+    if read:
+        batch |= {"video": torch.stack([samples[position]["video"] for position in read]), "read": read}
+    return batch
 
 
 def _join(name: str, values: list[Any], samples: list[dict[str, Any]]) -> Any:

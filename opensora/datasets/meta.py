@@ -170,8 +170,9 @@ def write_meta(
 ) -> tuple[int, int]:
     """Complete a table with what its files are: the whole of ``scripts/cnv/meta.py``.
 
-    Unreadable files are left out of ``target`` and listed with the reason in ``<target stem>_broken<suffix>`` beside
-    it. Relative paths that would not be found from the target's folder are made absolute.
+    Unreadable files are left out of ``target`` and listed with the reason in ``<target stem>_broken.csv`` beside it; a
+    list of an earlier call is replaced. Relative paths that would not be found from the target's folder are made
+    absolute.
 
     Args:
         source, target: ``.csv`` or ``.parquet`` each.
@@ -186,9 +187,9 @@ def write_meta(
     """
     source, target = Path(source), Path(target)
     check_table_name(target)
-    broken_path = target.with_name(f"{target.stem}_broken{target.suffix}")
+    broken_path = target.with_name(f"{target.stem}_broken.csv")
     for path in (target, broken_path):
-        if path.exists() and not overwrite:
+        if path.exists() and not overwrite and not (path == broken_path and _lists_broken(path)):
             raise UserError(f"{path} exists already: give another --output, or --overwrite to replace it")
     table = read_table(source)
     require_columns(table, ["path"], source)
@@ -207,6 +208,11 @@ def write_meta(
         good = good.assign(path=[_portable(str(raw), source.parent) for raw in good["path"]])
     write_table(good, target)
     return len(good), len(broken)
+
+
+def _lists_broken(path: Path) -> bool:
+    """Whether a file is the list of unreadable files that an earlier `write_meta` left."""
+    return path.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0].strip().endswith("row,error")
 
 
 def _portable(raw: str, folder: Path) -> str:

@@ -35,18 +35,19 @@ class TableRows:
     """Rows of a table in memory, as dicts."""
 
     def __init__(self, table: pd.DataFrame) -> None:
-        self.table = table
+        self._values = {str(name): table[name].to_numpy() for name in table.columns}
+        self._length = len(table)
 
     def __len__(self) -> int:
-        return len(self.table)
+        return self._length
 
     @property
     def columns(self) -> list[str]:
         """Names of the values in a row."""
-        return [str(column) for column in self.table.columns]
+        return list(self._values)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        return dict(zip(self.columns, self.table.iloc[row]))
+        return {name: values[row] for name, values in self._values.items()}
 
 
 class ShardedRows:

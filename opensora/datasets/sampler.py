@@ -1,6 +1,6 @@
 """Order of the micro-batches of an epoch: reproducible, divided over ranks, resumable at any step."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,16 +38,24 @@ class BucketBatchSampler(Sampler[list[SampleKey]]):
         table: the buckets.
         seed: of bucket choice, order and crops.
         num_replicas, rank: data-parallel size and place.
+        same_windows: show each clip at the frames of the first epoch, in all epochs.
+
+    Attributes:
+        known: tells of which keys nobody needs the pixels; asked when a batch is drawn up, which may be some batches
+            before it is used. Which batches are drawn does not depend on it.
 
     Raises:
         UserError: no bucket holds a full micro-batch for every rank; says why.
     """
 
     def __init__(
-        self, dataset: VideoTextDataset, table: BucketTable, seed: int = 0, num_replicas: int = 1, rank: int = 0
-    ) -> None:
+        self, dataset: VideoTextDataset, table: BucketTable, seed: int = 0, num_replicas: int = 1, rank: int = 0,
+        same_windows: bool = False,
+    ) -> None:  # fmt: skip
         self.dataset, self.table, self.seed = dataset, table, seed
         self.num_replicas, self.rank = num_replicas, rank
+        self.same_windows = same_windows
+        self.known: Callable[[SampleKey], bool] = _nothing_known
         self.epoch, self.start, self.endless = 0, 0, False
         self._strides = dataset.strides()
         self._first = self._assign(0)
@@ -89,7 +97,7 @@ class BucketBatchSampler(Sampler[list[SampleKey]]):
     def sample_key(self, row: int, bucket: int, epoch: int = 0) -> SampleKey:
         """Key of one row in an epoch, without spares."""
         b = self.table.buckets[bucket]
-        return SampleKey(row, b.num_frames, b.height, b.width, self._draws(row, epoch)[0])
+        return SampleKey(row, b.num_frames, b.height, b.width, self._epoch_seed(epoch))
 
     def _assign(self, epoch: int) -> np.ndarray:
         if epoch == 0 and hasattr(self, "_first"):
@@ -131,16 +139,22 @@ class BucketBatchSampler(Sampler[list[SampleKey]]):
         place = int(plan.buckets[number])
         bucket = self.table.buckets[place]
         first, behind = int(plan.bucket_starts[place]), int(plan.bucket_starts[place + 1])
-        keys = []
+        keys, seed = [], self._epoch_seed(epoch)
         for row in plan.rows[plan.starts[number] : plan.starts[number] + bucket.batch_size].tolist():
-            seed, *draws = self._draws(row, epoch)
-            spares = tuple(int(plan.rows[first + draw % (behind - first)]) for draw in draws)
-            keys.append(SampleKey(row, bucket.num_frames, bucket.height, bucket.width, seed, spares))
+            draws = np.random.SeedSequence([self.seed, epoch, row]).generate_state(SPARES)
+            spares = tuple(plan.rows[first + draws % (behind - first)].tolist())
+            key = SampleKey(row, bucket.num_frames, bucket.height, bucket.width, seed, spares)
+            keys.append(key._replace(read=not self.known(key)))
         return keys
 
-    def _draws(self, row: int, epoch: int) -> list[int]:
-        """Random numbers of a row in an epoch: the seed of its crop, and one for each spare."""
-        return np.random.SeedSequence([self.seed, epoch, row]).generate_state(1 + SPARES).tolist()
+    def _epoch_seed(self, epoch: int) -> int:
+        """Seed of the windows of an epoch; the dataset draws each row's from it and the row."""
+        return int(np.random.SeedSequence([self.seed, 0 if self.same_windows else epoch]).generate_state(1)[0])
+
+
+def _nothing_known(key: SampleKey) -> bool:
+    del key
+    return False
 
 
 def _explain_fixed(sizes: tuple[np.ndarray, np.ndarray, np.ndarray], assigned: np.ndarray) -> str:

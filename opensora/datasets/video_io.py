@@ -1,11 +1,13 @@
 """Decoding of only the frames that training asks for (PyAV)."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 
 import av
 import numpy as np
 from av.error import FFmpegError
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 CONSTANT_RATE_TOLERANCE = 1e-3  # relative difference of average and base rate above which a rate counts as variable
@@ -39,14 +41,16 @@ def read_frames(path: str | Path, indices: Sequence[int], fps: float | None = No
     wanted = sorted(set(indices))
     try:
         found = _decode_around(str(path), wanted, fps)
-        if len(found) < len(wanted):
+        if found.missing:
             found = _decode_counting(str(path), wanted)
     except (FFmpegError, OSError, IndexError, ValueError) as error:
         raise BrokenMediaError(f"{path}: cannot be decoded ({error})") from error
-    if len(found) < len(wanted):
-        missing = next(i for i in wanted if i not in found)
-        raise BrokenMediaError(f"{path}: frame {missing} of the {len(wanted)} wanted ones is not there or is damaged")
-    return np.stack([found[i] for i in indices])
+    if found.missing:
+        first = wanted[min(found.missing)]
+        raise BrokenMediaError(f"{path}: frame {first} of the {len(wanted)} wanted ones is not there or is damaged")
+    if list(indices) == wanted:
+        return found.pixels
+    return found.pixels[[bisect_left(wanted, i) for i in indices]]
 
 
 def _time_stamps(
@@ -76,9 +80,36 @@ def _time_stamps(
     return [stamps[i] for i in wanted if i < len(stamps)], 0
 
 
-def _decode_around(path: str, wanted: Sequence[int], fps: float | None) -> dict[int, NDArray[np.uint8]]:
-    """Wanted frames by number, decoding only them and what they refer to; what is not found is left out."""
-    found: dict[int, NDArray[np.uint8]] = {}
+class _Collected:
+    """Wanted frames as they are found: converted by one converter, straight into the array to be returned."""
+
+    def __init__(self, count: int) -> None:
+        self.missing = set(range(count))
+        self._count = count
+        self._pixels: NDArray[np.uint8] | None = None
+        self._converter = VideoReformatter()
+
+    def take(self, position: int, frame: "av.VideoFrame") -> None:
+        """Keep a frame as number ``position`` of the wanted ones, unless it is damaged."""
+        if frame.is_corrupt:
+            return
+        rgb = self._converter.reformat(frame, format="rgb24").to_ndarray()
+        if self._pixels is None:
+            self._pixels = np.empty((self._count, *rgb.shape), dtype=np.uint8)
+        self._pixels[position] = rgb
+        self.missing.discard(position)
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """uint8 ``[count, H, W, 3]``, once nothing is missing."""
+        assert self._pixels is not None
+        assert not self.missing
+        return self._pixels
+
+
+def _decode_around(path: str, wanted: Sequence[int], fps: float | None) -> _Collected:
+    """Wanted frames, decoding only them and what they refer to; what is not found is left out."""
+    found = _Collected(len(wanted))
     with av.open(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"  # loader workers are the parallelism; codec threads would fight them
@@ -97,9 +128,9 @@ def _decode_around(path: str, wanted: Sequence[int], fps: float | None) -> dict[
             context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
             for frame in packet.decode():
                 position = lookup(frame.pts) if frame.pts is not None else None
-                if position is not None and not frame.is_corrupt:
-                    found[wanted[position]] = frame.to_ndarray(format="rgb24")
-            if len(found) == len(wanted):
+                if position is not None:
+                    found.take(position, frame)
+            if not found.missing:
                 break
     return found
 
@@ -108,23 +139,23 @@ class _Nearest:
     """Position in a sorted list of time stamps of the one within ``tolerance`` of a given one."""
 
     def __init__(self, stamps: Sequence[int], tolerance: int) -> None:
-        self.stamps, self.tolerance = np.asarray(stamps), tolerance
+        self.stamps, self.tolerance = stamps, tolerance
 
     def __call__(self, stamp: int) -> int | None:
-        at = int(np.searchsorted(self.stamps, stamp - self.tolerance))
+        at = bisect_left(self.stamps, stamp - self.tolerance)
         return at if at < len(self.stamps) and self.stamps[at] <= stamp + self.tolerance else None
 
 
-def _decode_counting(path: str, wanted: Sequence[int]) -> dict[int, NDArray[np.uint8]]:
-    """Wanted frames by number, decoding everything from the start to the last one."""
-    numbers = set(wanted)
-    found: dict[int, NDArray[np.uint8]] = {}
+def _decode_counting(path: str, wanted: Sequence[int]) -> _Collected:
+    """Wanted frames, decoding everything from the start to the last one."""
+    positions = {number: position for position, number in enumerate(wanted)}
+    found = _Collected(len(wanted))
     with av.open(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
         for count, frame in enumerate(container.decode(stream)):
-            if count in numbers and not frame.is_corrupt:
-                found[count] = frame.to_ndarray(format="rgb24")
+            if count in positions:
+                found.take(positions[count], frame)
             if count >= wanted[-1]:
                 break
     return found

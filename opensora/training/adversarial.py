@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from opensora.acceleration.engine import Engine
 from opensora.models.vae.losses import DISCRIMINATOR_LOSSES, adaptive_weight, discriminator_loss, gradient_penalty
@@ -16,6 +15,7 @@ from opensora.training.checkpoint import CheckpointContent
 from opensora.training.loop import TrainLoop
 from opensora.training.master_weights import MasterWeights
 from opensora.training.metrics import MetricLog
+from opensora.training.optimizer import Schedule
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
@@ -93,7 +93,7 @@ class Adversary:
     """
 
     def __init__(
-        self, engine: Engine, schedule: LRScheduler, options: AdversarialOptions, masters: MasterWeights | None = None
+        self, engine: Engine, schedule: Schedule, options: AdversarialOptions, masters: MasterWeights | None = None
     ) -> None:
         self.engine, self.schedule, self.options, self.masters = engine, schedule, options, masters
 

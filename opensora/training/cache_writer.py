@@ -23,9 +23,9 @@ from opensora.datasets.sampler import BucketBatchSampler
 from opensora.datasets.table import write_table
 from opensora.datasets.video_io import BrokenMediaError
 from opensora.diffusion import building
-from opensora.diffusion.conditions import Span
 from opensora.registry import DATASETS, MODELS, build_module
 from opensora.training.cached import (
+    condition_pixels,
     condition_runs,
     describe_command,
     meta_autoencoder,
@@ -238,10 +238,8 @@ class CacheWriter:
             return {}
         encode = self.ae.encode_moments if hasattr(self.ae, "encode_moments") else self.ae.encode
         video = torch.stack([clip for _, clip in clips]).to(self.device, self.dtype)
-        runs = {WHOLE: video}
-        for at, count in condition_runs(self.cfg.condition_config, self.ae, video.shape[2]):
-            span = Span(at, 0)  # type: ignore[arg-type]
-            runs[run_name(at, count)] = torch.stack([span.cut(clip, count) for clip in video])
+        needed = condition_runs(self.cfg.condition_config, self.ae, video.shape[2])
+        runs = {WHOLE: video, **condition_pixels(video, needed)}
         return {
             f"{key.row}.{name}": moments.clone()
             for name, pixels in runs.items()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opensora.datasets.caches import CachedVideoTextDataset, run_name
 from opensora.diffusion import building
-from opensora.diffusion.conditions import fits, get_spans
+from opensora.diffusion.conditions import Span, fits, get_spans
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -105,6 +105,15 @@ def condition_runs(weights: Mapping[str, float] | None, ae: Any, num_frames: int
         for span in get_spans(name)
     }
     return sorted(runs)
+
+
+def condition_pixels(
+    video: Tensor,  # [B, 3, T, H, W]
+    runs: Sequence[tuple[str, int]],
+) -> dict[str, Tensor]:
+    """Pixels ``[B, 3, count, H, W]`` of runs of frames (see :func:`condition_runs`) by the runs' names."""
+    cut = {run: Span(run[0], 0).cut for run in runs}  # type: ignore[arg-type]
+    return {run_name(*run): torch.stack([cut[run](clip, run[1]) for clip in video]) for run in runs}
 
 
 def meta_autoencoder(cfg: Any) -> Any:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora.datasets.caches import WHOLE, batch_key
 from opensora.datasets.dataloader import to_device
 from opensora.diffusion.flow import flow_matching_loss
 from opensora.training.inputs import InputEncoder
@@ -73,7 +72,5 @@ class DiffusionLoss:
 
 
 def bucket_name(batch: Mapping[str, Any]) -> str:
-    """Frames x height x width of the batch: in pixels, or of its latents where there are no pixels."""
-    keys = ("video", "video_latents", batch_key(WHOLE))
-    clips = next((batch[key] for key in keys if torch.is_tensor(batch.get(key))), None)
-    return "x".join(map(str, clips.shape[2:])) if clips is not None else "unknown"
+    """Frames x height x width of the batch, in pixels."""
+    return "x".join(map(str, batch["size"][0]))

@@ -1,7 +1,7 @@
 """From a batch of clips and captions to what the diffusion model is trained on."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from opensora.datasets.caches import WHOLE, batch_key, run_name
+from opensora.datasets.dataset import SampleKey
 from opensora.diffusion.conditions import build_condition, choose_conditions, get_spans
 from opensora.diffusion.flow import flow_matching_loss, interpolate, sample_timesteps, unconditioned_tokens, velocity
 from opensora.diffusion.latents import pack, prepare_ids
 from opensora.models.vae.posterior import DiagonalGaussian
+from opensora.training.cached import condition_pixels, condition_runs
+from opensora.training.kept import Kept, even_group
+
+TEXTS_AT_A_TIME = 8  # where embeddings are kept
 
 
 @dataclass(frozen=True)
@@ -29,23 +34,6 @@ class InputOptions:
     condition_weights: Mapping[str, float] | None = None
 
 
-class Store:
-    """Encoder outputs by key, computed once if ``keep`` and every time otherwise."""
-
-    def __init__(self, keep: bool) -> None:
-        self._kept: dict[Any, Tensor] | None = {} if keep else None
-
-    def __call__(self, keys: Sequence[Any], compute: Callable[[list[int]], Tensor]) -> Tensor:
-        """Rows for ``keys``; ``compute(positions)`` makes those that are not there, stacked."""
-        if self._kept is None:
-            return compute(list(range(len(keys))))
-        missing = [i for i, key in enumerate(keys) if key not in self._kept]
-        if missing:
-            for i, row in zip(missing, compute(missing)):
-                self._kept[keys[i]] = row.clone()
-        return torch.stack([self._kept[key] for key in keys])
-
-
 class InputEncoder:
     """Frozen encoders of a diffusion training run.
 
@@ -53,8 +41,8 @@ class InputEncoder:
         ae: autoencoder; one with a posterior has ``encode_moments`` and ``normalize``, another ``encode``.
         t5, clip: text encoders, ``list[str] -> [B, L, D]`` and ``[B, D]``.
         options: see :class:`InputOptions`.
-        keep: remember encoder outputs in memory, row by row. For small datasets; a clip longer than its bucket is then
-            always seen at the frames of its first use.
+        keep: remember encoder outputs in memory, row by row; for small datasets. Of a clip that :meth:`knows` knows,
+            the batch need not hold the pixels. A clip longer than its bucket must come with the same frames each time.
         micro_batch: clips encoded at a time, which bounds the memory of the autoencoder.
     """
 
@@ -65,9 +53,13 @@ class InputEncoder:
         self.ae, self.t5, self.clip, self.options = ae, t5, clip, options
         self.micro_batch = micro_batch
         self._has_posterior = hasattr(ae, "encode_moments")
-        self._moments, self._txt, self._vec = Store(keep), Store(keep), Store(keep)
+        self._kept = (Kept(), Kept()) if keep else None  # of clips, of texts
         with torch.no_grad():
             self._null_txt, self._null_vec = t5([""]), clip([""])
+
+    def knows(self, key: SampleKey) -> bool:
+        """Whether all that training needs of a clip is kept in memory."""
+        return self._kept is not None and key[:4] in self._kept[0]
 
     @torch.no_grad()
     def __call__(
@@ -76,14 +68,16 @@ class InputEncoder:
         """Model inputs and target of one batch.
 
         Args:
-            batch: ``video [B, 3, T, H, W]`` in [-1, 1], ``text``, ``index``; or, instead of pixels and texts, what
-                :class:`opensora.datasets.caches.CachedVideoTextDataset` gives for them.
+            batch: ``video [B, 3, T, H, W]`` in [-1, 1], ``text``, ``index``, ``size``; or, instead of pixels and
+                texts, what :class:`opensora.datasets.caches.CachedVideoTextDataset` gives for them. With ``keep``,
+                ``video`` holds the clips at the positions ``read`` (all, if not given) and may be absent.
             generator: source of everything random.
             timesteps: these ``[B]`` instead of random ones, as they are.
 
         Returns:
             ``inputs`` (keyword arguments of the model), ``target [B, L, C]`` and ``mask [B, L]`` or None.
         """
+        batch = self._with_kept(batch)
         x_0 = self._clips(batch, generator)
         cond = self._condition(x_0, batch, generator)
         txt, vec = self._text(batch, generator)
@@ -113,24 +107,44 @@ class InputEncoder:
                 mask = unconditioned_tokens(cond[:, 0, :, 0, 0], height * width // patch**2)
         return {"inputs": inputs, "target": pack(velocity(x_0, noise, self.options.sigma_min), patch), "mask": mask}
 
+    def _with_kept(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with what is kept of its clips and texts, in the form a cache gives it; what is new is encoded."""
+        if self._kept is None:
+            return batch
+        clips, texts = self._kept
+        found = dict(batch)
+        if "video_latents" not in batch and batch_key(WHOLE) not in batch:
+            keys = [(row, *size) for row, size in zip(batch["index"], batch["size"])]
+            group = even_group(len(keys), self.micro_batch)
+            found |= clips(keys, lambda rows: self._encode_all_runs(batch, rows), group)
+        if "text_t5" not in batch:
+            found |= texts(batch["text"], lambda rows: self._embed([batch["text"][i] for i in rows]), TEXTS_AT_A_TIME)
+        return found
+
+    def _encode_all_runs(self, batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Tensor]:
+        """Moments of whole clips and of all frames that conditions may give, by batch key."""
+        place = {row: i for i, row in enumerate(batch.get("read", range(len(batch["index"]))))}
+        video = batch["video"][[place[row] for row in rows]]
+        runs = condition_runs(self.options.condition_weights, self.ae, video.shape[2])
+        pixels = {WHOLE: video, **condition_pixels(video, runs)}
+        return {batch_key(name): self._encode(clips) for name, clips in pixels.items()}
+
+    def _embed(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        return {"text_t5": self.t5(texts), "text_clip": self.clip(texts)}
+
     def _clips(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
         """Latents ``[B, C, t, h, w]`` of whole clips, from the pixels or from what was cached of them."""
         if "video_latents" in batch:
             return batch["video_latents"]
         stored = batch.get(batch_key(WHOLE))
         if stored is None:
-            stored = self._encode(batch["video"], [(*key, WHOLE) for key in _clip_keys(batch)])
+            stored = self._encode(batch["video"])
         return self._latent(stored, generator)
 
-    def _encode(self, clips: Tensor, keys: Sequence[Any]) -> Tensor:
+    def _encode(self, clips: Tensor) -> Tensor:
         """What the autoencoder makes of clips before sampling: posterior moments ``[B, 2C, t, h, w]``, or latents."""
         encode = self.ae.encode_moments if self._has_posterior else self.ae.encode
-
-        def compute(positions: list[int]) -> Tensor:
-            chunks = [positions[i : i + self.micro_batch] for i in range(0, len(positions), self.micro_batch)]
-            return torch.cat([encode(clips[chunk]) for chunk in chunks])
-
-        return self._moments(keys, compute)
+        return torch.cat([encode(part) for part in clips.split(self.micro_batch)])
 
     def _latent(self, encoded: Tensor, generator: torch.Generator) -> Tensor:
         """Latents ``[B, C, t, h, w]`` of what :meth:`_encode` returned; sampled anew each time."""
@@ -154,8 +168,7 @@ class InputEncoder:
             rows = [i for i, runs in enumerate(needs) if run in runs]
             stored = batch.get(batch_key(run_name(*run)))
             if stored is None:
-                clips = torch.stack([span.cut(batch["video"][i], run[1]) for i in rows])
-                moments = self._encode(clips, [(*_clip_keys(batch)[i], *run) for i in rows])
+                moments = self._encode(torch.stack([span.cut(batch["video"][i], run[1]) for i in rows]))
             else:
                 moments = stored[rows]
             encoded = self._latent(moments, generator)
@@ -166,20 +179,12 @@ class InputEncoder:
     def _text(self, batch: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Embeddings; each encoder's is replaced by that of the empty text at its dropout rate, independently."""
         texts: Sequence[str] = batch["text"]
-        if "text_t5" in batch:
-            txt, vec = batch["text_t5"], batch["text_clip"]
-        else:
-            txt = self._txt(texts, lambda rows: self.t5([texts[i] for i in rows]))
-            vec = self._vec(texts, lambda rows: self.clip([texts[i] for i in rows]))
+        known = batch if "text_t5" in batch else self._embed(texts)
+        txt, vec = known["text_t5"], known["text_clip"]
         drop_txt = torch.rand(len(texts), generator=generator) < self.options.t5_dropout
         drop_vec = torch.rand(len(texts), generator=generator) < self.options.clip_dropout
         txt = torch.where(drop_txt[:, None, None].to(txt.device), self._null_txt, txt)
         return txt, torch.where(drop_vec[:, None].to(vec.device), self._null_vec, vec)
-
-
-def _clip_keys(batch: Mapping[str, Any]) -> list[tuple]:
-    """What tells the clips of a batch, as they are seen, from all others: row and size."""
-    return [(i, *batch["video"].shape[2:]) for i in batch["index"]]
 
 
 def diffusion_loss(model: nn.Module, prepared: dict[str, Any]) -> Tensor:

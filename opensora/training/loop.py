@@ -10,13 +10,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
 
 from opensora.acceleration.engine import Engine
 from opensora.training.checkpoint import CheckpointContent, RunningStates
 from opensora.training.checkpoint_writer import CheckpointWriter
 from opensora.training.ema import EMA
 from opensora.training.metrics import MetricLog, StageTimer, Value
+from opensora.training.optimizer import Schedule
 from opensora.training.stopping import EXIT_STATUS, StopRequest
 from opensora.training.trained import TrainedWeights
 from opensora.utils.errors import UserError
@@ -92,7 +92,7 @@ class TrainLoop:
     def __init__(
         self,
         engine: Engine,
-        schedule: LRScheduler,
+        schedule: Schedule,
         ema: EMA | None,
         log: MetricLog,
         folder: Path,

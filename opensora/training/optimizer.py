@@ -1,13 +1,12 @@
 """Optimizers and learning-rate schedules, both counted in optimizer steps."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from opensora.utils.errors import UserError
 
@@ -109,6 +108,36 @@ def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim == 2 and any(part.isdigit() for part in name.split("."))
 
 
+class Schedule:
+    """Learning rates that follow from the number of the optimizer step alone.
+
+    Unlike torch's schedulers it does not ask whether the optimizer moved: a step that was skipped counts, too.
+
+    Args:
+        optimizer: its groups have ``initial_lr``, and get ``lr``, which is that times ``factor(step)``.
+        factor: by optimizer step.
+        step: optimizer step to begin with.
+    """
+
+    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float], step: int = 0) -> None:
+        self._optimizer, self._factor, self._step = optimizer, factor, step
+        self._apply()
+
+    def step(self) -> None:
+        """Go on to the next optimizer step."""
+        self._step += 1
+        self._apply()
+
+    def get_last_lr(self) -> list[float]:
+        """Learning rate of each parameter group at this step."""
+        return [group["lr"] for group in self._optimizer.param_groups]
+
+    def _apply(self) -> None:
+        factor = self._factor(self._step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+
 def create_schedule(
     optimizer: Optimizer,
     *,
@@ -118,7 +147,7 @@ def create_schedule(
     flat_share: float = 0.0,
     start_step: int = 0,
     initial_lr: float = 1e-6,
-) -> LambdaLR:
+) -> Schedule:
     """Linear warm-up from ``initial_lr``, then constant, or constant for a share of the run and then a cosine to zero.
 
     Args:
@@ -147,4 +176,4 @@ def create_schedule(
 
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"] if start_step == 0 else group.get("initial_lr", group["lr"])
-    return LambdaLR(optimizer, factor, last_epoch=start_step - 1)
+    return Schedule(optimizer, factor, start_step)

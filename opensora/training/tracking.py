@@ -1,5 +1,6 @@
 """Where metrics and sample videos go besides the log: TensorBoard always, Weights & Biases on request."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,21 +59,26 @@ class WandbTracker:
     """A run at Weights & Biases, or in a local folder with ``WANDB_MODE=offline``.
 
     Args:
-        folder: experiment folder; its name is the run's id, so a resumed run goes on in the same curves.
+        folder: experiment folder; its name is the run's id (with ``-`` for what an id must not hold), so a resumed run
+            goes on in the same curves.
         project: project at Weights & Biases.
         config: the resolved config.
         name: of the run; None takes the folder's.
 
     Raises:
-        UserError: the package is not installed.
+        UserError: the package is not installed, or refuses to start.
     """
 
     def __init__(self, folder: Path, project: str, config: Mapping[str, Any], name: str | None = None) -> None:
         self._wandb = _import_wandb()
-        self._run = self._wandb.init(
-            project=project, name=name or folder.name, id=folder.name, resume="allow", config=dict(config),
-            dir=str(folder),
-        )  # fmt: skip
+        run_id = re.sub(r"[^\w.-]", "-", folder.name)
+        try:
+            self._run = self._wandb.init(
+                project=project, name=name or folder.name, id=run_id, resume="allow", config=dict(config),
+                dir=str(folder),
+            )  # fmt: skip
+        except self._wandb.Error as error:
+            raise UserError(f"wandb=True: {error}") from error
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """See :class:`Tracker`."""
@@ -96,13 +102,16 @@ def _import_wandb() -> Any:
 
 
 def check_trackers(cfg: Any) -> None:
-    """See that what the config asks for is installed.
+    """See that what the config asks for is installed and will not ask for a password later.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not, or it will.
     """
-    if cfg.wandb:
-        _import_wandb()
+    if not cfg.wandb:
+        return
+    wandb = _import_wandb()
+    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+        raise UserError("wandb=True: not logged in; run `wandb login`, or set WANDB_MODE=offline to keep it local")
 
 
 def create_trackers(cfg: Any, folder: Path, start_step: int) -> Sequence[Tracker]:

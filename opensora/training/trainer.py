@@ -79,6 +79,7 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
             num_replicas=self.parallel.dp.size,
             rank=self.parallel.dp.rank,
+            same_windows=cfg.keep_encoded,
         )
         self.validation = Validation(cfg, self.options) if cfg.validation else None
         self.total_steps = cfg.max_steps or cfg.epochs * len(self.sampler) // cfg.accumulation_steps
@@ -95,6 +96,7 @@ class Trainer:
         if not self.cfg.samples:
             del ae.decoder  # training only encodes
         encoder = InputEncoder(ae.eval().requires_grad_(False), t5, clip, self.options, self.cfg.keep_encoded)
+        self.sampler.known = encoder.knows
         if self.cfg.warmup_ae and "ae" not in known:
             self._warm_up(ae)
         return encoder

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from opensora.acceleration.engine import Engine
 from opensora.acceleration.parallel_context import ParallelContext, launch
 from opensora.acceleration.plugins import create_context, create_engine, keeps_masters
 from opensora.acceleration.sharding import WeightLayout
 from opensora.datasets.dataloader import build_train_loader, endless, prefetch
-from opensora.diffusion.building import pick_device, torch_dtype
+from opensora.diffusion.building import build_on_meta, pick_device, torch_dtype
 from opensora.diffusion.ranks import from_rank_zero
 from opensora.models.dc_ae import DCAE
 from opensora.models.dc_ae import inflate as dc_ae_inflate
@@ -30,13 +29,14 @@ from opensora.training.experiment import create_experiment
 from opensora.training.loop import LoopSettings, TrainLoop
 from opensora.training.master_weights import MasterWeights, optimizer_factory
 from opensora.training.metrics import MetricLog
-from opensora.training.optimizer import create_schedule
+from opensora.training.optimizer import Schedule, create_schedule
 from opensora.training.tracking import create_trackers
 from opensora.training.trained import TrainedWeights, freeze
 from opensora.training.vae_config import Stage, build_loss, check_config, plan_stages
 from opensora.training.vae_step import VAEStep
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
+from opensora.utils.weights import check_match, open_weights
 
 logger = get_logger(__name__)
 
@@ -64,6 +64,8 @@ class VAETrainer:
             launch(self.device)
             self.parallel = create_context(cfg.plugin, cfg.plugin_config, self.device)
         self.resume = find_checkpoint(cfg.load, cfg.outputs) if cfg.load else None
+        if self.resume:
+            check_match(build_on_meta(cfg.model), open_weights(self.resume / "model"))
         self.dataset = build_module(dict(cfg.dataset), DATASETS, require_text=False)
         _, sampler = self._loader(cfg.bucket_config)
         self.stages = plan_stages(cfg, len(sampler) // cfg.accumulation_steps)
@@ -201,7 +203,7 @@ class VAETrainer:
 
     def _schedule(
         self, optimizer: Optimizer, lr: float, section: Mapping[str, Any] | None, total: int, start: int
-    ) -> LRScheduler:
+    ) -> Schedule:
         """Schedule of an optimizer that is at step ``start`` of ``total``; ``lr`` holds, whatever a checkpoint says."""
         options = section or {}
         for group in optimizer.param_groups:
@@ -263,7 +265,7 @@ class VAETrainer:
         if self.ema:  # the average's kernels changed meaning with the model's
             self.ema = EMA(self.weights, self.cfg.ema_decay)
 
-    def _engine(self, stage: Stage, log: MetricLog) -> tuple[Engine, LRScheduler]:
+    def _engine(self, stage: Stage, log: MetricLog) -> tuple[Engine, Schedule]:
         """Engine and schedule of a stage; those of the discriminator, which go through all stages, are part of it."""
         cfg, done = self.cfg, self.states.global_step - stage.start
         if cfg.freeze_layers == "all":

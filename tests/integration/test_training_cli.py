@@ -9,6 +9,7 @@ from opensora.schema import TrainOptions, VaeTrainOptions
 from opensora.training.trainer import Trainer
 from opensora.training.vae_trainer import VAETrainer
 from opensora.utils.errors import UserError
+from opensora.utils.weights import save_safetensors
 
 
 @pytest.fixture
@@ -79,6 +80,15 @@ def test_mistakes_are_named(diffusion, tmp_path, overrides, message):
     with pytest.raises(UserError, match=message):
         train(Trainer, TrainOptions, diffusion, *overrides)
     assert not list(tmp_path.glob("outputs/*/epoch*"))
+
+
+def test_a_vae_does_not_go_on_from_another_model(vae, tmp_path):
+    other = tmp_path / "outputs" / "other" / "epoch0-global_step1"
+    save_safetensors({"img_in.weight": torch.zeros(1)}, other / "model" / "model.safetensors")
+    (other / "running_states.json").write_text("{}")
+    with pytest.raises(UserError, match=r"(?s)other/epoch0-global_step1/model.*do not fit.*not in the model: img_in"):
+        train(VAETrainer, VaeTrainOptions, vae, "--load", other)
+    assert len(list(tmp_path.glob("outputs/*"))) == 1
 
 
 def test_frames_that_the_vae_cannot_take(vae, tmp_path, common, write_config):

@@ -92,6 +92,7 @@ def config(tmp_path, diffusion_content, write_config):
         keep_n_latest=2,
         accumulation_steps=2,
         async_io=True,
+        keep_encoded=True,
     )
     return write_config(tmp_path / "train.py", {**diffusion_content, **changes})
 

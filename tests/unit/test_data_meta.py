@@ -46,6 +46,11 @@ def test_columns_come_from_headers(folder):
     assert broken["row"].tolist() == [3, 5]
     assert "no such file" in broken["error"][1]
     assert "zeros.mp4" in broken["error"][0]
+    write_meta(folder / "clips.csv", folder / "out.parquet", num_workers=0)  # replaces the list, which is its own
+    (folder / "out_broken.csv").write_text("path,text\n")
+    (folder / "out.parquet").unlink()
+    with pytest.raises(UserError, match="out_broken.csv exists already"):
+        write_meta(folder / "clips.csv", folder / "out.parquet", num_workers=0)
 
 
 def test_a_lying_header_is_counted(folder):

@@ -13,7 +13,9 @@ from opensora.models.mmdit.model import Flux
 from opensora.training import metrics, throughput
 from opensora.training.metrics import Mean, MetricLog, Rate, StageTimer
 from opensora.training.throughput import TrainingFlops, peak_flops
-from opensora.training.tracking import TensorBoardTracker, WandbTracker, filmstrip
+from opensora.training.tracking import TensorBoardTracker, WandbTracker, check_trackers, filmstrip
+from opensora.utils.errors import UserError
+from opensora.utils.video import save_video
 
 
 class Recorder:
@@ -95,6 +97,7 @@ def test_weights_and_biases(tmp_path, monkeypatch):
         log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finished")
     )
     fake = SimpleNamespace(init=lambda **options: calls.append(options) or run, Video=lambda path: ("video", path))
+    fake.Error = OSError
     monkeypatch.setitem(sys.modules, "wandb", fake)
     folder = tmp_path / "exp"
     tracker = WandbTracker(folder, "mmdit", {"lr": 1})
@@ -103,6 +106,39 @@ def test_weights_and_biases(tmp_path, monkeypatch):
     tracker.close()
     assert calls[0] == dict(project="mmdit", name="exp", id="exp", resume="allow", config={"lr": 1}, dir=str(folder))
     assert calls[1:] == [(3, {"loss": 1.0}), (3, {"sample/0": ("video", str(folder / "a.mp4"))}), "finished"]
+
+
+def test_weights_and_biases_itself(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    cfg = SimpleNamespace(wandb=True)
+    check_trackers(cfg)
+    for step in (1, 2):  # started and resumed
+        tracker = WandbTracker(tmp_path / "a:b#c", "mmdit", {"lr": 1e-3, "bucket_config": {"64px": {17: (1.0, 2)}}})
+        tracker.scalars({"loss": 1.0, "loss_time/0-0.25": 2.0}, step)
+        film = save_video(np.zeros((3, 16, 16, 3), np.uint8), tmp_path / f"{step}.mp4", 8)
+        tracker.video("sample/0000", np.zeros((3, 16, 16, 3), np.uint8), film, 8, step)
+        tracker.close()
+    runs = list((tmp_path / "a:b#c").glob("wandb/offline-run-*/run-a-b-c.wandb"))
+    assert runs
+    assert len(list((tmp_path / "a:b#c").glob("wandb/offline-run-*/files/media/videos/sample/*.mp4"))) == 2
+    monkeypatch.setattr("wandb.init", lambda **_: (_ for _ in ()).throw(sys.modules["wandb"].UsageError("no")))
+    with pytest.raises(UserError, match="wandb=True: no"):
+        WandbTracker(tmp_path, "mmdit", {})
+
+
+def test_weights_and_biases_without_an_account(monkeypatch):
+    fake = SimpleNamespace(setup=lambda: SimpleNamespace(settings=SimpleNamespace(mode="online")))
+    fake.login = lambda prompt, verify: False
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(UserError, match="not logged in"):
+        check_trackers(SimpleNamespace(wandb=True))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        check_trackers(SimpleNamespace(wandb=True))
+    check_trackers(SimpleNamespace(wandb=False))
 
 
 def test_filmstrip():

@@ -1,9 +1,9 @@
 # A small text- and image-to-video model for 64x64 clips, trained on two CPU cores in about an hour.
 _base_ = ["../demo_models.py"]
-dataset = dict(type="video_text", data_path="datasets/demo/clips.csv", fps_max=24, keep_in_memory=True)
+dataset = dict(type="video_text", data_path="datasets/demo/clips.csv", fps_max=24)
 bucket_config = {"64px_ar1:1": {17: (1.0, 48)}}
 num_workers = 0
-keep_encoded = True  # 6,000 clips are few enough to be encoded once
+keep_encoded = True  # 6,000 clips are few enough to be read and encoded once
 
 patch_size = 2
 # Images are given on 40 % of the samples.

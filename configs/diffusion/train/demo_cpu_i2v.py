@@ -6,3 +6,4 @@ condition_config = dict(_delete_=True, t2v=1, i2v_head=5, i2v_loop=1, i2v_tail=1
 grad_checkpoint = True
 model = dict(grad_ckpt_settings=(1, 2))  # one double and two single blocks recompute in backward
 keep_encoded = False
+dataset = dict(keep_in_memory=True)

@@ -2,11 +2,11 @@
 dataset = dict(type="video_text", data_path="datasets/demo/clips.csv", fps_max=24, keep_in_memory=True)
 
 # Single frames first: they are cheap, and teach most of what a frame needs.
-image_steps = 3000
+image_steps = 1800
 image_bucket_config = {"64px_ar1:1": {1: (1.0, 16)}}
 image_lr = 1e-3
 bucket_config = {"64px_ar1:1": {16: (1.0, 2)}}
-max_steps = 5000
+max_steps = 4600
 num_workers = 0
 
 stages = dict(
