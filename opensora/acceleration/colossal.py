@@ -1,7 +1,8 @@
 """The engine of ColossalAI's Booster: ZeRO stages 1 and 2, its hybrid plugin, its DDP.
 
-Tensor and sequence parallelism are this package's own (`tensor_parallel`, `sequence_parallel`) and in place before
-Booster sees the model; ranks of one sequence-parallel group are data-parallel ranks to it.
+Its Shardformer divides weights for tensor parallelism, by the table of `tensor_parallel` (see `colossal_policy`).
+Sequence parallelism is in place before Booster sees the model (`sequence_parallel`); ranks of one such group are
+data-parallel ranks to it.
 """
 
 import math
@@ -54,11 +55,11 @@ class ColossalEngine(DistributedEngine):
 
     Args:
         name: ``zero1``, ``zero2``, ``hybrid`` or ``torch_ddp``.
-        model: divided by tensor and sequence parallelism already, if that is wanted.
+        model: divided by sequence parallelism already, if that is wanted; its weights are whole.
         make_optimizer: an element-wise one (AdamW): ZeRO hands it flat pieces of parameters.
         context: the ranks.
         max_norm: limit of the gradient norm, 0 for none.
-        layout: tensor parallelism of the model.
+        layout: how ``hybrid`` is to divide the weights; nothing in it leaves them whole.
         dtype: of the forward and backward pass; below float32, optimizer and masters are float32.
         config: ``plugin_config``; keys that are not ours go to ColossalAI's plugin as they are.
 
@@ -74,7 +75,7 @@ class ColossalEngine(DistributedEngine):
         if name == "torch_ddp" and dtype != torch.float32:
             raise UserError("plugin torch_ddp keeps no fp32 weights: set dtype fp32, or use zero1, hybrid or fsdp2")
         super().__init__(model, model, [*model.named_parameters()], make_optimizer, max_norm, context, layout)
-        self._booster = booster.Booster(plugin=_plugin(name, dtype, context, max_norm, config))
+        self._booster = booster.Booster(plugin=_plugin(name, model, dtype, context, max_norm, layout, config))
         # self.optimizer stays torch's own, for schedules; its groups are shared with the boosted one
         self.model, self._boosted, *_ = self._booster.boost(model, self.optimizer)
         self._keeps_norm = type(self._boosted).__name__ not in ("OptimizerWrapper", "HybridParallelNaiveOptimizer")
@@ -155,7 +156,10 @@ def _is_piece(master: Tensor, parameter: Tensor) -> bool:
     return master.shape != parameter.shape
 
 
-def _plugin(name: str, dtype: torch.dtype, context: ParallelContext, max_norm: float, config: Mapping[str, Any]) -> Any:
+def _plugin(
+    name: str, model: nn.Module, dtype: torch.dtype, context: ParallelContext,
+    max_norm: float, layout: WeightLayout, config: Mapping[str, Any],
+) -> Any:  # fmt: skip
     """ColossalAI's plugin of a config."""
     from colossalai.booster.plugin import HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 
@@ -173,7 +177,10 @@ def _plugin(name: str, dtype: torch.dtype, context: ParallelContext, max_norm: f
             for key in ("zero_stage", "static_graph"):
                 given.pop(key, None)
             return LowLevelZeroPlugin(stage=int(name[-1]), **common, **{"cast_inputs": False, **given})
-        return HybridParallelPlugin(**common, **_hybrid_options(given, dtype, context))
+        from opensora.acceleration.colossal_policy import policy_of
+
+        policy = policy_of(model, layout)
+        return HybridParallelPlugin(custom_policy=policy, **common, **_hybrid_options(given, dtype, context))
     except (TypeError, AssertionError) as error:
         raise UserError(f"plugin_config does not suit ColossalAI's plugin {name}: {error}") from error
 
@@ -190,26 +197,5 @@ def _hybrid_options(given: Mapping[str, Any], dtype: torch.dtype, context: Paral
         "tp_size": context.tp.size,
         "pp_size": 1,
         "enable_metadata_cache": False,
-        "custom_policy": empty_policy(),
         **options,
     }
-
-
-def empty_policy() -> Any:
-    """A Shardformer policy that replaces nothing: the model is divided already."""
-    from colossalai.shardformer.policies.base_policy import Policy
-
-    class DividedAlready(Policy):
-        def config_sanity_check(self) -> None:
-            """Sizes were checked when the model was divided."""
-
-        def preprocess(self) -> nn.Module:
-            return self.model
-
-        def module_policy(self) -> dict[str, Any]:
-            return {}
-
-        def postprocess(self) -> nn.Module:
-            return self.model
-
-    return DividedAlready()

@@ -34,6 +34,12 @@ class Axis:
     rank: int = 0
     group: Any = field(default=None, repr=False)
 
+    @classmethod
+    def of_group(cls, group: Any) -> "Axis":
+        """The axis of a process group that this process belongs to."""
+        size = dist.get_world_size(group)
+        return cls(size, dist.get_rank(group), group if size > 1 else None)
+
     @property
     def first(self) -> bool:
         """Whether this process speaks for the axis."""

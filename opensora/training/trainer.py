@@ -125,7 +125,7 @@ class Trainer:
         total = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         logger.info("%.2fM parameters, %.2fM of them trained, on %s", total / 1e6, trained / 1e6, self.device)
-        self.layout = divide_model(model, self.parallel, cfg.plugin_config)
+        self.layout = divide_model(model, self.parallel, cfg.plugin_config, cfg.plugin)
         masters = MasterWeights(model) if dtype != torch.float32 else None
         return TrainedWeights(model, masters, adapter)
 

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
 from opensora.acceleration.engine import Engine
-from opensora.acceleration.plugins import create_engine
+from opensora.acceleration.plugins import create_engine, divide_model
+from opensora.acceleration.tensor_parallel import layout_of
 from opensora.utils.errors import UserError
 from tests.parallel.checks_engines import MAX_NORM, compare, expected, make_optimizer, take_over, train, weights
 from tests.parallel.harness import assert_close
@@ -31,6 +32,47 @@ def torch_ddp(folder: Path) -> None:
 def hybrid(folder: Path) -> None:
     compare("hybrid", "all_to_all", sp=2)
     compare("hybrid", tp=2)
+
+
+def booster_divides_by_the_table(folder: Path) -> None:
+    """Weights are whole until Booster's policy has divided them, in both layouts of the model; names stay."""
+    place = context(tp=2)
+    for options in ({}, {"fused_qkv": True, "use_liger_rope": False}):
+        whole, model = tiny_model(**options), tiny_model(**options).train()
+        layout = divide_model(model, place, engine="hybrid")
+        assert [value.shape for value in model.state_dict().values()] == [v.shape for v in whole.state_dict().values()]
+        engine = create_engine("hybrid", model, make_optimizer, place, layout=layout)
+        divided = {name for name, value in model.state_dict().items() if value.shape != whole.state_dict()[name].shape}
+        assert divided == set(layout.splits)
+        assert list(model.state_dict()) == list(whole.state_dict())
+        loss, expected = (loss_of(m, tiny_inputs()) for m in (engine.model, whole))
+        assert_close(loss.detach(), expected.detach(), "loss")
+        engine.backward(loss)
+        expected.backward()
+        for name, parameter in whole.named_parameters():
+            found = model.get_parameter(name).grad
+            assert_close(layout.whole(name, found), parameter.grad, name)
+
+
+def shardformer_alone(folder: Path) -> None:
+    """The policy without Booster: what Shardformer makes of a model gives one process's output."""
+    place = context(tp=2)
+    model, inputs = tiny_model(), tiny_inputs()
+    expected = model(**inputs)
+    from colossalai.shardformer import ShardConfig, ShardFormer
+
+    from opensora.acceleration.colossal_policy import policy_of
+
+    policy = policy_of(model, layout_of(model, place.tp))
+    ShardFormer(ShardConfig(tensor_parallel_process_group=place.tp.group)).optimize(model, policy)
+    assert model.single_blocks[0].linear2.weight.shape[1] == 48
+    assert_close(model(**inputs), expected)
+
+
+def hybrid_over_four(folder: Path) -> None:
+    """Weights times data, and weights times tokens."""
+    compare("hybrid", tp=2)
+    compare("hybrid", "all_to_all", sp=2, tp=2)
 
 
 def goes_on_under_fsdp2(folder: Path) -> None:
@@ -63,7 +105,7 @@ def bfloat16_masters(folder: Path) -> None:
         engine.backward(loss_of(engine.model, inputs))
         engine.step()
 
-    for plugin, place in (("zero2", context()), ("hybrid", context(sp=2))):
+    for plugin, place in (("zero2", context()), ("hybrid", context(sp=2)), ("hybrid", context(tp=2))):
         first: Any = engine_of(plugin, place)
         step(first)
         saved = [first.master_state(), dict(first.state_dict())]
@@ -101,8 +143,11 @@ CHECKS = [
     zero2,
     torch_ddp,
     hybrid,
+    booster_divides_by_the_table,
+    shardformer_alone,
     goes_on_under_fsdp2,
     bfloat16_masters,
     bad_steps_are_skipped,
     settings_it_does_not_know,
 ]
+FOUR = [hybrid_over_four]
