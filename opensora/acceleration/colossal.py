@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from opensora.acceleration import collectives
 from opensora.acceleration.native import DistributedEngine, OptimizerFactory
 from opensora.acceleration.parallel_context import ParallelContext
-from opensora.acceleration.sharding import WeightLayout
+from opensora.acceleration.sharding import Gathered, WeightLayout
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
@@ -74,7 +74,9 @@ class ColossalEngine(DistributedEngine):
         booster = require_colossalai(context.device.type == "cpu")
         if name == "torch_ddp" and dtype != torch.float32:
             raise UserError("plugin torch_ddp keeps no fp32 weights: set dtype fp32, or use zero1, hybrid or fsdp2")
-        super().__init__(model, model, [*model.named_parameters()], make_optimizer, max_norm, context, layout)
+        named = [*model.named_parameters()]
+        super().__init__(model, model, named, make_optimizer, max_norm, context, layout)
+        self._by_name = dict(named)
         self._booster = booster.Booster(plugin=_plugin(name, model, dtype, context, max_norm, layout, config))
         # self.optimizer stays torch's own, for schedules; its groups are shared with the boosted one
         self.model, self._boosted, *_ = self._booster.boost(model, self.optimizer)
@@ -116,20 +118,32 @@ class ColossalEngine(DistributedEngine):
 
     def state_dict(self) -> Mapping[str, Any]:
         """See :class:`Engine`."""
-        return self._whole_state(self._boosted.state_dict())
+        own = self.optimizer.state_dict()
+        # where ZeRO or 16 bit have masters, the state is theirs; in the order of the parameters it is put together
+        masters = {name: master for name, _, master in self._masters()}
+        states = {
+            index: self.optimizer.state[masters.get(name, parameter)]
+            for index, (name, parameter) in enumerate(zip(self._names, self._parameters))
+            if masters.get(name, parameter) in self.optimizer.state
+        }
+        return self._whole_state({**own, "state": states})
+
+    def _whole_value(self, name: str, key: str, value: Any) -> Any:
+        """The whole of a master, or of an entry of its optimizer state."""
+        parameter = self._by_name[name]
+        if isinstance(value, Tensor) and value.ndim and _is_piece(value, parameter):
+            pieces = collectives.all_gather(value.flatten().to(self.context.device), self.context.replica)
+            value = pieces[: parameter.numel()].view(parameter.shape)
+        return super()._whole_value(name, key, value)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See :class:`Engine`."""
         self._boosted.load_state_dict(self._local_state(state))
 
-    def master_state(self) -> dict[str, Tensor]:
+    def master_state(self) -> Mapping[str, Tensor]:
         """See :class:`Engine`."""
-        whole: dict[str, Tensor] = {}
-        for name, parameter, master in self._masters():
-            if _is_piece(master, parameter):
-                master = collectives.all_gather(master.flatten(), self.context.replica)
-            whole |= self.gather({name: master.flatten()[: parameter.numel()].view(parameter.shape)})
-        return whole
+        masters = {name: master for name, _, master in self._masters()}
+        return Gathered(masters, lambda name, master: self._whole_value(name, "master", master))
 
     @torch.no_grad()
     def load_master_state(self, state: Mapping[str, Tensor]) -> None:

@@ -24,7 +24,7 @@ from opensora.training.diffusion_step import DiffusionLoss
 from opensora.training.ema import EMA
 from opensora.training.experiment import create_experiment
 from opensora.training.inputs import InputEncoder
-from opensora.training.loop import LoopSettings, TrainLoop
+from opensora.training.loop import LoopSettings, TrainLoop, shard_bytes
 from opensora.training.master_weights import MasterWeights, optimizer_factory
 from opensora.training.metrics import MetricLog, StageTimer
 from opensora.training.optimizer import create_schedule
@@ -37,6 +37,7 @@ from opensora.training.trained import LoraAdapter, TrainedWeights, freeze, read_
 from opensora.training.validation import Validation
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
+from opensora.utils.weights import is_stored
 
 logger = get_logger(__name__)
 
@@ -155,7 +156,7 @@ class Trainer:
     def _load_masters(self, engine: Engine, masters: MasterWeights | None, resume: Path) -> None:
         if not self.cfg.load_master_weights or (masters is None and engine.rounded_to is None):
             return
-        if not (resume / "master.safetensors").is_file():
+        if not is_stored(resume / "master.safetensors"):
             logger.warning("%s has no master.safetensors: the fp32 weights start from rounded ones", resume)
             return
         state = load_weights(resume, "master")
@@ -240,6 +241,7 @@ class Trainer:
             max_skipped_steps=cfg.max_skipped_steps,
             async_io=cfg.async_io,
             save_masters=cfg.save_master_weights,
+            shard_bytes=shard_bytes(cfg),
         )
 
     def _on_step(
