@@ -11,6 +11,7 @@ from torch import nn
 from opensora.acceleration.engine import Engine
 from opensora.acceleration.parallel_context import ParallelContext, launch
 from opensora.acceleration.plugins import check_training, create_context, create_engine, divide_model, keeps_masters
+from opensora.acceleration.shardformer import use_shardformer
 from opensora.datasets.dataloader import build_train_loader, endless, prefetch
 from opensora.diffusion.building import build_on_meta, pick_device, torch_dtype
 from opensora.diffusion.ranks import from_rank_zero
@@ -27,7 +28,7 @@ from opensora.training.inputs import InputEncoder
 from opensora.training.loop import LoopSettings, TrainLoop, shard_bytes
 from opensora.training.master_weights import MasterWeights, optimizer_factory
 from opensora.training.metrics import MetricLog, StageTimer
-from opensora.training.optimizer import create_schedule
+from opensora.training.optimizer import check_same_optimizer, create_schedule
 from opensora.training.profiling import NsightWindow
 from opensora.training.recompute import apply_recompute
 from opensora.training.throughput import TrainingFlops, peak_flops
@@ -93,6 +94,7 @@ class Trainer:
     def _encoder(self) -> InputEncoder:
         known = cached_encoders(self.cfg, self.dataset, self.device, self.dtype)
         ae, t5, clip = (known[name] if name in known else self._build(name) for name in ("ae", "t5", "clip"))
+        use_shardformer(t5)
         if not self.cfg.samples:
             del ae.decoder  # training only encodes
         encoder = InputEncoder(ae.eval().requires_grad_(False), t5, clip, self.options, self.cfg.keep_encoded)
@@ -145,7 +147,9 @@ class Trainer:
         )
         if self.resume:
             self._load_masters(engine, masters, self.resume)
-            engine.load_state_dict(load_part(self.resume, "optimizer"))
+            saved = load_part(self.resume, "optimizer")
+            check_same_optimizer(saved, engine.optimizer, f"--load {self.resume}")
+            engine.load_state_dict(saved)
             optimizer = engine.optimizer
             wanted = {key: cfg.optim[key] for key in ("lr", "eps") if cfg.optim.get(key) is not None}
             for group in optimizer.param_groups:  # the config's, which may have changed, not the checkpoint's
@@ -282,6 +286,8 @@ def _check_parts(cfg: Any, world_size: int) -> None:
         return
     whole = cfg.plugin == "ddp" and (cfg.plugin_config or {}).get("tp_size", 1) == 1
     if cfg.optim.get("cls") == "Muon" and not whole:
-        raise UserError("optim.cls=Muon needs whole matrices: use --plugin ddp, or AdamW")
+        raise UserError(
+            "optim.cls=Muon needs whole matrices on every rank: use --plugin ddp, or --optim.cls AdamW under any plugin"
+        )
     if cfg.lora_config and not whole:
         raise UserError("lora_config: adapters are trained with whole weights on every rank: use --plugin ddp")

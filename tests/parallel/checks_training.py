@@ -133,7 +133,7 @@ def refusals(folder: Path) -> None:
     for words, message in (
         (["--plugin", "none"], "fsdp2"),
         (["--plugin", "fsdp3"], "fsdp2"),
-        (["--plugin", "fsdp2", "--optim.cls", "Muon"], "whole matrices"),
+        (["--plugin", "fsdp2", "--optim.cls", "Muon"], "--plugin ddp, or --optim.cls AdamW"),
         (["--plugin", "zero2", "--plugin_config.sp_size", 2], "hybrid"),
         (
             ["--plugin", "ddp", "--plugin_config.tp_size", 2, "--model.num_heads", 1, "--model.axes_dim", "[8,12,12]"],

@@ -24,7 +24,7 @@ from opensora.training.checkpoint_writer import CheckpointWriter
 from opensora.training.ema import EMA
 from opensora.training.experiment import experiment_name
 from opensora.training.loop import step_generator
-from opensora.training.optimizer import create_optimizer, create_schedule
+from opensora.training.optimizer import check_same_optimizer, create_optimizer, create_schedule
 from opensora.utils.errors import UserError
 
 
@@ -126,6 +126,15 @@ def test_ema_is_float32_and_equals_the_formula():
         expected = decay * expected + (1 - decay) * model.weight.detach().double()
     assert ema.shadow["weight"].dtype == torch.float32
     torch.testing.assert_close(ema.shadow["weight"].double(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_another_optimizer_cannot_go_on():
+    model = nn.Sequential(nn.Linear(2, 2))
+    muon, adam = (create_optimizer(model.named_parameters(), {"cls": cls}) for cls in ("Muon", "AdamW"))
+    check_same_optimizer(adam.state_dict(), adam, "--load x")
+    for saved, other in ((muon, adam), (adam, muon)):
+        with pytest.raises(UserError, match="--load x: its optimizer .* optim.cls"):
+            check_same_optimizer(saved.state_dict(), other, "--load x")
 
 
 def test_checkpoints_are_whole_or_absent(tmp_path, monkeypatch):
