@@ -85,7 +85,7 @@ class DistributedEngine(SingleEngine):
         """What one process would have saved, of an optimizer's state as this rank has it."""
         whole = {
             index: Gathered(values, partial(self._whole_value, self._names[index]))
-            for index, values in own["state"].items()
+            for index, values in sorted(own["state"].items())  # one order on all ranks
         }
         return {**own, "state": whole}
 
