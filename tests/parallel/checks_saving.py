@@ -100,6 +100,7 @@ def one_rank_fails(folder: Path) -> None:
                 writer.save(content(engine, ema, 3), last=True)
         dist.barrier()
         assert sorted(path.name for path in place.iterdir()) == [good.name]
+        dist.barrier()
         again = writer.save(content(engine, ema, 4), last=True)  # room again
         dist.barrier()
         assert list_checkpoints(place) == [again]
