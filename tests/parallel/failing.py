@@ -1,4 +1,4 @@
-"""Program of `test_failures`: all processes find one mistake, one finds another (or is killed) while the others wait."""
+"""Program of `test_failures`: all processes find one mistake; one finds another, or is killed, while others wait."""
 
 import os
 import signal
