@@ -202,6 +202,7 @@ class LoopOptions:
     log_every: int = opt(1, "distance of log lines", "optimizer steps")
     ckpt_every: int = opt(0, "distance of checkpoints (0: only at the end)", "optimizer steps")
     keep_n_latest: int = opt(-1, "checkpoints to keep (-1: all)")
+    ckpt_shard_size_gb: float = opt(4.0, "weights above this size are saved in several files of it", "GiB")
     wandb: bool = opt(False, "log to Weights & Biases")
     wandb_project: str = opt("Open-Sora", "its project")
     max_skipped_steps: int = opt(20, "steps in a row without a finite loss and gradient that end the run", "steps")

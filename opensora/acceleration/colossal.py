@@ -1,7 +1,8 @@
 """The engine of ColossalAI's Booster: ZeRO stages 1 and 2, its hybrid plugin, its DDP.
 
-Tensor and sequence parallelism are this package's own (`tensor_parallel`, `sequence_parallel`) and in place before
-Booster sees the model; ranks of one sequence-parallel group are data-parallel ranks to it.
+Its Shardformer divides weights for tensor parallelism, by the table of `tensor_parallel` (see `colossal_policy`).
+Sequence parallelism is in place before Booster sees the model (`sequence_parallel`); ranks of one such group are
+data-parallel ranks to it.
 """
 
 import math
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from opensora.acceleration import collectives
 from opensora.acceleration.native import DistributedEngine, OptimizerFactory
 from opensora.acceleration.parallel_context import ParallelContext
-from opensora.acceleration.sharding import WeightLayout
+from opensora.acceleration.sharding import Gathered, WeightLayout
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
@@ -54,11 +55,11 @@ class ColossalEngine(DistributedEngine):
 
     Args:
         name: ``zero1``, ``zero2``, ``hybrid`` or ``torch_ddp``.
-        model: divided by tensor and sequence parallelism already, if that is wanted.
+        model: divided by sequence parallelism already, if that is wanted; its weights are whole.
         make_optimizer: an element-wise one (AdamW): ZeRO hands it flat pieces of parameters.
         context: the ranks.
         max_norm: limit of the gradient norm, 0 for none.
-        layout: tensor parallelism of the model.
+        layout: how ``hybrid`` is to divide the weights; nothing in it leaves them whole.
         dtype: of the forward and backward pass; below float32, optimizer and masters are float32.
         config: ``plugin_config``; keys that are not ours go to ColossalAI's plugin as they are.
 
@@ -73,8 +74,10 @@ class ColossalEngine(DistributedEngine):
         booster = require_colossalai(context.device.type == "cpu")
         if name == "torch_ddp" and dtype != torch.float32:
             raise UserError("plugin torch_ddp keeps no fp32 weights: set dtype fp32, or use zero1, hybrid or fsdp2")
-        super().__init__(model, model, [*model.named_parameters()], make_optimizer, max_norm, context, layout)
-        self._booster = booster.Booster(plugin=_plugin(name, dtype, context, max_norm, config))
+        named = [*model.named_parameters()]
+        super().__init__(model, model, named, make_optimizer, max_norm, context, layout)
+        self._by_name = dict(named)
+        self._booster = booster.Booster(plugin=_plugin(name, model, dtype, context, max_norm, layout, config))
         # self.optimizer stays torch's own, for schedules; its groups are shared with the boosted one
         self.model, self._boosted, *_ = self._booster.boost(model, self.optimizer)
         self._keeps_norm = type(self._boosted).__name__ not in ("OptimizerWrapper", "HybridParallelNaiveOptimizer")
@@ -115,20 +118,32 @@ class ColossalEngine(DistributedEngine):
 
     def state_dict(self) -> Mapping[str, Any]:
         """See :class:`Engine`."""
-        return self._whole_state(self._boosted.state_dict())
+        own = self.optimizer.state_dict()
+        # where ZeRO or 16 bit have masters, the state is theirs; in the order of the parameters it is put together
+        masters = {name: master for name, _, master in self._masters()}
+        states = {
+            index: self.optimizer.state[masters.get(name, parameter)]
+            for index, (name, parameter) in enumerate(zip(self._names, self._parameters))
+            if masters.get(name, parameter) in self.optimizer.state
+        }
+        return self._whole_state({**own, "state": states})
+
+    def _whole_value(self, name: str, key: str, value: Any) -> Any:
+        """The whole of a master, or of an entry of its optimizer state."""
+        parameter = self._by_name[name]
+        if isinstance(value, Tensor) and value.ndim and _is_piece(value, parameter):
+            pieces = collectives.all_gather(value.flatten().to(self.context.device), self.context.replica)
+            value = pieces[: parameter.numel()].view(parameter.shape)
+        return super()._whole_value(name, key, value)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See :class:`Engine`."""
         self._boosted.load_state_dict(self._local_state(state))
 
-    def master_state(self) -> dict[str, Tensor]:
+    def master_state(self) -> Mapping[str, Tensor]:
         """See :class:`Engine`."""
-        whole: dict[str, Tensor] = {}
-        for name, parameter, master in self._masters():
-            if _is_piece(master, parameter):
-                master = collectives.all_gather(master.flatten(), self.context.replica)
-            whole |= self.gather({name: master.flatten()[: parameter.numel()].view(parameter.shape)})
-        return whole
+        masters = {name: master for name, _, master in self._masters()}
+        return Gathered(masters, lambda name, master: self._whole_value(name, "master", master))
 
     @torch.no_grad()
     def load_master_state(self, state: Mapping[str, Tensor]) -> None:
@@ -155,7 +170,10 @@ def _is_piece(master: Tensor, parameter: Tensor) -> bool:
     return master.shape != parameter.shape
 
 
-def _plugin(name: str, dtype: torch.dtype, context: ParallelContext, max_norm: float, config: Mapping[str, Any]) -> Any:
+def _plugin(
+    name: str, model: nn.Module, dtype: torch.dtype, context: ParallelContext,
+    max_norm: float, layout: WeightLayout, config: Mapping[str, Any],
+) -> Any:  # fmt: skip
     """ColossalAI's plugin of a config."""
     from colossalai.booster.plugin import HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 
@@ -173,7 +191,10 @@ def _plugin(name: str, dtype: torch.dtype, context: ParallelContext, max_norm: f
             for key in ("zero_stage", "static_graph"):
                 given.pop(key, None)
             return LowLevelZeroPlugin(stage=int(name[-1]), **common, **{"cast_inputs": False, **given})
-        return HybridParallelPlugin(**common, **_hybrid_options(given, dtype, context))
+        from opensora.acceleration.colossal_policy import policy_of
+
+        policy = policy_of(model, layout)
+        return HybridParallelPlugin(custom_policy=policy, **common, **_hybrid_options(given, dtype, context))
     except (TypeError, AssertionError) as error:
         raise UserError(f"plugin_config does not suit ColossalAI's plugin {name}: {error}") from error
 
@@ -190,26 +211,5 @@ def _hybrid_options(given: Mapping[str, Any], dtype: torch.dtype, context: Paral
         "tp_size": context.tp.size,
         "pp_size": 1,
         "enable_metadata_cache": False,
-        "custom_policy": empty_policy(),
         **options,
     }
-
-
-def empty_policy() -> Any:
-    """A Shardformer policy that replaces nothing: the model is divided already."""
-    from colossalai.shardformer.policies.base_policy import Policy
-
-    class DividedAlready(Policy):
-        def config_sanity_check(self) -> None:
-            """Sizes were checked when the model was divided."""
-
-        def preprocess(self) -> nn.Module:
-            return self.model
-
-        def module_policy(self) -> dict[str, Any]:
-            return {}
-
-        def postprocess(self) -> nn.Module:
-            return self.model
-
-    return DividedAlready()

@@ -1,12 +1,14 @@
 """What training asks of the machinery that holds model and optimizer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from opensora.acceleration.parallel_context import Axis
 
 
 class Engine(Protocol):
@@ -19,6 +21,8 @@ class Engine(Protocol):
     optimizer: Optimizer
     rounded_to: torch.dtype | None
     """dtype that the forward pass sees, where the engine keeps float32 weights beside it."""
+    ranks: Axis
+    """All processes, for what they exchange beside training (`ParallelContext.host`)."""
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of one micro-batch."""
@@ -32,27 +36,25 @@ class Engine(Protocol):
     def unwrap(self) -> nn.Module:
         """The plain model; its state dict has the keys of one process, its tensors may be sharded."""
 
-    def gather(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors of a state dict like the model's, on the CPU; empty on all ranks but the first."""
+    def gather(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Whole tensors of a state dict like the model's, each put together when it is read: every rank must read
+        the same ones in the same order."""
 
     def scatter(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's part of whole tensors, by the model's keys: the inverse of `gather`."""
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Optimizer state, whole, as one process would save it; empty on all ranks but the first."""
+        """Optimizer state, whole, as one process would save it; tensors are read as those of `gather`."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Optimizer state of an earlier run, under whatever engine."""
 
-    def master_state(self) -> dict[str, Tensor]:
-        """Whole float32 weights, where the engine keeps some beside those of the forward pass (``rounded_to``); empty
-        where not, and on all ranks but the first."""
+    def master_state(self) -> Mapping[str, Tensor]:
+        """Whole float32 weights, where the engine keeps some beside those of the forward pass (``rounded_to``), read
+        as those of `gather`; empty where not."""
 
     def load_master_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from whole float32 weights; nothing where the engine keeps none."""
-
-    def on_first_rank(self, action: Callable[[], Any]) -> None:
-        """Run ``action`` on the first rank while the others wait; its failure is raised on all."""
 
     def on_any_rank(self, flag: bool) -> bool:
         """Whether ``flag`` is set on any rank: the same answer for all."""
@@ -68,6 +70,7 @@ class SingleEngine:
     """
 
     rounded_to: torch.dtype | None = None
+    ranks = Axis()
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, max_norm: float = 0.0) -> None:
         self.model, self.optimizer, self.max_norm = model, optimizer, max_norm
@@ -98,9 +101,9 @@ class SingleEngine:
         """See :class:`Engine`."""
         return self.model
 
-    def gather(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def gather(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """See :class:`Engine`."""
-        return dict(state)
+        return state
 
     def scatter(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`Engine`."""
@@ -114,16 +117,12 @@ class SingleEngine:
         """See :class:`Engine`."""
         self.optimizer.load_state_dict(dict(state))
 
-    def master_state(self) -> dict[str, Tensor]:
+    def master_state(self) -> Mapping[str, Tensor]:
         """See :class:`Engine`."""
         return {}
 
     def load_master_state(self, state: Mapping[str, Tensor]) -> None:
         """See :class:`Engine`."""
-
-    def on_first_rank(self, action: Callable[[], Any]) -> None:
-        """See :class:`Engine`."""
-        action()
 
     def on_any_rank(self, flag: bool) -> bool:
         """See :class:`Engine`."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 from opensora.acceleration import collectives
 from opensora.acceleration.engine import SingleEngine
 from opensora.acceleration.parallel_context import ParallelContext
-from opensora.acceleration.sharding import WeightLayout
+from opensora.acceleration.sharding import Gathered, WeightLayout
 from opensora.utils.errors import UserError
 
 OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
@@ -26,7 +27,7 @@ Named = Sequence[tuple[str, nn.Parameter]]
 
 
 class DistributedEngine(SingleEngine):
-    """What the engines share: norms, checkpoints and the first rank.
+    """What the engines share: norms and checkpoints.
 
     Args:
         model: what a forward pass calls.
@@ -44,6 +45,7 @@ class DistributedEngine(SingleEngine):
     ) -> None:  # fmt: skip
         super().__init__(model, make_optimizer(named), max_norm)
         self.context, self.layout, self._plain = context, layout, plain
+        self.ranks = context.host
         names = {id(parameter): name for name, parameter in named}
         self._names = [names[id(parameter)] for parameter in self._parameters]
 
@@ -66,14 +68,9 @@ class DistributedEngine(SingleEngine):
                 (grad.to_local() if isinstance(grad, DTensor) else grad).mul_(self.max_norm / (norm_of_all + 1e-6))
         return norm_of_all
 
-    def gather(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See :class:`Engine`; one tensor at a time, so that only the first rank needs memory for all."""
-        whole = {}
-        for name, value in state.items():
-            tensor = self.layout.whole(name, value)
-            if self.context.rank == 0:
-                whole[name] = tensor.cpu()
-        return whole
+    def gather(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """See :class:`Engine`."""
+        return Gathered(state, self.layout.whole)
 
     def scatter(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`Engine`."""
@@ -86,14 +83,15 @@ class DistributedEngine(SingleEngine):
 
     def _whole_state(self, own: Mapping[str, Any]) -> Mapping[str, Any]:
         """What one process would have saved, of an optimizer's state as this rank has it."""
-        state: dict[int, dict[str, Any]] = {}
-        for index, values in own["state"].items():
-            name = self._names[index]
-            state[index] = {
-                key: self.gather({name: value}).get(name) if isinstance(value, Tensor) else value
-                for key, value in values.items()
-            }
-        return {"state": state, "param_groups": own["param_groups"]} if self.context.rank == 0 else {}
+        whole = {
+            index: Gathered(values, partial(self._whole_value, self._names[index]))
+            for index, values in sorted(own["state"].items())  # one order on all ranks
+        }
+        return {**own, "state": whole}
+
+    def _whole_value(self, name: str, key: str, value: Any) -> Any:
+        """The whole of an entry of the optimizer's state of a parameter."""
+        return self.layout.whole(name, value) if isinstance(value, Tensor) else value
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See :class:`Engine`."""
@@ -112,36 +110,12 @@ class DistributedEngine(SingleEngine):
             }
         return {"state": local, "param_groups": state["param_groups"]}
 
-    def on_first_rank(self, action: Callable[[], Any]) -> None:
-        """See :class:`Engine`."""
-        on_first_rank(action, self.context)
-
     def on_any_rank(self, flag: bool) -> bool:
         """See :class:`Engine`."""
         flags = torch.tensor([float(flag)], device=self.context.device)
         if self.context.world_size > 1:
             dist.all_reduce(flags)
         return bool(flags.item())
-
-
-def on_first_rank(action: Callable[[], Any], context: ParallelContext) -> None:
-    """Run ``action`` on rank 0 while the others wait.
-
-    Raises:
-        SystemExit: on the other ranks, if it failed: quietly, since rank 0 raises what the action raised.
-    """
-    failed = torch.zeros(1, device=context.device)
-    try:
-        if context.rank == 0:
-            action()
-    except BaseException:
-        failed.fill_(1)
-        raise
-    finally:
-        if context.world_size > 1:
-            dist.broadcast(failed, 0)
-    if failed:
-        raise SystemExit(1)
 
 
 class DDPEngine(DistributedEngine):
@@ -211,7 +185,7 @@ class FSDP2Engine(DistributedEngine):
         super().__init__(model, model, named, make_optimizer, max_norm, context, layout or WeightLayout())
         self.rounded_to = dtype if dtype != torch.float32 else None
 
-    def master_state(self) -> dict[str, Tensor]:
+    def master_state(self) -> Mapping[str, Tensor]:
         """See :class:`Engine`."""
         return self.gather(self._plain.state_dict()) if self.rounded_to is not None else {}
 

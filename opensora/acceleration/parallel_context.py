@@ -34,6 +34,12 @@ class Axis:
     rank: int = 0
     group: Any = field(default=None, repr=False)
 
+    @classmethod
+    def of_group(cls, group: Any) -> "Axis":
+        """The axis of a process group that this process belongs to."""
+        size = dist.get_world_size(group)
+        return cls(size, dist.get_rank(group), group if size > 1 else None)
+
     @property
     def first(self) -> bool:
         """Whether this process speaks for the axis."""
@@ -106,6 +112,8 @@ class ParallelContext:
         tp: same samples, different parts of the weights.
         replica: dp, branch and sp together: the ranks that hold the same weights and average their gradients.
         sample: branch, sp and tp together: the ranks that work on the same samples.
+        host: all processes, with a group of their own on the CPU: what they exchange in it, in a thread too, does not
+            get in the way of the others' exchanges.
     """
 
     rank: int = 0
@@ -117,6 +125,7 @@ class ParallelContext:
     tp: Axis = Axis()
     replica: Axis = Axis()
     sample: Axis = Axis()
+    host: Axis = Axis()
 
     @classmethod
     def create(cls, sizes: Sizes, device: torch.device | None = None) -> "ParallelContext":
@@ -134,6 +143,7 @@ class ParallelContext:
         grid = torch.arange(world).reshape(-1, sizes.branch, sizes.sp, sizes.tp)
         axes = {name: _axis(grid.movedim(dim, -1).flatten(0, -2)) for dim, name in enumerate(AXES)}
         axes |= {"replica": _axis(grid.flatten(0, 2).movedim(0, -1)), "sample": _axis(grid.flatten(1))}
+        axes["host"] = Axis(world, dist.get_rank(), dist.new_group(backend="gloo", timeout=TIMEOUT))
         context = cls(dist.get_rank(), world, device, **axes)
         logger.info("%d processes: %s", world, context.describe())
         return context

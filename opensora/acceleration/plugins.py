@@ -14,7 +14,7 @@ from opensora.acceleration.native import DDPEngine, FSDP2Engine, Named, Optimize
 from opensora.acceleration.parallel_context import ParallelContext, Sizes
 from opensora.acceleration.sequence_parallel import DEFAULT_MODE, apply_sequence_parallel, check_mode
 from opensora.acceleration.sharding import WeightLayout
-from opensora.acceleration.tensor_parallel import apply_tensor_parallel, check_tensor_parallel
+from opensora.acceleration.tensor_parallel import apply_tensor_parallel, check_tensor_parallel, layout_of
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
@@ -64,18 +64,24 @@ def check_agreement(model: nn.Module, context: ParallelContext) -> None:
         raise UserError(f"the ranks have built different models: {first}; do all read the same config and weights?")
 
 
-def divide_model(model: nn.Module, context: ParallelContext, config: Mapping[str, Any] | None = None) -> WeightLayout:
+def divide_model(
+    model: nn.Module, context: ParallelContext, config: Mapping[str, Any] | None = None, engine: str | None = None
+) -> WeightLayout:
     """Tensor and sequence parallelism of a diffusion model, in place.
 
     Args:
         model: the same on every rank.
         context: the ranks.
         config: ``plugin_config``; ``sequence_parallelism_mode`` counts.
+        engine: plugin that the model will be trained under; ``hybrid`` divides weights itself, when it is created.
+
+    Returns:
+        How the weights are divided, or will be.
 
     Raises:
         UserError: sizes that the ranks do not divide.
     """
-    layout = apply_tensor_parallel(model, context.tp)
+    layout = (layout_of if engine == "hybrid" else apply_tensor_parallel)(model, context.tp)
     mode = (config or {}).get("sequence_parallelism_mode") or DEFAULT_MODE
     if context.sp.size > 1:
         described: Any = model.config
@@ -167,7 +173,7 @@ def create_engine(
         return SingleEngine(model, make_optimizer(masters or [*model.named_parameters()]), max_norm)
     check_agreement(model, context)
     if layout is None:
-        layout = divide_model(model, context, config)
+        layout = divide_model(model, context, config, name)
     if name in COLOSSAL:
         from opensora.acceleration.colossal import ColossalEngine
 

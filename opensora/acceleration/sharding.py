@@ -1,7 +1,8 @@
 """Whole tensors from the parts that ranks hold, and back: what lets checkpoints pass from one layout to another."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,29 @@ class Split:
         shares = [part // axis.size for part in self.parts]
         ranks = [x.split(shares, self.dim) for x in collectives.all_gather(local[None], axis).unbind()]
         return torch.cat([share for part in zip(*ranks) for share in part], self.dim)
+
+
+class Gathered(Mapping[str, Any]):
+    """Whole tensors of a divided state, each put together when it is read, so that no rank holds all of them.
+
+    Every rank must read the same ones in the same order.
+
+    Args:
+        parts: what this rank holds, by name.
+        whole: from a name and its part to the whole.
+    """
+
+    def __init__(self, parts: Mapping[str, Any], whole: Callable[[str, Any], Any]) -> None:
+        self._parts, self._whole = parts, whole
+
+    def __getitem__(self, name: str) -> Any:
+        return self._whole(name, self._parts[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
 
 
 @dataclass(frozen=True)

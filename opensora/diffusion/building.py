@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from opensora.acceleration.shardformer import use_shardformer
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -88,7 +89,9 @@ def build_ready(
     """
     if not section.get("from_pretrained") and (section.get("type") != "dc_ae" or section.get("from_scratch")):
         logger.warning("%s: random weights (%s.from_pretrained is not set), so its output means nothing", name, name)
-    return build_module(section, MODELS, device_map=device, torch_dtype=dtype).eval().requires_grad_(False)
+    model = build_module(section, MODELS, device_map=device, torch_dtype=dtype).eval().requires_grad_(False)
+    use_shardformer(model)
+    return model
 
 
 def check_weights(name: str, section: Mapping[str, Any]) -> None:

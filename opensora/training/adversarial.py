@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from opensora.acceleration.engine import Engine
 from opensora.models.vae.losses import DISCRIMINATOR_LOSSES, adaptive_weight, discriminator_loss, gradient_penalty
-from opensora.training.checkpoint import CheckpointContent
+from opensora.training.checkpoint_files import CheckpointContent
 from opensora.training.loop import TrainLoop
 from opensora.training.master_weights import MasterWeights
 from opensora.training.metrics import MetricLog
@@ -97,10 +97,10 @@ class Adversary:
     ) -> None:
         self.engine, self.schedule, self.options, self.masters = engine, schedule, options, masters
 
-    def saved(self) -> dict[str, dict[str, Tensor]]:
+    def saved(self) -> dict[str, Mapping[str, Tensor]]:
         """Whole weights for a checkpoint, and fp32 ones beside them where there are such; every rank calls it."""
         gather = self.engine.gather
-        parts = {"discriminator": gather(self.engine.unwrap().state_dict())}
+        parts: dict[str, Mapping[str, Tensor]] = {"discriminator": gather(self.engine.unwrap().state_dict())}
         masters = self.engine.master_state() if self.masters is None else gather(self.masters.state_dict())
         return {**parts, "disc_master": masters} if masters else parts
 
@@ -170,6 +170,7 @@ class AdversarialEngine:
         self.accumulation, self.log = accumulation, log
         self.optimizer = (generator or adversary.engine).optimizer
         self.rounded_to = None if generator is None else generator.rounded_to
+        self.ranks = adversary.engine.ranks
         self._later: Callable[[], Losses] | None = None
 
     @property
@@ -217,15 +218,15 @@ class AdversarialEngine:
         """The plain autoencoder."""
         return self.model if self.generator is None else self.generator.unwrap()
 
-    def gather(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def gather(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """See :class:`Engine`; of the autoencoder."""
-        return dict(state) if self.generator is None else self.generator.gather(state)
+        return state if self.generator is None else self.generator.gather(state)
 
     def scatter(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`Engine`; of the autoencoder."""
         return dict(state) if self.generator is None else self.generator.scatter(state)
 
-    def master_state(self) -> dict[str, Tensor]:
+    def master_state(self) -> Mapping[str, Tensor]:
         """See :class:`Engine`; of the autoencoder."""
         return {} if self.generator is None else self.generator.master_state()
 
@@ -233,10 +234,6 @@ class AdversarialEngine:
         """See :class:`Engine`; of the autoencoder."""
         if self.generator is not None:
             self.generator.load_master_state(state)
-
-    def on_first_rank(self, action: Callable[[], Any]) -> None:
-        """See :class:`Engine`."""
-        self._engines[0].on_first_rank(action)
 
     def on_any_rank(self, flag: bool) -> bool:
         """See :class:`Engine`."""

@@ -1,24 +1,17 @@
-"""Checkpoint folders: written beside and renamed, so a folder that exists is whole."""
+"""Checkpoint folders: found, read, removed. They are written beside and renamed, so one that exists is whole."""
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from opensora.utils.errors import UserError
-from opensora.utils.logging import get_logger
-from opensora.utils.weights import save_safetensors
-
-logger = get_logger(__name__)
+from opensora.utils.weights import is_stored, load_state_dict, open_weights
 
 FOLDER = re.compile(r"epoch(\d+)-global_step(\d+)")
 
@@ -60,126 +53,6 @@ class RunningStates:
             raise UserError(f"start_epoch={epoch}, start_step={step}: must not be negative")
         self.micro_step = epoch * epoch_length + step
         self.epoch, self.step = divmod(self.micro_step, epoch_length)
-
-
-@dataclass
-class CheckpointContent:
-    """Everything that a checkpoint holds.
-
-    Attributes:
-        states: where the run stands.
-        model: weights; ``model/model.safetensors``, or an adapter's, see ``write_adapter_config``.
-        optimizers: state dicts by name; ``<name>/state.pt``.
-        ema: averaged weights; ``ema.safetensors``.
-        extra_models: further weights by name; ``<name>/model.safetensors``.
-        metadata: strings for the header of the weight files (layouts).
-        master: fp32 copies of the weights; ``master.safetensors``.
-        write_adapter_config: writes ``adapter_config.json`` into a folder. With it, ``model`` and ``ema`` are a LoRA
-            adapter's weights and become the PEFT folders ``lora`` and ``lora_ema``.
-    """
-
-    states: RunningStates
-    model: Mapping[str, Tensor]
-    optimizers: Mapping[str, Any]
-    ema: Mapping[str, Tensor] | None = None
-    extra_models: Mapping[str, Mapping[str, Tensor]] | None = None
-    metadata: Mapping[str, str] | None = None
-    master: Mapping[str, Tensor] | None = None
-    write_adapter_config: Callable[[Path], None] | None = None
-
-    def snapshot(self) -> "CheckpointContent":
-        """A copy in host memory that training does not change."""
-        return replace(
-            self,
-            states=replace(self.states),
-            **{
-                name: _to_host(getattr(self, name)) for name in ("model", "optimizers", "ema", "extra_models", "master")
-            },
-        )
-
-    def weight_files(self) -> dict[str, Mapping[str, Tensor]]:
-        """Weight files by their place in the folder."""
-        files: dict[str, Mapping[str, Tensor]] = {
-            f"{name}/model.safetensors": weights for name, weights in (self.extra_models or {}).items()
-        }
-        if self.write_adapter_config is None:
-            files["model/model.safetensors"] = self.model
-        else:
-            files["lora/adapter_model.safetensors"] = self.model
-        if self.ema is not None:
-            adapter = self.write_adapter_config is not None
-            files["lora_ema/adapter_model.safetensors" if adapter else "ema.safetensors"] = self.ema
-        if self.master:
-            files["master.safetensors"] = self.master
-        return files
-
-
-def _to_host(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {key: _to_host(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_to_host(item) for item in value)
-    return value
-
-
-def save_checkpoint(
-    folder: Path, states: RunningStates, model: Mapping[str, Tensor], *, optimizers: Mapping[str, Any], **more: Any
-) -> Path:
-    """Write ``<folder>/epoch{E}-global_step{S}``; arguments as in :class:`CheckpointContent`.
-
-    Returns:
-        The finished folder.
-    """
-    return write_checkpoint(folder, CheckpointContent(states, model, optimizers, **more))
-
-
-def write_checkpoint(folder: Path, content: CheckpointContent) -> Path:
-    """Write a checkpoint beside its place, then rename it: the folder is whole or absent, even if the disk is full.
-
-    Returns:
-        The finished folder.
-
-    Raises:
-        OSError: it could not be written; what was there before is as it was.
-    """
-    states = content.states
-    target = folder / f"epoch{states.epoch}-global_step{states.global_step}"
-    beside = folder / f".{target.name}.writing"
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        beside.mkdir(parents=True)
-        for name, weights in content.weight_files().items():
-            (beside / name).parent.mkdir(exist_ok=True)
-            save_safetensors(weights, beside / name, dict(content.metadata or {}))
-            if content.write_adapter_config is not None and name.startswith("lora"):
-                content.write_adapter_config((beside / name).parent)
-        for name, state in content.optimizers.items():
-            (beside / name).mkdir(exist_ok=True)
-            torch.save(state, beside / name / "state.pt")
-        (beside / "running_states.json").write_text(json.dumps(asdict(states), indent=4), encoding="utf-8")
-        for file in beside.rglob("*"):
-            _flush(file)
-        if target.exists():
-            shutil.rmtree(target)
-        beside.rename(target)
-    except BaseException as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        if isinstance(error, SafetensorError | RuntimeError):  # how the writers of tensors report a full disk
-            raise OSError(f"{target}: {error}") from error
-        raise
-    return target
-
-
-def _flush(file: Path) -> None:
-    """Have the system write a file out, so that a machine that goes down does not leave an empty one."""
-    if file.is_file():
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -228,17 +101,25 @@ def load_states(checkpoint: Path) -> RunningStates:
 
 
 def load_part(checkpoint: Path, name: str) -> Any:
-    """Optimizer-like state ``<name>/state.pt``."""
-    return torch.load(checkpoint / name / "state.pt", map_location="cpu", weights_only=True)
+    """Optimizer state ``<name>/state.pt``, with the tensors of ``<name>/state.safetensors``."""
+    state = torch.load(checkpoint / name / "state.pt", map_location="cpu", weights_only=True)
+    tensors = checkpoint / name / "state.safetensors"
+    if is_stored(tensors):
+        for place, value in open_weights(tensors).tensors():
+            index, key = place.split(".", 1)
+            state["state"][int(index)][key] = value
+    return state
 
 
 def load_weights(checkpoint: Path, name: str = "model") -> dict[str, Tensor]:
-    """Weights ``<name>/model.safetensors``, or ``<name>.safetensors`` for "ema" and "master".
+    """Weights ``<name>/model.safetensors``, or ``<name>.safetensors`` for "ema" and "master", or shards of these.
+
+    Tensors are views of the mapped files: what a rank does not use of them takes no memory.
 
     Raises:
         UserError: the checkpoint does not hold them.
     """
     file = checkpoint / (f"{name}.safetensors" if name in ("ema", "master") else f"{name}/model.safetensors")
-    if not file.is_file():
+    if not is_stored(file):
         raise UserError(f"{checkpoint}: has no {file.relative_to(checkpoint)}")
-    return load_file(file)
+    return load_state_dict(file)

@@ -2,29 +2,51 @@
 
 import shutil
 import threading
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from opensora.training.checkpoint import CheckpointContent, remove_old_checkpoints, write_checkpoint
+from safetensors import SafetensorError
+
+from opensora.acceleration.collectives import gather_values
+from opensora.acceleration.parallel_context import Axis
+from opensora.training.checkpoint import RunningStates, remove_old_checkpoints
+from opensora.training.checkpoint_files import CheckpointContent, CheckpointFiles, Shard
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
+SHARD_BYTES = 4 * 2**30
+
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run.
+    """Writes the checkpoints of one run; every rank makes one, and calls its methods in the same order.
 
-    A checkpoint that cannot be written (a full disk) is logged and the run goes on: the last good one is still there,
-    and the next may succeed. Only the run's last checkpoint must succeed.
+    Ranks write different files, beside the checkpoint's place, into a folder that is renamed once all have succeeded:
+    a checkpoint is whole or absent, whichever rank failed. One that cannot be written (a full disk) is logged and the
+    run goes on: the last good one is still there, and the next may succeed. Only the run's last checkpoint must
+    succeed.
 
     Args:
-        folder: experiment folder.
+        folder: experiment folder, which all ranks share.
         keep_n_latest: checkpoints to keep; negative keeps all.
         asynchronous: copy to host memory, then write in a thread. At most one checkpoint is on its way.
+        ranks: all processes, with a group that nothing else uses meanwhile (`ParallelContext.host`).
+        shard_bytes: files of tensors are divided above this size.
     """
 
-    def __init__(self, folder: Path, keep_n_latest: int = -1, asynchronous: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep_n_latest: int = -1,
+        asynchronous: bool = False,
+        ranks: Axis | None = None,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
         self.folder, self.keep_n_latest, self.asynchronous = folder, keep_n_latest, asynchronous
+        self.ranks, self.shard_bytes = ranks or Axis(), shard_bytes
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
 
@@ -42,16 +64,22 @@ class CheckpointWriter:
             UserError: the last one could not be written.
         """
         self.wait()
-        if self.asynchronous and not last:
-            self._thread = threading.Thread(target=self._write, args=(content.snapshot(),), name="checkpoint")
+        states, beside_training = replace(content.states), self.asynchronous and not last
+        target = self.folder / f"epoch{states.epoch}-global_step{states.global_step}"
+        files = CheckpointFiles(content, self.ranks, self.shard_bytes, copies=beside_training)
+        self._error = self._together(partial(self._begin, target))
+        if self._error is None and beside_training:
+            mine = [shard for shard in files.shards() if shard.tensors]
+            self._thread = threading.Thread(target=self._finish, args=(target, files, mine, states), name="checkpoint")
             self._thread.start()
-        else:
-            self._write(content)
-            error = self._error
-            self._report()
-            if last and error is not None:
-                raise UserError(f"the last checkpoint could not be written ({error})") from error
-        return self.folder / f"epoch{content.states.epoch}-global_step{content.states.global_step}"
+            return target
+        if self._error is None:
+            self._finish(target, files, files.shards(), states)
+        error = self._error
+        self._report()
+        if last and error is not None:
+            raise UserError(f"the last checkpoint could not be written ({error})") from error
+        return target
 
     def wait(self) -> None:
         """Wait for a checkpoint that is being written."""
@@ -60,20 +88,68 @@ class CheckpointWriter:
             self._thread = None
             self._report()
 
-    def _write(self, content: CheckpointContent) -> None:
+    def _begin(self, target: Path) -> None:
+        if self.ranks.first:
+            shutil.rmtree(_beside(target), ignore_errors=True)
+            _beside(target).mkdir(parents=True)
+
+    def _finish(self, target: Path, files: CheckpointFiles, shards: Iterable[Shard], states: RunningStates) -> None:
+        """Write this rank's shards, and once all ranks have, put the checkpoint in its place."""
         try:
-            path = write_checkpoint(self.folder, content)
-            remove_old_checkpoints(self.folder, self.keep_n_latest)
-            logger.info("saved %s", path)
-        except OSError as error:
-            self._error = error
+            self._error = self._together(partial(_write, shards, _beside(target)))
+            if self._error is None:
+                self._error = self._together(partial(self._publish, target, files, states))
+        except RuntimeError as error:  # of the exchange: another process has gone, and so will this one
+            self._error = OSError(f"{target.name}: {error}")
+        if self.ranks.first and self._error is not None:
+            shutil.rmtree(_beside(target), ignore_errors=True)
+
+    def _publish(self, target: Path, files: CheckpointFiles, states: RunningStates) -> None:
+        if not self.ranks.first:
+            return
+        files.complete(_beside(target), states)
+        if target.exists():
+            shutil.rmtree(target)
+        _beside(target).rename(target)
+        remove_old_checkpoints(self.folder, self.keep_n_latest)
+        logger.info("saved %s", target)
+
+    def _together(self, action: Callable[[], OSError | None]) -> OSError | None:
+        """Run an action on every rank; all get the error of the first rank that has one."""
+        error = _error_of(action)
+        found = [text for text in gather_values(str(error) if error else None, self.ranks) if text is not None]
+        return error or (OSError(found[0]) if found else None)
 
     def _report(self) -> None:
-        if self._error is not None:
+        if self._error is not None and self.ranks.first:
             free = shutil.disk_usage(self.folder).free / 2**30
             logger.error(
                 "no checkpoint was written: %s (%.1f GiB free); the run goes on, the checkpoints before are untouched",
                 self._error,
                 free,
             )
-            self._error = None
+        self._error = None
+
+
+def _beside(target: Path) -> Path:
+    """Where a checkpoint is written."""
+    return target.with_name(f".{target.name}.writing")
+
+
+def _write(shards: Iterable[Shard], folder: Path) -> OSError | None:
+    """Write the shards that have tensors. After a failure the others are gone through still: other ranks need it."""
+    error = None
+    for shard in shards:
+        if shard.tensors and error is None:
+            error = _error_of(partial(shard.write, folder))
+    return error
+
+
+def _error_of(action: Callable[[], OSError | None]) -> OSError | None:
+    """What went wrong with files in an action, or what it returns."""
+    try:
+        return action()
+    except OSError as error:
+        return error
+    except (SafetensorError, RuntimeError) as error:  # how the writers of tensors report a full disk
+        return OSError(str(error))

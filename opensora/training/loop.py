@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from opensora.acceleration.engine import Engine
-from opensora.training.checkpoint import CheckpointContent, RunningStates
-from opensora.training.checkpoint_writer import CheckpointWriter
+from opensora.acceleration.sharding import Gathered
+from opensora.training.checkpoint import RunningStates
+from opensora.training.checkpoint_files import CheckpointContent
+from opensora.training.checkpoint_writer import SHARD_BYTES, CheckpointWriter
 from opensora.training.ema import EMA
 from opensora.training.metrics import MetricLog, StageTimer, Value
 from opensora.training.optimizer import Schedule
@@ -48,6 +50,7 @@ class LoopSettings:
         max_skipped_steps: this many steps in a row without a finite loss and gradient stop the run.
         async_io: write checkpoints beside training.
         save_masters: write the fp32 copies of the weights into checkpoints.
+        shard_bytes: size of the files that a checkpoint's tensors are divided over.
     """
 
     seed: int
@@ -59,6 +62,18 @@ class LoopSettings:
     max_skipped_steps: int = 20
     async_io: bool = False
     save_masters: bool = True
+    shard_bytes: int = SHARD_BYTES
+
+
+def shard_bytes(cfg: Any) -> int:
+    """``LoopSettings.shard_bytes`` of a config.
+
+    Raises:
+        UserError: a size that is not positive.
+    """
+    if cfg.ckpt_shard_size_gb <= 0:
+        raise UserError(f"ckpt_shard_size_gb={cfg.ckpt_shard_size_gb}: must be more than 0")
+    return int(cfg.ckpt_shard_size_gb * 2**30)
 
 
 def step_generator(seed: int, micro_step: int, rank: int) -> torch.Generator:
@@ -107,7 +122,9 @@ class TrainLoop:
         self.folder, self.settings, self.states = folder, settings, states
         self.epoch_length, self.metadata = epoch_length, metadata
         self.weights = weights or TrainedWeights(engine.unwrap())
-        self.writer = CheckpointWriter(folder, settings.keep_n_latest, settings.async_io)
+        self.writer = CheckpointWriter(
+            folder, settings.keep_n_latest, settings.async_io, engine.ranks, settings.shard_bytes
+        )
         self.timer = timer or StageTimer(torch.device("cpu"), enabled=False)
         self._skipped_in_a_row = 0
 
@@ -212,13 +229,13 @@ class TrainLoop:
             )
 
     def content(self) -> CheckpointContent:
-        """What a checkpoint of this moment holds; tensors are the run's own."""
+        """What a checkpoint of this moment holds; tensors are the run's own, whole ones made when they are read."""
         self.states.ema_updates = self.ema.updates if self.ema is not None else 0
         masters, adapter = self.weights.masters, self.weights.adapter
         gather = self.engine.gather
-        saved = gather(self.weights.saved())
-        if self.engine.rounded_to is not None:
-            saved = {name: value.to(self.engine.rounded_to) for name, value in saved.items()}
+        saved, rounded_to = gather(self.weights.saved()), self.engine.rounded_to
+        if rounded_to is not None:
+            saved = Gathered(saved, lambda name, value: value.to(rounded_to))
         master = None
         if self.settings.save_masters:
             master = (gather(masters.state_dict()) if masters is not None else self.engine.master_state()) or None
@@ -234,9 +251,7 @@ class TrainLoop:
 
     def save(self, last: bool = False) -> Path:
         """Write a checkpoint of this moment and drop those past ``keep_n_latest``; see :class:`CheckpointWriter`."""
-        content, states = self.content(), self.states
-        self.engine.on_first_rank(lambda: self.writer.save(content, last))
-        return self.folder / f"epoch{states.epoch}-global_step{states.global_step}"
+        return self.writer.save(self.content(), last)
 
 
 def row_names(batch: Mapping[str, Any]) -> list[str]:

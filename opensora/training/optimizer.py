@@ -103,6 +103,25 @@ def create_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], confi
     return (AdamW if decoupled else torch.optim.Adam)([p for _, p in trainable], **options)
 
 
+def check_same_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, source: str) -> None:
+    """Whether an optimizer can go on from a saved state.
+
+    Args:
+        saved: state dict of an earlier run's.
+        optimizer: over the same parameters.
+        source: where the state is from, for the message.
+
+    Raises:
+        UserError: it is of another kind, or over other parameters.
+    """
+    sizes = [[len(group["params"]) for group in groups] for groups in (saved["param_groups"], optimizer.param_groups)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"{source}: its optimizer is of another kind, or trains other weights (groups of {sizes[0]} parameters, "
+            f"now {sizes[1]}); set optim.cls and freeze_layers as its config.txt has them"
+        )
+
+
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether a parameter is a matrix inside a list of blocks; its name then has a number, as ``double_blocks.0``."""
     return parameter.ndim == 2 and any(part.isdigit() for part in name.split("."))

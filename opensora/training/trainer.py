@@ -11,6 +11,7 @@ from torch import nn
 from opensora.acceleration.engine import Engine
 from opensora.acceleration.parallel_context import ParallelContext, launch
 from opensora.acceleration.plugins import check_training, create_context, create_engine, divide_model, keeps_masters
+from opensora.acceleration.shardformer import use_shardformer
 from opensora.datasets.dataloader import build_train_loader, endless, prefetch
 from opensora.diffusion.building import build_on_meta, pick_device, torch_dtype
 from opensora.diffusion.ranks import from_rank_zero
@@ -24,10 +25,10 @@ from opensora.training.diffusion_step import DiffusionLoss
 from opensora.training.ema import EMA
 from opensora.training.experiment import create_experiment
 from opensora.training.inputs import InputEncoder
-from opensora.training.loop import LoopSettings, TrainLoop
+from opensora.training.loop import LoopSettings, TrainLoop, shard_bytes
 from opensora.training.master_weights import MasterWeights, optimizer_factory
 from opensora.training.metrics import MetricLog, StageTimer
-from opensora.training.optimizer import create_schedule
+from opensora.training.optimizer import check_same_optimizer, create_schedule
 from opensora.training.profiling import NsightWindow
 from opensora.training.recompute import apply_recompute
 from opensora.training.throughput import TrainingFlops, peak_flops
@@ -37,6 +38,7 @@ from opensora.training.trained import LoraAdapter, TrainedWeights, freeze, read_
 from opensora.training.validation import Validation
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
+from opensora.utils.weights import is_stored
 
 logger = get_logger(__name__)
 
@@ -93,6 +95,7 @@ class Trainer:
     def _encoder(self) -> InputEncoder:
         known = cached_encoders(self.cfg, self.dataset, self.device, self.dtype)
         ae, t5, clip = (known[name] if name in known else self._build(name) for name in ("ae", "t5", "clip"))
+        use_shardformer(t5)
         if not self.cfg.samples:
             del ae.decoder  # training only encodes
         encoder = InputEncoder(ae.eval().requires_grad_(False), t5, clip, self.options, self.cfg.keep_encoded)
@@ -127,7 +130,7 @@ class Trainer:
         total = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         logger.info("%.2fM parameters, %.2fM of them trained, on %s", total / 1e6, trained / 1e6, self.device)
-        self.layout = divide_model(model, self.parallel, cfg.plugin_config)
+        self.layout = divide_model(model, self.parallel, cfg.plugin_config, cfg.plugin)
         masters = MasterWeights(model) if dtype != torch.float32 else None
         return TrainedWeights(model, masters, adapter)
 
@@ -146,7 +149,9 @@ class Trainer:
         )
         if self.resume:
             self._load_masters(engine, masters, self.resume)
-            engine.load_state_dict(load_part(self.resume, "optimizer"))
+            saved = load_part(self.resume, "optimizer")
+            check_same_optimizer(saved, engine.optimizer, f"--load {self.resume}")
+            engine.load_state_dict(saved)
             optimizer = engine.optimizer
             wanted = {key: cfg.optim[key] for key in ("lr", "eps") if cfg.optim.get(key) is not None}
             for group in optimizer.param_groups:  # the config's, which may have changed, not the checkpoint's
@@ -157,7 +162,7 @@ class Trainer:
     def _load_masters(self, engine: Engine, masters: MasterWeights | None, resume: Path) -> None:
         if not self.cfg.load_master_weights or (masters is None and engine.rounded_to is None):
             return
-        if not (resume / "master.safetensors").is_file():
+        if not is_stored(resume / "master.safetensors"):
             logger.warning("%s has no master.safetensors: the fp32 weights start from rounded ones", resume)
             return
         state = load_weights(resume, "master")
@@ -242,6 +247,7 @@ class Trainer:
             max_skipped_steps=cfg.max_skipped_steps,
             async_io=cfg.async_io,
             save_masters=cfg.save_master_weights,
+            shard_bytes=shard_bytes(cfg),
         )
 
     def _on_step(
@@ -282,6 +288,8 @@ def _check_parts(cfg: Any, world_size: int) -> None:
         return
     whole = cfg.plugin == "ddp" and (cfg.plugin_config or {}).get("tp_size", 1) == 1
     if cfg.optim.get("cls") == "Muon" and not whole:
-        raise UserError("optim.cls=Muon needs whole matrices: use --plugin ddp, or AdamW")
+        raise UserError(
+            "optim.cls=Muon needs whole matrices on every rank: use --plugin ddp, or --optim.cls AdamW under any plugin"
+        )
     if cfg.lora_config and not whole:
         raise UserError("lora_config: adapters are trained with whole weights on every rank: use --plugin ddp")

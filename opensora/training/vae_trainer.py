@@ -26,7 +26,7 @@ from opensora.training.checkpoint import RunningStates, find_checkpoint, load_pa
 from opensora.training.checks import check_unfinished
 from opensora.training.ema import EMA
 from opensora.training.experiment import create_experiment
-from opensora.training.loop import LoopSettings, TrainLoop
+from opensora.training.loop import LoopSettings, TrainLoop, shard_bytes
 from opensora.training.master_weights import MasterWeights, optimizer_factory
 from opensora.training.metrics import MetricLog
 from opensora.training.optimizer import Schedule, create_schedule
@@ -36,7 +36,7 @@ from opensora.training.vae_config import Stage, build_loss, check_config, plan_s
 from opensora.training.vae_step import VAEStep
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
-from opensora.utils.weights import check_match, open_weights
+from opensora.utils.weights import check_match, is_stored, open_weights
 
 logger = get_logger(__name__)
 
@@ -156,7 +156,7 @@ class VAETrainer:
         total = sum(p.numel() for p in model.parameters())
         logger.info("%.2fM parameters, %.2fM of them trained, on %s", total / 1e6, trained / 1e6, self.device)
         masters = MasterWeights(model) if dtype != torch.float32 and trained else None
-        if masters is not None and self.resume and (self.resume / "master.safetensors").is_file():
+        if masters is not None and self.resume and is_stored(self.resume / "master.safetensors"):
             masters.load_state_dict(load_weights(self.resume, "master"))
         return TrainedWeights(model, masters)
 
@@ -235,6 +235,7 @@ class VAETrainer:
             rank=self.parallel.dp.rank,
             max_skipped_steps=cfg.max_skipped_steps,
             save_masters=True,
+            shard_bytes=shard_bytes(cfg),
         )
         kind = TrainLoop if self.adversary is None else AdversarialLoop
         loop = kind(engine, schedule, self.ema, log, folder, settings, self.states, len(sampler), weights=self.weights)

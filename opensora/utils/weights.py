@@ -43,6 +43,7 @@ RELEASED = {
 }
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
+INDEX_SUFFIX = ".index.json"  # after the name of the file that the shards stand for
 
 
 def download_command(path: str | Path) -> str | None:
@@ -57,8 +58,21 @@ def download_command(path: str | Path) -> str | None:
     return f'hf download {repo} --include "{inside}/*" --local-dir {folder}'
 
 
+def index_of(file: str | Path) -> Path:
+    """Where the index of shards is that stand for a weight file."""
+    file = Path(file)
+    return file.with_name(file.name + INDEX_SUFFIX)
+
+
+def is_stored(file: str | Path) -> bool:
+    """Whether weights are at a path: the file itself, or shards that stand for it."""
+    return Path(file).is_file() or index_of(file).is_file()
+
+
 def resolve_path(path: str | Path, cache_dir: str | None = None) -> Path:
     """Local file or folder of a weight path: what exists locally comes first, then the Hugging Face hub.
+
+    In place of a file there may be shards of it with an index; then the path of that.
 
     Args:
         path: local path, or ``org/repo/path/in/repo`` on the hub (a file, or a folder of shards).
@@ -70,6 +84,8 @@ def resolve_path(path: str | Path, cache_dir: str | None = None) -> Path:
     local = Path(path).expanduser()
     if local.exists():
         return local
+    if index_of(local).is_file():
+        return index_of(local)
     parts = str(path).split("/")
     if len(parts) >= 3 and parts[0] not in ("", ".", "..", "~") and not Path(parts[0]).exists():
         return _download("/".join(parts[:2]), "/".join(parts[2:]), cache_dir)
@@ -182,12 +198,14 @@ def open_weights(path: str | Path, cache_dir: str | None = None) -> WeightFiles:
         UserError: nothing there, a missing shard, or a file that is truncated or of another kind.
     """
     found = resolve_path(path, cache_dir)
+    if found.name.endswith(INDEX_SUFFIX):
+        return _open_index(found)
     if found.is_file():
         if found.suffix not in WEIGHT_SUFFIXES:
             raise UserError(f"{found} is not a weight file; expected one of {', '.join(WEIGHT_SUFFIXES)} or a folder.")
         return WeightFiles(found, [found])
     for folder in (found / "model", found):  # a training checkpoint also has an EMA file beside its `model` folder
-        indices = sorted(folder.glob("*.index.json"))
+        indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
         singles = sorted(file for file in folder.glob("*") if file.suffix in WEIGHT_SUFFIXES)
         if indices:
             return _open_index(indices[0])

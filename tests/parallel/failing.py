@@ -1,6 +1,7 @@
-"""Program of `test_failures`: all processes find one mistake, one process finds another while the others wait."""
+"""Program of `test_failures`: all processes find one mistake; one finds another, or is killed, while others wait."""
 
 import os
+import signal
 import sys
 
 import torch
@@ -18,6 +19,8 @@ def main(argv: list[str] | None = None) -> None:
     with reported_once(os.environ):
         launch(torch.device("cpu"))
         dist.barrier()
+        if dist.get_rank() == 1 and "killed" in sys.argv:
+            os.kill(os.getpid(), signal.SIGKILL)
         if dist.get_rank() == 1:
             raise UserError("a mistake of one")
         dist.barrier()

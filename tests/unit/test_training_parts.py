@@ -18,12 +18,13 @@ from opensora.training.checkpoint import (
     load_states,
     load_weights,
     remove_old_checkpoints,
-    save_checkpoint,
 )
+from opensora.training.checkpoint_files import CheckpointContent
+from opensora.training.checkpoint_writer import CheckpointWriter
 from opensora.training.ema import EMA
 from opensora.training.experiment import experiment_name
 from opensora.training.loop import step_generator
-from opensora.training.optimizer import create_optimizer, create_schedule
+from opensora.training.optimizer import check_same_optimizer, create_optimizer, create_schedule
 from opensora.utils.errors import UserError
 
 
@@ -127,10 +128,19 @@ def test_ema_is_float32_and_equals_the_formula():
     torch.testing.assert_close(ema.shadow["weight"].double(), expected, atol=1e-6, rtol=1e-6)
 
 
+def test_another_optimizer_cannot_go_on():
+    model = nn.Sequential(nn.Linear(2, 2))
+    muon, adam = (create_optimizer(model.named_parameters(), {"cls": cls}) for cls in ("Muon", "AdamW"))
+    check_same_optimizer(adam.state_dict(), adam, "--load x")
+    for saved, other in ((muon, adam), (adam, muon)):
+        with pytest.raises(UserError, match="--load x: its optimizer .* optim.cls"):
+            check_same_optimizer(saved.state_dict(), other, "--load x")
+
+
 def test_checkpoints_are_whole_or_absent(tmp_path, monkeypatch):
-    weights = {"w": torch.arange(3.0)}
+    weights, writer = {"w": torch.arange(3.0)}, CheckpointWriter(tmp_path)
     for step in (1, 2, 10):
-        save_checkpoint(tmp_path, RunningStates(0, step, step, step), weights, optimizers={"optimizer": {"a": 1}})
+        writer.save(CheckpointContent(RunningStates(0, step, step, step), weights, {"optimizer": {"a": 1}}))
     assert [p.name for p in list_checkpoints(tmp_path)] == [f"epoch0-global_step{s}" for s in (1, 2, 10)]
     remove_old_checkpoints(tmp_path, 2)
     assert len(list_checkpoints(tmp_path)) == 2
@@ -142,8 +152,8 @@ def test_checkpoints_are_whole_or_absent(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        save_checkpoint(tmp_path, RunningStates(0, 11, 11, 11), weights, optimizers={"optimizer": {}})
+    with pytest.raises(UserError, match="no space"):
+        writer.save(CheckpointContent(RunningStates(0, 11, 11, 11), weights, {"optimizer": {}}), last=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch0-global_step10", "epoch0-global_step2"]
     with pytest.raises(UserError, match="neither a checkpoint"):
         find_checkpoint(str(tmp_path / "none"), tmp_path)

@@ -8,9 +8,8 @@ import threading
 import pytest
 import torch
 
-from opensora.training import checkpoint
+from opensora.training import checkpoint_files
 from opensora.training.checkpoint import (
-    CheckpointContent,
     RunningStates,
     list_checkpoints,
     load_part,
@@ -18,10 +17,13 @@ from opensora.training.checkpoint import (
     load_weights,
     remove_unfinished,
 )
+from opensora.training.checkpoint_files import CheckpointContent
 from opensora.training.checkpoint_writer import CheckpointWriter
 from opensora.training.loop import row_names
 from opensora.training.stopping import StopRequest
 from opensora.utils.errors import UserError
+from opensora.utils.weights import load_state_dict, open_weights
+from tools.convert.checkpoint import main as convert_main
 
 
 def content(step: int, weight: torch.Tensor | None = None) -> CheckpointContent:
@@ -35,8 +37,8 @@ def names(folder):
 
 
 def test_beside_training(tmp_path, monkeypatch):
-    gate, wrote = threading.Event(), checkpoint.save_safetensors
-    monkeypatch.setattr(checkpoint, "save_safetensors", lambda *args: gate.wait(10) and wrote(*args))
+    gate, wrote = threading.Event(), checkpoint_files.save_safetensors
+    monkeypatch.setattr(checkpoint_files, "save_safetensors", lambda *args: gate.wait(10) and wrote(*args))
     writer = CheckpointWriter(tmp_path, keep_n_latest=2, asynchronous=True)
     weight = torch.ones(4)
     path = writer.save(content(1, weight))
@@ -71,7 +73,7 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch, caplog, asy
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, caplog.at_level("ERROR", logger="opensora"):
-        patch.setattr(checkpoint.torch if part == "torch.save" else checkpoint, part.split(".")[-1], full)
+        patch.setattr(checkpoint_files.torch if part == "torch.save" else checkpoint_files, part.split(".")[-1], full)
         patch.setattr(logging.getLogger("opensora"), "propagate", True)
         writer.save(content(2))
         writer.wait()
@@ -84,6 +86,32 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch, caplog, asy
     assert torch.equal(load_weights(good)["w"], before)
     writer.save(content(4), last=True)  # room again
     assert names(tmp_path) == ["epoch0-global_step4"]
+
+
+def test_large_weights_come_in_shards(tmp_path):
+    """Names of whole files stand for their shards, wherever weights are read."""
+    weights = {name: torch.randn(10) for name in "abc"}
+    state = {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.ones(3), "exp_avg_sq": torch.zeros(20)}}}
+    content = CheckpointContent(RunningStates(0, 1, 1, 1), weights, {"optimizer": state}, weights, metadata={"k": "v"})
+    folder = CheckpointWriter(tmp_path, shard_bytes=80).save(content, last=True)
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    parts = [f"-0000{i}-of-00002.safetensors" for i in (1, 2)] + [".safetensors.index.json"]
+    stems = ("model/model", "ema", "optimizer/state")
+    assert found == {"running_states.json", "optimizer/state.pt", *(stem + part for stem in stems for part in parts)}
+    for path in (folder, folder / "model", folder / "model" / "model.safetensors", folder / "ema.safetensors"):
+        stored = open_weights(path)
+        assert stored.metadata["k"] == "v"
+        assert all(torch.equal(value, weights[key]) for key, value in stored.tensors())
+    assert load_part(folder, "optimizer")["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    convert_main([str(tmp_path), str(tmp_path / "one.safetensors"), "--ema"])
+    assert load_state_dict(tmp_path / "one.safetensors").keys() == weights.keys()
+
+
+def test_optimizer_states_in_one_file_are_read(tmp_path):
+    """As earlier checkpoints have them."""
+    (tmp_path / "optimizer").mkdir()
+    torch.save({"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": []}, tmp_path / "optimizer" / "state.pt")
+    assert load_part(tmp_path, "optimizer")["state"][0]["exp_avg"].tolist() == [1.0] * 3
 
 
 def test_leftovers_of_a_killed_run_go(tmp_path):

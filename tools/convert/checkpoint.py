@@ -10,7 +10,7 @@ if __package__ in (None, ""):
 from opensora.config import run_main
 from opensora.training.checkpoint import list_checkpoints
 from opensora.utils.errors import UserError
-from opensora.utils.weights import open_weights, save_safetensors
+from opensora.utils.weights import is_stored, open_weights, save_safetensors
 from tools.convert.files import add_output, check_output, read, recorded
 
 
@@ -25,7 +25,7 @@ def weight_path(checkpoint: Path, ema: bool) -> Path:
     if not ema:
         return folder
     file = folder / "ema.safetensors"
-    if not file.is_file():
+    if not is_stored(file):
         raise UserError(f"--ema: {folder} has no averaged weights ({file.name})")
     return file
 

@@ -11,10 +11,7 @@ from torch import Tensor, nn
 
 from opensora.registry import MODELS
 from opensora.utils.errors import UserError
-from opensora.utils.logging import get_logger
 from opensora.utils.weights import download_command
-
-logger = get_logger(__name__)
 
 KINDS = {"t5": "t5", "clip": "clip", "clip_text_model": "clip"}  # model_type of a config.json -> kind of encoder
 
@@ -53,7 +50,7 @@ class HFEmbedder(nn.Module):
     Args:
         from_pretrained: folder in Hugging Face format, or hub id.
         max_length: tokens per text; longer texts are cut, shorter ones padded (512 for T5, 77 for CLIP).
-        shardformer: accepted for existing configs; the fused dropout it once chose changes nothing at inference.
+        shardformer: remembered for `opensora.acceleration.shardformer`, which may speed T5 up; results stay the same.
         cache_dir: cache of downloads.
         device_map: device of the encoder; None is the CPU.
         torch_dtype: dtype of the encoder; None is float32.
@@ -74,8 +71,7 @@ class HFEmbedder(nn.Module):
         super().__init__()
         self.is_clip = encoder_kind(from_pretrained) == "clip"
         self.max_length = max_length
-        if shardformer:
-            logger.info("shardformer=True: the text encoder runs as plain transformers, with the same results")
+        self.shardformer = shardformer
         self.tokenizer, self.model = self._load(from_pretrained, cache_dir, torch_dtype or torch.float32)
         self.output_key = "pooler_output" if self.is_clip else "last_hidden_state"
         self.model.eval().requires_grad_(False)
