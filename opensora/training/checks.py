@@ -6,6 +6,23 @@ from typing import Any
 from opensora.training.checkpoint import RunningStates
 from opensora.utils.errors import UserError
 
+LEAST = {"accumulation_steps": 1, "epochs": 1, "max_steps": 1, "max_skipped_steps": 1, "ckpt_every": 0, "grad_clip": 0}
+
+
+def check_loop(cfg: Any) -> None:
+    """Refuse numbers of the training loop (``LoopOptions``) that cannot be.
+
+    Raises:
+        UserError: names the key and what would be right.
+    """
+    for key, least in LEAST.items():
+        if cfg[key] is not None and cfg[key] < least:
+            raise UserError(f"{key}={cfg[key]}: must be at least {least}")
+    if cfg.ckpt_shard_size_gb <= 0:
+        raise UserError(f"ckpt_shard_size_gb={cfg.ckpt_shard_size_gb}: must be more than 0")
+    if cfg.ema_decay is not None and not 0 <= cfg.ema_decay < 1:
+        raise UserError(f"ema_decay={cfg.ema_decay}: must lie in [0, 1); none keeps no average")
+
 
 def check_frames(bucket_config: Mapping[str, Mapping[int, Any]], ae: Any) -> None:
     """Refuse bucket lengths that the autoencoder cannot take: causal ones make ``rk + 1`` frames, others ``rk`` (or 1).

@@ -14,7 +14,7 @@ from opensora.diffusion.conditions import CONDITIONS
 from opensora.models.mmdit.loading import explain_mismatch, layout_metadata
 from opensora.registry import MODELS, build_module
 from opensora.training.cached import encoders_to_load
-from opensora.training.checks import check_frames
+from opensora.training.checks import check_frames, check_loop
 from opensora.training.inputs import InputOptions
 from opensora.training.tracking import check_trackers
 from opensora.training.train_samples import sampling_config
@@ -24,7 +24,6 @@ from opensora.utils.errors import UserError
 from opensora.utils.weights import check_match, open_weights
 
 SECTIONS = ("model", "ae", "t5", "clip", "dataset", "bucket_config", "optim")
-LEAST = {"accumulation_steps": 1, "epochs": 1, "max_steps": 1, "max_skipped_steps": 1, "ckpt_every": 0, "grad_clip": 0}
 WIDTH_KEYS = {"t5": ("context_in_dim", "d_model"), "clip": ("vec_in_dim", "hidden_size")}
 
 
@@ -64,11 +63,7 @@ def check_config(cfg: Any) -> InputOptions:
 
 
 def _check_numbers(cfg: Any) -> None:
-    for key, least in LEAST.items():
-        if cfg[key] is not None and cfg[key] < least:
-            raise UserError(f"{key}={cfg[key]}: must be at least {least}")
-    if cfg.ema_decay is not None and not 0 <= cfg.ema_decay < 1:
-        raise UserError(f"ema_decay={cfg.ema_decay}: must lie in [0, 1); none keeps no average")
+    check_loop(cfg)
     for key, share in (cfg.dropout_ratio or {}).items():
         if not 0 <= share <= 1:
             raise UserError(f"dropout_ratio.{key}={share}: a probability, from 0 to 1")

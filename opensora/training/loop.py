@@ -65,17 +65,6 @@ class LoopSettings:
     shard_bytes: int = SHARD_BYTES
 
 
-def shard_bytes(cfg: Any) -> int:
-    """``LoopSettings.shard_bytes`` of a config.
-
-    Raises:
-        UserError: a size that is not positive.
-    """
-    if cfg.ckpt_shard_size_gb <= 0:
-        raise UserError(f"ckpt_shard_size_gb={cfg.ckpt_shard_size_gb}: must be more than 0")
-    return int(cfg.ckpt_shard_size_gb * 2**30)
-
-
 def step_generator(seed: int, micro_step: int, rank: int) -> torch.Generator:
     """Generator of a micro-step's noise, timesteps and dropout.
 

@@ -25,7 +25,7 @@ from opensora.training.diffusion_step import DiffusionLoss
 from opensora.training.ema import EMA
 from opensora.training.experiment import create_experiment
 from opensora.training.inputs import InputEncoder
-from opensora.training.loop import LoopSettings, TrainLoop, shard_bytes
+from opensora.training.loop import LoopSettings, TrainLoop
 from opensora.training.master_weights import MasterWeights, optimizer_factory
 from opensora.training.metrics import MetricLog, StageTimer
 from opensora.training.optimizer import check_same_optimizer, create_schedule
@@ -247,7 +247,7 @@ class Trainer:
             max_skipped_steps=cfg.max_skipped_steps,
             async_io=cfg.async_io,
             save_masters=cfg.save_master_weights,
-            shard_bytes=shard_bytes(cfg),
+            shard_bytes=int(cfg.ckpt_shard_size_gb * 2**30),
         )
 
     def _on_step(

@@ -14,7 +14,7 @@ from opensora.diffusion.building import build_on_meta, check_weights
 from opensora.models.vae.losses import VAELoss
 from opensora.models.vae.lpips import LPIPSSource, build_lpips
 from opensora.training.adversarial import AdversarialOptions
-from opensora.training.checks import check_frames
+from opensora.training.checks import check_frames, check_loop
 from opensora.training.tracking import check_trackers
 from opensora.training.trained import freeze
 from opensora.training.vae_step import LengthMixer
@@ -84,6 +84,7 @@ def check_config(cfg: Any, world_size: int = 1) -> VAEPlan:
             raise UserError(
                 f"{cfg.config_path}: '{key}' is missing; VAE training needs model, dataset, bucket_config and optim"
             )
+    check_loop(cfg)
     check_plugin(cfg, world_size)
     check_trackers(cfg)
     check_weights("model", cfg.model)

@@ -26,7 +26,7 @@ from opensora.training.checkpoint import RunningStates, find_checkpoint, load_pa
 from opensora.training.checks import check_unfinished
 from opensora.training.ema import EMA
 from opensora.training.experiment import create_experiment
-from opensora.training.loop import LoopSettings, TrainLoop, shard_bytes
+from opensora.training.loop import LoopSettings, TrainLoop
 from opensora.training.master_weights import MasterWeights, optimizer_factory
 from opensora.training.metrics import MetricLog
 from opensora.training.optimizer import Schedule, create_schedule
@@ -235,7 +235,7 @@ class VAETrainer:
             rank=self.parallel.dp.rank,
             max_skipped_steps=cfg.max_skipped_steps,
             save_masters=True,
-            shard_bytes=shard_bytes(cfg),
+            shard_bytes=int(cfg.ckpt_shard_size_gb * 2**30),
         )
         kind = TrainLoop if self.adversary is None else AdversarialLoop
         loop = kind(engine, schedule, self.ema, log, folder, settings, self.states, len(sampler), weights=self.weights)

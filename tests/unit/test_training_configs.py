@@ -63,6 +63,7 @@ def test_published_numbers():
         ("demo_cpu", {"dtype": "fp16"}, "dtype=fp16"),
         ("demo_cpu", {"accumulation_steps": 0}, "accumulation_steps=0"),
         ("demo_cpu", {"ema_decay": 1.5}, "ema_decay=1.5"),
+        ("demo_cpu", {"ckpt_shard_size_gb": 0.0}, "ckpt_shard_size_gb=0.0: must be more than 0"),
         ("demo_cpu", {"bucket_config": {"300furlongs": {1: (1.0, 1)}}}, "300furlongs"),
         ("stage1", {"bucket_config": {"256px": {6: (1.0, 1)}}}, "6 frames .* use 5 or 9"),
         ("stage1", {"patch_size": 1}, "in_channels=64 does not fit: 16 latent channels in patches of 1x1 make 16"),
