@@ -111,7 +111,13 @@ def test_other_kinds_of_files(write, tmp_path):
     with pytest.raises(UserError, match="layout of diffusers"):
         build(from_pretrained=path)
     save_safetensors({"encoder.conv_in.weight": torch.zeros(2)}, path)
-    with pytest.raises(UserError, match="not an MMDiT"):
+    with pytest.raises(UserError, match=r"not an MMDiT: check model\.from_pretrained"):
+        build(from_pretrained=path)
+    save_safetensors({"encoder.project_in.conv.weight": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match=r"\(type='dc_ae'\), not an MMDiT: .* model\.type"):
+        build(from_pretrained=path)
+    save_safetensors({"model.img_in.weight": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match=r"begin with 'model\.'"):
         build(from_pretrained=path)
 
 
@@ -140,6 +146,11 @@ def test_config_of_shapes(write):
         ({"num_heads": 3}, "multiple of num_heads=3"),
         ({"axes_dim": [4, 6, 8]}, "axes_dim"),
         ({"axes_dim": [3, 7, 6]}, "axes_dim"),
+        ({"axes_dim": 16}, "axes_dim=16: give three numbers"),
+        ({"grad_ckpt_settings": 8}, "grad_ckpt_settings=8: give two numbers"),
+        ({"grad_ckpt_settings": [8]}, "give two numbers"),
+        ({"mlp_ratio": -1}, "mlp_ratio=-1: must be above 0"),
+        ({"theta": 0}, "theta=0: must be above 0"),
         ({"in_channels": 0}, "in_channels must be at least 1"),
         ({"depth": -1}, "depth"),
         ({"norm_backend": "apex"}, "norm_backend"),

@@ -1,16 +1,31 @@
 """Time and peak memory of one run, on the CPU and on a GPU."""
 
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from opensora.utils.errors import UserError
 
 MIB = 2**20
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+
+def in_own_process(function: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
+    """The result of a call in a new process with as many threads as this one.
+
+    Memory has to be measured there: what earlier runs freed stays with their process, and the next run reuses it
+    unseen. Function, arguments and result must be picklable.
+    """
+    context, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
+    with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        return pool.submit(function, *args, **kwargs).result()
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
