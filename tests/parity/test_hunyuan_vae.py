@@ -127,6 +127,14 @@ def test_tiles_are_for_float32_on_cpu(change):
     assert not conv._tiles_pay(torch.zeros(1, 3, 9, 16, 16, **change))
 
 
+@torch.no_grad()
+def test_no_tiles_under_autocast():
+    conv, x = blocks.CausalConv3d(3, 5, 3), torch.randn(1, 3, 9, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not conv._tiles_pay(x)
+        assert torch.equal(conv(x), conv._video(x, 0))
+
+
 def test_residual_block_without_gradients_changes_nothing():
     block = blocks.ResnetBlockCausal3D(4, 8, 2).double()
     x = torch.randn(2, 4, 6, 17, 16, dtype=torch.float64)
