@@ -7,11 +7,12 @@ at a time, so that host memory stays close to the size of the file.
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -170,6 +171,8 @@ def _open_safetensors(file: Path):
             start = raw.read(64)
         if start.startswith(b"version https://git-lfs"):
             raise UserError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull`.") from error
+        if zipfile.is_zipfile(file):
+            raise UserError(f"{file} was written by torch.save: give it the suffix .pt, not .safetensors.") from error
         raise UserError(
             f"{file} is truncated or not a safetensors file ({error}): download or write it again."
         ) from error
@@ -178,8 +181,19 @@ def _open_safetensors(file: Path):
 def _read_pickle(file: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{file} is truncated or holds more than tensors ({_first_line(error)}).") from error
+    except pickle.UnpicklingError as error:
+        if _is_safetensors(file):
+            raise UserError(f"{file} is a safetensors file: give it the suffix .safetensors.") from error
+        # what torch says is long, and its advice is to run the code in the file
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f" ({found[1]})" if found else ""
+        raise UserError(
+            f"{file} is damaged or holds more than tensors{what}, which is not loaded since it may run code: write it "
+            "again with torch.save(model.state_dict(), ...) or as safetensors."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = _first_line(error).split(". ")[0]
+        raise UserError(f"{file} is truncated or not a file of torch.save ({reason}): get it again.") from error
     for key in ("state_dict", "model", "module"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -188,19 +202,30 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
     return content
 
 
+def _is_safetensors(file: Path) -> bool:
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
 def open_weights(path: str | Path, cache_dir: str | None = None) -> WeightFiles:
     """Open the state dict at ``path`` (see `resolve_path`) without reading its tensors.
 
     A folder is searched for an index of shards or a single weight file, first in its ``model`` sub-folder (a training
-    checkpoint), then in itself.
+    checkpoint), then in itself. An index may be named itself.
 
     Raises:
-        UserError: nothing there, a missing shard, or a file that is truncated or of another kind.
+        UserError: nothing there, a missing shard, one shard of several, or a file that is truncated or of another kind.
     """
     found = resolve_path(path, cache_dir)
     if found.name.endswith(INDEX_SUFFIX):
         return _open_index(found)
     if found.is_file():
+        if found.name.endswith(".index.json"):
+            return _open_index(found)
+        _refuse_shard(found)
         if found.suffix not in WEIGHT_SUFFIXES:
             raise UserError(f"{found} is not a weight file; expected one of {', '.join(WEIGHT_SUFFIXES)} or a folder.")
         return WeightFiles(found, [found])
@@ -219,12 +244,29 @@ def open_weights(path: str | Path, cache_dir: str | None = None) -> WeightFiles:
     raise UserError(f"{found} holds no weights: no *.index.json and no {' / '.join(WEIGHT_SUFFIXES)} file.{hint}")
 
 
-def _open_index(index: Path) -> WeightFiles:
+def _refuse_shard(file: Path) -> None:
+    """A part of a model would be told as a model of another kind.
+
+    Raises:
+        UserError: an index beside the file says that it is one shard of several.
+    """
+    for index in file.parent.glob("*.index.json"):
+        shards = set(_read_index(index)["weight_map"].values())
+        if file.name in shards and len(shards) > 1:
+            raise UserError(f"{file} is one of {len(shards)} shards of {index.name}: name the folder {file.parent}.")
+
+
+def _read_index(index: Path) -> dict[str, Any]:
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
-        weight_map = dict(content["weight_map"])
+        return {**content, "weight_map": dict(content["weight_map"])}
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{index} is not an index of weight shards ({error}).") from error
+
+
+def _open_index(index: Path) -> WeightFiles:
+    content = _read_index(index)
+    weight_map = content["weight_map"]
     files = [index.parent / name for name in dict.fromkeys(weight_map.values())]
     absent = [file.name for file in files if not file.is_file()]
     if absent:

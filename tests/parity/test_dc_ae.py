@@ -147,6 +147,7 @@ def test_sizes_that_do_not_fit_are_named():
         (dict(decoder=dict(depth=3)), "ae.decoder.depth is not known; changeable: width_list"),
         (dict(encoder=dict(norm="bn3d")), "only 'rms3d'"),
         (dict(encoder=dict(temporal_downsample=[False] * 6)), "make them equal"),
+        (dict(use_temporal_tiling=True, temporal_tile_size=4), "temporal_tile_size=4: .* give 8 or more"),
         (dict(use_spatial_tiling=True, spatial_tile_size=100), "spatial tiles of 100 must be a multiple of 32"),
     ],
 )

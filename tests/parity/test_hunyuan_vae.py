@@ -84,15 +84,32 @@ def test_convolution_in_pieces_is_exact(monkeypatch, stride, frames):
 
 @pytest.mark.parametrize("stride", [1, (1, 2, 2)])
 @pytest.mark.parametrize("frames", [5, 6, 7, 8, 9])  # whole tiles after the first frame, and every remainder
-def test_convolution_in_tiles_equals_the_plain_one(stride, frames):
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_convolution_in_tiles_equals_the_plain_one(stride, frames, contiguous):
     conv = blocks.CausalConv3d(3, 5, 3, stride).double()
     x = torch.randn(2, 3, frames, 17, 16, dtype=torch.float64)
+    x = x if contiguous else x.transpose(1, 2).contiguous().transpose(1, 2)
     assert not conv._tiles_pay(x)  # the plain convolution, since gradients are on
     plain = conv(x).detach()
     with torch.no_grad():
         assert conv._tiles_pay(x)
         # float64: other sums of products, with factors of up to 8.
         torch.testing.assert_close(conv(x), plain, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("frames", [6, 7, 8])
+def test_what_tiles_leave_over_is_convolved_in_pieces(monkeypatch, frames):
+    conv = blocks.CausalConv3d(5, 5, 3).double()
+    x = torch.randn(2, 5, frames, 17, 16, dtype=torch.float64)
+    plain = conv(x).detach()
+    limit = 2 * 5 * 19 * 18 * 3  # padded elements of three frames, what one output frame takes
+    monkeypatch.setattr(blocks, "INDEX_LIMIT", limit)
+    sizes = []
+    conv.conv.register_forward_pre_hook(lambda module, args: sizes.append(args[0].numel()))
+    with torch.inference_mode():
+        torch.testing.assert_close(conv(x), plain, atol=1e-12, rtol=0)
+    assert len(sizes) == frames - 5
+    assert max(sizes) <= limit
 
 
 def test_rounding_of_tiles_in_float32():
@@ -108,6 +125,14 @@ def test_rounding_of_tiles_in_float32():
 def test_tiles_are_for_float32_on_cpu(change):
     conv = blocks.CausalConv3d(3, 5, 3).to(**change)
     assert not conv._tiles_pay(torch.zeros(1, 3, 9, 16, 16, **change))
+
+
+@torch.no_grad()
+def test_no_tiles_under_autocast():
+    conv, x = blocks.CausalConv3d(3, 5, 3), torch.randn(1, 3, 9, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not conv._tiles_pay(x)
+        assert torch.equal(conv(x), conv._video(x, 0))
 
 
 def test_residual_block_without_gradients_changes_nothing():
@@ -187,6 +212,30 @@ def test_bad_sizes_are_named():
         HunyuanVAEConfig(**SMALL, scale_factor=[1.0, 2.0])
     with pytest.raises(UserError, match="norm_num_groups"):
         HunyuanVAEConfig(block_out_channels=(8, 16))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"block_out_channels": []}, "block_out_channels is empty"),
+        ({"block_out_channels": [32, 32]}, "spatial_compression_ratio=8: .* 2 levels .* at most 4"),
+        ({"spatial_compression_ratio": 6}, "spatial_compression_ratio=6: must be a power of 2"),
+        ({"time_compression_ratio": 16}, "time_compression_ratio=16: .* at most 8"),
+        ({"norm_num_groups": 0}, "norm_num_groups=0: must be at least 1"),
+        ({"layers_per_block": 0}, "layers_per_block=0: must be at least 1"),
+        ({"scale_factor": 0}, "scale_factor=0"),
+    ],
+)
+def test_fields_that_do_not_fit_are_named(fields, message):
+    with pytest.raises(UserError, match=rf"ae\.{message}"):
+        HunyuanVAEConfig(**fields)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 16, 16), (1, 4, 5, 16, 16), (1, 3, 0, 16, 16)])
+def test_clips_of_another_shape_are_named(shape):
+    model = AutoencoderKLCausal3D(HunyuanVAEConfig(block_out_channels=(32,) * 4))
+    with pytest.raises(UserError, match=r"takes \[B, 3, T, H, W\] with a frame or more"):
+        model.encode(torch.zeros(shape))
 
 
 def test_posterior_clamps_its_log_variance():

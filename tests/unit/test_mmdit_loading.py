@@ -1,5 +1,9 @@
 """Loading an MMDiT: every kind of wrong file or config has a message that names the key to change."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -111,7 +115,13 @@ def test_other_kinds_of_files(write, tmp_path):
     with pytest.raises(UserError, match="layout of diffusers"):
         build(from_pretrained=path)
     save_safetensors({"encoder.conv_in.weight": torch.zeros(2)}, path)
-    with pytest.raises(UserError, match="not an MMDiT"):
+    with pytest.raises(UserError, match=r"not an MMDiT: check model\.from_pretrained"):
+        build(from_pretrained=path)
+    save_safetensors({"encoder.project_in.conv.weight": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match=r"\(type='dc_ae'\), not an MMDiT: .* model\.type"):
+        build(from_pretrained=path)
+    save_safetensors({"model.img_in.weight": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match=r"begin with 'model\.'"):
         build(from_pretrained=path)
 
 
@@ -140,6 +150,11 @@ def test_config_of_shapes(write):
         ({"num_heads": 3}, "multiple of num_heads=3"),
         ({"axes_dim": [4, 6, 8]}, "axes_dim"),
         ({"axes_dim": [3, 7, 6]}, "axes_dim"),
+        ({"axes_dim": 16}, "axes_dim=16: give three numbers"),
+        ({"grad_ckpt_settings": 8}, "grad_ckpt_settings=8: give two numbers"),
+        ({"grad_ckpt_settings": [8]}, "give two numbers"),
+        ({"mlp_ratio": -1}, "mlp_ratio=-1: must be above 0"),
+        ({"theta": 0}, "theta=0: must be above 0"),
         ({"in_channels": 0}, "in_channels must be at least 1"),
         ({"depth": -1}, "depth"),
         ({"norm_backend": "apex"}, "norm_backend"),
@@ -154,3 +169,43 @@ def test_config_errors(config, said):
 def test_missing_config_key():
     with pytest.raises(UserError, match=r"model.theta"):
         MMDiTConfig.from_dict({key: value for key, value in CONFIG.items() if key not in ("type", "theta")})
+
+
+FULL_WIDTH = {
+    "in_channels": 64,
+    "vec_in_dim": 768,
+    "context_in_dim": 4096,
+    "hidden_size": 3072,
+    "num_heads": 24,
+    "depth": 0,
+    "depth_single_blocks": 1,
+    "axes_dim": [16, 56, 56],
+}
+MEASURE = """
+import json, sys, torch
+from opensora.registry import MODELS, build_module
+
+def peak():
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
+
+small, full = json.loads(sys.argv[1])
+build_module(small, MODELS, torch_dtype=torch.bfloat16)
+before = peak()
+model = build_module(full, MODELS, torch_dtype=torch.bfloat16)
+for parameter in model.parameters():
+    parameter.detach().flatten().view(torch.int16)[::64].sum()  # reads every page
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_released_width_loads_in_the_memory_of_its_file(tmp_path):
+    """About 340 MB in the released layout: one block of full width and the embedders."""
+    full = {**CONFIG, **FULL_WIDTH}
+    state = build_module(full, MODELS, device_map="meta").state_dict()
+    path = tmp_path / "model.safetensors"
+    save_safetensors({key: torch.ones(value.shape, dtype=torch.bfloat16) for key, value in state.items()}, path)
+    assert path.stat().st_size > 300e6
+    sections = json.dumps([CONFIG, {**full, "from_pretrained": str(path)}])
+    run = subprocess.run([sys.executable, "-c", MEASURE, sections], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 1.2 * path.stat().st_size

@@ -1,16 +1,19 @@
 """The shipped configs of autoencoders: they hold what Open-Sora 2.0's hold, and fit together."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from opensora.config import load_config
 from opensora.diffusion.building import build_on_meta
 from opensora.schema import VaeInferenceOptions, VaeTrainOptions
 from opensora.training.vae_config import check_adversarial, check_config, check_lengths
 from opensora.utils.errors import UserError
-from tools.benchmark import models
-from tools.benchmark.vae import AUTOENCODERS, VAE_SIZES, frames_for
+from tools.benchmark import models, vae
+from tools.benchmark.measuring import in_own_process
+from tools.benchmark.vae import AUTOENCODERS, VAE_SIZES, VaeSizes, frames_for
 
 ROOT = Path(__file__).parents[2] / "configs" / "vae"
 TRAIN, INFERENCE = (sorted(path.name for path in (ROOT / kind).glob("*.py")) for kind in ("train", "inference"))
@@ -76,8 +79,31 @@ def test_benchmark_sizes_fit_the_autoencoders(kind, name):
     assert frames_for(model, VAE_SIZES[kind].frames) > 0
 
 
+def test_benchmark_measures_every_case_in_a_process_of_its_own(monkeypatch):
+    here = torch.get_num_threads()
+    assert in_own_process(torch.get_num_threads) == here
+    assert in_own_process(os.getpid) != os.getpid()
+    tiny = {"width_list": [32] * 6, "depth_list": [1] * 6}
+    changes = {"video DC-AE 4x32x32": {"latent_channels": 32, "encoder": tiny, "decoder": tiny}}
+    sizes = VaeSizes(torch.float32, (32,), 9, changes)
+    started = []
+    monkeypatch.setattr(vae, "in_own_process", lambda function, *args: started.append(args) or function(*args))
+    monkeypatch.setattr(vae, "AUTOENCODERS", {name: AUTOENCODERS[name] for name in changes})
+    rows = list(vae.autoencoder_rows(torch.device("cpu"), sizes, 1))
+    assert len(rows) == len(started) == 4
+    what = [f"{direction}, 8x32x32, {how}" for how in ("tiles", "whole") for direction in ("encode", "decode")]
+    assert [row["case"] for row in rows] == [f"video DC-AE 4x32x32, {words}" for words in what]
+    assert all(row["frames_per_s"] > 0 for row in rows)
+
+
+def test_benchmark_of_autoencoders_needs_no_diffusers(monkeypatch, capsys):
+    monkeypatch.setattr(models, "diffusers_module", None)
+    monkeypatch.setattr(models, "autoencoder_rows", lambda *_: [{"case": "one", "median_s": 2.0}])
+    models.main(["--vae"])
+    assert "| one | 2 |" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("words", [["--size", "100"], ["--frames", "8"]])
-def test_benchmark_refuses_clips_that_do_not_fit(words, monkeypatch):
-    monkeypatch.setattr(models, "environment", lambda *_: {})
+def test_benchmark_refuses_clips_that_do_not_fit(words):
     with pytest.raises(UserError, match=" ".join(words)):
         models.main(["--vae", *words])

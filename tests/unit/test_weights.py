@@ -126,6 +126,14 @@ def test_folder_with_one_file(net, file, tmp_path):
         load_state_dict(tmp_path)
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_an_index_may_be_named_but_not_one_shard(net, tmp_path, suffix):
+    sharded(net.state_dict(), tmp_path / "shards", suffix)
+    same(load_state_dict(tmp_path / "shards" / f"model.{suffix}.index.json"), net.state_dict())
+    with pytest.raises(UserError, match=rf"one of {len(net.state_dict())} shards .*: name the folder .*shards"):
+        load_state_dict(tmp_path / "shards" / f"part-0.{suffix}")
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("wrap", [None, "state_dict"])
 def test_pickled_tensors(net, tmp_path, legacy, wrap):
@@ -136,8 +144,9 @@ def test_pickled_tensors(net, tmp_path, legacy, wrap):
 
 def test_pickles_run_no_code(tmp_path):
     torch.save({"a": nn.Linear(1, 1)}, tmp_path / "net.pt")
-    with pytest.raises(UserError, match="more than tensors"):
+    with pytest.raises(UserError, match=r"more than tensors \(torch.nn.modules.linear.Linear\)") as error:
         load_state_dict(tmp_path / "net.pt")
+    assert "weights_only" not in str(error.value)  # torch's own message says how to run the code
     torch.save({"a": 3}, tmp_path / "net.pt")
     with pytest.raises(UserError, match="state dict"):
         load_state_dict(tmp_path / "net.pt")
@@ -158,6 +167,12 @@ def test_truncated_and_foreign_files(file, tmp_path):
     (tmp_path / "net.pt").write_bytes(b"PK\x03\x04 broken")
     with pytest.raises(UserError, match="truncated"):
         load_state_dict(tmp_path / "net.pt")
+    save_file({"a": torch.zeros(1)}, tmp_path / "net.pt")
+    with pytest.raises(UserError, match=r"give it the suffix \.safetensors"):
+        load_state_dict(tmp_path / "net.pt")
+    torch.save({"a": torch.zeros(1)}, file)
+    with pytest.raises(UserError, match=r"written by torch.save: give it the suffix \.pt"):
+        load_state_dict(file)
     (tmp_path / "net.txt").write_text("")
     with pytest.raises(UserError, match="not a weight file"):
         load_state_dict(tmp_path / "net.txt")

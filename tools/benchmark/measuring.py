@@ -1,16 +1,34 @@
 """Time and peak memory of one run, on the CPU and on a GPU."""
 
+import contextlib
+import ctypes
+import gc
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from opensora.utils.errors import UserError
 
 MIB = 2**20
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+
+def in_own_process(function: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
+    """The result of a call in a new process with as many threads as this one.
+
+    Memory has to be measured there: what earlier runs freed stays with their process, and the next run reuses it
+    unseen. Function, arguments and result must be picklable.
+    """
+    context, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
+    with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        return pool.submit(function, *args, **kwargs).result()
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
@@ -32,6 +50,13 @@ def resident_bytes(field: str) -> int:
     raise UserError(f"this system does not report {field}: memory on the CPU can be measured on Linux only")
 
 
+def give_back_freed() -> None:
+    """Give what was freed back to the system (glibc keeps it), or the next run would seem to need less."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextmanager
 def peak_of(device: torch.device) -> Iterator[list[int]]:
     """Collects into the list, at the end, the bytes that the body needed at most beyond those in use before."""
@@ -42,6 +67,7 @@ def peak_of(device: torch.device) -> Iterator[list[int]]:
         yield found
         found.append(torch.cuda.max_memory_allocated(device) - before)
         return
+    give_back_freed()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
     except OSError:  # not allowed: what building the model needed at most is the baseline then

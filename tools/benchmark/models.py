@@ -5,18 +5,17 @@ take turns, so that whatever else the machine does hits all of them; the time is
 model and autoencoder are timed as well (with random weights, nothing is downloaded).
 
 ``--vae`` measures both video autoencoders instead, in frames per second, whole and in tiles: the released sizes at 256
-and 512 px on a GPU, a fourth of the channels at 128 px on a CPU. ``--size`` and ``--frames`` choose others.
+and 512 px on a GPU, an eighth to a fourth of the channels at 128 px on a CPU (two minutes). ``--size`` and ``--frames``
+choose others. It does not need diffusers.
 """
 
 import argparse
 import datetime
 import json
-import multiprocessing
 import platform
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,8 @@ if __package__ in (None, ""):
 from opensora.config import run_main
 from opensora.utils.errors import UserError
 from opensora.utils.video import write_text
-from tools.benchmark.cases import BASELINE, CASES, SIZES, Build, diffusers_module
-from tools.benchmark.measuring import MIB, peak_of, seconds_of
+from tools.benchmark.cases import BASELINE, CASES, SIZES, Build, Sizes, diffusers_module
+from tools.benchmark.measuring import MIB, in_own_process, peak_of, seconds_of
 from tools.benchmark.released import released
 from tools.benchmark.vae import VAE_SIZES, VaeSizes, autoencoder_rows
 
@@ -52,23 +51,14 @@ def time_case(builds: Mapping[str, Build], device: torch.device, repeats: int) -
     return times
 
 
-def measure_peak(case: str, name: str, device: str, threads: int) -> int:
+def measure_peak(case: str, name: str, device: torch.device) -> int:
     """Bytes that the first run of an implementation needs beyond its weights and inputs."""
-    torch.set_num_threads(threads)
-    where = torch.device(device)
-    contestant = CASES[case][name](SIZES[where.type], where)
-    with peak_of(where) as peak:
+    contestant = CASES[case][name](SIZES[device.type], device)
+    with peak_of(device) as peak:
         contestant.run()
-        if where.type == "cuda":
-            torch.cuda.synchronize(where)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     return peak[0]
-
-
-def peak_memory(case: str, name: str, device: torch.device) -> int:
-    """`measure_peak` in a process of its own, which no other run has grown."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(measure_peak, case, name, str(device), torch.get_num_threads()).result()
 
 
 def compare(case: str, device: torch.device, repeats: int) -> list[dict[str, Any]]:
@@ -76,7 +66,7 @@ def compare(case: str, device: torch.device, repeats: int) -> list[dict[str, Any
     builds = CASES[case]
     times = time_case(builds, device, repeats)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    peaks = {name: peak_memory(case, name, device) for name in builds}
+    peaks = {name: in_own_process(measure_peak, case, name, device) for name in builds}
     return [
         {
             "case": case,
@@ -91,8 +81,8 @@ def compare(case: str, device: torch.device, repeats: int) -> list[dict[str, Any
     ]
 
 
-def environment(device: torch.device, repeats: int) -> dict[str, Any]:
-    """What the figures depend on besides the code."""
+def environment(device: torch.device, repeats: int, sizes: Sizes | VaeSizes) -> dict[str, Any]:
+    """What the figures depend on besides the code; ``sizes`` says what is run."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -105,9 +95,8 @@ def environment(device: torch.device, repeats: int) -> dict[str, Any]:
         "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "diffusers": diffusers_module().__version__,
         "repeats": repeats,
-        "sizes": {key: str(value) for key, value in vars(SIZES[device.type]).items()},
+        "sizes": {key: str(value) for key, value in vars(sizes).items()},
     }
 
 
@@ -138,11 +127,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")
     device = torch.device(args.device)
-    report: dict[str, Any] = {"environment": environment(device, args.repeats)}
+    sizes = vae_sizes(args, device) if args.vae else SIZES[device.type]
+    report: dict[str, Any] = {"environment": environment(device, args.repeats, sizes)}
+    if not args.vae:
+        report["environment"]["diffusers"] = diffusers_module().__version__
     print(", ".join(f"{key} {value}" for key, value in report["environment"].items() if key != "sizes"))
-    if args.vae:
-        sizes = vae_sizes(args, device)
-        report["environment"]["sizes"] = {key: str(value) for key, value in vars(sizes).items()}
+    if isinstance(sizes, VaeSizes):
         report["autoencoders"] = []
         for row in tqdm(autoencoder_rows(device, sizes, args.repeats), unit="case", disable=None):
             report["autoencoders"].append(row)

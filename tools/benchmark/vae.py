@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
-from tools.benchmark.measuring import MIB, peak_of, seconds_of
+from tools.benchmark.measuring import MIB, in_own_process, peak_of, seconds_of
 
 AUTOENCODERS: dict[str, dict[str, Any]] = {
     "causal VAE 4x8x8": dict(type="hunyuan_vae"),
@@ -22,7 +22,7 @@ TILES: dict[str, Any] = dict(use_spatial_tiling=True, use_temporal_tiling=True)
 
 @dataclass(frozen=True)
 class VaeSizes:
-    """What is run on a kind of device: the released sizes on a GPU, a fourth of their channels on two CPU cores.
+    """What is run on a kind of device: the released sizes on a GPU, what takes two minutes in all on two CPU cores.
 
     Args:
         dtype: of weights and pixels.
@@ -37,7 +37,7 @@ class VaeSizes:
     changes: Mapping[str, dict[str, Any]]
 
 
-NARROW = {"width_list": [32, 64, 128, 128, 256, 256]}
+NARROW = {"width_list": [16, 32, 64, 64, 128, 128]}
 VAE_SIZES = {
     "cuda": VaeSizes(torch.bfloat16, (256, 512), 33, {}),
     "cpu": VaeSizes(
@@ -61,6 +61,27 @@ def frames_for(model: Any, frames: int) -> int:
     return fitting
 
 
+@dataclass(frozen=True)
+class VaeCase:
+    """What a row measures: an autoencoder of `AUTOENCODERS`, whole or in tiles, on clips of a side in pixels."""
+
+    name: str
+    tiled: bool
+    side: int
+    decode: bool
+
+
+def cases(sizes: VaeSizes) -> list[VaeCase]:
+    """All rows."""
+    return [
+        VaeCase(name, tiled, side, decode)
+        for name in AUTOENCODERS
+        for tiled in (True, False)
+        for side in sizes.sides
+        for decode in (False, True)
+    ]
+
+
 def measure(run: Callable[[], Tensor], device: torch.device, repeats: int) -> dict[str, Any]:
     """Peak memory of a first run, then the median time of others; or that memory did not suffice."""
     try:
@@ -70,31 +91,29 @@ def measure(run: Callable[[], Tensor], device: torch.device, repeats: int) -> di
                 torch.cuda.synchronize(device)
         times = [seconds_of(run, device) for _ in range(repeats)]
     except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
         return {"error": "out of memory"}
     return {"seconds": times, "median_s": statistics.median(times), "peak_mib": peak[0] / MIB}
 
 
 @torch.no_grad()
-def autoencoder_rows(device: torch.device, sizes: VaeSizes, repeats: int) -> Iterator[dict[str, Any]]:
-    """One row per autoencoder, side, direction and kind of tiling."""
+def measure_case(case: VaeCase, device: torch.device, sizes: VaeSizes, repeats: int) -> dict[str, Any]:
+    """The row of a case: see `measure`, and frames per second."""
+    config = {**AUTOENCODERS[case.name], **sizes.changes.get(case.name, {}), **(TILES if case.tiled else {})}
+    model = build_module(config, MODELS, device_map=str(device), torch_dtype=sizes.dtype).eval()
+    size = (frames_for(model, sizes.frames), case.side, case.side)
     options: dict[str, Any] = dict(device=device, dtype=sizes.dtype)
-    for name, released in AUTOENCODERS.items():
-        for tiled in (True, False):
-            config = {**released, **sizes.changes.get(name, {}), **(TILES if tiled else {})}
-            model = build_module(config, MODELS, device_map=str(device), torch_dtype=sizes.dtype).eval()
-            length = frames_for(model, sizes.frames)
-            for side in sizes.sides:
-                video = torch.rand(1, 3, length, side, side, **options) * 2 - 1
-                z = torch.randn(1, model.latent_channels, *model.get_latent_size(video.shape[2:]), **options)
-                runs = {
-                    "encode": partial(model.encode, video, sample_posterior=False),
-                    "decode": partial(model.decode, z),
-                }
-                for direction, run in runs.items():
-                    row = measure(run, device, repeats)
-                    if "median_s" in row:
-                        row["frames_per_s"] = length / row["median_s"]
-                    how = "tiles" if tiled else "whole"
-                    yield {"case": f"{name}, {direction}, {length}x{side}x{side}, {how}", **row}
-            del model
+    if case.decode:
+        run = partial(model.decode, torch.randn(1, model.latent_channels, *model.get_latent_size(size), **options))
+    else:
+        run = partial(model.encode, torch.rand(1, 3, *size, **options) * 2 - 1, sample_posterior=False)
+    row = measure(run, device, repeats)
+    if "median_s" in row:
+        row["frames_per_s"] = size[0] / row["median_s"]
+    direction, how = "decode" if case.decode else "encode", "tiles" if case.tiled else "whole"
+    return {"case": f"{case.name}, {direction}, {'x'.join(map(str, size))}, {how}", **row}
+
+
+def autoencoder_rows(device: torch.device, sizes: VaeSizes, repeats: int) -> Iterator[dict[str, Any]]:
+    """One row per autoencoder, side, direction and kind of tiling, each measured in a process of its own."""
+    for case in cases(sizes):
+        yield in_own_process(measure_case, case, device, sizes, repeats)

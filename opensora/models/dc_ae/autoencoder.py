@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from opensora.models.dc_ae.blocks import (
     repeat_channels,
 )
 from opensora.models.dc_ae.config import CoderConfig, DCAEConfig, named_layout, override_coder
+from opensora.models.kinds import Shapes, count, explain_autoencoder, size
+from opensora.models.vae.tiling import check_clip
 from opensora.registry import MODELS
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -213,6 +216,7 @@ class DCAE(nn.Module):
         return torch.cat([network(sample) for sample in x.split(1)])
 
     def _check_pixels(self, x: Tensor) -> None:
+        check_clip(x, 3)
         frames, height, width = x.shape[-3:]
         ratio, rows, columns = self.compression
         if frames != 1 and frames % ratio:
@@ -230,6 +234,16 @@ class DCAE(nn.Module):
 
 def _nearest(size: int, ratio: int) -> int:
     return max(round(size / ratio), 1) * ratio
+
+
+def fields_of_shapes(shapes: Shapes) -> dict[str, Any]:
+    """Fields of the layout that the shapes in a file determine, by their config keys."""
+    # every encoder stage but the last ends in a downsampler
+    steps = [count(shapes, f"encoder.stages.{i}.op_list.") - 1 for i in range(count(shapes, "encoder.stages."))]
+    return {
+        "latent_channels": size(shapes, "decoder.project_in.main.conv.weight", 1),
+        "encoder.depth_list": [*steps[:-1], steps[-1] + 1] if steps else [],
+    }
 
 
 @MODELS.register_module("dc_ae")
@@ -279,6 +293,12 @@ def build_dc_ae(
         from_pretrained,
         device,
         torch_dtype,
+        explain=partial(
+            explain_autoencoder,
+            "dc_ae",
+            {"latent_channels": config.latent_channels, "encoder.depth_list": [*config.encoder.depth_list]},
+            fields_of_shapes,
+        ),
         allow_unexpected=() if strict_load else ("",),
         cache_dir=cache_dir,
     )

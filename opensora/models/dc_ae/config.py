@@ -124,6 +124,11 @@ class DCAEConfig:
         if self.scaling_factor == 0:
             raise UserError("ae.scaling_factor=0: latents cannot be divided by it; leave it out for no scaling")
         self.tiling()  # refuses sizes that cannot be tiled
+        if self.use_temporal_tiling and self.temporal_tile_size < 2 * self.compression[0]:
+            raise UserError(
+                f"ae.temporal_tile_size={self.temporal_tile_size}: a tile of one latent frame would decode to a single "
+                f"frame; give {2 * self.compression[0]} or more"
+            )
 
     @property
     def compression(self) -> tuple[int, int, int]:

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from opensora.models.hunyuan_vae.encoder_decoder import DecoderCausal3D, EncoderCausal3D, level_factors
+from opensora.models.kinds import Shapes, count, explain_autoencoder, size
 from opensora.models.vae.posterior import DiagonalGaussian
-from opensora.models.vae.tiling import Tiling
+from opensora.models.vae.tiling import Tiling, check_clip
 from opensora.registry import MODELS
 from opensora.utils.errors import UserError
 from opensora.utils.weights import load_model
@@ -46,18 +48,37 @@ class HunyuanVAEConfig:
     def __post_init__(self) -> None:
         if self.act_fn != "silu":
             raise UserError(f"ae.act_fn={self.act_fn!r}: the causal VAE only has 'silu'")
+        for name in ("latent_channels", "layers_per_block", "norm_num_groups"):
+            if getattr(self, name) < 1:
+                raise UserError(f"ae.{name}={getattr(self, name)}: must be at least 1")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise UserError(
                     f"ae.block_out_channels: {channels} is not divisible by ae.norm_num_groups={self.norm_num_groups}"
                 )
+        self._check_levels()
         for name in ("scale_factor", "shift_factor"):
             value = getattr(self, name)
             if not isinstance(value, int | float) and len(value) != self.latent_channels:
                 raise UserError(
                     f"ae.{name} has {len(value)} numbers: give one, or one per latent channel ({self.latent_channels})"
                 )
+        if self.scale_factor == 0:
+            raise UserError("ae.scale_factor=0: latents cannot be divided by it when decoding")
         self.tiling()  # refuses sizes that cannot be tiled
+
+    def _check_levels(self) -> None:
+        """Each ratio is a power of 2 with a level for every halving; time is not halved after the last level."""
+        levels = len(self.block_out_channels)
+        if levels == 0:
+            raise UserError("ae.block_out_channels is empty: give one number per level, such as [128, 256, 512, 512]")
+        for name, halvings in (("spatial", levels), ("time", levels - 1)):
+            ratio = getattr(self, f"{name}_compression_ratio")
+            if ratio not in [2**n for n in range(halvings + 1)]:
+                raise UserError(
+                    f"ae.{name}_compression_ratio={ratio}: must be a power of 2, and with {levels} levels in "
+                    f"ae.block_out_channels at most {2**halvings}"
+                )
 
     def tiling(self) -> Tiling:
         """The tiles these fields ask for."""
@@ -199,6 +220,7 @@ class AutoencoderKLCausal3D(nn.Module):
         return self.decode(z), posterior, z
 
     def _check_pixels(self, x: Tensor) -> None:
+        check_clip(x, self.config.in_channels)
         frames, height, width = x.shape[-3:]
         ratio, space, _ = self.compression
         if (frames - 1) % ratio:
@@ -208,6 +230,19 @@ class AutoencoderKLCausal3D(nn.Module):
             )
         if height % space or width % space:
             raise UserError(f"{height}x{width} pixels: height and width must be multiples of {space} for this VAE")
+
+
+def fields_of_shapes(shapes: Shapes) -> dict[str, Any]:
+    """Fields of `HunyuanVAEConfig` that the shapes in a file determine."""
+    level = "encoder.down_blocks.{}.resnets."
+    return {
+        "latent_channels": size(shapes, "post_quant_conv.weight"),
+        "block_out_channels": [
+            size(shapes, f"{level.format(i)}0.conv1.conv.weight") for i in range(count(shapes, "encoder.down_blocks."))
+        ],
+        "layers_per_block": count(shapes, level.format(0)),
+        "mid_block_add_attention": "encoder.mid_block.attentions.0.to_q.weight" in shapes,
+    }
 
 
 @MODELS.register_module("hunyuan_vae")
@@ -229,4 +264,11 @@ def build_hunyuan_vae(
         UserError: config or weights that do not fit; the message names the key.
     """
     vae_config = HunyuanVAEConfig(**config)
-    return load_model(lambda: AutoencoderKLCausal3D(vae_config), from_pretrained, device_map, torch_dtype)
+    fields = {**vars(vae_config), "block_out_channels": [*vae_config.block_out_channels]}
+    return load_model(
+        lambda: AutoencoderKLCausal3D(vae_config),
+        from_pretrained,
+        device_map,
+        torch_dtype,
+        explain=partial(explain_autoencoder, "hunyuan_vae", fields, fields_of_shapes),
+    )

@@ -43,10 +43,14 @@ class CausalConv3d(nn.Module):
             return self._image(x)
         if self._tiles_pay(x):
             return self._in_tiles(x)
-        frames = self._frames_per_call(x)
-        if frames >= x.shape[2]:
-            return self._video(x, 0)
-        return torch.cat([self._video(x[:, :, : start + frames], start) for start in range(0, x.shape[2], frames)], 2)
+        return self._in_pieces(x, 0)
+
+    def _in_pieces(self, x: Tensor, start: int) -> Tensor:
+        """Output for the frames from ``start`` on, in as few convolutions as the index limit allows."""
+        frames, length = self._frames_per_call(x), x.shape[2]
+        if start + frames >= length:
+            return self._video(x, start)
+        return torch.cat([self._video(x[:, :, : begin + frames], begin) for begin in range(start, length, frames)], 2)
 
     def _padded(self, x: Tensor, start: int) -> Tensor:
         """Frames from ``start`` on, padded, with all earlier frames that a kernel reaches."""
@@ -63,6 +67,7 @@ class CausalConv3d(nn.Module):
         return (
             not torch.is_grad_enabled()
             and x.device.type == "cpu"
+            and not torch.is_autocast_enabled("cpu")  # would round the products, which partly cancel
             and x.dtype in (torch.float32, torch.float64)
             and self.kernel_size == 3
             and self.stride[0] == 1
@@ -83,7 +88,7 @@ class CausalConv3d(nn.Module):
             for i, frame in enumerate(convolve_tile(tile, kernels, self.conv.bias, self.stride[1:])):
                 out[:, :, start + i] = frame
         if rest < frames:
-            out[:, :, rest:] = self._video(x, rest)
+            out[:, :, rest:] = self._in_pieces(x, rest)
         return out
 
     def _image(self, x: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def require(module: str, wanted_by: str, hint: str) -> Any:
     except Exception as error:  # a broken binary raises OSError or RuntimeError as often as ImportError
         raise UserError(
             f"{wanted_by} needs the module {module.split('.')[0]}, which cannot be imported here ({error}). "
-            f"Get it by {hint}."
+            f"To get it: {hint}."
         ) from error
 
 

@@ -1,7 +1,7 @@
 """Configuration of the MMDiT."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
@@ -58,10 +58,21 @@ class MMDiTConfig:
         return cls(**config)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.axes_dim, Iterable):
+            raise UserError(f"model.axes_dim={self.axes_dim!r}: give three numbers, such as [16, 56, 56].")
         self.axes_dim = list(self.axes_dim)
+        blocks = self.grad_ckpt_settings
+        if blocks and (not isinstance(blocks, Sequence) or len(blocks) != 2):
+            raise UserError(
+                f"model.grad_ckpt_settings={blocks!r}: give two numbers, how many double and how many single blocks "
+                "recompute their activations, such as [8, 100]."
+            )
         for name in ("in_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads", "patch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("mlp_ratio", "theta"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"model.{name}={getattr(self, name)}: must be above 0.")
         if self.depth < 0 or self.depth_single_blocks < 0:
             raise UserError("model.depth and model.depth_single_blocks must not be negative.")
         if self.hidden_size % self.num_heads:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from opensora.models.kinds import explain_other_kind
 from opensora.models.mmdit.config import MMDiTConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -70,8 +71,9 @@ def explain_mismatch(config: MMDiTConfig, file_shapes: Shapes, strict: bool = Tr
             "The file is a Flux transformer in the layout of diffusers: convert it first with "
             "python tools/convert/from_diffusers.py SOURCE OUT.safetensors."
         ]
-    if "img_in.weight" not in file_shapes or "txt_in.weight" not in file_shapes:
-        return ["The file is not an MMDiT (it has no img_in and txt_in): check model.from_pretrained."]
+    other = explain_other_kind("flux", file_shapes)
+    if other:
+        return other
     found = config_of_shapes(file_shapes)
     hints = _explain_embedders(config, found) if strict else []
     for key, value in found.items():

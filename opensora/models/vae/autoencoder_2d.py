@@ -6,12 +6,14 @@ by frame.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opensora.models.kinds import Shapes, count, explain_autoencoder, size
 from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.registry import MODELS
 from opensora.utils.errors import UserError
@@ -45,6 +47,8 @@ class AutoEncoder2DConfig:
             raise UserError(
                 "ch_mult of the image autoencoder is empty: give one number per level, such as [1, 2, 4, 4]"
             )
+        if self.scale_factor == 0:
+            raise UserError("scale_factor=0 of the image autoencoder: latents cannot be divided by it when decoding")
         for channels in self.widths:
             if channels % NUM_GROUPS:
                 raise UserError(
@@ -308,6 +312,18 @@ def _per_frame(network: nn.Module, x: Tensor) -> Tensor:
     return network(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
 
+def fields_of_shapes(shapes: Shapes) -> dict[str, Any]:
+    """Fields of `AutoEncoder2DConfig` that the shapes in a file determine."""
+    base = size(shapes, "encoder.conv_in.weight")
+    widths = [size(shapes, f"encoder.down.{i}.block.0.conv1.weight") for i in range(count(shapes, "encoder.down."))]
+    return {
+        "z_channels": size(shapes, "decoder.conv_in.weight", 1),
+        "ch": base,
+        "ch_mult": [width // max(base, 1) for width in widths],
+        "num_res_blocks": count(shapes, "encoder.down.0.block."),
+    }
+
+
 @MODELS.register_module("autoencoder_2d")
 def build_autoencoder_2d(
     from_pretrained: str | None = None,
@@ -337,6 +353,12 @@ def build_autoencoder_2d(
         from_pretrained,
         device_map,
         torch_dtype,
+        explain=partial(
+            explain_autoencoder,
+            "autoencoder_2d",
+            {**vars(ae_config), "ch_mult": [*ae_config.ch_mult]},
+            fields_of_shapes,
+        ),
         allow_unexpected=() if strict_load else ("",),
         cache_dir=cache_dir,
     )
