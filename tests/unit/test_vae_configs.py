@@ -12,7 +12,7 @@ from opensora.schema import VaeInferenceOptions, VaeTrainOptions
 from opensora.training.vae_config import check_adversarial, check_config, check_lengths
 from opensora.utils.errors import UserError
 from tools.benchmark import models, vae
-from tools.benchmark.measuring import in_own_process
+from tools.benchmark.measuring import in_own_process, tensor_bytes
 from tools.benchmark.vae import AUTOENCODERS, VAE_SIZES, VaeSizes, frames_for
 
 ROOT = Path(__file__).parents[2] / "configs" / "vae"
@@ -107,3 +107,9 @@ def test_benchmark_of_autoencoders_needs_no_diffusers(monkeypatch, capsys):
 def test_benchmark_refuses_clips_that_do_not_fit(words):
     with pytest.raises(UserError, match=" ".join(words)):
         models.main(["--vae", *words])
+
+
+def test_tensor_bytes_are_those_alive_together():
+    x = torch.zeros(1 << 20)
+    # two of 4 MiB at a time, though three are made
+    assert tensor_bytes(lambda: ((x + 1) * 2) - 3) == pytest.approx(2 * x.nbytes, rel=1e-3)

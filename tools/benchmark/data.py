@@ -164,7 +164,8 @@ class Timed(Stage):
     adds: ClassVar = {"process": pl.Int64, "done": pl.Float64, "cpu": pl.Float64}
 
     def worker(self) -> Worker:
-        """Do one clip."""
+        """Do one clip, on one thread however many workers there are: what is compared is their number."""
+        prepare(os.cpu_count() or 1)
         stages = [stage for stage in pixel_stages(self.root) if stage.name in SHARED]
         worker = PixelWorker(stages)
 

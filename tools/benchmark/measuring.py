@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -76,3 +77,17 @@ def peak_of(device: torch.device) -> Iterator[list[int]]:
         before = resident_bytes("VmRSS")
     yield found
     found.append(resident_bytes("VmHWM") - before)
+
+
+def tensor_bytes(run: Callable[[], Any]) -> int:
+    """Most bytes of tensors that a run on the CPU holds at a time, beyond those from before it: exact and repeatable.
+
+    `peak_of` counts what the process holds, which also is the libraries' working memory and what an allocator keeps.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    assert profile.profiler is not None
+    assert profile.profiler.kineto_results is not None
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in changes), initial=0))

@@ -30,7 +30,7 @@ from opensora.config import run_main
 from opensora.utils.errors import UserError
 from opensora.utils.video import write_text
 from tools.benchmark.cases import BASELINE, CASES, SIZES, Build, Sizes, diffusers_module
-from tools.benchmark.measuring import MIB, in_own_process, peak_of, seconds_of
+from tools.benchmark.measuring import MIB, in_own_process, peak_of, seconds_of, tensor_bytes
 from tools.benchmark.released import released
 from tools.benchmark.vae import VAE_SIZES, VaeSizes, autoencoder_rows
 
@@ -51,14 +51,15 @@ def time_case(builds: Mapping[str, Build], device: torch.device, repeats: int) -
     return times
 
 
-def measure_peak(case: str, name: str, device: torch.device) -> int:
-    """Bytes that the first run of an implementation needs beyond its weights and inputs."""
+def measure_peak(case: str, name: str, device: torch.device) -> dict[str, float]:
+    """MiB that an implementation needs beyond weights and inputs: the process in its first run, tensors in another."""
     contestant = CASES[case][name](SIZES[device.type], device)
     with peak_of(device) as peak:
         contestant.run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    return peak[0]
+    found = {"peak_mib": peak[0] / MIB}
+    return found if device.type == "cuda" else {**found, "tensors_mib": tensor_bytes(contestant.run) / MIB}
 
 
 def compare(case: str, device: torch.device, repeats: int) -> list[dict[str, Any]]:
@@ -74,8 +75,8 @@ def compare(case: str, device: torch.device, repeats: int) -> list[dict[str, Any
             "seconds": times[name],
             "median_s": medians[name],
             "time_ratio": medians[name] / medians[BASELINE],
-            "peak_mib": peaks[name] / MIB,
-            "memory_ratio": peaks[name] / max(peaks[BASELINE], 1),
+            **peaks[name],
+            **{key.replace("mib", "ratio"): peaks[name][key] / peaks[BASELINE][key] for key in peaks[name]},
         }
         for name in builds
     ]
