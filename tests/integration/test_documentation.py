@@ -7,10 +7,24 @@ from pathlib import Path
 import pytest
 
 from opensora.config import parse_config
-from opensora.schema import InferenceOptions
+from opensora.schema import (
+    CacheOptions,
+    InferenceOptions,
+    TrainOptions,
+    VaeInferenceOptions,
+    VaeStatsOptions,
+    VaeTrainOptions,
+)
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/inference.md")
+SCRIPTS = {
+    "scripts/diffusion/train.py": TrainOptions,
+    "scripts/diffusion/cache.py": CacheOptions,
+    "scripts/vae/train.py": VaeTrainOptions,
+    "scripts/vae/inference.py": VaeInferenceOptions,
+    "scripts/vae/stats.py": VaeStatsOptions,
+}
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -47,3 +61,16 @@ def test_commands_are_valid(command, monkeypatch):
     for ref in (cfg["ref"] or "").split(";"):
         # a clip may come from an earlier command
         assert ref == "" or ref.startswith("samples/") or Path(ref).is_file()
+
+
+def other_commands() -> list[tuple[str, str]]:
+    pages = ["README.md", "assets/demo/README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
+    lines = {line for page in pages for block in blocks(page, "bash") for line in block.splitlines()}
+    return sorted((line, script) for line in lines for script in SCRIPTS if script in line.split())
+
+
+@pytest.mark.parametrize(("command", "script"), other_commands())
+def test_commands_of_the_other_scripts_are_valid(command, script, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)
+    parse_config(words[words.index(script) + 1 :], SCRIPTS[script])
