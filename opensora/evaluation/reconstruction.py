@@ -40,6 +40,11 @@ class Results:
 
     folder: Path
 
+    @property
+    def settings(self) -> Path:
+        """Weights and settings that all results in the folder are of."""
+        return self.folder / "settings.json"
+
     def metrics(self, clip: EvalClip) -> Path:
         """Measures of a clip; written last, so that a clip that has them is finished."""
         return self.folder / "clips" / f"{clip.name}.json"
@@ -118,37 +123,41 @@ def reconstruct(cfg: Any) -> Path:
     Raises:
         UserError: anything wrong with config, weights, clips or folder, before the model is built.
     """
-    clips, results = prepare(cfg)
+    clips, results, settings = prepare(cfg)
     waiting = [clip for clip in clips if results.read(clip) is None]
     logger.info("%d clips, %d of them done before, to %s", len(clips), len(clips) - len(waiting), results.folder)
     if waiting:
         device = pick_device(cfg.device)
         model: Any = build_ready(cfg.model, device, torch_dtype(cfg.dtype))
         lpips = build_lpips(cfg.lpips, device) if cfg.lpips else None
+        write_text(settings, results.settings)  # only now: weights that cannot be loaded must not claim the folder
         for clip, video in _read_ahead(waiting, cfg):
             _reconstruct_clip(clip, video.to(device), model, lpips, results, max(cfg.fps // cfg.frame_interval, 1))
     summarise(clips, results, cfg.sheet_clips)
     return results.folder
 
 
-def prepare(cfg: Any) -> tuple[list[EvalClip], Results]:
-    """Check everything that can be checked without a model; returns the clips and where their results go."""
+def prepare(cfg: Any) -> tuple[list[EvalClip], Results, str]:
+    """Check everything that can be checked without a model.
+
+    Returns:
+        The clips, where their results go, and what the folder's settings must be.
+    """
     if not cfg.model:
         raise UserError(f"{cfg.config_path}: 'model' is missing; give the autoencoder")
     check_weights("model", cfg.model)
     if cfg.lpips:
         LPIPSSource(**cfg.lpips).check()
     clips = choose_clips(cfg, build_on_meta(cfg.model))
-    folder = Path(cfg.save_dir)
+    results = Results(Path(cfg.save_dir))
     settings = {"model": cfg.model, "dtype": cfg.dtype, "lpips": cfg.lpips, "weights": _weights_stamp(cfg.model)}
     text = json.dumps(settings, indent=4, default=str) + "\n"
-    path = folder / "settings.json"
+    path = results.settings
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         raise UserError(
-            f"save_dir={folder} holds results of other weights or settings ({path}); give another --save-dir"
+            f"save_dir={cfg.save_dir} holds results of other weights or settings ({path}); give another --save-dir"
         )
-    write_text(text, path)
-    return clips, Results(folder)
+    return clips, results, text
 
 
 def _weights_stamp(section: Mapping[str, Any]) -> list[Any] | None:

@@ -103,6 +103,7 @@ def test_tables_buckets_and_tiles(config, clips, tmp_path):
         (dict(dataset=None), "dataset.data_path is not set"),
         (dict(model=None), "'model' is missing"),
         (dict(model={**MODEL, "from_pretrained": "no/vae.safetensors"}), "No weights at no/vae.safetensors"),
+        (dict(model={**MODEL, "from_pretrained": "assets/demo/mmdit.safetensors"}), "type='flux'"),
         (dict(eval_setting="16x32"), "nearest: 13x32x32"),
         (dict(eval_setting="101x32"), "none of 3 clips"),
         (dict(lpips=dict(heads="no.pth")), "lpips.backbone is not set"),
