@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from opensora.acceleration.engine import Engine
+from opensora.training.checkpoint import load_part
 from opensora.utils.errors import UserError
 
 # One process trains with torch's AdamW under either name: HybridAdam is ColossalAI's AdamW for sharded training.
@@ -120,6 +123,17 @@ def check_same_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, source:
             f"{source}: its optimizer is of another kind, or trains other weights (groups of {sizes[0]} parameters, "
             f"now {sizes[1]}); set optim.cls and freeze_layers as its config.txt has them"
         )
+
+
+def load_optimizer(engine: Engine, checkpoint: Path, name: str = "optimizer") -> None:
+    """Have an engine's optimizer go on from a checkpoint, where it is called ``name``.
+
+    Raises:
+        UserError: see `check_same_optimizer`.
+    """
+    saved = load_part(checkpoint, name)
+    check_same_optimizer(saved, engine.optimizer, f"--load {checkpoint}")
+    engine.load_state_dict(saved)
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:

@@ -18,7 +18,7 @@ from opensora.diffusion.ranks import from_rank_zero
 from opensora.models.mmdit.loading import layout_metadata
 from opensora.registry import DATASETS, MODELS, build_module
 from opensora.training.cached import cached_encoders, check_cache, dataset_section
-from opensora.training.checkpoint import RunningStates, find_checkpoint, load_part, load_states, load_weights
+from opensora.training.checkpoint import RunningStates, find_checkpoint, load_states, load_weights
 from opensora.training.checks import check_unfinished
 from opensora.training.diffusion_checks import check_config, check_resources
 from opensora.training.diffusion_step import DiffusionLoss
@@ -28,7 +28,7 @@ from opensora.training.inputs import InputEncoder
 from opensora.training.loop import LoopSettings, TrainLoop
 from opensora.training.master_weights import MasterWeights, optimizer_factory
 from opensora.training.metrics import MetricLog, StageTimer
-from opensora.training.optimizer import check_same_optimizer, create_schedule
+from opensora.training.optimizer import create_schedule, load_optimizer
 from opensora.training.profiling import NsightWindow
 from opensora.training.recompute import apply_recompute
 from opensora.training.throughput import TrainingFlops, peak_flops
@@ -149,9 +149,7 @@ class Trainer:
         )
         if self.resume:
             self._load_masters(engine, masters, self.resume)
-            saved = load_part(self.resume, "optimizer")
-            check_same_optimizer(saved, engine.optimizer, f"--load {self.resume}")
-            engine.load_state_dict(saved)
+            load_optimizer(engine, self.resume)
             optimizer = engine.optimizer
             wanted = {key: cfg.optim[key] for key in ("lr", "eps") if cfg.optim.get(key) is not None}
             for group in optimizer.param_groups:  # the config's, which may have changed, not the checkpoint's

@@ -22,14 +22,14 @@ from opensora.models.hunyuan_vae import AutoencoderKLCausal3D
 from opensora.models.hunyuan_vae import inflate as hunyuan_inflate
 from opensora.registry import DATASETS, MODELS, build_module
 from opensora.training.adversarial import AdversarialEngine, AdversarialLoop, Adversary
-from opensora.training.checkpoint import RunningStates, find_checkpoint, load_part, load_states, load_weights
+from opensora.training.checkpoint import RunningStates, find_checkpoint, load_states, load_weights
 from opensora.training.checks import check_unfinished
 from opensora.training.ema import EMA
 from opensora.training.experiment import create_experiment
 from opensora.training.loop import LoopSettings, TrainLoop
 from opensora.training.master_weights import MasterWeights, optimizer_factory
 from opensora.training.metrics import MetricLog
-from opensora.training.optimizer import Schedule, create_schedule
+from opensora.training.optimizer import Schedule, create_schedule, load_optimizer
 from opensora.training.tracking import create_trackers
 from opensora.training.trained import TrainedWeights, freeze
 from opensora.training.vae_config import Stage, build_loss, check_config, plan_stages
@@ -179,7 +179,7 @@ class VAETrainer:
         if past is not None and masters is None and kept_masters:
             engine.load_master_state(load_weights(past, "disc_master"))
         if past is not None and cfg.load_optimizer:
-            engine.load_state_dict(load_part(past, "disc_optimizer"))
+            load_optimizer(engine, past, "disc_optimizer")
         start = self.states.global_step if past is not None else 0
         total = self.stages[-1].end - self.states.global_step + start
         schedule = self._schedule(engine.optimizer, cfg.optim_discriminator["lr"], cfg.disc_lr_scheduler, total, start)
@@ -276,7 +276,7 @@ class VAETrainer:
             ), self.adversary.schedule
         engine = self._wrap(self.model, {**cfg.optim, "lr": stage.lr}, self.weights.masters)
         if self.resume and done and cfg.load_optimizer:
-            engine.load_state_dict(load_part(self.resume, "optimizer"))
+            load_optimizer(engine, self.resume)
             if self.weights.masters is None and engine.rounded_to is not None:
                 engine.load_master_state(load_weights(self.resume, "master"))
         schedule = self._schedule(engine.optimizer, stage.lr, cfg.lr_scheduler, stage.steps, done)

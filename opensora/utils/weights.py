@@ -223,8 +223,6 @@ def open_weights(path: str | Path, cache_dir: str | None = None) -> WeightFiles:
     if found.name.endswith(INDEX_SUFFIX):
         return _open_index(found)
     if found.is_file():
-        if found.name.endswith(".index.json"):
-            return _open_index(found)
         _refuse_shard(found)
         if found.suffix not in WEIGHT_SUFFIXES:
             raise UserError(f"{found} is not a weight file; expected one of {', '.join(WEIGHT_SUFFIXES)} or a folder.")
@@ -250,7 +248,7 @@ def _refuse_shard(file: Path) -> None:
     Raises:
         UserError: an index beside the file says that it is one shard of several.
     """
-    for index in file.parent.glob("*.index.json"):
+    for index in file.parent.glob(f"*{INDEX_SUFFIX}"):
         shards = set(_read_index(index)["weight_map"].values())
         if file.name in shards and len(shards) > 1:
             raise UserError(f"{file} is one of {len(shards)} shards of {index.name}: name the folder {file.parent}.")

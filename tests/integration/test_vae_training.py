@@ -128,6 +128,12 @@ def test_frozen_parts_stay(train):
     assert changed == {"decoder", "post_quant_conv"}
 
 
+def test_another_kind_of_optimizer_is_named(train):
+    done = train("hunyuan_vae", "adam")
+    with pytest.raises(UserError, match=r"of another kind, or trains other weights .* set optim\.cls"):
+        train("hunyuan_vae", load=str(done), max_steps=9, optim=dict(cls="Muon", lr=1e-3))
+
+
 def test_a_discriminator_can_join_or_start_anew(train, tmp_path):
     plain = train("dc_ae", "plain", discriminator=None, optim_discriminator=None)
     joined = train("dc_ae", load=str(plain), max_steps=4)
