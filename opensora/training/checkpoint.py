@@ -1,4 +1,8 @@
-"""Checkpoint folders: found, read, removed. They are written beside and renamed, so one that exists is whole."""
+"""Checkpoint folders: found, read, removed.
+
+They are written beside their place and renamed, and renamed before they are deleted: one that has its name is whole,
+whenever the run is killed.
+"""
 
 import json
 import re
@@ -13,6 +17,7 @@ from torch import Tensor
 from opensora.utils.errors import UserError
 from opensora.utils.weights import is_stored, load_state_dict, open_weights
 
+STATES = "running_states.json"  # the last file to be written into a checkpoint
 FOLDER = re.compile(r"epoch(\d+)-global_step(\d+)")
 
 
@@ -55,16 +60,38 @@ class RunningStates:
         self.epoch, self.step = divmod(self.micro_step, epoch_length)
 
 
+def beside(checkpoint: Path, doing: str) -> Path:
+    """Where a checkpoint is while something is done to it: ``writing`` or ``removing``."""
+    return checkpoint.with_name(f".{checkpoint.name}.{doing}")
+
+
 def remove_unfinished(folder: Path) -> None:
-    """Delete what a killed run was writing."""
-    for path in folder.glob(".epoch*-global_step*.writing"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Delete what a killed run was writing or deleting."""
+    for doing in ("writing", "removing"):
+        for path in folder.glob(f".epoch*-global_step*.{doing}"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints of an experiment, oldest first."""
-    found = [p for p in folder.glob("epoch*-global_step*") if FOLDER.fullmatch(p.name) and p.is_dir()]
+    found = [p for p in folder.glob("epoch*-global_step*") if FOLDER.fullmatch(p.name) and (p / STATES).is_file()]
     return sorted(found, key=lambda p: int(p.name.rsplit("global_step", 1)[1]))
+
+
+def put_in_place(written: Path, checkpoint: Path) -> None:
+    """Give a written folder its checkpoint's name, in the place of one that has it already."""
+    removed = _set_aside(checkpoint) if checkpoint.exists() else None
+    written.rename(checkpoint)
+    if removed is not None:
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Take a checkpoint's name from it, before its files are deleted one by one. What of these cannot be deleted (held
+    open on a network disk) lies there until a run goes on in this folder."""
+    removed = beside(checkpoint, "removing")
+    shutil.rmtree(removed, ignore_errors=True)
+    return checkpoint.rename(removed)
 
 
 def remove_old_checkpoints(folder: Path, keep_n_latest: int) -> None:
@@ -72,7 +99,7 @@ def remove_old_checkpoints(folder: Path, keep_n_latest: int) -> None:
     if keep_n_latest < 0:
         return
     for path in list_checkpoints(folder)[: -keep_n_latest or None]:
-        shutil.rmtree(path)
+        shutil.rmtree(_set_aside(path), ignore_errors=True)
 
 
 def find_checkpoint(load: str, outputs: str | Path) -> Path:
@@ -86,9 +113,9 @@ def find_checkpoint(load: str, outputs: str | Path) -> Path:
         candidates = [c for exp in Path(outputs).glob("*") if exp.is_dir() for c in list_checkpoints(exp)]
         if not candidates:
             raise UserError(f"--load latest: no checkpoint (epoch*-global_step*) below {outputs}")
-        return max(candidates, key=lambda p: (p / "running_states.json").stat().st_mtime)
+        return max(candidates, key=lambda p: (p / STATES).stat().st_mtime)
     path = Path(load)
-    if (path / "running_states.json").is_file():
+    if (path / STATES).is_file():
         return path
     if path.is_dir() and list_checkpoints(path):
         return list_checkpoints(path)[-1]
@@ -97,7 +124,7 @@ def find_checkpoint(load: str, outputs: str | Path) -> Path:
 
 def load_states(checkpoint: Path) -> RunningStates:
     """Where the run of a checkpoint stood."""
-    return RunningStates(**json.loads((checkpoint / "running_states.json").read_text(encoding="utf-8")))
+    return RunningStates(**json.loads((checkpoint / STATES).read_text(encoding="utf-8")))
 
 
 def load_part(checkpoint: Path, name: str) -> Any:

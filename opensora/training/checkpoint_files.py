@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from opensora.acceleration.parallel_context import Axis
-from opensora.training.checkpoint import RunningStates
+from opensora.training.checkpoint import STATES, RunningStates
 from opensora.utils.weights import index_of, save_safetensors
 
 STATE_FILE, TENSORS_FILE = "state.pt", "state.safetensors"  # of an optimizer: the second holds its tensors
@@ -170,7 +170,7 @@ class CheckpointFiles:
         if self.content.write_adapter_config is not None:
             for adapter in folder.glob("lora*"):
                 self.content.write_adapter_config(adapter)
-        _write_json(folder / "running_states.json", asdict(states))
+        _write_json(folder / STATES, asdict(states))
 
 
 def _write_json(file: Path, content: Any) -> None:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from opensora.acceleration.collectives import gather_values
 from opensora.acceleration.parallel_context import Axis
-from opensora.training.checkpoint import RunningStates, remove_old_checkpoints
+from opensora.training.checkpoint import RunningStates, beside, put_in_place, remove_old_checkpoints
 from opensora.training.checkpoint_files import CheckpointContent, CheckpointFiles, Shard
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -90,27 +90,25 @@ class CheckpointWriter:
 
     def _begin(self, target: Path) -> None:
         if self.ranks.first:
-            shutil.rmtree(_beside(target), ignore_errors=True)
-            _beside(target).mkdir(parents=True)
+            shutil.rmtree(beside(target, "writing"), ignore_errors=True)
+            beside(target, "writing").mkdir(parents=True)
 
     def _finish(self, target: Path, files: CheckpointFiles, shards: Iterable[Shard], states: RunningStates) -> None:
         """Write this rank's shards, and once all ranks have, put the checkpoint in its place."""
         try:
-            self._error = self._together(partial(_write, shards, _beside(target)))
+            self._error = self._together(partial(_write, shards, beside(target, "writing")))
             if self._error is None:
                 self._error = self._together(partial(self._publish, target, files, states))
         except RuntimeError as error:  # of the exchange: another process has gone, and so will this one
             self._error = OSError(f"{target.name}: {error}")
         if self.ranks.first and self._error is not None:
-            shutil.rmtree(_beside(target), ignore_errors=True)
+            shutil.rmtree(beside(target, "writing"), ignore_errors=True)
 
     def _publish(self, target: Path, files: CheckpointFiles, states: RunningStates) -> None:
         if not self.ranks.first:
             return
-        files.complete(_beside(target), states)
-        if target.exists():
-            shutil.rmtree(target)
-        _beside(target).rename(target)
+        files.complete(beside(target, "writing"), states)
+        put_in_place(beside(target, "writing"), target)
         remove_old_checkpoints(self.folder, self.keep_n_latest)
         logger.info("saved %s", target)
 
@@ -129,11 +127,6 @@ class CheckpointWriter:
                 free,
             )
         self._error = None
-
-
-def _beside(target: Path) -> Path:
-    """Where a checkpoint is written."""
-    return target.with_name(f".{target.name}.writing")
 
 
 def _write(shards: Iterable[Shard], folder: Path) -> OSError | None:

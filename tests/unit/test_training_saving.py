@@ -8,9 +8,10 @@ import threading
 import pytest
 import torch
 
-from opensora.training import checkpoint_files
+from opensora.training import checkpoint, checkpoint_files
 from opensora.training.checkpoint import (
     RunningStates,
+    find_checkpoint,
     list_checkpoints,
     load_part,
     load_states,
@@ -115,9 +116,40 @@ def test_optimizer_states_in_one_file_are_read(tmp_path):
 
 
 def test_leftovers_of_a_killed_run_go(tmp_path):
-    (tmp_path / ".epoch0-global_step7.writing" / "model").mkdir(parents=True)
+    for doing in ("writing", "removing"):
+        (tmp_path / f".epoch0-global_step7.{doing}" / "model").mkdir(parents=True)
     remove_unfinished(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("step", [2, 1], ids=["next", "the_same_again"])
+def test_killed_while_an_old_one_is_deleted(tmp_path, monkeypatch, step):
+    """At any moment what has a checkpoint's name is a whole one, and the newest is there."""
+    run = tmp_path / "run"
+    writer = CheckpointWriter(run, keep_n_latest=1)
+    writer.save(content(1))
+
+    def killed(folder, **_):
+        if folder.is_dir() and folder.name.endswith(".removing"):
+            (folder / "running_states.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        writer.save(content(step), last=True)
+    assert find_checkpoint("latest", tmp_path) == run / f"epoch0-global_step{step}"
+    assert [p.name for p in run.glob("epoch*")] == [f"epoch0-global_step{step}"]
+    assert len(list(run.glob(".*"))) == 1
+    remove_unfinished(run)
+    assert names(run) == [f"epoch0-global_step{step}"] == os.listdir(run)
+
+
+def test_a_folder_without_its_states_is_no_checkpoint(tmp_path):
+    """Versions that deleted in place could leave one behind when they were killed."""
+    run = tmp_path / "run"
+    good = CheckpointWriter(run).save(content(1), last=True)
+    (run / "epoch0-global_step2" / "model").mkdir(parents=True)
+    assert find_checkpoint("latest", tmp_path) == find_checkpoint(str(run), "") == good
 
 
 def test_first_sigterm_is_noted():
