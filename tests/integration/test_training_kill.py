@@ -19,10 +19,10 @@ from opensora.utils.weights import save_safetensors
 
 ROOT = Path(__file__).parents[2]
 
-# Importing takes longer than training here, so one program imports and forks a child per run. Each child ends by the
-# signal it is sent: KILL when its log shows a step, or TERM.
+# Importing takes longer than training here, so one program imports and forks a child per run. A child is sent a
+# signal, KILL or TERM, when its log shows a step; however busy the machine is, it is not past the next step by then.
 DRIVER = """
-import json, os, sys, time
+import json, logging, os, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -31,10 +31,22 @@ from opensora.schema import TrainOptions
 from opensora.training.trainer import Trainer
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer  # what children would import
 
+class Hold(logging.Handler):
+    def __init__(self, step, pipe):
+        super().__init__()
+        self.words, self.pipe = f"step {step}/", pipe
+
+    def emit(self, record):
+        if record.getMessage().startswith(self.words):
+            os.read(self.pipe, 1)  # until the other end is closed
+
 def run(words, log, sign, step):
-    before = log.read_text().count("step ") if log.is_file() else 0
+    here, there = os.pipe()
     pid = os.fork()
     if pid == 0:
+        os.close(there)
+        if sign:
+            logging.getLogger("opensora.training.metrics").addHandler(Hold(step + 1, here))
         try:
             Trainer(parse_config(words, TrainOptions)).run()
         except SystemExit as error:
@@ -43,14 +55,17 @@ def run(words, log, sign, step):
             print(repr(error), file=sys.stderr, flush=True)
             os._exit(1)
         os._exit(0)
-    sent = False
+    os.close(here)
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
+            if there is not None:
+                os.close(there)
             return os.waitstatus_to_exitcode(status)
-        if sign and not sent and log.is_file() and f"step {step}/" in log.read_text():
+        if sign and there is not None and log.is_file() and f"step {step}/" in log.read_text():
             os.kill(pid, sign)
-            sent = True
+            os.close(there)
+            there = None
         time.sleep(0.002)
 
 for line in sys.stdin:
@@ -114,11 +129,12 @@ def outcome(folder):
 def test_killed_at_several_steps_and_resumed(driver, config, tmp_path):
     whole, parts = (tmp_path / "outputs" / name for name in ("whole", "parts"))
     assert driver([config, "--exp-name", "whole"], whole / "log.txt") == 0
-    assert driver([config, "--exp-name", "parts"], parts / "log.txt", signal.SIGKILL, 3) == -signal.SIGKILL
+    # a checkpoint is begun every 2 steps once the one before is there, so at step 5 that of step 2 is
+    assert driver([config, "--exp-name", "parts"], parts / "log.txt", signal.SIGKILL, 5) == -signal.SIGKILL
     os.utime(whole, (0, 0))
     for path in whole.glob("epoch*/running_states.json"):
         os.utime(path, (0, 0))  # the other run is the latest
-    for step in (5, 8):
+    for step in (7, 8):
         assert driver([config, "--load", "latest"], parts / "log.txt", signal.SIGKILL, step) == -signal.SIGKILL
     assert driver([config, "--load", "latest"], parts / "log.txt") == 0
     (a, curves_a), (b, curves_b) = outcome(whole), outcome(parts)
