@@ -94,15 +94,16 @@ def test_memory_and_time_grow_slowly(tmp_path):
     table.to_parquet(tmp_path / "clips.parquet", index=False)
     write_shards(tmp_path / "clips.parquet")
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     dataset = VideoTextDataset(str(tmp_path / "clips.parquet"), memory_efficient=True)
     sampler = BucketBatchSampler(dataset, BucketTable({"256px": dict.fromkeys((1, 5, 33, 65, 129), (1.0, 1))}))
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(sampler) > 0.7 * rows
-    # 200 bytes a row would be the 200 MB allowed for a million; 60 s for a million are 3 s here.
+    # 200 bytes a row would be the 200 MB allowed for a million; 60 s for a million are 3 s here (of processor time:
+    # what else the machine does is not counted).
     assert held / rows < 100
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 def test_the_table_says_why_rows_are_left_out():
