@@ -1,11 +1,13 @@
 """Groups of gloo processes that run many checks each: starting processes costs more than the checks."""
 
+import importlib.util
 import multiprocessing
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,38 @@ class Group:
         missing = [rank for rank in range(self.size) if not (self.folder / f"{name}.{rank}.passed").exists()]
         if missing:
             pytest.fail(f"{name} did not finish on ranks {missing} (time, or an earlier failure)", pytrace=False)
+
+
+@cache
+def group_of(size: int, checks: tuple[Check, ...], seconds: float) -> Group:
+    """The group that has run these checks: started by the first test that asks for it."""
+    return Group(size, checks, seconds)
+
+
+def in_groups(
+    processes: Mapping[int, Sequence[Check]], seconds: float = 120, needs: str | None = None
+) -> Callable[[int, Check], None]:
+    """A test per check, for a module of tests to give a name to.
+
+    Args:
+        processes: checks by the size of the group that runs them.
+        seconds: limit of each group.
+        needs: package without which they are skipped.
+    """
+    pairs = [
+        pytest.param(size, check, id=f"{size}-{check.__name__}")
+        for size, checks in processes.items()
+        for check in checks
+    ]
+
+    @pytest.mark.parallel
+    @pytest.mark.parametrize(("size", "check"), pairs)
+    def test(size: int, check: Check) -> None:
+        if needs is not None and importlib.util.find_spec(needs) is None:
+            pytest.skip(f"{needs} is not installed")
+        group_of(size, tuple(processes[size]), seconds).passed(check)
+
+    return test
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str = "", limit: float = 1e-5) -> None:
