@@ -3,4 +3,4 @@
 from tests.parallel.checks_vae_training import CHECKS
 from tests.parallel.harness import in_groups
 
-test_processes = in_groups({2: CHECKS}, seconds=300)
+test_processes = in_groups({2: CHECKS})
