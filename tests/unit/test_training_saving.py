@@ -162,6 +162,16 @@ def test_first_sigterm_is_noted():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_torchrun_and_a_scheduler_ask_once_together():
+    """Both send SIGTERM to a process; it is one request, also where the second comes while the run saves."""
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest(launched=True) as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.requested
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_rows_are_named():
     assert row_names({"index": [0, 4], "path": ["a.mp4", "b.mp4"]}) == ["row 2 (a.mp4)", "row 6 (b.mp4)"]
     assert row_names({"path": ["a.mp4"]}) == ["a.mp4"]
