@@ -185,6 +185,9 @@ def launch(device: torch.device, timeout: timedelta = TIMEOUT) -> bool:
 
 
 def shutdown() -> None:
-    """Leave the groups; nothing where there are none."""
+    """Leave the groups at the end of a run; nothing where there are none.
+
+    Not after an error: with NCCL it waits for the others, who may be waiting for this process in another exchange.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()

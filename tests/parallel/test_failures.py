@@ -47,6 +47,12 @@ def test_one_process_fails():
     assert "Connection closed" not in done.stderr
 
 
+def test_autoencoder_training_says_a_mistake_once():
+    done = run("configs/vae/train/demo.py", program="scripts/vae/train.py")
+    assert done.returncode != 0
+    assert done.stderr.count("2 processes train an autoencoder by dividing the data") == 1
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_sigterm_to_all_processes_saves_once(tmp_path):
     """To torchrun, which passes it on, and to all below it, as schedulers do: readers of clips and ranks get two."""

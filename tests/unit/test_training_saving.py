@@ -172,6 +172,22 @@ def test_torchrun_and_a_scheduler_ask_once_together():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_fault_beside_training_is_not_lost(tmp_path, monkeypatch):
+    """Ranks would wait for the files of one whose thread has ended."""
+    writer = CheckpointWriter(tmp_path, asynchronous=True)
+
+    def wrong(*_):
+        raise TypeError("a mistake of ours")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_files, "save_safetensors", wrong)
+        writer.save(content(1))
+        with pytest.raises(TypeError, match="a mistake of ours"):
+            writer.wait()
+    assert list_checkpoints(tmp_path) == []
+    writer.wait()  # said once
+
+
 def test_rows_are_named():
     assert row_names({"index": [0, 4], "path": ["a.mp4", "b.mp4"]}) == ["row 2 (a.mp4)", "row 6 (b.mp4)"]
     assert row_names({"path": ["a.mp4"]}) == ["a.mp4"]
