@@ -1,6 +1,7 @@
 """Fixtures that several folders of tests share."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,18 @@ import pytest
 from tests.integration.cli import INFERENCE, files, load_main
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With ``pytest -n``, tests whose checks one group of processes runs go to one worker; each would start a group."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return re.sub(r"(::test_processes\[\d+)-.*", r"\1", nodeid)
+
+    return GroupScheduling(config, log)
 
 
 def text_encoder(name: str, width_key: str) -> tuple[str, int]:

@@ -74,7 +74,8 @@ class Sizes:
             raise UserError(f"plugin_config.pp_size={config['pp_size']}: pipeline parallelism is not available")
         found = {}
         for name in ("tp", "sp", "branch"):
-            found[name] = config.get(f"{name}_size") or 1
+            size = config.get(f"{name}_size")
+            found[name] = 1 if size is None else size
             if found[name] < 1:
                 raise UserError(f"plugin_config.{name}_size={found[name]}: must be at least 1")
         if plugin in ("zero1", "zero2", "torch_ddp") and max(found.values()) > 1:
@@ -185,6 +186,9 @@ def launch(device: torch.device, timeout: timedelta = TIMEOUT) -> bool:
 
 
 def shutdown() -> None:
-    """Leave the groups; nothing where there are none."""
+    """Leave the groups at the end of a run; nothing where there are none.
+
+    Not after an error: with NCCL it waits for the others, who may be waiting for this process in another exchange.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()

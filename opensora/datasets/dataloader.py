@@ -1,5 +1,9 @@
 """From a dataset and a bucket config to batches on the device."""
 
+import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -61,6 +65,28 @@ class BrokenRows:
         return "\n".join(lines + ([f"and {more} more"] if more > 0 else []))
 
 
+def outlive_sigterm(worker: int) -> None:
+    """Let a process that reads clips go on after a SIGTERM that does not come from the one it reads for.
+
+    torchrun and schedulers send SIGTERM to all processes of a run at once, and the run needs its readers to finish and
+    save the step at hand. It ends them itself when it ends (and their own check that it is alive does, if it is
+    killed). Linux only: elsewhere the sender is not known.
+
+    Args:
+        worker: its number.
+    """
+    if sys.platform != "linux":
+        return
+
+    def wait_for_the_trainer() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # also of threads that start from here
+    threading.Thread(target=wait_for_the_trainer, daemon=True).start()
+
+
 class BucketLoader(DataLoader):
     """Loader of micro-batches that keeps count of unreadable rows in ``broken``."""
 
@@ -111,6 +137,7 @@ def build_train_loader(
         prefetch_factor=(prefetch_factor or 2) if num_workers else None,
         pin_memory=pin_memory,
         persistent_workers=False,
+        worker_init_fn=outlive_sigterm,
     )
     return loader, sampler
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -49,6 +50,7 @@ class CheckpointWriter:
         self.ranks, self.shard_bytes = ranks or Axis(), shard_bytes
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
+        self._fault: Exception | None = None
 
     def save(self, content: CheckpointContent, last: bool = False) -> Path:
         """Write a checkpoint, or start to.
@@ -70,7 +72,8 @@ class CheckpointWriter:
         self._error = self._together(partial(self._begin, target))
         if self._error is None and beside_training:
             mine = [shard for shard in files.shards() if shard.tensors]
-            self._thread = threading.Thread(target=self._finish, args=(target, files, mine, states), name="checkpoint")
+            arguments = (target, files, mine, states)
+            self._thread = threading.Thread(target=self._finish_beside, args=arguments, name="checkpoint")
             self._thread.start()
             return target
         if self._error is None:
@@ -82,11 +85,21 @@ class CheckpointWriter:
         return target
 
     def wait(self) -> None:
-        """Wait for a checkpoint that is being written."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-            self._report()
+        """Wait for a checkpoint that is being written; what went wrong with it that is not about files is raised."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        if self._fault is not None:
+            raise self._fault
+        self._report()
+
+    def _finish_beside(self, *args: Any) -> None:
+        """`_finish` in a thread, whose faults would pass unseen: the other ranks would wait for this one's files."""
+        try:
+            self._finish(*args)
+        except Exception as fault:
+            self._fault = fault
 
     def _begin(self, target: Path) -> None:
         if self.ranks.first:
@@ -99,9 +112,14 @@ class CheckpointWriter:
             self._error = self._together(partial(_write, shards, beside(target, "writing")))
             if self._error is None:
                 self._error = self._together(partial(self._publish, target, files, states))
-        except RuntimeError as error:  # of the exchange: another process has gone, and so will this one
-            self._error = OSError(f"{target.name}: {error}")
-        if self.ranks.first and self._error is not None:
+        except RuntimeError:  # of the exchange: another process has gone, and it says why
+            self._discard(target)
+            raise
+        if self._error is not None:
+            self._discard(target)
+
+    def _discard(self, target: Path) -> None:
+        if self.ranks.first:
             shutil.rmtree(beside(target, "writing"), ignore_errors=True)
 
     def _publish(self, target: Path, files: CheckpointFiles, states: RunningStates) -> None:

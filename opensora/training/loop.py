@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed import is_torchelastic_launched
 
 from opensora.acceleration.engine import Engine
 from opensora.acceleration.sharding import Gathered
@@ -132,33 +133,25 @@ class TrainLoop:
         """
         settings = self.settings
         try:
-            with StopRequest() as stop:
+            with StopRequest(is_torchelastic_launched()) as stop:
                 while self.states.global_step < settings.stop_at:
-                    if self._step(batches, loss_function, stop) and on_step is not None:
+                    self._step(batches, loss_function)
+                    if on_step is not None:
                         on_step(self.states.global_step)
                     step = self.states.global_step
                     done, ends = step == settings.stop_at, self.engine.on_any_rank(stop.requested)
                     if done or ends or (settings.ckpt_every and step % settings.ckpt_every == 0):
                         path = self.save(last=done or ends)
                         if ends and not done:
-                            logger.warning("ended by SIGTERM after step %d; go on with --load %s", step, path)
+                            if self.engine.ranks.first:
+                                logger.warning("ended by SIGTERM after step %d; go on with --load %s", step, path)
                             raise SystemExit(EXIT_STATUS)
         finally:
             self.writer.wait()
 
-    def _step(self, batches: Iterator[dict[str, Any]], loss_function: LossFunction, stop: StopRequest) -> bool:
-        """One optimizer step; False if it was given up because SIGTERM has also ended the processes that read data."""
-        start = replace(self.states)
-        try:
-            rows = [self._micro_step(batch, loss_function, i) for i, batch in self._group(batches)]
-        except RuntimeError:
-            if not stop.requested:
-                raise
-            self.states.epoch, self.states.step = start.epoch, start.step
-            self.states.micro_step = start.micro_step
-            return False
+    def _step(self, batches: Iterator[dict[str, Any]], loss_function: LossFunction) -> None:
+        rows = [self._micro_step(batch, loss_function, i) for i, batch in self._group(batches)]
         self._optimizer_step([row for of_batch in rows for row in of_batch])
-        return True
 
     def _group(self, batches: Iterator[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
         for i in range(self.settings.accumulation):

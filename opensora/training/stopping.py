@@ -16,10 +16,16 @@ class StopRequest:
     """Within it, the first SIGTERM sets ``requested``; a second one ends the program as usual.
 
     Outside the main thread, where Python has no signal handlers, it does nothing.
+
+    Args:
+        launched: torchrun started this process. It passes on the SIGTERM that it gets, and schedulers send theirs to
+            all processes, so one request comes twice: then no further one changes anything. torchrun kills what does
+            not end in time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, launched: bool = False) -> None:
         self.requested = False
+        self._launched = launched
         self._before: Any = None
 
     def __enter__(self) -> "StopRequest":
@@ -28,9 +34,13 @@ class StopRequest:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._launched:
+            if not self.requested:
+                logger.warning("SIGTERM: the run saves and ends after this step")
+        else:
+            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
+            logger.warning("SIGTERM: the run saves and ends after this step (once more ends it now)")
         self.requested = True
-        signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
-        logger.warning("SIGTERM: the run saves and ends after this step (once more ends it now)")
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._before is not None:

@@ -28,12 +28,11 @@ def main(argv: list[str] | None = None) -> list[Path]:
     setup_logging()
     # what torchrun says of this process; a single one without it
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", "0")))
-    try:
-        with reported_once(os.environ):
-            return generate(cfg, device, rank, world_size, os.environ)
-    finally:
-        shutdown()
+    with reported_once(os.environ):
+        device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", "0")))
+        made = generate(cfg, device, rank, world_size, os.environ)
+    shutdown()
+    return made
 
 
 if __name__ == "__main__":

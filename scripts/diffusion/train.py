@@ -20,15 +20,13 @@ def main(argv: list[str] | None = None) -> None:
     from opensora.training.trainer import Trainer
 
     setup_logging()
-    try:
-        with reported_once(os.environ):
-            # what torchrun says of this process; a single one without it
-            trainer = Trainer(cfg, int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-            folder = trainer.run()
-        if trainer.parallel.rank == 0:
-            print(folder)
-    finally:
-        shutdown()
+    with reported_once(os.environ):
+        # what torchrun says of this process; a single one without it
+        trainer = Trainer(cfg, int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        folder = trainer.run()
+    if trainer.parallel.rank == 0:
+        print(folder)
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ On several devices: ``torchrun --nproc_per_node N --standalone scripts/vae/train
 
 import os
 
+from opensora.acceleration.failures import reported_once
 from opensora.config import parse_config, run_main
 from opensora.schema import VaeTrainOptions
 from opensora.utils.logging import setup_logging
@@ -12,20 +13,20 @@ from opensora.utils.logging import setup_logging
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and train."""
-    cfg = parse_config(argv, VaeTrainOptions)
+    with reported_once(os.environ):
+        cfg = parse_config(argv, VaeTrainOptions)
     # after parsing: --help and typos answer at once
     from opensora.acceleration.parallel_context import shutdown
     from opensora.training.vae_trainer import VAETrainer
 
     setup_logging()
-    try:
+    with reported_once(os.environ):
         # what torchrun says of this process; a single one without it
         trainer = VAETrainer(cfg, int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
         folder = trainer.run()
-        if trainer.parallel.rank == 0:
-            print(folder)
-    finally:
-        shutdown()
+    if trainer.parallel.rank == 0:
+        print(folder)
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from opensora.acceleration.plugins import check_training
 from opensora.config import parse_config
+from opensora.diffusion.building import build_on_meta
+from opensora.diffusion.validate import check_parallelism
 from opensora.schema import (
     CacheOptions,
     InferenceOptions,
@@ -32,8 +35,14 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
+    pages = (*PAGES, "docs/parallel.md")
+    lines = [line for page in pages for block in blocks(page, "bash") for line in block.splitlines()]
     return sorted({line for line in lines if "scripts/diffusion/inference.py" in line})
+
+
+def processes(words: list[str]) -> int:
+    """How many a command starts."""
+    return int(words[words.index("--nproc_per_node") + 1]) if words[0] == "torchrun" else 1
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -56,6 +65,7 @@ def test_commands_are_valid(command, monkeypatch):
     words = shlex.split(command)
     arguments = words[words.index("scripts/diffusion/inference.py") + 1 :]
     cfg = parse_config(arguments, InferenceOptions)
+    check_parallelism(cfg, processes(words))
     table = (cfg["dataset"] or {}).get("data_path")
     assert table is None or Path(table).is_file()
     for ref in (cfg["ref"] or "").split(";"):
@@ -73,4 +83,7 @@ def other_commands() -> list[tuple[str, str]]:
 def test_commands_of_the_other_scripts_are_valid(command, script, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(command)
-    parse_config(words[words.index(script) + 1 :], SCRIPTS[script])
+    cfg = parse_config(words[words.index(script) + 1 :], SCRIPTS[script])
+    if SCRIPTS[script] is TrainOptions:
+        monkeypatch.setattr("opensora.acceleration.colossal.require_colossalai", lambda on_cpu: None)
+        check_training(cfg.plugin, cfg.plugin_config, build_on_meta(cfg.model), processes(words))

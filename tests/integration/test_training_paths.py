@@ -1,9 +1,7 @@
 """Ways to train, on a handful of real clips: adapters, frozen parts, bf16, mixed sizes, held-out rows, samples."""
 
 import json
-import os
 import re
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -285,27 +283,6 @@ def test_cached_latents_and_texts_train_the_same(train, diffusion_content, tmp_p
     losses = scalars(plain, "loss")
     assert scalars(cached, "loss") == pytest.approx(losses, rel=1e-4)  # encoded in other batches
     assert list(losses) == [1, 2, 3, 4, 5]
-
-
-def test_sigterm_that_ends_the_readers_too(train, monkeypatch):
-    def broken(batches, *_):
-        for number, batch in enumerate(batches):
-            if number == 5:  # the second batch of step 3
-                os.kill(os.getpid(), signal.SIGTERM)
-                raise RuntimeError("DataLoader worker is killed by signal: Terminated")
-            yield batch
-
-    whole = train("whole", max_steps=4, accumulation_steps=2)
-    with monkeypatch.context() as patch:
-        patch.setattr("opensora.training.trainer.prefetch", broken)
-        with pytest.raises(SystemExit) as caught:
-            train("part", max_steps=4, accumulation_steps=2, ckpt_every=0)
-    assert caught.value.code == 143
-    part = whole.with_name("part")
-    states = load_states(newest(part))
-    assert (states.global_step, states.micro_step) == (2, 4)
-    train("again", "--load", str(part), max_steps=4, accumulation_steps=2)
-    assert same(weights(whole), weights(part))
 
 
 @pytest.mark.parametrize("name", ["demo_cpu", "demo_cpu_i2v", "demo_cpu_lora", "demo_cpu_hc"])

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -15,6 +16,7 @@ from opensora.diffusion.generate import generate
 from opensora.diffusion.pipeline import SampleResult, VideoPipeline
 from opensora.models.hunyuan_vae import AutoencoderKLCausal3D, HunyuanVAEConfig
 from opensora.schema import InferenceOptions
+from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from tests.conftest import tiny_inference_config
 from tests.parallel.harness import assert_close
@@ -113,6 +115,9 @@ def sizes_fit_the_processes(folder: Path) -> None:
     assert Sizes(sp=4).fit(1) == Sizes()
     assert Sizes.of("none", {"sp_size": 8}) == Sizes()
     assert Sizes.of("hybrid", {"sp_size": 8, "tp_size": None}) == Sizes(sp=8)
+    for size in (0, -1):
+        with pytest.raises(UserError, match=f"plugin_config.sp_size={size}: must be at least 1"):
+            Sizes.of("hybrid", {"sp_size": size})
 
 
 CHECKS = [

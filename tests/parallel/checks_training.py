@@ -24,37 +24,43 @@ from tests.parallel.harness import assert_close
 
 def write_run(folder: Path, **overrides: Any) -> str:
     """Config file of a tiny run on random clips; the first rank writes it, all get its path."""
-    path = folder / "train.py"
-    if dist.get_rank() == 0 and not path.exists():
-        rng, rows = np.random.default_rng(0), []
-        for i in range(8):
-            clip = save_video(rng.integers(0, 255, (9, 32, 32, 3), dtype=np.uint8), folder / f"{i}.mp4", fps=8)
-            rows.append(dict(path=str(clip), text=f"clip {i}", num_frames=9, height=32, width=32, fps=8.0))
-        pd.DataFrame(rows).to_csv(folder / "clips.csv", index=False)
-        tiny = tiny_inference_config()
-        content = dict(
-            {key: tiny[key] for key in ("model", "ae", "t5", "clip")},
-            device="cpu",
-            dtype="fp32",
-            seed=3,
-            outputs=str(folder),
-            dataset=dict(type="video_text", data_path=str(folder / "clips.csv"), fps_max=24),
-            bucket_config={"32px_ar1:1": {9: (1.0, 2)}},
-            num_workers=0,
-            optim=dict(cls="AdamW", lr=1e-3, eps=1e-4),
-            ema_decay=0.9,
-            grad_clip=1.0,
-            condition_config={"t2v": 1, "i2v_head": 1},
-            dropout_ratio=dict(t5=0.3, clip=0.3),
-            is_causal_vae=True,
-            plugin="none",
-            max_steps=3,
-            ckpt_every=0,
-            **overrides,
-        )
-        path.write_text("\n".join(f"{key} = {pprint.pformat(value)}" for key, value in content.items()))
+    if dist.get_rank() == 0 and not (folder / "train.py").exists():
+        tiny_run(folder, **overrides)
     dist.barrier()
-    return str(path)
+    return str(folder / "train.py")
+
+
+def tiny_run(folder: Path, **overrides: Any) -> Path:
+    """Write the config file ``train.py`` of a tiny run and its random clips into a folder."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(8):
+        clip = save_video(rng.integers(0, 255, (9, 32, 32, 3), dtype=np.uint8), folder / f"{i}.mp4", fps=8)
+        rows.append(dict(path=str(clip), text=f"clip {i}", num_frames=9, height=32, width=32, fps=8.0))
+    pd.DataFrame(rows).to_csv(folder / "clips.csv", index=False)
+    tiny = tiny_inference_config()
+    content = dict(
+        {key: tiny[key] for key in ("model", "ae", "t5", "clip")},
+        device="cpu",
+        dtype="fp32",
+        seed=3,
+        outputs=str(folder),
+        dataset=dict(type="video_text", data_path=str(folder / "clips.csv"), fps_max=24),
+        bucket_config={"32px_ar1:1": {9: (1.0, 2)}},
+        num_workers=0,
+        optim=dict(cls="AdamW", lr=1e-3, eps=1e-4),
+        ema_decay=0.9,
+        grad_clip=1.0,
+        condition_config={"t2v": 1, "i2v_head": 1},
+        dropout_ratio=dict(t5=0.3, clip=0.3),
+        is_causal_vae=True,
+        plugin="none",
+        max_steps=3,
+        ckpt_every=0,
+    )
+    content |= overrides
+    path = folder / "train.py"
+    path.write_text("\n".join(f"{key} = {pprint.pformat(value)}" for key, value in content.items()))
+    return path
 
 
 def run(config: str, words: Sequence[Any], world_size: int = 2) -> Path:

@@ -1,27 +1,36 @@
-"""A failing process ends the run within seconds, and every message is printed once."""
+"""A failing process ends the run within seconds, every message is printed once, and SIGTERM saves first."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from opensora.training.checkpoint import list_checkpoints
+from tests.parallel.checks_training import tiny_run
+
+pytestmark = pytest.mark.parallel
 ROOT = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+WAITED = 1200  # seconds; processes that wait for one that is gone give up after half an hour only
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def run(*words):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def run(*words, program="tests/parallel/failing.py"):
     return subprocess.run(
-        [*command, str(ROOT / "tests" / "parallel" / "failing.py"), *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
+        [*TORCHRUN, str(ROOT / program), *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=WAITED
     )
 
 
-@pytest.mark.parallel
+def below(process):
+    """A process and all that it has started, by number."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [process, *(number for child in children for number in below(int(child)))]
+
+
 def test_one_process_is_killed():
     """The others do not wait for it, and do not print what they failed in."""
     done = run("killed")
@@ -30,10 +39,41 @@ def test_one_process_is_killed():
     assert "Connection closed" not in done.stderr
 
 
-@pytest.mark.parallel
 def test_one_process_fails():
     done = run()
     assert done.returncode != 0
     assert done.stderr.count("a mistake of one") == 1
     assert done.stderr.count("a mistake of all") == 1
     assert "Connection closed" not in done.stderr
+
+
+def test_autoencoder_training_says_a_mistake_once():
+    done = run("configs/vae/train/demo.py", program="scripts/vae/train.py")
+    assert done.returncode != 0
+    assert done.stderr.count("2 processes train an autoencoder by dividing the data") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_sigterm_to_all_processes_saves_once(tmp_path):
+    """To torchrun, which passes it on, and to all below it, as schedulers do: readers of clips and ranks get two."""
+    config = tiny_run(tmp_path, plugin="ddp", num_workers=1, max_steps=100_000, log_every=1)
+    words = [str(ROOT / "scripts/diffusion/train.py"), str(config), "--exp-name", "run"]
+    log = tmp_path / "run" / "log.txt"
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen([*TORCHRUN, "--shutdown-timeout", str(WAITED), *words], env=ENVIRONMENT, stderr=said)
+        try:
+            while not (log.is_file() and "step 2/" in log.read_text()):
+                assert process.poll() is None, (tmp_path / "said").read_text()
+                time.sleep(0.05)
+            started = below(process.pid)
+            assert len(started) >= 1 + 2 + 2  # torchrun, ranks, readers
+            for number in started:
+                os.kill(number, signal.SIGTERM)
+            process.wait(WAITED)
+        finally:
+            process.kill()
+    (saved,) = list_checkpoints(tmp_path / "run")
+    assert log.read_text().count("ended by SIGTERM after step") == 1
+    assert str(saved) in log.read_text()
+    assert not list((tmp_path / "run").glob(".*"))
+    assert "RuntimeError" not in (tmp_path / "said").read_text()

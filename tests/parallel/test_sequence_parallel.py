@@ -2,32 +2,10 @@
 
 from pathlib import Path
 
-import pytest
-
 from tests.parallel.checks_sequence import CHECKS, FOUR
-from tests.parallel.harness import Group
+from tests.parallel.harness import in_groups
 
-pytestmark = pytest.mark.parallel
-
-
-@pytest.fixture(scope="module")
-def two():
-    return Group(2, CHECKS)
-
-
-@pytest.fixture(scope="module")
-def four():
-    return Group(4, FOUR)
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_two_processes(two, check):
-    two.passed(check)
-
-
-@pytest.mark.parametrize("check", FOUR, ids=lambda check: check.__name__)
-def test_four_processes(four, check):
-    four.passed(check)
+test_processes = in_groups({2: CHECKS, 4: FOUR})
 
 
 def test_models_know_nothing_of_it():

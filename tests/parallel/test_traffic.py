@@ -4,16 +4,11 @@ import sys
 
 import pytest
 
-from tests.parallel.harness import Group
+from tests.parallel.checks_traffic import CHECKS
+from tests.parallel.harness import in_groups
 from tools.benchmark.parallel import WORKLOADS, Machine, seconds
 
-
-@pytest.mark.parallel
-@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux' counters")
-def test_two_processes():
-    from tests.parallel.checks_traffic import CHECKS
-
-    Group(2, CHECKS).passed(CHECKS[0])
+test_processes = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux' counters")(in_groups({2: CHECKS}))
 
 
 @pytest.mark.parametrize("load", WORKLOADS, ids=lambda load: load.name)

@@ -1,18 +1,6 @@
 """Autoencoder training, in one group of two processes."""
 
-import pytest
-
 from tests.parallel.checks_vae_training import CHECKS
-from tests.parallel.harness import Group
+from tests.parallel.harness import in_groups
 
-pytestmark = pytest.mark.parallel
-
-
-@pytest.fixture(scope="module")
-def two():
-    return Group(2, CHECKS, seconds=300)
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_two_processes(two, check):
-    two.passed(check)
+test_processes = in_groups({2: CHECKS})

@@ -1,5 +1,9 @@
 """Tables, frames, buckets, order of batches."""
 
+import multiprocessing
+import subprocess
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -139,3 +143,24 @@ def test_order_is_shared_out_and_resumable(clips):
     assert torch.equal(resumed["video"], whole[8]["video"])
     with pytest.raises(UserError, match="no bucket has a full batch"):
         BucketBatchSampler(dataset, BucketTable({"32px": {33: (1.0, 2)}}))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the sender of a signal is not known")
+def test_readers_outlive_a_sigterm_of_others(clips):
+    """torchrun's reaches them too, and the step at hand needs their batches; the trainer's own ends them."""
+    loader, _ = build_train_loader(
+        VideoTextDataset(str(clips), fps_max=24), {"32px_ar1:1": {4: (1.0, 1)}}, num_workers=2, prefetch_factor=1
+    )
+    batches = iter(loader)
+    before = next(batches)
+    readers = multiprocessing.active_children()
+    assert len(readers) == 2
+    subprocess.run(["kill", "-TERM", *(str(reader.pid) for reader in readers)], check=True)
+    rest = list(batches)
+    assert len([before, *rest]) == len(loader)
+    batches = iter(loader)
+    next(batches)
+    for reader in set(multiprocessing.active_children()) - set(readers):
+        reader.terminate()
+        reader.join(60)
+        assert reader.exitcode == 0

@@ -11,7 +11,6 @@ fitted to those: the share of peak speed that a device reaches, and the time tha
 import argparse
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -123,10 +122,8 @@ def sent_per_forward(way: str, image: int, text: int) -> int:
     }
     with torch.no_grad():
         model(**inputs)  # connections are made, kernels chosen
-        time.sleep(0.2)  # what is under way arrives
         before = bytes_sent()
         model(**inputs)
-        time.sleep(0.2)
         return bytes_sent() - before
 
 

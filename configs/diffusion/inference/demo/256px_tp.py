@@ -1,2 +1,2 @@
-# Small twin of ../256px_tp.py: one process on one device leaves the parallel plugin aside.
+# Small twin of ../256px_tp.py: five processes divide its five heads, one on its own leaves the parallel plugin aside.
 _base_ = ["256px.py", "../plugins/tp.py"]
