@@ -177,11 +177,19 @@ def test_frames_are_taken_from_the_middle_of_equal_parts(tmp_path):
     assert middles(5, 2) == [0, 1]
     frames = np.stack([np.full((40, 60, 3), 20 * number, np.uint8) for number in range(12)])
     found = measure(tmp_path, frames, "frames", side=30)
-    assert found["frame_paths"] == [f"frames/ab/abcd-{number}.jpg" for number in range(3)]
+    names = [path.split("-") for path in found["frame_paths"]]
+    assert [(name[0], name[2]) for name in names] == [("frames/ab/abcd", f"{number}.jpg") for number in range(3)]
     pictures = [read_image(tmp_path / path) for path in found["frame_paths"]]
     assert [picture.shape for picture in pictures] == [(20, 30, 3)] * 3
     assert [round(picture.mean() / 20) for picture in pictures] == [2, 6, 10]
     assert all(len(value) == 16 for value in found["phash"])
+
+
+def test_pictures_of_other_settings_stay(tmp_path):
+    frames = np.stack([np.full((40, 60, 3), 20 * number, np.uint8) for number in range(12)])
+    small = measure(tmp_path, frames, "frames", side=30)
+    measure(tmp_path, frames, "frames", side=45, count=5)
+    assert [read_image(tmp_path / path).shape for path in small["frame_paths"]] == [(20, 30, 3)] * 3
 
 
 def test_pictures_have_scores_too(tmp_path):

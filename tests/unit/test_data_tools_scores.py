@@ -236,6 +236,14 @@ def caption(tmp_path, **settings) -> Caption:
 ROW = {"frame_paths": [f"{number}.png" for number in range(4)], "camera_motion": "pan left"}
 
 
+@pytest.mark.parametrize("kind", [Ocr, ClipFeatures, Caption])
+def test_pictures_of_other_settings_are_looked_at_anew(tmp_path, kind):
+    """Larger pictures of the same frames have the same hashes."""
+    stage = kind(vars(CaptionOptions()), tmp_path)
+    small, large = ({"clip_id": "a", "phash": ["f" * 16], "frame_paths": [path]} for path in ("s.jpg", "l.jpg"))
+    assert stage.key(small) != stage.key(large)
+
+
 def test_caption_from_an_endpoint(tmp_path, server):
     server.replies = ["The video shows **a cat** that\nwalks."]
     stage = caption(tmp_path, base_url=server.url, template="motion", model="m", frames=2)
@@ -247,8 +255,7 @@ def test_caption_from_an_endpoint(tmp_path, server):
     assert len(pictures) == 2
     assert pictures[0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
     assert (asked["model"], asked["max_tokens"]) == ("m", 300)
-    assert stage.needs() == ("clip_id", "phash", "frame_paths", "camera_motion")
-    assert stage.deciding() == ("clip_id", "phash", "camera_motion")
+    assert stage.needs() == stage.deciding() == ("clip_id", "frame_paths", "camera_motion")
 
 
 def test_caption_is_tried_again_and_then_fails(tmp_path, server):

@@ -57,8 +57,8 @@ class Caption(Stage):
     """``text`` of a clip. The tokens are counted, so that the cost is known."""
 
     name = "caption"
-    identity = ("clip_id", "phash")
-    reads = ("clip_id", "phash", "frame_paths")
+    identity = ("clip_id", "frame_paths")
+    reads = ("clip_id", "frame_paths")
     adds: ClassVar = {"text": pl.String, "tokens_in": pl.Int64, "tokens_out": pl.Int64}
     neutral = ("base_url", "concurrency", "attempts", "timeout", "price_in", "price_out", "device")
 
