@@ -264,6 +264,28 @@ def test_black_borders_go(tmp_path):
     assert content_box(np.zeros((5, 6), np.uint8), 24) == (0, 0, 6, 5)
 
 
+def test_a_fade_is_no_border(tmp_path):
+    """A shot that begins dark at its edges, in a file whose only key frame is that beginning."""
+    video = pan(texture(144, 256, 1), SIZE, 36, x=1).astype(np.float64)
+    video = video.clip(60)
+    video[:6, :12] = video[:6, -12:] = 0
+    path = save_video(video.astype(np.uint8), tmp_path / "v.mp4", fps=24)
+    (clip,) = clips_of(tmp_path, path, [[0, 1.5]])
+    assert (clip["height"], clip["width"]) == SIZE
+
+
+def test_a_rate_of_about_30_is_not_halved(tmp_path):
+    times = [round(number * 1000 / 30) - (number > 15) * 8 for number in range(31)]
+    path = tmp_path / "v.mp4"
+    write_variable(path, numbered(len(times)), times)
+    (clip,) = clips_of(tmp_path, path, [[0, 1]], remove_borders=False)
+    assert clip["fps"] == 30
+    assert clip["num_frames"] == 30
+    shown = numbers_in(read_video(clip["file"])[0])
+    assert shown == sorted(shown)
+    assert len(set(shown)) >= 29
+
+
 def test_phone_video_stands_upright(tmp_path):
     video = still(view(texture(144, 256, 3), SIZE, 128, 72), 6)
     video[:, :20, :20] = (255, 0, 0)  # top left; a quarter clockwise brings it to the top right
