@@ -324,7 +324,9 @@ class _Encoder:
         stream = target.add_stream("libx264", rate=self.rate)
         stream.width, stream.height = shown.width, shown.height
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(self.settings["crf"]), "preset": self.settings["preset"]}
+        # x264's macroblock tree reads memory that nobody wrote (core 165, AVX-512): each run gave other clips, and so
+        # other scores.
+        stream.options = {"crf": str(self.settings["crf"]), "preset": self.settings["preset"], "mbtree": "0"}
         stream.codec_context.thread_count = 1  # threads would change nothing but the time, and the pool has them all
         for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
             setattr(stream.codec_context, name, int(getattr(shown, name)))
