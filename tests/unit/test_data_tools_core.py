@@ -117,6 +117,15 @@ def test_only_what_is_missing_or_changed_is_done(tmp_path):
     assert len(log.read_text().split()) == 5
 
 
+def test_leftovers_of_a_kill_go(tmp_path):
+    chain(tmp_path).run(numbers(1))
+    before = sorted(tmp_path.rglob("*"))
+    for name in (".a1b2c3d4.parquet", ".x.json", ".x.csv", "stages/double/.x.parquet"):
+        (tmp_path / name).touch()
+    chain(tmp_path).run(numbers(1))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_other_settings_are_named(tmp_path, caplog):
     chain(tmp_path).run(numbers(1))
     with caplog.at_level("WARNING", logger="opensora"):

@@ -1,9 +1,13 @@
 """What the pixel stages measure, on clips whose truth is known, and that they share one decoding."""
 
+from typing import ClassVar
+
 import av
 import numpy as np
+import polars as pl
 import pytest
 
+from opensora.utils.errors import UserError
 from opensora.utils.video import read_image, save_image, save_video
 from tools.data import decode
 from tools.data.camera import Camera, camera_label
@@ -11,6 +15,8 @@ from tools.data.decode import PixelWorker
 from tools.data.frames import FrameSamples
 from tools.data.motion import Blur, Flow, Motion, MotionAnalyser, middles, sharpness
 from tools.data.options import BlurOptions, CameraOptions, FlowOptions, FramesOptions, MotionOptions
+from tools.data.pipeline import Pipeline
+from tools.data.runners import LocalRunner
 from tools.data.sample_footage import blurred, pan, scenery, shake, still, texture, view, zoom
 from tools.data.stage import Picture
 
@@ -227,3 +233,22 @@ def test_one_decoding_for_all_and_failures_apart(tmp_path, monkeypatch):
     assert set(worker({"clip_id": "abcd", "clip_path": path.name}, {"blur"})) == {"blur"}
     gone = worker({"clip_id": "abcd", "clip_path": "gone.mp4"}, {"blur", "flow"})
     assert all("no such file" in str(error) for error in gone.values())
+
+
+def test_failures_of_stages_that_share_a_decoding_add_up(tmp_path):
+    class Refusing(Flow):
+        name = "refusing"
+        adds: ClassVar = {}
+
+        def analyser(self, row, info):
+            raise UserError("not this one")
+
+    save_video(pan(texture(240, 400, 1), SIZE, 4, x=1), tmp_path / "a.mp4", fps=24)
+    stages = [Refusing({}, tmp_path), Blur(vars(BlurOptions()), tmp_path)]
+    pipeline = Pipeline(stages, tmp_path / "out", LocalRunner(0), progress=False)
+    clips = [str(tmp_path / name) for name in ("a.mp4", "gone.mp4")]
+    table = pipeline.run(pl.DataFrame({"clip_id": ["a", "b"], "clip_path": clips}))
+    assert table["error"][0] == "not this one"
+    assert table["sharpness"][0] > 0
+    assert table["error_stage"].to_list() == ["refusing", "refusing"]
+    assert [(s.rows_in, s.rows_out, s.failed) for s in pipeline.funnel] == [(2, 0, 2), (0, 0, 0)]

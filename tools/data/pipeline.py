@@ -172,6 +172,8 @@ class Pipeline:
     # ------------------------------------------------------------------------------------------------ counting
 
     def _count(self, step: FunnelStep, stage: Stage, before: pl.DataFrame, after: pl.DataFrame) -> None:
+        # fewer than at the group's start where a stage that shares its decoding failed on a row
+        step.rows_in = before.filter(is_active()).height
         step.rows_out = after.filter(is_active()).height
         step.failed = after.filter(pl.col("error_stage") == stage.name).height
         was, now = _reasons(before), _reasons(after)
@@ -206,7 +208,10 @@ class Pipeline:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Delete what a killed run left half-written: hidden files in the folders that stages write to."""
+    """Delete what a killed run left half-written: hidden files in the folders that stages write to, hidden tables."""
+    for file in root.glob(".*"):
+        if file.suffix in (".parquet", ".json", ".csv"):
+            file.unlink()
     for name in ("stages", "clips", "frames"):
         for folder, _, files in os.walk(root / name):
             for file in files:
@@ -251,15 +256,19 @@ def jobs_of(
 
 
 def join(table: pl.DataFrame, stage: Stage, keys: Sequence[str | None], results: pl.DataFrame) -> pl.DataFrame:
-    """The table with a stage's results; rows that are out stay as they are, rows that failed get ``error``."""
+    """The table with a stage's results; rows that are out stay as they are, rows that failed get ``error``.
+
+    Where stages that share a decoding all fail on a row, the first one's error stays.
+    """
     table = table.with_row_index(ROW).with_columns(pl.Series(KEY, keys, pl.String))
     clash = {name: f"_new_{name}" for name in (*stage.adds, ERROR)}
     joined = table.join(results.rename(clash), on=KEY, how="left").sort(ROW, INDEX)
     did = pl.col(KEY).is_not_null()
     failed = did & pl.col(f"_new_{ERROR}").is_not_null()
+    first = failed & pl.col("error").is_null()
     columns = [
-        pl.when(failed).then(pl.col(f"_new_{ERROR}")).otherwise(pl.col("error")).alias("error"),
-        pl.when(failed).then(pl.lit(stage.name)).otherwise(pl.col("error_stage")).alias("error_stage"),
+        pl.when(first).then(pl.col(f"_new_{ERROR}")).otherwise(pl.col("error")).alias("error"),
+        pl.when(first).then(pl.lit(stage.name)).otherwise(pl.col("error_stage")).alias("error_stage"),
     ]
     for name in stage.adds:
         new = pl.col(f"_new_{name}")
