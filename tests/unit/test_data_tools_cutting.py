@@ -144,6 +144,41 @@ def test_a_table_of_files_keeps_its_columns(tmp_path):
     (tmp_path / "bad.csv").write_text("file\na.mp4\n")
     with pytest.raises(UserError, match="no column 'path'; found file"):
         read_list(tmp_path / "bad.csv")
+    (tmp_path / "hole.csv").write_text("path,text\na.mp4,x\n,y\n")
+    with pytest.raises(UserError, match=r"hole.csv: no path in row 2 of 2"):
+        read_list(tmp_path / "hole.csv")
+
+
+def test_links_are_followed_once(tmp_path):
+    raw = tmp_path / "raw"
+    save_image(texture(8, 8, 0), raw / "a.png")
+    save_image(texture(8, 8, 1), tmp_path / "elsewhere" / "b.png")
+    (raw / "loop").symlink_to("..")
+    (raw / "away").symlink_to(tmp_path / "elsewhere")
+    assert {Path(path).name for path in list_files(raw)["path"]} == {"a.png", "b.png"}
+    assert list_files(raw).height == 2
+
+
+def test_names_that_no_table_can_hold(tmp_path):
+    try:
+        (tmp_path / os.fsdecode(b"\xff.png")).touch()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    with pytest.raises(UserError, match=r"\\xff.png' is not UTF-8; rename it"):
+        list_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"keep": ["yes"]}, "column 'keep' is String: expected true or false"),
+        ({"_row": [1]}, "column '_row' has a name that is used inside; rename it"),
+    ],
+)
+def test_columns_that_the_pipeline_has_itself(tmp_path, column, message):
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, ingest(tmp_path), files=pl.DataFrame({"path": ["a.mp4"], "size": [1], "mtime": [1], **column}))
+    assert not (tmp_path / "out").exists()
 
 
 def test_raw_filters():

@@ -20,6 +20,7 @@ from tools.data.store import ERROR, INDEX, KEY, Failure, StageStore
 logger = get_logger(__name__)
 
 ROW = "_row"
+INTERNAL = (ROW, KEY, INDEX, "_active")
 HOUSE = {"keep": pl.Boolean, "reason": pl.String, "error": pl.String, "error_stage": pl.String}
 TABLE_FILE, FUNNEL_FILE = "table.parquet", "funnel.json"
 
@@ -100,11 +101,12 @@ class Pipeline:
             UserError: wrong chain, or another run is at work in the folder.
         """
         self.check(table.columns)
+        table = with_house(table)
         self.root.mkdir(parents=True, exist_ok=True)
         try:
             with filelock.FileLock(self.root / ".lock", timeout=0):
                 remove_leftovers(self.root)
-                table = self._run_all(with_house(table))
+                table = self._run_all(table)
                 write_beside(self.root / TABLE_FILE, table.write_parquet)
                 return table
         except filelock.Timeout:
@@ -209,9 +211,9 @@ class Pipeline:
 
 def remove_leftovers(root: Path) -> None:
     """Delete what a killed run left half-written: hidden files in the folders that stages write to, hidden tables."""
-    for file in root.glob(".*"):
-        if file.suffix in (".parquet", ".json", ".csv"):
-            file.unlink()
+    for path in root.glob(".*"):
+        if path.suffix in (".parquet", ".json", ".csv"):
+            path.unlink()
     for name in ("stages", "clips", "frames"):
         for folder, _, files in os.walk(root / name):
             for file in files:
@@ -220,7 +222,21 @@ def remove_leftovers(root: Path) -> None:
 
 
 def with_house(table: pl.DataFrame) -> pl.DataFrame:
-    """The table with the columns every stage may count on: keep, reason, error, error_stage."""
+    """The table with the columns every stage may count on: keep, reason, error, error_stage.
+
+    Raises:
+        UserError: the table came with such a column of another kind, or with one of a name that is used inside.
+    """
+    taken = [name for name in table.columns if name in INTERNAL or name.startswith("_new_")]
+    if taken:
+        raise UserError(f"the input table's column '{taken[0]}' has a name that is used inside; rename it")
+    for name in (name for name in HOUSE if name in table.columns):
+        try:
+            table = table.with_columns(pl.col(name).cast(HOUSE[name]))
+        except pl.exceptions.PolarsError:
+            expected = "true or false" if HOUSE[name] == pl.Boolean else "text"
+            kind = table[name].dtype
+            raise UserError(f"the input table's column '{name}' is {kind}: expected {expected}; rename it") from None
     defaults = {"keep": True, "reason": "", "error": None, "error_stage": None}
     missing = [pl.lit(value, HOUSE[name]).alias(name) for name, value in defaults.items() if name not in table.columns]
     return table.with_columns(missing)
