@@ -135,6 +135,13 @@ def test_reencoded_clips_are_duplicates(tmp_path):
     assert found["reason"].to_list() == ["duplicate", "", ""]
 
 
+def test_no_clip_is_no_duplicate(tmp_path):
+    """A run in which every clip failed before, with features asked for."""
+    kinds = {"clip_id": pl.String, "phash": pl.List(pl.String), "height": pl.Int32, "width": pl.Int32}
+    table = pl.DataFrame(schema={**kinds, "clip_features": pl.List(pl.Float32)})
+    assert Duplicates({"max_distance": 6.0, "min_cosine": 0.98}, tmp_path).run_table(table).height == 0
+
+
 @pytest.mark.parametrize("distance", [3.0, 6.0, 7.0, 10.0])
 def test_close_hashes_are_all_found(distance):
     rng = np.random.default_rng(0)
@@ -184,6 +191,9 @@ def test_wrong_thresholds_are_named():
         judge({"base": {"x": [1, None]}}, keep="best")
     with pytest.raises(UserError, match=r"has no filter.tiers"):
         judge({})
+    words = pl.DataFrame({"codec": ["h264"]})
+    with pytest.raises(UserError, match=r"filter.tiers: column 'codec' is String; thresholds are for numbers"):
+        Filter({"tiers": {"base": {"codec": [1, 2]}}, "keep": None}, Path()).run_table(words)
 
 
 # ------------------------------------------------------------------------------------------------------------ caption
@@ -320,7 +330,9 @@ def test_caption_from_a_local_model(tmp_path, vision_model):
 
 
 def test_endpoint_down_or_not_given(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"caption endpoint http://127.0.0.1:9/v1/: Connection error"):
+    with pytest.raises(
+        UserError, match=r"caption endpoint http://127.0.0.1:9/v1/: Connection error. Is the server running"
+    ):
         caption(tmp_path, base_url="http://127.0.0.1:9/v1").worker()
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
@@ -333,6 +345,10 @@ def test_wrong_caption_settings(tmp_path):
         caption(tmp_path, template="medium")
     with pytest.raises(UserError, match=r"caption.template: .*braces"):
         caption(tmp_path, template="Describe { this")
+    with pytest.raises(UserError, match=r"caption.template: \{\} names no column"):
+        caption(tmp_path, template="Describe {} this")
+    with pytest.raises(UserError, match=r"--caption.base_url localhost:8000: expected http://HOST:PORT/v1"):
+        caption(tmp_path, base_url="localhost:8000")
     with pytest.raises(UserError, match=r"--caption.local nowhere: no model there .* hf download"):
         caption(tmp_path, local="nowhere")
 
