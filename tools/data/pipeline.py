@@ -107,6 +107,7 @@ class Pipeline:
             with filelock.FileLock(self.root / ".lock", timeout=0):
                 remove_leftovers(self.root)
                 table = self._run_all(table)
+                remove_leftovers(self.root)  # of a worker that died on the way
                 write_beside(self.root / TABLE_FILE, table.write_parquet)
                 return table
         except filelock.Timeout:
@@ -210,7 +211,7 @@ class Pipeline:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Delete what a killed run left half-written: hidden files in the folders that stages write to, hidden tables."""
+    """Delete what a killed run or worker left half-written: hidden tables, hidden files where stages write."""
     for path in root.glob(".*"):
         if path.suffix in (".parquet", ".json", ".csv"):
             path.unlink()
