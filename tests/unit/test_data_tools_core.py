@@ -28,13 +28,15 @@ class Double(Stage):
     reads = ("number", "where")
     identity = ("number",)
     adds: ClassVar = {"twice": pl.Int64}
-    neutral = ("pause",)
+    neutral = ("pause", "half")
 
     def worker(self):
         def work(row):
             if row["number"] == 13:
                 raise UserError("13 is not allowed")
             if row["number"] == 99:
+                if self.settings.get("half"):
+                    Path(self.settings["half"]).touch()
                 os._exit(1)
             time.sleep(self.settings.get("pause", 0))
             if self.settings.get("log"):
@@ -117,6 +119,15 @@ def test_only_what_is_missing_or_changed_is_done(tmp_path):
     assert len(log.read_text().split()) == 5
 
 
+def test_leftovers_of_a_kill_go(tmp_path):
+    chain(tmp_path).run(numbers(1))
+    before = sorted(tmp_path.rglob("*"))
+    for name in (".a1b2c3d4.parquet", ".x.json", ".x.csv", "stages/double/.x.parquet"):
+        (tmp_path / name).touch()
+    chain(tmp_path).run(numbers(1))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_other_settings_are_named(tmp_path, caplog):
     chain(tmp_path).run(numbers(1))
     with caplog.at_level("WARNING", logger="opensora"):
@@ -164,7 +175,10 @@ def test_processes_give_the_same(tmp_path):
 
 
 def test_a_row_that_kills_its_process_is_named(tmp_path):
-    table = chain(tmp_path, workers=2).run(numbers(1, 99, 2))
+    half = tmp_path / "clips" / ".half.mp4"
+    half.parent.mkdir()
+    table = chain(tmp_path, workers=2, half=half).run(numbers(1, 99, 2))
+    assert not half.exists()
     assert table.filter(pl.col("number") == 99)["error"].to_list() == [DIED]
     assert set(table.filter(pl.col("error").is_null())["number"]) == {1, 2}
 

@@ -1,5 +1,7 @@
 """From raw files to clips: what is found in a folder, where shots begin, what a clip holds; clips with known truth."""
 
+import ctypes
+import os
 from pathlib import Path
 
 import av
@@ -142,6 +144,41 @@ def test_a_table_of_files_keeps_its_columns(tmp_path):
     (tmp_path / "bad.csv").write_text("file\na.mp4\n")
     with pytest.raises(UserError, match="no column 'path'; found file"):
         read_list(tmp_path / "bad.csv")
+    (tmp_path / "hole.csv").write_text("path,text\na.mp4,x\n,y\n")
+    with pytest.raises(UserError, match=r"hole.csv: no path in row 2 of 2"):
+        read_list(tmp_path / "hole.csv")
+
+
+def test_links_are_followed_once(tmp_path):
+    raw = tmp_path / "raw"
+    save_image(texture(8, 8, 0), raw / "a.png")
+    save_image(texture(8, 8, 1), tmp_path / "elsewhere" / "b.png")
+    (raw / "loop").symlink_to("..")
+    (raw / "away").symlink_to(tmp_path / "elsewhere")
+    assert {Path(path).name for path in list_files(raw)["path"]} == {"a.png", "b.png"}
+    assert list_files(raw).height == 2
+
+
+def test_names_that_no_table_can_hold(tmp_path):
+    try:
+        (tmp_path / os.fsdecode(b"\xff.png")).touch()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    with pytest.raises(UserError, match=r"\\xff.png' is not UTF-8; rename it"):
+        list_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"keep": ["yes"]}, "column 'keep' is String: expected true or false"),
+        ({"_row": [1]}, "column '_row' has a name that is used inside; rename it"),
+    ],
+)
+def test_columns_that_the_pipeline_has_itself(tmp_path, column, message):
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, ingest(tmp_path), files=pl.DataFrame({"path": ["a.mp4"], "size": [1], "mtime": [1], **column}))
+    assert not (tmp_path / "out").exists()
 
 
 def test_raw_filters():
@@ -262,6 +299,48 @@ def test_black_borders_go(tmp_path):
     night[20:24, 20:24] = 200
     assert content_box(night, 24) == (0, 0, 60, 50)
     assert content_box(np.zeros((5, 6), np.uint8), 24) == (0, 0, 6, 5)
+
+
+GLIBC = os.name == "posix" and hasattr(ctypes.CDLL(None), "mallopt")
+
+
+@pytest.mark.skipif(not GLIBC, reason="fills memory by glibc's mallopt")
+def test_clips_are_the_same_whatever_was_in_memory_before(tmp_path):
+    """Encoders that read what they did not write give other clips in every run; sizes of which x264 did."""
+    size = (202, 358)
+    path = save_video(shake(texture(404, 716, 1), size, 36, 2.0), tmp_path / "v.mp4", fps=24)
+    mallopt, m_perturb = ctypes.CDLL(None).mallopt, -6  # malloc.h
+    found = []
+    try:
+        for byte in (1, 85, 170):
+            mallopt(m_perturb, byte)
+            (clip,) = clips_of(tmp_path / str(byte), path, [[0, 1.5]], crf=18, preset="veryfast")
+            found.append(Path(clip["file"]).read_bytes())
+    finally:
+        mallopt(m_perturb, 0)
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_fade_is_no_border(tmp_path):
+    """A shot that begins dark at its edges, in a file whose only key frame is that beginning."""
+    video = pan(texture(144, 256, 1), SIZE, 36, x=1).astype(np.float64)
+    video = video.clip(60)
+    video[:6, :12] = video[:6, -12:] = 0
+    path = save_video(video.astype(np.uint8), tmp_path / "v.mp4", fps=24)
+    (clip,) = clips_of(tmp_path, path, [[0, 1.5]])
+    assert (clip["height"], clip["width"]) == SIZE
+
+
+def test_a_rate_of_about_30_is_not_halved(tmp_path):
+    times = [round(number * 1000 / 30) - (number > 15) * 8 for number in range(31)]
+    path = tmp_path / "v.mp4"
+    write_variable(path, numbered(len(times)), times)
+    (clip,) = clips_of(tmp_path, path, [[0, 1]], remove_borders=False)
+    assert clip["fps"] == 30
+    assert clip["num_frames"] == 30
+    shown = numbers_in(read_video(clip["file"])[0])
+    assert shown == sorted(shown)
+    assert len(set(shown)) >= 29
 
 
 def test_phone_video_stands_upright(tmp_path):

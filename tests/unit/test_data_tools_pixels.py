@@ -1,9 +1,13 @@
 """What the pixel stages measure, on clips whose truth is known, and that they share one decoding."""
 
+from typing import ClassVar
+
 import av
 import numpy as np
+import polars as pl
 import pytest
 
+from opensora.utils.errors import UserError
 from opensora.utils.video import read_image, save_image, save_video
 from tools.data import decode
 from tools.data.camera import Camera, camera_label
@@ -11,6 +15,8 @@ from tools.data.decode import PixelWorker
 from tools.data.frames import FrameSamples
 from tools.data.motion import Blur, Flow, Motion, MotionAnalyser, middles, sharpness
 from tools.data.options import BlurOptions, CameraOptions, FlowOptions, FramesOptions, MotionOptions
+from tools.data.pipeline import Pipeline
+from tools.data.runners import LocalRunner
 from tools.data.sample_footage import blurred, pan, scenery, shake, still, texture, view, zoom
 from tools.data.stage import Picture
 
@@ -177,11 +183,19 @@ def test_frames_are_taken_from_the_middle_of_equal_parts(tmp_path):
     assert middles(5, 2) == [0, 1]
     frames = np.stack([np.full((40, 60, 3), 20 * number, np.uint8) for number in range(12)])
     found = measure(tmp_path, frames, "frames", side=30)
-    assert found["frame_paths"] == [f"frames/ab/abcd-{number}.jpg" for number in range(3)]
+    names = [path.split("-") for path in found["frame_paths"]]
+    assert [(name[0], name[2]) for name in names] == [("frames/ab/abcd", f"{number}.jpg") for number in range(3)]
     pictures = [read_image(tmp_path / path) for path in found["frame_paths"]]
     assert [picture.shape for picture in pictures] == [(20, 30, 3)] * 3
     assert [round(picture.mean() / 20) for picture in pictures] == [2, 6, 10]
     assert all(len(value) == 16 for value in found["phash"])
+
+
+def test_pictures_of_other_settings_stay(tmp_path):
+    frames = np.stack([np.full((40, 60, 3), 20 * number, np.uint8) for number in range(12)])
+    small = measure(tmp_path, frames, "frames", side=30)
+    measure(tmp_path, frames, "frames", side=45, count=5)
+    assert [read_image(tmp_path / path).shape for path in small["frame_paths"]] == [(20, 30, 3)] * 3
 
 
 def test_pictures_have_scores_too(tmp_path):
@@ -219,3 +233,22 @@ def test_one_decoding_for_all_and_failures_apart(tmp_path, monkeypatch):
     assert set(worker({"clip_id": "abcd", "clip_path": path.name}, {"blur"})) == {"blur"}
     gone = worker({"clip_id": "abcd", "clip_path": "gone.mp4"}, {"blur", "flow"})
     assert all("no such file" in str(error) for error in gone.values())
+
+
+def test_failures_of_stages_that_share_a_decoding_add_up(tmp_path):
+    class Refusing(Flow):
+        name = "refusing"
+        adds: ClassVar = {}
+
+        def analyser(self, row, info):
+            raise UserError("not this one")
+
+    save_video(pan(texture(240, 400, 1), SIZE, 4, x=1), tmp_path / "a.mp4", fps=24)
+    stages = [Refusing({}, tmp_path), Blur(vars(BlurOptions()), tmp_path)]
+    pipeline = Pipeline(stages, tmp_path / "out", LocalRunner(0), progress=False)
+    clips = [str(tmp_path / name) for name in ("a.mp4", "gone.mp4")]
+    table = pipeline.run(pl.DataFrame({"clip_id": ["a", "b"], "clip_path": clips}))
+    assert table["error"][0] == "not this one"
+    assert table["sharpness"][0] > 0
+    assert table["error_stage"].to_list() == ["refusing", "refusing"]
+    assert [(s.rows_in, s.rows_out, s.failed) for s in pipeline.funnel] == [(2, 0, 2), (0, 0, 0)]

@@ -135,6 +135,13 @@ def test_reencoded_clips_are_duplicates(tmp_path):
     assert found["reason"].to_list() == ["duplicate", "", ""]
 
 
+def test_no_clip_is_no_duplicate(tmp_path):
+    """A run in which every clip failed before, with features asked for."""
+    kinds = {"clip_id": pl.String, "phash": pl.List(pl.String), "height": pl.Int32, "width": pl.Int32}
+    table = pl.DataFrame(schema={**kinds, "clip_features": pl.List(pl.Float32)})
+    assert Duplicates({"max_distance": 6.0, "min_cosine": 0.98}, tmp_path).run_table(table).height == 0
+
+
 @pytest.mark.parametrize("distance", [3.0, 6.0, 7.0, 10.0])
 def test_close_hashes_are_all_found(distance):
     rng = np.random.default_rng(0)
@@ -184,6 +191,9 @@ def test_wrong_thresholds_are_named():
         judge({"base": {"x": [1, None]}}, keep="best")
     with pytest.raises(UserError, match=r"has no filter.tiers"):
         judge({})
+    words = pl.DataFrame({"codec": ["h264"]})
+    with pytest.raises(UserError, match=r"filter.tiers: column 'codec' is String; thresholds are for numbers"):
+        Filter({"tiers": {"base": {"codec": [1, 2]}}, "keep": None}, Path()).run_table(words)
 
 
 # ------------------------------------------------------------------------------------------------------------ caption
@@ -236,6 +246,14 @@ def caption(tmp_path, **settings) -> Caption:
 ROW = {"frame_paths": [f"{number}.png" for number in range(4)], "camera_motion": "pan left"}
 
 
+@pytest.mark.parametrize("kind", [Ocr, ClipFeatures, Caption])
+def test_pictures_of_other_settings_are_looked_at_anew(tmp_path, kind):
+    """Larger pictures of the same frames have the same hashes."""
+    stage = kind(vars(CaptionOptions()), tmp_path)
+    small, large = ({"clip_id": "a", "phash": ["f" * 16], "frame_paths": [path]} for path in ("s.jpg", "l.jpg"))
+    assert stage.key(small) != stage.key(large)
+
+
 def test_caption_from_an_endpoint(tmp_path, server):
     server.replies = ["The video shows **a cat** that\nwalks."]
     stage = caption(tmp_path, base_url=server.url, template="motion", model="m", frames=2)
@@ -247,8 +265,7 @@ def test_caption_from_an_endpoint(tmp_path, server):
     assert len(pictures) == 2
     assert pictures[0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
     assert (asked["model"], asked["max_tokens"]) == ("m", 300)
-    assert stage.needs() == ("clip_id", "phash", "frame_paths", "camera_motion")
-    assert stage.deciding() == ("clip_id", "phash", "camera_motion")
+    assert stage.needs() == stage.deciding() == ("clip_id", "frame_paths", "camera_motion")
 
 
 def test_caption_is_tried_again_and_then_fails(tmp_path, server):
@@ -313,7 +330,9 @@ def test_caption_from_a_local_model(tmp_path, vision_model):
 
 
 def test_endpoint_down_or_not_given(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"caption endpoint http://127.0.0.1:9/v1/: Connection error"):
+    with pytest.raises(
+        UserError, match=r"caption endpoint http://127.0.0.1:9/v1/: Connection error. Is the server running"
+    ):
         caption(tmp_path, base_url="http://127.0.0.1:9/v1").worker()
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
@@ -326,6 +345,10 @@ def test_wrong_caption_settings(tmp_path):
         caption(tmp_path, template="medium")
     with pytest.raises(UserError, match=r"caption.template: .*braces"):
         caption(tmp_path, template="Describe { this")
+    with pytest.raises(UserError, match=r"caption.template: \{\} names no column"):
+        caption(tmp_path, template="Describe {} this")
+    with pytest.raises(UserError, match=r"--caption.base_url localhost:8000: expected http://HOST:PORT/v1"):
+        caption(tmp_path, base_url="localhost:8000")
     with pytest.raises(UserError, match=r"--caption.local nowhere: no model there .* hf download"):
         caption(tmp_path, local="nowhere")
 

@@ -58,6 +58,13 @@ def test_table_splits_and_converts(files):
     assert [part["path"].to_list() for part in parts] == [["b"], ["d"]]
 
 
+def test_lists_become_text_in_a_csv(tmp_path):
+    lists = pl.DataFrame({"path": ["a", "b", "c"], "phash": [["日", "2"], [], None]})
+    lists.write_parquet(tmp_path / "lists.parquet")
+    table.main([str(tmp_path / "lists.parquet"), "--out", str(tmp_path / "lists.csv")])
+    assert pl.read_csv(tmp_path / "lists.csv")["phash"].to_list() == ['["日", "2"]', "[]", None]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -65,11 +72,15 @@ def test_table_splits_and_converts(files):
         (["--where", "nothing > 1"], "--where 'nothing > 1'"),
         (["--on", "id", "--join", "one.csv"], "--on id: no such column"),
         (["--join", "gone.csv"], "no such file"),
-        (["--split", "0"], "--split 0"),
+        (["--split", "0"], "--split 0: expected 1 or more"),
+        (["--head", "-1"], "--head -1: expected 0 or more"),
+        (["--sample", "-1"], "--sample -1: expected 0 or more"),
+        (["--on", "n", "--join", "words.csv"], "column 'n' is Int64 in one table and String in the other"),
     ],
 )
 def test_table_mistakes_are_named(files, words, message, monkeypatch):
     monkeypatch.chdir(files)
+    pl.DataFrame({"n": ["one"]}).write_csv("words.csv")
     with pytest.raises(UserError, match=message):
         change(files, *words)
 
@@ -181,3 +192,5 @@ def test_sheets(run_folder, capsys):
         str(run_folder / "report" / "dropped-sharpness-below-3.png"),
     ]
     assert read_image(run_folder / "report" / "kept.png").std() > 5
+    with pytest.raises(UserError, match="--rows 0: expected 1 or more"):
+        sheet.main([str(run_folder), "--rows", "0"])

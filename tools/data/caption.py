@@ -57,8 +57,8 @@ class Caption(Stage):
     """``text`` of a clip. The tokens are counted, so that the cost is known."""
 
     name = "caption"
-    identity = ("clip_id", "phash")
-    reads = ("clip_id", "phash", "frame_paths")
+    identity = ("clip_id", "frame_paths")
+    reads = ("clip_id", "frame_paths")
     adds: ClassVar = {"text": pl.String, "tokens_in": pl.Int64, "tokens_out": pl.Int64}
     neutral = ("base_url", "concurrency", "attempts", "timeout", "price_in", "price_out", "device")
 
@@ -73,7 +73,7 @@ class Caption(Stage):
 
     def fields(self) -> tuple[str, ...]:
         """Columns that the template names."""
-        return tuple(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(self.prompt()) if name))
+        return tuple(dict.fromkeys(n for _, n, _, _ in string.Formatter().parse(self.prompt()) if n is not None))
 
     def needs(self) -> tuple[str, ...]:
         """Frames, and what the template names."""
@@ -94,9 +94,11 @@ class Caption(Stage):
     def check(self) -> None:
         """The template can be filled in, and a local model is there."""
         try:
-            self.fields()
+            empty = "" in self.fields()
         except ValueError as error:
             raise UserError(f"caption.template: {error}; write braces that are no column as {{{{ and }}}}") from error
+        if empty:
+            raise UserError("caption.template: {} names no column; write braces that are no column as {{ and }}")
         template = self.settings["template"]
         if template not in TEMPLATES and " " not in template:
             raise UserError(f"caption.template {template!r} is none of {', '.join(TEMPLATES)}, nor a prompt")
@@ -139,7 +141,7 @@ def endpoint_of(settings: Any, environment: Any) -> tuple[str | None, str | None
     """URL and key of the endpoint, None where OpenAI's own or none is meant.
 
     Raises:
-        UserError: neither is given, so there is no model to ask.
+        UserError: neither is given, so there is no model to ask, or what is given is no address.
     """
     url = settings["base_url"] or environment.get("OPENAI_BASE_URL")
     key = environment.get("OPENAI_API_KEY")
@@ -148,6 +150,8 @@ def endpoint_of(settings: Any, environment: Any) -> tuple[str | None, str | None
             "stage 'caption' needs a vision-language model: set OPENAI_API_KEY, or give --caption.base_url URL of "
             "a server (vLLM, llama.cpp, ...), or --caption.local FOLDER of a model"
         )
+    if url and not url.startswith(("http://", "https://")):
+        raise UserError(f"--caption.base_url {url}: expected http://HOST:PORT/v1 or https://...")
     return url, key
 
 
@@ -172,8 +176,13 @@ class Endpoint:
         self.client = openai.OpenAI(base_url=url, api_key=key or "none", max_retries=retries, timeout=timeout)
         try:
             self.client.with_options(max_retries=0).models.list()
-        except (openai.APIConnectionError, openai.AuthenticationError) as error:
-            raise UserError(f"caption endpoint {self.client.base_url}: {error}") from error
+        except openai.APIConnectionError as error:
+            raise UserError(
+                f"caption endpoint {self.client.base_url}: {error} Is the server running and --caption.base_url right? "
+                "What was done before stays done: run again when it answers"
+            ) from error
+        except openai.AuthenticationError as error:
+            raise UserError(f"caption endpoint {self.client.base_url} refuses OPENAI_API_KEY: {error}") from error
         except openai.OpenAIError:
             pass  # it answers; not every server lists its models
 

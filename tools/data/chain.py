@@ -17,6 +17,7 @@ from tools.data.duplicates import Duplicates
 from tools.data.filters import Filter, Final
 from tools.data.frames import FrameSamples
 from tools.data.ingest import Ingest, list_files, read_list
+from tools.data.limits import check_numbers
 from tools.data.motion import Blur, Flow, Motion
 from tools.data.ocr import Ocr
 from tools.data.pipeline import Pipeline
@@ -113,8 +114,6 @@ def read_input(cfg: Mapping[str, Any]) -> pl.DataFrame:
 def make_runner(cfg: Mapping[str, Any]) -> Runner:
     """Where the work is done."""
     workers = cfg["workers"] if cfg["workers"] is not None else os.cpu_count() or 1
-    if workers < 0:
-        raise UserError(f"--workers {workers}: expected 0 (this process) or more")
     if cfg["runner"] == "ray":
         from tools.data.ray_runner import RayRunner
 
@@ -126,8 +125,9 @@ def make_pipeline(names: Sequence[str], cfg: Mapping[str, Any]) -> Pipeline:
     """A chain on the config's output folder.
 
     Raises:
-        UserError: no output folder, or a wrong chain.
+        UserError: no output folder, a wrong chain, or a number that cannot work.
     """
+    check_numbers(cfg)
     if not cfg["output"]:
         raise UserError("no --output: give a folder for what is made")
     root = Path(cfg["output"])

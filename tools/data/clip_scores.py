@@ -55,8 +55,8 @@ class ClipFeatures(Stage):
     """Mean over the sampled frames of their normalised CLIP features."""
 
     name = "clip"
-    reads = ("clip_id", "phash", "frame_paths")
-    identity = ("clip_id", "phash")
+    reads = ("clip_id", "frame_paths")
+    identity = ("clip_id", "frame_paths")
     adds: ClassVar = {"clip_features": pl.List(pl.Float32)}
     neutral = ("device", "path")
 

@@ -18,6 +18,7 @@ from tools.data.ingest import hash_file
 from tools.data.stage import Row, Stage, Worker, digest, shrink
 
 BORDER_SAMPLES = (0.1, 0.5, 0.9)  # of a shot: where its borders are looked at
+RATE_SLACK = 0.05  # how far above max_fps an average rate may be before every other frame is left out
 MIN_LEFT = 0.3  # of a side: a border that would leave less is a dark picture
 TRANSPOSE: dict[int, list[tuple[str, str | None]]] = {
     0: [],
@@ -47,6 +48,7 @@ class Cut(Stage):
     """One row per clip; a source without one stays as a row that is out."""
 
     name = "cut"
+    version = 2
     reads = ("path", "kind", "source_id", "scenes")
     identity = ("source_id", "scenes")
     adds = CLIP_COLUMNS
@@ -174,7 +176,11 @@ def content_box(image: np.ndarray, level: int) -> Box:
 
 
 def find_borders(path: Path, spans: list[tuple[float, float]], settings: Mapping[str, Any]) -> list[Box | None]:
-    """Content box of each span, as stored (not upright); None where nothing is to be cut off."""
+    """Content box of each span, as stored (not upright); None where nothing is to be cut off.
+
+    Key frames are looked at first, since they cost least. A border that they show may still be a fade or a light that
+    is not on yet (a shot's only key frame may be its first), so it has to be there in the middle of the shot, too.
+    """
     if not settings["remove_borders"]:
         return [None] * len(spans)
     boxes: list[Box | None] = []
@@ -182,23 +188,35 @@ def find_borders(path: Path, spans: list[tuple[float, float]], settings: Mapping
         stream = container.streams.video[0]
         origin = float((stream.start_time or 0) * stream.time_base)
         for start, end in spans:
-            brightest: np.ndarray | None = None
-            for share in BORDER_SAMPLES:
-                image = _frame_at(container, stream, origin + start + share * (end - start), origin + start)
-                if image is not None and (brightest is None or image.shape == brightest.shape):
-                    brightest = image if brightest is None else np.maximum(brightest, image)
-            box = content_box(brightest, settings["border_level"]) if brightest is not None else None
-            whole = box is not None and brightest is not None and box[2:] == brightest.shape[::-1]
-            boxes.append(None if whole else box)
+            times = [origin + start + share * (end - start) for share in BORDER_SAMPLES]
+            images: list[np.ndarray] = []
+            box: Box | None = None
+            for firsts in ([origin + start] * len(times), times):
+                images += [
+                    i for t, first in zip(times, firsts) if (i := _frame_at(container, stream, t, first)) is not None
+                ]
+                box = _common_box(images, settings["border_level"])
+                if box is None:
+                    break
+            boxes.append(box)
     return boxes
 
 
-def _frame_at(container: Any, stream: Any, time: float, start: float) -> np.ndarray | None:
-    """Luma of a frame of the shot near a time: the key frame before it, or the shot's first after that."""
+def _common_box(images: list[np.ndarray], level: int) -> Box | None:
+    """Content box of pictures of one size together; None if that is all of them, or there are none."""
+    same = [image for image in images if image.shape == images[0].shape]
+    if not same:
+        return None
+    box = content_box(np.max(same, axis=0), level)
+    return None if box[2:] == same[0].shape[::-1] else box
+
+
+def _frame_at(container: Any, stream: Any, time: float, first: float) -> np.ndarray | None:
+    """Luma of the first frame from the key frame before ``time`` on that is shown at ``first`` or later."""
     try:
         container.seek(int(time / stream.time_base), stream=stream)
         for frame in container.decode(stream):
-            if frame.time is None or frame.time >= start - 1e-3:
+            if frame.time is None or frame.time >= first - 1e-3:
                 return luma(frame).copy()
     except (av.FFmpegError, ValueError):
         return None  # not seekable here: the other samples have to do
@@ -225,8 +243,11 @@ class _Encoder:
     def __init__(self, container: Any, start: float, end: float, box: Box | None, settings: Mapping[str, Any]) -> None:
         self.source = container.streams.video[0]
         rate = self.source.average_rate or Fraction(frame_rate(self.source) or 25).limit_denominator(1001)
-        self.stride = max(math.ceil(float(rate) / settings["max_fps"] - 1e-3), 1)
+        # Phones record at about 30: the average of such a file may be 30.1, which is no reason to halve it.
+        self.stride = max(math.ceil(float(rate) / settings["max_fps"] - RATE_SLACK), 1)
         self.rate = Fraction(rate).limit_denominator(1001) / self.stride
+        if self.rate > settings["max_fps"] * (1 + 1e-3):
+            self.rate = Fraction(settings["max_fps"]).limit_denominator(1001)
         self.slack = TOLERANCE / float(rate)
         self.start, self.end, self.box, self.settings = start, end, box, settings
         self.count = max(round((end - start) * float(self.rate)), 1)
@@ -303,7 +324,9 @@ class _Encoder:
         stream = target.add_stream("libx264", rate=self.rate)
         stream.width, stream.height = shown.width, shown.height
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(self.settings["crf"]), "preset": self.settings["preset"]}
+        # x264's macroblock tree reads memory that nobody wrote (core 165, AVX-512): each run gave other clips, and so
+        # other scores.
+        stream.options = {"crf": str(self.settings["crf"]), "preset": self.settings["preset"], "mbtree": "0"}
         stream.codec_context.thread_count = 1  # threads would change nothing but the time, and the pool has them all
         for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
             setattr(stream.codec_context, name, int(getattr(shown, name)))

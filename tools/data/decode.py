@@ -174,9 +174,11 @@ class PixelWorker:
         path = self.root / row["clip_path"]
         try:
             info = clip_info(path)
-            for name in self.stages:
-                if name in names:
+            for name in (name for name in self.stages if name in names):
+                try:
                     analysers[name] = self.stages[name].analyser(row, info)
+                except Exception as error:
+                    results[name] = error
             for index, (time, frame) in enumerate(clip_frames(path)):
                 for name in list(analysers):
                     try:

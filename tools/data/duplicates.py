@@ -30,7 +30,7 @@ class Duplicates(TableStage):
             values = np.array([[int(h, 16) for h in hashes[i]] for i in rows], np.uint64)
             for a, b in close_hashes(values, self.settings["max_distance"]):
                 groups.unite(int(rows[a]), int(rows[b]))
-        if "clip_features" in table.columns:
+        if "clip_features" in table.columns and table.height:
             features = np.array(table["clip_features"].to_list(), np.float32)
             ratio = (table["height"] / table["width"]).to_numpy()
             for a, b in close_features(features, self.settings["min_cosine"]):

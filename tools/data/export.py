@@ -12,8 +12,8 @@ if __package__ in (None, ""):
 
 from opensora.config import run_main
 from opensora.utils.errors import UserError
-from opensora.utils.video import write_beside
 from tools.data.pipeline import TABLE_FILE, is_active
+from tools.data.table_files import write_table
 
 TRAIN_COLUMNS = ("path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps")
 EXTRA_COLUMNS = ("score_vmafmotion", "aesthetic", "match", "camera_motion", "tier")
@@ -75,12 +75,7 @@ def export(root: Path, out: Path, tier: str | None = None, columns: Sequence[str
     if out.resolve().parent != root.resolve():
         here = root.resolve()
         table = table.with_columns(pl.Series("path", [str(here / path) for path in table["path"]], pl.String))
-    if out.suffix == ".csv":
-        write_beside(out, table.write_csv)
-    elif out.suffix == ".parquet":
-        write_beside(out, table.write_parquet)
-    else:
-        raise UserError(f"--out {out}: expected .csv or .parquet")
+    write_table(table, out)
     return table.height
 
 

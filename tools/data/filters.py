@@ -40,8 +40,16 @@ class Filter(TableStage):
                     )
 
     def run_table(self, table: pl.DataFrame) -> pl.DataFrame:
-        """Judge every row."""
+        """Judge every row.
+
+        Raises:
+            UserError: a threshold on a column that holds no numbers.
+        """
         tiers = self.settings["tiers"]
+        for column in self.needs():
+            kind = table[column].dtype
+            if not kind.is_numeric() and kind != pl.Null:
+                raise UserError(f"{self.name}.tiers: column '{column}' is {kind}; thresholds are for numbers")
         names = list(tiers)
         wanted = names.index(self.settings["keep"] or names[0])
         reached = pl.lit(None, pl.String)

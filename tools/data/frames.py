@@ -12,9 +12,13 @@ from tools.data.stage import Analyser, ClipInfo, Picture, PixelStage, Row, shrin
 
 
 class FrameSamples(PixelStage):
-    """JPEGs ``frames/xx/CLIP_ID-N.jpg`` and one 64-bit perceptual hash (hex) of each."""
+    """JPEGs ``frames/xx/CLIP_ID-SETTINGS-N.jpg`` and one 64-bit perceptual hash (hex) of each.
+
+    The name holds a hash of the settings: those of others stay, and stages that look at the pictures tell them apart.
+    """
 
     name = "frames"
+    version = 2
     adds: ClassVar = {"frame_paths": pl.List(pl.String), "phash": pl.List(pl.String)}
 
     def check(self) -> None:
@@ -31,6 +35,7 @@ class FrameSamples(PixelStage):
 class _Saver(Analyser):
     def __init__(self, stage: FrameSamples, clip_id: str, info: ClipInfo) -> None:
         self.stage, self.clip_id = stage, clip_id
+        self.settings_id = stage.fingerprint()[:8]
         self.wanted = middles(stage.settings["count"], info.num_frames)
         self.taken: dict[int, np.ndarray] = {}
 
@@ -49,7 +54,7 @@ class _Saver(Analyser):
         paths, hashes = [], []
         for number, index in enumerate(sorted(self.taken)):
             image = Image.fromarray(self.taken[index])
-            target = folder / f"{self.clip_id}-{number}.jpg"
+            target = folder / f"{self.clip_id}-{self.settings_id}-{number}.jpg"
             quality = self.stage.settings["quality"]
             write_beside(target, lambda path: image.save(path, quality=quality))  # noqa: B023
             paths.append(target.relative_to(self.stage.root).as_posix())

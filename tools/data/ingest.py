@@ -11,62 +11,70 @@ from opensora.utils.errors import UserError
 from opensora.utils.video import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, is_video, read_image
 from tools.data.decode import decode, frame_rate, open_video, turns
 from tools.data.stage import DIGEST_CHARS, Row, Stage, Worker
+from tools.data.table_files import read_table
 
 MEDIA = {*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS}
 CHUNK = 1 << 22
 
 
 def list_files(folder: Path) -> pl.DataFrame:
-    """Images and videos below a folder, sorted by path: ``path, size, mtime``.
+    """Images and videos below a folder, sorted by path: ``path, size, mtime``. Links are followed, each folder once.
 
     Raises:
-        UserError: no such folder, or nothing in it that looks like a picture or a video.
+        UserError: no such folder, nothing in it that looks like a picture or a video, or a name that no table can hold.
     """
+    if folder.is_file():
+        raise UserError(f"--input {folder} is a file; give its folder, or a .csv / .parquet table that lists files")
     if not folder.is_dir():
         raise UserError(f"--input {folder}: no such folder (or .csv / .parquet table)")
-    found, others = [], 0
+    found: list[str] = []
+    others, seen = 0, {folder.resolve()}
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [n for n in sorted(folders) if not n.startswith(".") and _is_new(Path(parent, n), seen)]
         for name in names:
             if Path(name).suffix.lower() in MEDIA and not name.startswith("."):
-                found.append(Path(parent) / name)
+                found.append(str(Path(parent) / name))
             else:
                 others += 1
     if not found:
         what = f"{others} files, none of them a" if others else "no"
         raise UserError(f"--input {folder}: {what} picture or video ({' '.join(sorted(MEDIA))})")
-    return _with_stat(pl.DataFrame({"path": sorted(str(path) for path in found)}))
+    for path in found:
+        if not _is_utf8(path):
+            raise UserError(f"--input {folder}: the file name {os.fsencode(path)!r} is not UTF-8; rename it")
+    return _with_stat(pl.DataFrame({"path": sorted(found)}))
+
+
+def _is_new(folder: Path, seen: set[Path]) -> bool:
+    """Whether a folder has not been walked under another name, and note that it has: a link may lead back up."""
+    place = folder.resolve()
+    new = place not in seen
+    seen.add(place)
+    return new
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_list(path: Path) -> pl.DataFrame:
     """Files that a table names in its column ``path``; its other columns stay. Relative paths are from its folder.
 
     Raises:
-        UserError: not a table, or no column ``path``.
+        UserError: not a table, no column ``path``, or a row without one.
     """
     table = read_table(path)
     if "path" not in table.columns:
         raise UserError(f"{path}: no column 'path'; found {', '.join(table.columns)}")
-    here = [p if Path(p).exists() else str(path.parent / p) for p in table["path"].cast(pl.String).to_list()]
+    paths = table["path"].cast(pl.String).to_list()
+    if not all(paths):
+        raise UserError(f"{path}: no path in row {next(n for n, p in enumerate(paths, 1) if not p)} of {len(paths)}")
+    here = [p if Path(p).exists() else str(path.parent / p) for p in paths]
     return _with_stat(table.with_columns(pl.Series("path", here, pl.String)))
-
-
-def read_table(path: Path) -> pl.DataFrame:
-    """A CSV or parquet file.
-
-    Raises:
-        UserError: missing, of another kind, or damaged.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file (expected a CSV or parquet table)")
-    if path.suffix.lower() not in (".csv", ".parquet"):
-        raise UserError(f"{path}: '{path.suffix}' is not a table format; use .csv or .parquet")
-    try:
-        if path.suffix.lower() == ".parquet":
-            return pl.read_parquet(path)
-        return pl.read_csv(path, infer_schema_length=None)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a table ({error})") from error
 
 
 def _with_stat(table: pl.DataFrame) -> pl.DataFrame:

@@ -20,8 +20,8 @@ class Ocr(Stage):
     """
 
     name = "ocr"
-    reads = ("clip_id", "phash", "frame_paths")
-    identity = ("clip_id", "phash")
+    reads = ("clip_id", "frame_paths")
+    identity = ("clip_id", "frame_paths")
     adds: ClassVar = {"text_area": pl.Float64, "text_found": pl.String}
 
     def check(self) -> None:

@@ -20,6 +20,7 @@ from tools.data.store import ERROR, INDEX, KEY, Failure, StageStore
 logger = get_logger(__name__)
 
 ROW = "_row"
+INTERNAL = (ROW, KEY, INDEX, "_active")
 HOUSE = {"keep": pl.Boolean, "reason": pl.String, "error": pl.String, "error_stage": pl.String}
 TABLE_FILE, FUNNEL_FILE = "table.parquet", "funnel.json"
 
@@ -100,11 +101,13 @@ class Pipeline:
             UserError: wrong chain, or another run is at work in the folder.
         """
         self.check(table.columns)
+        table = with_house(table)
         self.root.mkdir(parents=True, exist_ok=True)
         try:
             with filelock.FileLock(self.root / ".lock", timeout=0):
                 remove_leftovers(self.root)
-                table = self._run_all(with_house(table))
+                table = self._run_all(table)
+                remove_leftovers(self.root)  # of a worker that died on the way
                 write_beside(self.root / TABLE_FILE, table.write_parquet)
                 return table
         except filelock.Timeout:
@@ -172,6 +175,8 @@ class Pipeline:
     # ------------------------------------------------------------------------------------------------ counting
 
     def _count(self, step: FunnelStep, stage: Stage, before: pl.DataFrame, after: pl.DataFrame) -> None:
+        # fewer than at the group's start where a stage that shares its decoding failed on a row
+        step.rows_in = before.filter(is_active()).height
         step.rows_out = after.filter(is_active()).height
         step.failed = after.filter(pl.col("error_stage") == stage.name).height
         was, now = _reasons(before), _reasons(after)
@@ -206,7 +211,10 @@ class Pipeline:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Delete what a killed run left half-written: hidden files in the folders that stages write to."""
+    """Delete what a killed run or worker left half-written: hidden tables, hidden files where stages write."""
+    for path in root.glob(".*"):
+        if path.suffix in (".parquet", ".json", ".csv"):
+            path.unlink()
     for name in ("stages", "clips", "frames"):
         for folder, _, files in os.walk(root / name):
             for file in files:
@@ -215,7 +223,21 @@ def remove_leftovers(root: Path) -> None:
 
 
 def with_house(table: pl.DataFrame) -> pl.DataFrame:
-    """The table with the columns every stage may count on: keep, reason, error, error_stage."""
+    """The table with the columns every stage may count on: keep, reason, error, error_stage.
+
+    Raises:
+        UserError: the table came with such a column of another kind, or with one of a name that is used inside.
+    """
+    taken = [name for name in table.columns if name in INTERNAL or name.startswith("_new_")]
+    if taken:
+        raise UserError(f"the input table's column '{taken[0]}' has a name that is used inside; rename it")
+    for name in (name for name in HOUSE if name in table.columns):
+        try:
+            table = table.with_columns(pl.col(name).cast(HOUSE[name]))
+        except pl.exceptions.PolarsError:
+            expected = "true or false" if HOUSE[name] == pl.Boolean else "text"
+            kind = table[name].dtype
+            raise UserError(f"the input table's column '{name}' is {kind}: expected {expected}; rename it") from None
     defaults = {"keep": True, "reason": "", "error": None, "error_stage": None}
     missing = [pl.lit(value, HOUSE[name]).alias(name) for name, value in defaults.items() if name not in table.columns]
     return table.with_columns(missing)
@@ -251,15 +273,19 @@ def jobs_of(
 
 
 def join(table: pl.DataFrame, stage: Stage, keys: Sequence[str | None], results: pl.DataFrame) -> pl.DataFrame:
-    """The table with a stage's results; rows that are out stay as they are, rows that failed get ``error``."""
+    """The table with a stage's results; rows that are out stay as they are, rows that failed get ``error``.
+
+    Where stages that share a decoding all fail on a row, the first one's error stays.
+    """
     table = table.with_row_index(ROW).with_columns(pl.Series(KEY, keys, pl.String))
     clash = {name: f"_new_{name}" for name in (*stage.adds, ERROR)}
     joined = table.join(results.rename(clash), on=KEY, how="left").sort(ROW, INDEX)
     did = pl.col(KEY).is_not_null()
     failed = did & pl.col(f"_new_{ERROR}").is_not_null()
+    first = failed & pl.col("error").is_null()
     columns = [
-        pl.when(failed).then(pl.col(f"_new_{ERROR}")).otherwise(pl.col("error")).alias("error"),
-        pl.when(failed).then(pl.lit(stage.name)).otherwise(pl.col("error_stage")).alias("error_stage"),
+        pl.when(first).then(pl.col(f"_new_{ERROR}")).otherwise(pl.col("error")).alias("error"),
+        pl.when(first).then(pl.lit(stage.name)).otherwise(pl.col("error_stage")).alias("error_stage"),
     ]
     for name in stage.adds:
         new = pl.col(f"_new_{name}")

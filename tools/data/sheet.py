@@ -17,6 +17,7 @@ if __package__ in (None, ""):
 from opensora.config import run_main
 from opensora.utils.errors import UserError
 from opensora.utils.video import contact_sheet, is_video, read_image, read_video
+from tools.data.counts import check_count
 from tools.data.export import read_result
 from tools.data.stage import shrink
 
@@ -74,6 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--frames", type=int, default=4, help="frames per clip")
     parser.add_argument("--seed", type=int, default=0, help="of the random choice")
     args = parser.parse_args(argv)
+    check_count("--rows", args.rows, 1)
+    check_count("--frames", args.frames, 1)
     for path in make_sheets(args.output, args.out or args.output / "report", args.rows, args.frames, args.seed):
         print(path)
 

@@ -4,23 +4,20 @@ Files are taken as whole clips (unless the stage is scenes or cut), and what the
 is ``OUTPUT/STAGE.csv``: path and the columns that the stage adds.
 """
 
-import json
 import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import polars as pl
-
 from opensora.config import parse_config, run_main
 from opensora.utils.errors import UserError
 from opensora.utils.logging import setup_logging
-from opensora.utils.video import write_beside
 from tools.data.chain import STAGES, chain_for, make_pipeline, read_input
 from tools.data.options import DataOptions
 from tools.data.run import print_plan
 from tools.data.status import error_text
+from tools.data.table_files import write_table
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,22 +35,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     table = pipeline.run(files)
     out = pipeline.root / f"{words[0]}.csv"
-    write_beside(out, flat(table.select("path", *STAGES[words[0]].adds, "error")).write_csv)
+    write_table(table.select("path", *STAGES[words[0]].adds, "error"), out)
     errors = error_text(table)
     if errors:
         print(f"failed (do again with --retry-errors):\n{errors}\n")
     print(f"{table.height} rows: {out}")
-
-
-def flat(table: pl.DataFrame) -> pl.DataFrame:
-    """Lists as JSON text, since a CSV holds none."""
-    lists = [name for name, kind in table.schema.items() if isinstance(kind, pl.List)]
-    return table.with_columns(
-        pl.Series(
-            name, [None if v is None else json.dumps(v, ensure_ascii=False) for v in table[name].to_list()], pl.String
-        )
-        for name in lists
-    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -16,8 +17,8 @@ if __package__ in (None, ""):
 
 from opensora.config import run_main
 from opensora.utils.errors import UserError
-from opensora.utils.video import write_beside
-from tools.data.ingest import read_table
+from tools.data.counts import check_count
+from tools.data.table_files import check_format, read_table, write_table
 
 
 def read_all(patterns: Sequence[str]) -> pl.DataFrame:
@@ -56,10 +57,13 @@ def join(table: pl.DataFrame, other: pl.DataFrame, on: str, how: str, flag: str)
     """
     need(table, [on], "--on")
     need(other, [on], f"{flag}: column")
-    if how == "anti":
-        return table.join(other.select(on), on=on, how="anti", maintain_order="left")
-    other = first_of_each(other, [on])
-    joined = table.join(other, on=on, how="left" if how == "left" else "inner", suffix="_other", maintain_order="left")
+    other = other.select(on) if how == "anti" else first_of_each(other, [on])
+    kind: Any = how
+    try:
+        joined = table.join(other, on=on, how=kind, suffix="_other", maintain_order="left")
+    except pl.exceptions.SchemaError:
+        kinds = f"{table[on].dtype} in one table and {other[on].dtype} in the other"
+        raise UserError(f"{flag}: column '{on}' is {kinds}; --on names the column to join by") from None
     both = [name for name in other.columns if name != on and name in table.columns]
     return joined.with_columns(pl.coalesce(name, f"{name}_other").alias(name) for name in both).drop(
         f"{n}_other" for n in both
@@ -109,16 +113,12 @@ def transform(table: pl.DataFrame, args: argparse.Namespace) -> pl.DataFrame:
 
 def write(table: pl.DataFrame, out: Path, parts: int) -> list[Path]:
     """One file, or ``parts`` of nearly equal length named ``OUT_1``, ``OUT_2``, ..."""
-    if out.suffix not in (".csv", ".parquet"):
-        raise UserError(f"--out {out}: expected .csv or .parquet")
-    if parts < 1:
-        raise UserError(f"--split {parts}: expected 1 or more")
     paths = []
     for part in range(parts):
         first, last = table.height * part // parts, table.height * (part + 1) // parts
         piece = table[first:last]
         path = out if parts == 1 else out.with_name(f"{out.stem}_{part + 1}{out.suffix}")
-        paths.append(write_beside(path, piece.write_csv if out.suffix == ".csv" else piece.write_parquet))
+        paths.append(write_table(piece, path))
     return paths
 
 
@@ -155,6 +155,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Read, change, write; print what came of it."""
     args = parse_args(argv)
+    check_format(args.out)
+    for flag, value, least in (("--sample", args.sample, 0), ("--head", args.head, 0), ("--split", args.split, 1)):
+        check_count(flag, value, least)
     table = read_all(args.inputs)
     before = table.height
     table = transform(table, args)
