@@ -1,7 +1,9 @@
 """Fixtures that several folders of tests share."""
 
+import ctypes
 import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,16 @@ def pytest_xdist_make_scheduler(config, log):
             return re.sub(r"(::test_processes\[\d+)-.*", r"\1", nodeid)
 
     return GroupScheduling(config, log)
+
+
+@pytest.fixture
+def fill_memory() -> Iterator[Callable[[int], None]]:
+    """``fill_memory(byte)``: from now on, what C code gets from malloc and does not write holds that byte (glibc)."""
+    library, perturb = ctypes.CDLL(None), -6  # M_PERTURB of malloc.h
+    if not hasattr(library, "mallopt"):
+        pytest.skip("fills memory by glibc's mallopt")
+    yield lambda byte: library.mallopt(perturb, byte)
+    library.mallopt(perturb, 0)
 
 
 def text_encoder(name: str, width_key: str) -> tuple[str, int]:

@@ -16,6 +16,9 @@ from torch import Tensor
 from opensora.utils.errors import UserError
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+# x264 makes the same file of the same frames on every processor. Without it, its routines for AVX-512 read memory
+# that nobody wrote (core 165), and each run gave another file.
+SAME_EVERYWHERE = {"x264-params": "cpu-independent=1"}
 VIDEO_EXTENSIONS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 
 
@@ -115,7 +118,7 @@ def save_video(frames: np.ndarray | Tensor, path: str | Path, fps: float, crf: i
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(65535))
             stream.height, stream.width = array.shape[1:3]
             stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": str(crf)}
+            stream.options = {"crf": str(crf), **SAME_EVERYWHERE}
             for frame in array:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
             container.mux(stream.encode())

@@ -12,7 +12,7 @@ import polars as pl
 from PIL import Image
 
 from opensora.utils.errors import UserError
-from opensora.utils.video import read_image, write_beside
+from opensora.utils.video import SAME_EVERYWHERE, read_image, write_beside
 from tools.data.decode import clip_info, decode, frame_rate, luma, open_video, turns
 from tools.data.ingest import hash_file
 from tools.data.stage import Row, Stage, Worker, digest, shrink
@@ -324,9 +324,7 @@ class _Encoder:
         stream = target.add_stream("libx264", rate=self.rate)
         stream.width, stream.height = shown.width, shown.height
         stream.pix_fmt = "yuv420p"
-        # x264's macroblock tree reads memory that nobody wrote (core 165, AVX-512): each run gave other clips, and so
-        # other scores.
-        stream.options = {"crf": str(self.settings["crf"]), "preset": self.settings["preset"], "mbtree": "0"}
+        stream.options = {"crf": str(self.settings["crf"]), "preset": self.settings["preset"], **SAME_EVERYWHERE}
         stream.codec_context.thread_count = 1  # threads would change nothing but the time, and the pool has them all
         for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
             setattr(stream.codec_context, name, int(getattr(shown, name)))

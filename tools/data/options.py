@@ -53,7 +53,7 @@ class CutOptions:
     max_fps: float = opt(30.0, "higher rates are thinned out by a whole number", "frames/s", least=1)
     remove_borders: bool = opt(True, "cut off black borders")
     border_level: int = opt(24, "brightness up to which a row or column is black", "0..255", least=0, most=255)
-    crf: int = opt(20, "x264 quality (macroblock tree off): 0 lossless, 51 worst", least=0, most=51)
+    crf: int = opt(18, "x264 quality: 0 lossless, 51 worst", least=0, most=51)
     preset: Preset = opt("veryfast", "x264 speed")
 
 
