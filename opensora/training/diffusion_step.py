@@ -67,7 +67,7 @@ class DiffusionLoss:
         text = inputs["txt"].shape[1]
         rates = {"samples": Rate(samples), "tokens": Rate(samples * (tokens + text))}
         if self.flops is not None:
-            rates["tflops"] = Rate(samples * self.flops.per_sample(tokens, text) / TERA)
+            rates["tflops"] = Rate(samples * self.flops.per_sample(tokens, text) / TERA, per_device=True)
         return dict(rates)
 
 

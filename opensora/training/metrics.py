@@ -3,7 +3,7 @@
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from opensora.acceleration.collectives import gather_values
+from opensora.acceleration.parallel_context import ParallelContext
 from opensora.training.tracking import TensorBoardTracker, Tracker
 from opensora.utils.logging import get_logger
 
@@ -31,12 +33,69 @@ class Mean:
 
 @dataclass(frozen=True)
 class Rate:
-    """An amount of work: shown per second of training."""
+    """An amount of work: shown per second of training, summed over the processes that do different samples.
+
+    Attributes:
+        amount: of this process; those that share its samples say the same.
+        per_device: shown as the mean over all devices instead.
+    """
 
     amount: Number
+    per_device: bool = False
 
 
 Value = Number | Mean | Rate
+
+
+@dataclass
+class Sums:
+    """What a process has counted since the last log entry, by name.
+
+    Attributes:
+        totals, counts: of means.
+        work: of rates of the whole run.
+        work_per_device: of rates per device.
+        memory: bytes in use at most.
+    """
+
+    totals: dict[str, Number] = field(default_factory=dict)
+    counts: dict[str, Number] = field(default_factory=dict)
+    work: dict[str, Number] = field(default_factory=dict)
+    work_per_device: dict[str, Number] = field(default_factory=dict)
+    memory: int = 0
+
+    def add(self, name: str, value: "Value", weight: int) -> None:
+        """Take in one value of a metric."""
+        if isinstance(value, Rate):
+            _count(self.work_per_device if value.per_device else self.work, name, value.amount)
+            return
+        mean = value if isinstance(value, Mean) else Mean(_plain(value) * weight, weight)
+        _count(self.totals, name, mean.total)
+        _count(self.counts, name, mean.count)
+
+    def read(self) -> "Sums":
+        """The same in Python numbers, which a GPU is waited for."""
+        return Sums(
+            _floats(self.totals), _floats(self.counts), _floats(self.work), _floats(self.work_per_device), self.memory
+        )
+
+    @classmethod
+    def together(cls, parts: Sequence["Sums"]) -> "Sums":
+        """Those of several processes."""
+        whole = cls(memory=max(part.memory for part in parts))
+        for name in ("totals", "counts", "work", "work_per_device"):
+            for part in parts:
+                for key, value in getattr(part, name).items():
+                    _count(getattr(whole, name), key, value)
+        return whole
+
+
+def _floats(sums: Mapping[str, Number]) -> dict[str, Number]:
+    return {name: float(value) for name, value in sums.items()}
+
+
+def _count(sums: dict[str, Number], name: str, value: Number) -> None:
+    sums[name] = sums.get(name, 0.0) + _plain(value)
 
 
 def _plain(value: Number) -> Number:
@@ -86,7 +145,8 @@ class StageTimer:
 class MetricLog:
     """Averages of the metrics between log lines, to the trackers, the log and a progress bar with rate and time left.
 
-    Names with a slash (``loss_time/0.25-0.5``) go to the trackers only.
+    All processes of a run make one and log at the same steps: then they tell each other what they counted. Names with a
+    slash (``loss_time/0.25-0.5``) go to the trackers only.
 
     Args:
         folder: experiment folder; TensorBoard files go to ``tensorboard`` in it.
@@ -97,7 +157,7 @@ class MetricLog:
         peak_flops: what the device could do per second; with a :class:`Rate` named ``tflops``, ``mfu`` is the share
             of it that is used.
         device: its memory is shown (peak since the start, of the process on a CPU).
-        shown: whether there is a progress bar; false on all ranks but the first.
+        parallel: the processes of the run; the first one shows a progress bar.
     """
 
     def __init__(
@@ -110,28 +170,23 @@ class MetricLog:
         trackers: Sequence[Tracker] | None = None,
         peak_flops: float | None = None,
         device: torch.device | None = None,
-        shown: bool = True,
+        parallel: ParallelContext | None = None,
     ) -> None:
+        self.parallel = parallel or ParallelContext()
         self.trackers = list(trackers) if trackers is not None else [TensorBoardTracker(folder, start_step)]
         self.bar = tqdm(
-            total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=2.0, disable=not shown
-        )
+            total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=2.0,
+            disable=self.parallel.rank > 0,
+        )  # fmt: skip
         self.total_steps, self.log_every = total_steps, max(log_every, 1)
         self.peak_flops, self.device = peak_flops, device
-        self._sums: dict[str, Number] = {}
-        self._counts: dict[str, Number] = {}
-        self._work: dict[str, Number] = {}
+        self._sums = Sums()
         self._since, self._steps = perf_counter(), 0
 
     def add(self, metrics: Mapping[str, Value], weight: int = 1) -> None:
         """Take in the metrics of one micro-batch or step."""
         for name, value in metrics.items():
-            if isinstance(value, Rate):
-                self._work[name] = self._work.get(name, 0.0) + _plain(value.amount)
-                continue
-            mean = value if isinstance(value, Mean) else Mean(_plain(value) * weight, weight)
-            self._sums[name] = self._sums.get(name, 0.0) + _plain(mean.total)
-            self._counts[name] = self._counts.get(name, 0.0) + _plain(mean.count)
+            self._sums.add(name, value, weight)
 
     def step_done(self, step: int, lr: float) -> None:
         """One optimizer step (now ``step`` in all) is complete."""
@@ -143,24 +198,24 @@ class MetricLog:
         for tracker in self.trackers:
             tracker.scalars(values, step)
         self._show(values, step)
-        self._sums.clear()
-        self._counts.clear()
-        self._work.clear()
+        self._sums = Sums()
         self._since, self._steps = perf_counter(), 0
 
     def _collect(self, lr: float) -> dict[str, float]:
         """Everything since the last log entry, by name."""
         elapsed = perf_counter() - self._since
-        sums, counts = ({k: float(v) for k, v in d.items()} for d in (self._sums, self._counts))
-        values = {name: total / counts[name] for name, total in sums.items() if counts[name]}
+        self._sums.memory = peak_memory(self.device)
+        sums = Sums.together(gather_values(self._sums.read(), self.parallel.dp))
+        values = {name: float(total / sums.counts[name]) for name, total in sums.totals.items() if sums.counts[name]}
         values |= {"lr": lr, "seconds_per_step": elapsed / self._steps}
-        if "data_seconds" in sums:
-            values["data_wait"] = sums["data_seconds"] / elapsed
-        for name, amount in self._work.items():
-            values[f"{name}_per_s"] = float(amount) / elapsed
+        if "data_seconds" in sums.totals:
+            values["data_wait"] = float(sums.totals["data_seconds"]) / elapsed / self.parallel.dp.size
+        values |= {f"{name}_per_s": float(amount) / elapsed for name, amount in sums.work.items()}
+        for name, amount in sums.work_per_device.items():
+            values[f"{name}_per_s"] = float(amount) / elapsed / self.parallel.world_size
         if self.peak_flops and "tflops_per_s" in values:
             values["mfu"] = values["tflops_per_s"] * 1e12 / self.peak_flops
-        values["memory_gib"] = peak_memory(self.device) / GIB
+        values["memory_gib"] = sums.memory / GIB
         return values
 
     def _show(self, values: dict[str, float], step: int) -> None:

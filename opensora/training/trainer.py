@@ -215,7 +215,7 @@ class Trainer:
             trackers=create_trackers(cfg, folder, self.states.global_step) if rank == 0 else [],
             peak_flops=peak_flops(self.device, self.dtype),
             device=self.device,
-            shown=rank == 0,
+            parallel=self.parallel,
         )
         timer = StageTimer(self.device, cfg.record_time, cfg.record_barrier)
         settings = self._settings()

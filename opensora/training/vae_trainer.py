@@ -119,7 +119,7 @@ class VAETrainer:
             cfg.log_every,
             trackers=create_trackers(cfg, folder, self.states.global_step) if rank == 0 else [],
             device=self.device,
-            shown=rank == 0,
+            parallel=self.parallel,
         )
         try:
             with profiling(cfg.profile and rank == 0, folder) as on_step:

@@ -4,6 +4,7 @@ import importlib.util
 import pprint
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from opensora.acceleration.parallel_context import ParallelContext, Sizes
 from opensora.config import parse_config
 from opensora.schema import TrainOptions
 from opensora.training.checkpoint import load_weights
+from opensora.training.metrics import Mean, MetricLog, Rate
 from opensora.training.trainer import Trainer
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_video
@@ -120,6 +123,27 @@ def data_parallel(folder: Path) -> None:
         assert '"micro_step": 3' in (next(one.glob("epoch*-global_step2")) / "running_states.json").read_text()
 
 
+def curves(folder: Path) -> None:
+    """Means over both processes' samples; one metric that only one of them has; rates of the run and per device."""
+    context = ParallelContext.create(Sizes())
+    rank, shown = context.rank, []
+    tracker = SimpleNamespace(scalars=lambda values, step: shown.append(values), close=lambda: None)
+    log = MetricLog(folder, 1, trackers=[tracker], parallel=context)
+    log.add({"loss": 1.0 + rank, "tokens": Rate(100 * (rank + 1)), "tflops": Rate(3.0 + rank, per_device=True)})
+    log.add({"loss_time": Mean(6.0, 2) if rank else Mean(0.0, 0), f"loss_bucket/{rank}": 5.0, "data_seconds": 0.0})
+    log.step_done(1, 0.1)
+    log.close()
+    (values,) = shown
+    seconds = values["seconds_per_step"]
+    assert (values["loss"], values["loss_time"]) == (1.5, 3.0)
+    assert values["loss_bucket/0"] == values["loss_bucket/1"] == 5.0
+    assert values["tokens_per_s"] * seconds == pytest.approx(300)
+    assert values["tflops_per_s"] * seconds == pytest.approx(3.5)
+    memory: list[Any] = [None, None]
+    dist.all_gather_object(memory, values["memory_gib"])
+    assert memory[0] == memory[1] > 0
+
+
 def bfloat16(folder: Path) -> None:
     """fp32 weights are kept, saved, and gone on with under another engine."""
     config = write_run(folder)
@@ -150,6 +174,6 @@ def refusals(folder: Path) -> None:
             Trainer(parse_config([config, *map(str, words)], TrainOptions), 0, 2)
 
 
-CHECKS = [layouts, data_parallel, bfloat16, refusals]
+CHECKS = [layouts, data_parallel, curves, bfloat16, refusals]
 if importlib.util.find_spec("colossalai") is not None:
     CHECKS.append(booster)

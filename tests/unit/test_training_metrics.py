@@ -43,7 +43,7 @@ def test_means_rates_and_shares(tmp_path, clock):
     recorder = Recorder()
     log = MetricLog(tmp_path, 4, log_every=2, trackers=[recorder], peak_flops=8e12)
     for loss, quarter in ((1.0, (2.0, 1)), (3.0, (10.0, 3))):
-        log.add({"data_seconds": 0.5, "loss": torch.tensor(loss), "tokens": Rate(100), "tflops": Rate(8.0)})
+        log.add({"data_seconds": 0.5, "loss": torch.tensor(loss), "tokens": Rate(100), "tflops": Rate(8.0, True)})
         log.add({"loss_time/0-0.25": Mean(*quarter), "loss_time/0.25-0.5": Mean(0.0, 0)})
         clock.value += 2.0
         with log.paused():
