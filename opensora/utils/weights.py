@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from opensora.utils import hub
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
@@ -99,18 +100,29 @@ def _download(repo: str, inside: str, cache_dir: str | None) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
 
     logger.info("Looking for %s in the Hugging Face repository %s", inside, repo)
+    is_file, offline = inside.endswith(WEIGHT_SUFFIXES), not hub.is_reachable()
     try:
-        if inside.endswith(WEIGHT_SUFFIXES):
-            return Path(hf_hub_download(repo, inside, cache_dir=cache_dir))
-        folder = Path(snapshot_download(repo, allow_patterns=f"{inside}/*", cache_dir=cache_dir)) / inside
+        if is_file:
+            return Path(hf_hub_download(repo, inside, cache_dir=cache_dir, local_files_only=offline))
+        wanted = f"{inside}/*"
+        found = snapshot_download(repo, allow_patterns=wanted, cache_dir=cache_dir, local_files_only=offline)
+        folder = Path(found) / inside
+        if not folder.is_dir():
+            raise FileNotFoundError(f"it has no folder {inside}")
+        return folder
     except Exception as error:  # the library has a dozen kinds: offline, gated, no such repository, no such file, ...
-        raise UserError(
-            f"No weights at {repo}/{inside}: there is no such local path, and the Hugging Face repository {repo} "
-            f"did not give {inside} ({type(error).__name__}: {_first_line(error)})."
-        ) from error
-    if not folder.is_dir():
-        raise UserError(f"The Hugging Face repository {repo} has no folder {inside}.")
-    return folder
+        if offline:
+            what = inside if is_file else f'--include "{inside}/*"'
+            reason = (
+                "it was not downloaded before, and the Hugging Face hub cannot be reached. Where it can, download it "
+                f"with:\n  hf download {repo} {what} --local-dir {repo}"
+            )
+        else:
+            reason = (
+                f"the Hugging Face repository {repo} did not give {inside} "
+                f"({type(error).__name__}: {_first_line(error)})."
+            )
+        raise UserError(f"No weights at {repo}/{inside}: there is no such local path, and {reason}") from error
 
 
 @dataclass
@@ -238,7 +250,7 @@ def open_weights(path: str | Path, cache_dir: str | None = None) -> WeightFiles:
             names = ", ".join(file.name for file in singles)
             raise UserError(f"{folder} has several weight files and no index ({names}): name one of them.")
     checkpoints = sorted(folder.name for folder in found.glob("epoch*-global_step*"))
-    hint = f" Name one of its checkpoints: {_few(checkpoints)}." if checkpoints else ""
+    hint = f" Name one of its checkpoints: {few(checkpoints)}." if checkpoints else ""
     raise UserError(f"{found} holds no weights: no *.index.json and no {' / '.join(WEIGHT_SUFFIXES)} file.{hint}")
 
 
@@ -272,7 +284,7 @@ def _open_index(index: Path) -> WeightFiles:
     weights = WeightFiles(index.parent, files)
     lost = sorted(set(weight_map) - set(weights.shapes))
     if lost:
-        raise UserError(f"{index} names tensors that no shard has: {_few(lost)}.")
+        raise UserError(f"{index} names tensors that no shard has: {few(lost)}.")
     recorded = content.get("metadata") or {}
     weights.metadata.update((key, str(value)) for key, value in recorded.items() if not isinstance(value, dict | list))
     return weights
@@ -289,7 +301,8 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "no reason given")
 
 
-def _few(names: Sequence[str], limit: int = 5) -> str:
+def few(names: Sequence[str], limit: int = 5) -> str:
+    """The first names of a long list, for a message."""
     return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
 
 
@@ -333,7 +346,7 @@ def check_match(
         for key, value in (metadata or {}).items()
         if weights.metadata.get(key, value) != value and not any(f".{key}=" in hint for hint in hints)
     ]
-    hints += [f"Tensors {kind}: {_few(names)}." for kind, names in problems.items() if names]
+    hints += [f"Tensors {kind}: {few(names)}." for kind, names in problems.items() if names]
     if hints:
         raise UserError("\n  ".join([f"The weights {weights.path} do not fit the configured model.", *hints]))
     return tolerated
@@ -389,7 +402,7 @@ def load_model(
         state[key] = torch.full(model.get_parameter(key).shape, value, dtype=dtype, device=device)
         logger.info("%s is not in %s: filled with %g", key, weights.path, value)
     if unexpected:
-        logger.info("Left out from %s: %s", weights.path, _few(unexpected))
+        logger.info("Left out from %s: %s", weights.path, few(unexpected))
     model.load_state_dict(state, assign=True)
     for name, module in model.named_modules():
         own_buffers = dict(module.named_buffers(recurse=False))
