@@ -224,6 +224,10 @@ def test_bad_sizes_are_named():
         ({"norm_num_groups": 0}, "norm_num_groups=0: must be at least 1"),
         ({"layers_per_block": 0}, "layers_per_block=0: must be at least 1"),
         ({"scale_factor": 0}, "scale_factor=0"),
+        ({"scale_factor": [1.0, 0.0] * 8}, "scale_factor=.*by 0"),
+        ({"block_out_channels": [32, 32, 0, 32]}, "block_out_channels: 0 channels"),
+        ({"in_channels": 0}, "in_channels=0: must be at least 1"),
+        ({"dropout": 1}, "dropout=1: must be at least 0 and below 1"),
     ],
 )
 def test_fields_that_do_not_fit_are_named(fields, message):

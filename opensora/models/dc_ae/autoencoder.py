@@ -280,7 +280,7 @@ def build_dc_ae(
     named = named_layout(model_name)
     layout = replace(
         named,
-        latent_channels=latent_channels or named.latent_channels,
+        latent_channels=named.latent_channels if latent_channels is None else latent_channels,
         encoder=override_coder(named.encoder, "encoder", encoder),
         decoder=override_coder(named.decoder, "decoder", decoder),
     )
