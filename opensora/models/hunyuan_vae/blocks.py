@@ -37,9 +37,7 @@ class CausalConv3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, T, H, W] -> [B, C', ceil(T / s_t), ceil(H / s_h), ceil(W / s_w)]``."""
-        if self.kernel_size == 1:
-            return self.conv(x)
-        if x.shape[2] == 1:
+        if x.shape[2] == 1 and self.kernel_size > 1:
             return self._image(x)
         if self._tiles_pay(x):
             return self._in_tiles(x)
@@ -55,6 +53,8 @@ class CausalConv3d(nn.Module):
     def _padded(self, x: Tensor, start: int) -> Tensor:
         """Frames from ``start`` on, padded, with all earlier frames that a kernel reaches."""
         pad, context = self.kernel_size // 2, self.kernel_size - 1
+        if not pad:
+            return x[:, :, start:]
         front = max(context - start, 0)
         return F.pad(x[:, :, max(start - context, 0) :], (pad, pad, pad, pad, front, 0), mode="replicate")
 
