@@ -6,7 +6,7 @@ import torch
 from opensora.models.vae.autoencoder_2d import AutoEncoder2D, AutoEncoder2DConfig, build_autoencoder_2d
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
-from opensora.utils.weights import save_safetensors
+from opensora.utils.weights_writing import save_safetensors
 
 SMALL = dict(ch=32, ch_mult=[1, 1, 1, 1], num_res_blocks=1, z_channels=4)
 

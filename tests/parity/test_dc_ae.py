@@ -7,7 +7,7 @@ from torch import nn
 
 from opensora.models.dc_ae import blocks, build_dc_ae
 from opensora.registry import MODELS, build_module
-from opensora.utils import weights
+from opensora.utils import weights, weights_writing
 from opensora.utils.errors import UserError
 
 SMALL = dict(
@@ -187,7 +187,7 @@ def test_released_weights_come_from_the_hub_unless_the_layout_is_another(monkeyp
 def test_weights_are_loaded_strictly(tmp_path):
     model = build_dc_ae(**SMALL)
     path = tmp_path / "dc.safetensors"
-    weights.save_safetensors(model.state_dict(), path)
+    weights_writing.save_safetensors(model.state_dict(), path)
     loaded = build_dc_ae(from_pretrained=str(path), from_scratch=True, **SMALL)
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
     with pytest.raises(UserError, match=r"project_out\.main"):

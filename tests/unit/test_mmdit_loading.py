@@ -11,7 +11,7 @@ from opensora.models.mmdit import MMDiTConfig
 from opensora.models.mmdit.loading import config_of_shapes, layout_metadata
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
-from opensora.utils.weights import save_safetensors
+from opensora.utils.weights_writing import save_safetensors
 
 CONFIG = {
     "type": "flux",

@@ -12,16 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from opensora.utils import hub, weights
+from opensora.utils import hub, weights_writing
 from opensora.utils.errors import UserError
-from opensora.utils.weights import (
-    load_into,
-    load_model,
-    load_state_dict,
-    open_weights,
-    resolve_path,
-    save_safetensors,
-)
+from opensora.utils.weights import load_state_dict, open_weights, resolve_path
+from opensora.utils.weights_loading import load_into, load_model
+from opensora.utils.weights_writing import save_safetensors
 
 
 class Net(nn.Module):
@@ -211,7 +206,7 @@ def test_missing_released_file_says_how_to_get_it(path, command, tmp_path, monke
 def test_missing_local_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
-    monkeypatch.setattr(weights, "_download", None)  # a path below an existing folder never goes to the hub
+    monkeypatch.setattr(hub, "download", None)  # a path below an existing folder never goes to the hub
     with pytest.raises(UserError, match=r"No weights at outputs/run/model.safetensors"):
         resolve_path("outputs/run/model.safetensors")
 
@@ -334,7 +329,7 @@ def test_written_whole_or_not_at_all(file, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(weights, "save_file", broken)
+    monkeypatch.setattr(weights_writing, "save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         save_safetensors({"a": torch.zeros(2)}, file)
     assert file.read_bytes() == before
@@ -355,7 +350,7 @@ def test_written_tensors_and_metadata(tmp_path):
 MEASURE = """
 import sys, torch
 from torch import nn
-from opensora.utils.weights import load_model
+from opensora.utils.weights_loading import load_model
 
 def peak():
     # not getrusage: its maximum is inherited from the process that forked this one

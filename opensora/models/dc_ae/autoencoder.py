@@ -26,8 +26,9 @@ from opensora.models.kinds import Shapes, count, explain_autoencoder, size
 from opensora.models.vae.tiling import check_clip
 from opensora.registry import MODELS
 from opensora.utils.errors import UserError
+from opensora.utils.hub import RELEASED
 from opensora.utils.logging import get_logger
-from opensora.utils.weights import RELEASED, load_model
+from opensora.utils.weights_loading import load_model
 
 logger = get_logger(__name__)
 

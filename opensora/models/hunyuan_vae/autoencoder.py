@@ -14,7 +14,7 @@ from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.models.vae.tiling import Tiling, check_clip
 from opensora.registry import MODELS
 from opensora.utils.errors import UserError
-from opensora.utils.weights import load_model
+from opensora.utils.weights_loading import load_model
 
 
 @dataclass(frozen=True)

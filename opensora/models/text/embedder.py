@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from opensora.registry import MODELS
 from opensora.utils import hub
-from opensora.utils.errors import UserError
-from opensora.utils.weights import download_command, few
+from opensora.utils.errors import UserError, few
 
 KINDS = {"t5": "t5", "clip": "clip", "clip_text_model": "clip"}  # model_type of a config.json -> kind of encoder
 
@@ -29,7 +28,7 @@ def encoder_kind(from_pretrained: str) -> str:
     if not folder.is_dir():
         parts = from_pretrained.split("/")
         if len(parts) != 2 or parts[0] in ("", ".", "..", "~") or Path(parts[0]).exists():
-            command = download_command(folder)
+            command = hub.download_command(folder)
             hint = f"Download it with:\n  {command}" if command else "Give a Hugging Face folder or hub id (org/name)."
             raise UserError(f"No text encoder at {from_pretrained}. {hint}")
         return "clip" if "openai" in from_pretrained or "clip" in from_pretrained.lower() else "t5"

@@ -17,7 +17,7 @@ from opensora.models.kinds import Shapes, count, explain_autoencoder, size
 from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.registry import MODELS
 from opensora.utils.errors import UserError
-from opensora.utils.weights import load_model
+from opensora.utils.weights_loading import load_model
 
 NUM_GROUPS = 32
 
