@@ -3,12 +3,13 @@
 import copy
 import dataclasses
 import difflib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 from opensora.registry import DATASETS, MODELS
 from opensora.schema_sections import COMPONENTS
 from opensora.utils.errors import UserError
+from opensora.utils.nearest import nearest_key
 from opensora.utils.typed_values import coerce, describe, mapping_types, parse_text
 
 
@@ -105,7 +106,8 @@ def check_value(value: Any, option: Option, path: str, where: str) -> Any:
         elif group is None or (key == "type" and "types" in option.metadata) or option.metadata.get("open"):
             checked[key] = item
         else:
-            raise_unknown(f"{path}.{key}", [f"{path}.{name}" for name in known], f"{where}: {path}.{key}")
+            valid = [dotted for dotted, _, _ in walk_options(group, value, f"{path}.")] if group else []
+            raise_unknown(f"{path}.{key}", valid, f"{where}: {path}.{key}")
     return checked
 
 
@@ -214,19 +216,7 @@ def raise_unknown(key: str, valid: Collection[str], shown: str) -> NoReturn:
     Args:
         shown: the key as the user wrote it, with its place.
     """
-    near = _nearest(key, valid)
+    near = nearest_key(key, valid)
     dashes = "--" if shown.startswith("--") else ""
     hint = f"did you mean {dashes}{near}?" if near else "--help lists the keys"
     raise UserError(f"{shown} is not a known key; {hint}")
-
-
-def _nearest(key: str, valid: Iterable[str]) -> str | None:
-    names = sorted(set(valid))
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    if near:
-        return near[0]
-    # the right key in the wrong section, or without its section
-    last = key.rsplit(".", 1)[-1]
-    by_last = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
-    near = difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.6)
-    return by_last[near[0]] if near else None

@@ -5,7 +5,7 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import Field, fields
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import nn
 
 from opensora.schema_sections import COMPONENTS
 from opensora.utils.errors import UserError
+from opensora.utils.nearest import nearest_key
+from opensora.utils.typed_values import coerce, describe
 
 # Arguments that a program, not a config file, gives to a factory.
 RUNTIME_KEYS = ("device_map", "torch_dtype")
@@ -93,7 +95,8 @@ def build_module(cfg: Mapping[str, Any] | nn.Module | None, registry: LazyRegist
         overrides: arguments that replace or complete those of the section.
 
     Raises:
-        UserError: no ``type``, an unknown one, or an argument that the type does not take.
+        UserError: no ``type``, an unknown one, an argument that the type does not take, or one of another kind than
+            the schema says.
         TypeError: ``cfg`` is none of the three.
     """
     if cfg is None or isinstance(cfg, nn.Module):
@@ -105,20 +108,33 @@ def build_module(cfg: Mapping[str, Any] | nn.Module | None, registry: LazyRegist
     if name is None:
         raise UserError(f"a {registry.name} section has no `type`; known: {', '.join(registry.names)}")
     factory = registry.resolve(name)
-    _check_arguments(name, factory, arguments)
-    return factory(**arguments)
+    return factory(**_checked_arguments(name, factory, arguments))
 
 
-def _check_arguments(name: str, factory: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """Refuse arguments that the factory does not take, with the nearest one that it does."""
+def _checked_arguments(name: str, factory: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments in the types of the schema; refuses those that the factory does not take, naming the nearest."""
     parameters = inspect.signature(factory).parameters
     valid = {key for key, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    options = {field.name: field for field in fields(COMPONENTS[name])} if name in COMPONENTS else {}
     if len(valid) < len(parameters) and any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         if name not in COMPONENTS:  # a user's own factory with **kwargs: only it can tell
-            return
-        valid |= {field.name for field in fields(COMPONENTS[name])} | set(RUNTIME_KEYS)
+            return dict(arguments)
+        valid |= {*options, *RUNTIME_KEYS}
     for key in arguments:
         if key not in valid:
-            near = difflib.get_close_matches(key, sorted(valid), n=1, cutoff=0.4)
-            hint = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(sorted(valid))}"
+            groups = {key: field.metadata["group"] for key, field in options.items() if "group" in field.metadata}
+            below = [f"{section}.{field.name}" for section, group in groups.items() for field in fields(group)]
+            near = nearest_key(key, [*valid, *below])
+            hint = f"did you mean '{near}'?" if near else f"it takes {', '.join(sorted(valid))}"
             raise UserError(f"'{name}' takes no argument '{key}'; {hint}")
+    return {key: _in_type(value, options.get(key), f"'{name}': {key}") for key, value in arguments.items()}
+
+
+def _in_type(value: Any, option: Field | None, where: str) -> Any:
+    """A value in the type that the schema gives its key; as it is where there is none."""
+    if option is None:
+        return value
+    try:
+        return coerce(value, option.type)
+    except ValueError:
+        raise UserError(f"{where} = {value!r}: expected {describe(option.type)}") from None

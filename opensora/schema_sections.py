@@ -195,6 +195,20 @@ class DcAeCoderOptions:
     block_type: list[str] | str | None = opt(None, "block per stage: ResBlock, EViTS5_GLU")
 
 
+@dataclass
+class DcAeEncoderOptions(DcAeCoderOptions):
+    """Layout of the encoder."""
+
+    temporal_downsample: list[bool] | None = opt(None, "per stage, whether frames are halved after it")
+
+
+@dataclass
+class DcAeDecoderOptions(DcAeCoderOptions):
+    """Layout of the decoder."""
+
+    temporal_upsample: list[bool] | None = opt(None, "per stage, whether frames are doubled before it")
+
+
 # ------------------------------------------------------------------------------------------------ sections with `type`
 
 
@@ -271,8 +285,8 @@ class DcAeOptions:
     scaling_factor: float | None = opt(None, "latents are divided by it")
     disc_off_grad_ckpt: bool = opt(False, "do not recompute the last layer (adaptive GAN weight needs it)")
     latent_channels: int | None = opt(None, "channels of the latent, if other than the layout's")
-    encoder: Section = section(DcAeCoderOptions, "changes to the encoder's layout", open=True)
-    decoder: Section = section(DcAeCoderOptions, "changes to the decoder's layout", open=True)
+    encoder: Section = section(DcAeEncoderOptions, "changes to the encoder's layout", open=True)
+    decoder: Section = section(DcAeDecoderOptions, "changes to the decoder's layout", open=True)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from torch import Tensor
 from opensora.diffusion.prompts import Request
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_image, save_video, write_text
-from opensora.utils.weights import save_safetensors
+from opensora.utils.weights_writing import save_safetensors
 
 # Longest file name without ending: file systems take 255 bytes.
 MAX_NAME_BYTES = 200

@@ -36,7 +36,7 @@ from opensora.training.cached import (
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from opensora.utils.video import write_text
-from opensora.utils.weights import save_safetensors
+from opensora.utils.weights_writing import save_safetensors
 
 logger = get_logger(__name__)
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from opensora.acceleration.parallel_context import Axis
 from opensora.training.checkpoint import STATES, RunningStates
-from opensora.utils.weights import index_of, save_safetensors
+from opensora.utils.weights import index_of
+from opensora.utils.weights_writing import save_safetensors
 
 STATE_FILE, TENSORS_FILE = "state.pt", "state.safetensors"  # of an optimizer: the second holds its tensors
 

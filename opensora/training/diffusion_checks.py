@@ -21,7 +21,8 @@ from opensora.training.train_samples import sampling_config
 from opensora.training.trained import LoraAdapter, freeze, read_adapter
 from opensora.training.validation import check_validation
 from opensora.utils.errors import UserError
-from opensora.utils.weights import check_match, open_weights
+from opensora.utils.weights import open_weights
+from opensora.utils.weights_loading import check_match
 
 SECTIONS = ("model", "ae", "t5", "clip", "dataset", "bucket_config", "optim")
 WIDTH_KEYS = {"t5": ("context_in_dim", "d_model"), "clip": ("vec_in_dim", "hidden_size")}

@@ -36,7 +36,8 @@ from opensora.training.vae_config import Stage, build_loss, check_config, plan_s
 from opensora.training.vae_step import VAEStep
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
-from opensora.utils.weights import check_match, is_stored, open_weights
+from opensora.utils.weights import is_stored, open_weights
+from opensora.utils.weights_loading import check_match
 
 logger = get_logger(__name__)
 

@@ -1,4 +1,6 @@
-"""The one exception for what a user can get wrong."""
+"""The one exception for what a user can get wrong, and words for its messages."""
+
+from collections.abc import Sequence
 
 
 class UserError(ValueError):
@@ -7,3 +9,13 @@ class UserError(ValueError):
     The message says what was wrong, where (file, row, flag) and what would be right. Scripts print it without a
     traceback and exit with status 2; library callers may catch it as a ``ValueError``.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, without what follows."""
+    return next(iter(str(error).splitlines()), "no reason given")
+
+
+def few(names: Sequence[str], limit: int = 5) -> str:
+    """The first names of a long list, for a message."""
+    return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")

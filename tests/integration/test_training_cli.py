@@ -9,7 +9,7 @@ from opensora.schema import TrainOptions, VaeTrainOptions
 from opensora.training.trainer import Trainer
 from opensora.training.vae_trainer import VAETrainer
 from opensora.utils.errors import UserError
-from opensora.utils.weights import save_safetensors
+from opensora.utils.weights_writing import save_safetensors
 
 
 @pytest.fixture

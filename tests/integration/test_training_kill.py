@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from opensora.registry import MODELS, build_module
 from opensora.training.checkpoint import list_checkpoints, load_states
-from opensora.utils.weights import save_safetensors
+from opensora.utils.weights_writing import save_safetensors
 
 ROOT = Path(__file__).parents[2]
 

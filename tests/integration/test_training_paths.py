@@ -21,7 +21,7 @@ from opensora.training.loop import TrainLoop
 from opensora.training.trainer import Trainer
 from opensora.utils.errors import UserError
 from opensora.utils.video import read_video, save_image, save_video
-from opensora.utils.weights import save_safetensors
+from opensora.utils.weights_writing import save_safetensors
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,7 +15,7 @@ from opensora.registry import MODELS, build_module
 from opensora.schema import VaeInferenceOptions
 from opensora.utils.errors import UserError
 from opensora.utils.video import read_video, save_image, save_video
-from opensora.utils.weights import save_safetensors
+from opensora.utils.weights_writing import save_safetensors
 from scripts.vae import inference, stats
 
 MODEL = dict(

@@ -6,7 +6,7 @@ import torch
 from opensora.models.vae.autoencoder_2d import AutoEncoder2D, AutoEncoder2DConfig, build_autoencoder_2d
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
-from opensora.utils.weights import save_safetensors
+from opensora.utils.weights_writing import save_safetensors
 
 SMALL = dict(ch=32, ch_mult=[1, 1, 1, 1], num_res_blocks=1, z_channels=4)
 
@@ -83,8 +83,18 @@ def test_sizes():
 def test_what_does_not_fit_is_named(tmp_path):
     with pytest.raises(UserError, match="multiples of 8"):
         build_autoencoder_2d(**SMALL).encode(torch.zeros(1, 3, 12, 16))
-    with pytest.raises(UserError, match="a level of 48 channels"):
-        build_autoencoder_2d(ch=24, ch_mult=[2])
+    for shape in [(3, 16, 16), (1, 4, 16, 16), (1, 3, 0, 16, 16)]:
+        with pytest.raises(UserError, match=r"takes \[B, 3, H, W\] or \[B, 3, T, H, W\]"):
+            build_autoencoder_2d(**SMALL).encode(torch.zeros(shape))
+    for config, said in [
+        (dict(ch=48, ch_mult=[1]), "a level of 48 channels"),
+        (dict(ch=32, ch_mult=[1, 0]), "a level of 0 channels"),
+        (dict(ch=24, ch_mult=[4]), "ch=24, .* a level of 24 channels"),  # the first convolution's
+        (dict(z_channels=0), "z_channels=0 .* at least 1"),
+        (dict(num_res_blocks=0), "num_res_blocks=0 .* at least 1"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            build_autoencoder_2d(**config)
     model = build_autoencoder_2d(**SMALL)
     path = tmp_path / "ae.safetensors"
     save_safetensors(model.state_dict() | {"discriminator.weight": torch.zeros(1)}, path)

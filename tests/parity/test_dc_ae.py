@@ -7,7 +7,7 @@ from torch import nn
 
 from opensora.models.dc_ae import blocks, build_dc_ae
 from opensora.registry import MODELS, build_module
-from opensora.utils import weights
+from opensora.utils import weights, weights_writing
 from opensora.utils.errors import UserError
 
 SMALL = dict(
@@ -144,7 +144,13 @@ def test_sizes_that_do_not_fit_are_named():
         (dict(encoder=dict(width_list=[8, 8, 16, 24, 32, 32])), "24 channels; attention stages need multiples of 32"),
         (dict(decoder=dict(depth_list=[1, 1, 0, 1, 1, 1])), "at least one block"),
         (dict(decoder=dict(block_type="Res")), "'Res' is not known; use ResBlock"),
-        (dict(decoder=dict(depth=3)), "ae.decoder.depth is not known; changeable: width_list"),
+        (dict(decoder=dict(depth=3)), "ae.decoder.depth is not known; did you mean 'depth_list'"),
+        (dict(decoder=dict(channels=3)), "ae.decoder.channels is not known; changeable: width_list"),
+        (dict(encoder=dict(temporal_upsample=[False] * 6)), "did you mean 'temporal_downsample'"),
+        (dict(encoder=dict(depth_list=[1.5] * 6)), r"depth_list=\[1.5, .* a list of integer"),
+        (dict(encoder=dict(width_list="32")), "width_list='32': give one entry per stage, a list of integer"),
+        (dict(encoder=dict(width_list=[0] * 6)), "at least one channel"),
+        (dict(latent_channels=0), "latent_channels=0 does not divide 1024"),
         (dict(encoder=dict(norm="bn3d")), "only 'rms3d'"),
         (dict(encoder=dict(temporal_downsample=[False] * 6)), "make them equal"),
         (dict(use_temporal_tiling=True, temporal_tile_size=4), "temporal_tile_size=4: .* give 8 or more"),
@@ -181,7 +187,7 @@ def test_released_weights_come_from_the_hub_unless_the_layout_is_another(monkeyp
 def test_weights_are_loaded_strictly(tmp_path):
     model = build_dc_ae(**SMALL)
     path = tmp_path / "dc.safetensors"
-    weights.save_safetensors(model.state_dict(), path)
+    weights_writing.save_safetensors(model.state_dict(), path)
     loaded = build_dc_ae(from_pretrained=str(path), from_scratch=True, **SMALL)
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
     with pytest.raises(UserError, match=r"project_out\.main"):

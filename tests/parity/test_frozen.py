@@ -23,7 +23,7 @@ from opensora.models.dc_ae import build_dc_ae
 from opensora.models.hunyuan_vae import build_hunyuan_vae
 from opensora.models.mmdit.layers import timestep_embedding
 from opensora.models.vae.autoencoder_2d import build_autoencoder_2d
-from opensora.utils.weights import save_safetensors
+from opensora.utils.weights_writing import save_safetensors
 
 FOLDER = Path(__file__).with_name("frozen")
 STORED, STRIDE = 2048, 17  # larger outputs are thinned out; 17 shares no factor with any height or width here

@@ -71,15 +71,21 @@ def test_one_frame_shortcut_equals_the_3d_convolution(kernel_stride):
     torch.testing.assert_close(conv(frame), conv._video(frame, 0), atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("stride", [1, (2, 2, 2)])
+# Kernels of one too: the decoder's last shortcut sees 256 x 129 x 256 x 256 elements, more than 2^31.
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, (2, 2, 2)), (1, 1)])
 @pytest.mark.parametrize("frames", [5, 9])
-def test_convolution_in_pieces_is_exact(monkeypatch, stride, frames):
-    conv = blocks.CausalConv3d(3, 5, 3, stride).double()
+def test_convolution_in_pieces_is_exact(monkeypatch, kernel, stride, frames):
+    conv = blocks.CausalConv3d(3, 5, kernel, stride).double()
     x = torch.randn(1, 3, frames, 8, 6, dtype=torch.float64)
     whole = conv(x)
-    monkeypatch.setattr(blocks, "INDEX_LIMIT", 3 * 10 * 8 * 5)
+    limit = 3 * 10 * 8 * (2 + kernel)
+    monkeypatch.setattr(blocks, "INDEX_LIMIT", limit)
     assert conv._frames_per_call(x) < frames
+    sizes = []
+    conv.conv.register_forward_hook(lambda module, args, out: sizes.append(max(args[0].numel(), out.numel())))
     torch.testing.assert_close(conv(x), whole, atol=1e-12, rtol=1e-12)
+    assert len(sizes) > 1
+    assert max(sizes) <= limit
 
 
 @pytest.mark.parametrize("stride", [1, (1, 2, 2)])
@@ -224,6 +230,10 @@ def test_bad_sizes_are_named():
         ({"norm_num_groups": 0}, "norm_num_groups=0: must be at least 1"),
         ({"layers_per_block": 0}, "layers_per_block=0: must be at least 1"),
         ({"scale_factor": 0}, "scale_factor=0"),
+        ({"scale_factor": [1.0, 0.0] * 8}, "scale_factor=.*by 0"),
+        ({"block_out_channels": [32, 32, 0, 32]}, "block_out_channels: 0 channels"),
+        ({"in_channels": 0}, "in_channels=0: must be at least 1"),
+        ({"dropout": 1}, "dropout=1: must be at least 0 and below 1"),
     ],
 )
 def test_fields_that_do_not_fit_are_named(fields, message):

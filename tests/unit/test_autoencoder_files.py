@@ -4,7 +4,7 @@ import pytest
 
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
-from opensora.utils.weights import save_safetensors
+from opensora.utils.weights_writing import save_safetensors
 
 STAGES = {"width_list": [32] * 6, "depth_list": [1] * 6}
 SMALL = {

@@ -220,6 +220,8 @@ def test_wrong_types(infer, words, expected):
         ("--use_spatial_tiling", "--ae.use_spatial_tiling"),
         ("--plugin_config.spsize", "--plugin_config.sp_size"),
         ("--varable", "--variable"),
+        ("--samplng_option.num_steps", "--sampling_option.num_steps"),
+        ("--model.sp_size", "--plugin_config.sp_size"),
     ],
 )
 def test_unknown_keys_name_the_nearest(infer, flag, near):
@@ -227,9 +229,10 @@ def test_unknown_keys_name_the_nearest(infer, flag, near):
         infer(flag, "1")
 
 
-def test_unlike_anything(infer):
-    with pytest.raises(UserError, match="--help"):
-        infer("--zzzzqqq", "1")
+@pytest.mark.parametrize("flag", ["--zzzzqqq", "--model.foo"])  # a section is not near its own keys
+def test_unlike_anything(infer, flag):
+    with pytest.raises(UserError, match=f"{flag} is not a known key; --help"):
+        infer(flag, "1")
 
 
 def test_stray_words(infer):

@@ -15,7 +15,7 @@ from opensora.models.mmdit.attention import JointAttention
 from opensora.models.mmdit.loading import layout_metadata
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
-from opensora.utils.weights import save_safetensors
+from opensora.utils.weights_writing import save_safetensors
 from tools.convert import checkpoint, from_diffusers, mmdit
 from tools.convert.layouts import change_rope, convert_layout, fuse_qkv, model_config, split_qkv
 

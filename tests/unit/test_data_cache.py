@@ -25,7 +25,7 @@ from opensora.training.inputs import InputEncoder, InputOptions
 from opensora.training.trainer import Trainer
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_image, save_video
-from opensora.utils.weights import save_safetensors
+from opensora.utils.weights_writing import save_safetensors
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "diffusion" / "cache.py"
 ENCODERS = ("ae", "t5", "clip")

@@ -11,7 +11,7 @@ from opensora.models.mmdit import MMDiTConfig
 from opensora.models.mmdit.loading import config_of_shapes, layout_metadata
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
-from opensora.utils.weights import save_safetensors
+from opensora.utils.weights_writing import save_safetensors
 
 CONFIG = {
     "type": "flux",
@@ -153,6 +153,8 @@ def test_config_of_shapes(write):
         ({"axes_dim": 16}, "axes_dim=16: give three numbers"),
         ({"grad_ckpt_settings": 8}, "grad_ckpt_settings=8: give two numbers"),
         ({"grad_ckpt_settings": [8]}, "give two numbers"),
+        ({"grad_ckpt_settings": [-1, 8]}, "must not be negative"),
+        ({"axes_dim": [-4, 14, 6]}, "axes_dim"),
         ({"mlp_ratio": -1}, "mlp_ratio=-1: must be above 0"),
         ({"theta": 0}, "theta=0: must be above 0"),
         ({"in_channels": 0}, "in_channels must be at least 1"),

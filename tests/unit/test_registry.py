@@ -71,6 +71,43 @@ def test_unknown_argument_names_the_nearest(registry):
         build_module({"type": "square", "widht": 2}, registry)
 
 
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"type": "flux", "hidden_size": "32"}, r"'flux': hidden_size = '32': expected integer"),
+        ({"type": "flux", "depth": 1.5}, r"'flux': depth = 1.5: expected integer"),
+        ({"type": "flux", "qkv_bias": "no"}, "'flux': qkv_bias = 'no': expected true or false"),
+        ({"type": "hunyuan_vae", "block_out_channels": 128}, "block_out_channels = 128: expected list of integer"),
+        ({"type": "hunyuan_vae", "scale_factor": None}, "scale_factor = None: expected number or list of number"),
+        ({"type": "dc_ae", "encoder": [32, 32]}, r"encoder = \[32, 32\]: expected dict or none"),
+        ({"type": "text_embedder", "from_pretrained": "x", "max_length": "16"}, "max_length = '16': expected integer"),
+    ],
+)
+def test_values_of_another_type_are_named(section, said):
+    with pytest.raises(UserError, match=said):
+        build_module(section, MODELS, device_map="meta")
+
+
+def test_whole_numbers_may_be_written_as_floats():
+    vae = build_module({"type": "hunyuan_vae", "block_out_channels": (32.0,) * 4}, MODELS, device_map="meta")
+    assert vae.config.block_out_channels == [32] * 4
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("width_list", "did you mean 'encoder.width_list'"),
+        ("temporal_upsample", "did you mean 'decoder.temporal_upsample'"),
+        ("scale_factor", "did you mean 'scaling_factor'"),
+        ("time_compression_ratio", "it takes cache_dir"),
+        ("foo", "it takes cache_dir"),
+    ],
+)
+def test_keys_of_a_sections_own_sections_are_near(key, near):
+    with pytest.raises(UserError, match=f"'dc_ae' takes no argument '{key}'; {near}"):
+        build_module({"type": "dc_ae", key: 1}, MODELS)
+
+
 def test_factories_with_free_arguments_are_checked_against_the_schema(registry):
     assert build_module({"type": "flux", "hidden_size": 8, "depth": 1}, registry) == (8, {"depth": 1})
     with pytest.raises(UserError, match="'detph'; did you mean 'depth'"):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -11,16 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from opensora.utils import weights
+from opensora.utils import hub, weights_writing
 from opensora.utils.errors import UserError
-from opensora.utils.weights import (
-    load_into,
-    load_model,
-    load_state_dict,
-    open_weights,
-    resolve_path,
-    save_safetensors,
-)
+from opensora.utils.weights import load_state_dict, open_weights, resolve_path
+from opensora.utils.weights_loading import load_into, load_model
+from opensora.utils.weights_writing import save_safetensors
 
 
 class Net(nn.Module):
@@ -210,16 +206,22 @@ def test_missing_released_file_says_how_to_get_it(path, command, tmp_path, monke
 def test_missing_local_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
-    monkeypatch.setattr(weights, "_download", None)  # a path below an existing folder never goes to the hub
+    monkeypatch.setattr(hub, "download", None)  # a path below an existing folder never goes to the hub
     with pytest.raises(UserError, match=r"No weights at outputs/run/model.safetensors"):
         resolve_path("outputs/run/model.safetensors")
 
 
-def test_hub_ids_come_after_local_files(file, tmp_path, monkeypatch):
+@pytest.fixture
+def online(monkeypatch):
+    monkeypatch.setattr(hub, "is_reachable", lambda: True)
+
+
+def test_hub_ids_come_after_local_files(file, tmp_path, monkeypatch, online):
     monkeypatch.chdir(tmp_path)
     asked = []
 
-    def download(repo, inside, cache_dir=None):
+    def download(repo, inside, cache_dir=None, local_files_only=None):
+        assert not local_files_only
         asked.append((repo, inside, cache_dir))
         if inside == "absent.safetensors":
             raise OSError("404 not found\nmore")
@@ -236,12 +238,54 @@ def test_hub_ids_come_after_local_files(file, tmp_path, monkeypatch):
     assert resolve_path("org/repo/sub/net.safetensors").resolve() == local
 
 
-def test_hub_folders(tmp_path, monkeypatch):
+def test_hub_folders(tmp_path, monkeypatch, online):
     (tmp_path / "snapshot/sub").mkdir(parents=True)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path / "snapshot"))
     assert resolve_path("org/repo/sub") == tmp_path / "snapshot/sub"
     with pytest.raises(UserError, match="no folder other"):
         resolve_path("org/repo/other")
+
+
+def unplug(monkeypatch):
+    """No network: requests of the hub's library fail at once, and each is counted."""
+    asked = []
+
+    def request(*args, **kwargs):
+        asked.append(args)
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=request, request=request))
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [
+        ("org/repo/sub/net.safetensors", "hf download org/repo sub/net.safetensors --local-dir org/repo"),
+        ("org/repo/sub", 'hf download org/repo --include "sub/*" --local-dir org/repo'),
+    ],
+)
+def test_hub_paths_without_a_network(path, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = unplug(monkeypatch)
+    with pytest.raises(UserError, match="hub cannot be reached") as error:
+        resolve_path(path, cache_dir=str(tmp_path / "cache"))
+    assert str(error.value).splitlines()[-1].strip() == command
+    assert len(asked) == 1  # the library alone tries again and again, for half a minute
+
+
+def test_downloaded_files_are_found_without_a_network(tmp_path, monkeypatch):
+    unplug(monkeypatch)
+    repo = tmp_path / "cache/models--org--repo"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs/main").write_text("f" * 40)
+    stored = repo / "snapshots" / ("f" * 40) / "sub/net.safetensors"
+    stored.parent.mkdir(parents=True)
+    stored.touch()
+    cache = str(tmp_path / "cache")
+    assert resolve_path("org/repo/sub/net.safetensors", cache_dir=cache) == stored
+    with pytest.raises(UserError, match="hub cannot be reached"):
+        resolve_path("org/repo/other/net.safetensors", cache_dir=cache)
 
 
 def test_mismatch_lists_keys_and_hints(file):
@@ -285,7 +329,7 @@ def test_written_whole_or_not_at_all(file, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(weights, "save_file", broken)
+    monkeypatch.setattr(weights_writing, "save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         save_safetensors({"a": torch.zeros(2)}, file)
     assert file.read_bytes() == before
@@ -306,7 +350,7 @@ def test_written_tensors_and_metadata(tmp_path):
 MEASURE = """
 import sys, torch
 from torch import nn
-from opensora.utils.weights import load_model
+from opensora.utils.weights_loading import load_model
 
 def peak():
     # not getrusage: its maximum is inherited from the process that forked this one

@@ -10,7 +10,8 @@ if __package__ in (None, ""):
 from opensora.config import run_main
 from opensora.training.checkpoint import list_checkpoints
 from opensora.utils.errors import UserError
-from opensora.utils.weights import is_stored, open_weights, save_safetensors
+from opensora.utils.weights import is_stored, open_weights
+from opensora.utils.weights_writing import save_safetensors
 from tools.convert.files import add_output, check_output, read, recorded
 
 

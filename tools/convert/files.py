@@ -8,7 +8,8 @@ from pathlib import Path
 from opensora.diffusion.building import torch_dtype
 from opensora.models.mmdit.loading import layout_metadata
 from opensora.utils.errors import UserError
-from opensora.utils.weights import WeightFiles, save_safetensors
+from opensora.utils.weights import WeightFiles
+from opensora.utils.weights_writing import save_safetensors
 from tools.convert.layouts import State, model_config
 
 HALF_SPLIT = {"interleaved": False, "half-split": True}  # --rope -> use_liger_rope

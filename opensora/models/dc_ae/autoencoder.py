@@ -26,8 +26,9 @@ from opensora.models.kinds import Shapes, count, explain_autoencoder, size
 from opensora.models.vae.tiling import check_clip
 from opensora.registry import MODELS
 from opensora.utils.errors import UserError
+from opensora.utils.hub import RELEASED
 from opensora.utils.logging import get_logger
-from opensora.utils.weights import RELEASED, load_model
+from opensora.utils.weights_loading import load_model
 
 logger = get_logger(__name__)
 
@@ -280,7 +281,7 @@ def build_dc_ae(
     named = named_layout(model_name)
     layout = replace(
         named,
-        latent_channels=latent_channels or named.latent_channels,
+        latent_channels=named.latent_channels if latent_channels is None else latent_channels,
         encoder=override_coder(named.encoder, "encoder", encoder),
         decoder=override_coder(named.decoder, "decoder", decoder),
     )

@@ -1,12 +1,14 @@
 """Layout and options of the deep-compression video autoencoder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from opensora.models.dc_ae.blocks import HEAD_DIM
 from opensora.models.vae.tiling import Tiling
 from opensora.utils.errors import UserError
+from opensora.utils.nearest import nearest_key
+from opensora.utils.typed_values import coerce, describe
 
 BLOCK_TYPES = ("ResBlock", "EViTS5_GLU")
 # What every layout of this family has in common; layout files may say it too.
@@ -32,6 +34,7 @@ FIXED = {
     },
 }
 TEMPORAL = {"encoder": "temporal_downsample", "decoder": "temporal_upsample"}
+FIELDS = dict.fromkeys(TEMPORAL.values(), "temporal")  # of `CoderConfig`, where they are not called like the key
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class CoderConfig:
             raise UserError(f"{where}: every list needs one entry per stage; found {counts}")
         if min(self.depth_list, default=0) < 1:
             raise UserError(f"{where}.depth_list={[*self.depth_list]}: every stage needs at least one block")
+        if min(self.width_list) < 1:
+            raise UserError(f"{where}.width_list={[*self.width_list]}: every stage needs at least one channel")
         for width, block in zip(self.width_list, self.block_type):
             if block not in BLOCK_TYPES:
                 raise UserError(f"{where}.block_type: {block!r} is not known; use {' or '.join(BLOCK_TYPES)}")
@@ -176,22 +181,26 @@ def override_coder(coder: CoderConfig, name: str, changes: Mapping[str, Any] | N
     Raises:
         UserError: unknown key, or a value that does not exist here.
     """
-    own = {key: key for key in ("width_list", "depth_list", "block_type")} | {TEMPORAL[name]: "temporal"}
+    hints = {"width_list": list[int], "depth_list": list[int], "block_type": list[str], TEMPORAL[name]: list[bool]}
     values: dict[str, tuple] = {}
     for key, value in (changes or {}).items():
-        if key in own:
+        where = f"ae.{name}.{key}"
+        if key in hints:
             if value is not None:
-                values[own[key]] = _stages(f"ae.{name}.{key}", value, len(coder.width_list), changes or {})
+                stages = (changes or {}).get("width_list") or coder.width_list
+                every = [value] * len(stages) if key == "block_type" and isinstance(value, str) else value
+                values[FIELDS.get(key, key)] = _stages(where, every, hints[key])
         elif key not in FIXED[name]:
-            raise UserError(f"ae.{name}.{key} is not known; changeable: {', '.join(own)}")
+            near = nearest_key(key, hints)
+            hint = f"did you mean {near!r}?" if near else f"changeable: {', '.join(hints)}"
+            raise UserError(f"{where} is not known; {hint}")
         elif value != FIXED[name][key]:
-            raise UserError(f"ae.{name}.{key}={value!r} is not possible here; only {FIXED[name][key]!r}")
+            raise UserError(f"{where}={value!r} is not possible here; only {FIXED[name][key]!r}")
     return replace(coder, **values)
 
 
-def _stages(where: str, value: Any, stages: int, changes: Mapping[str, Any]) -> tuple:
-    if isinstance(value, str):
-        return (value,) * len(changes.get("width_list") or range(stages))
-    if not isinstance(value, Sequence):
-        raise UserError(f"{where}={value!r}: give a list with one entry per stage")
-    return tuple(value)
+def _stages(where: str, value: Any, hint: Any) -> tuple:
+    try:
+        return tuple(coerce(value, hint))
+    except ValueError:
+        raise UserError(f"{where}={value!r}: give one entry per stage, a {describe(hint)}") from None

@@ -14,7 +14,7 @@ from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.models.vae.tiling import Tiling, check_clip
 from opensora.registry import MODELS
 from opensora.utils.errors import UserError
-from opensora.utils.weights import load_model
+from opensora.utils.weights_loading import load_model
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,16 @@ class HunyuanVAEConfig:
     def __post_init__(self) -> None:
         if self.act_fn != "silu":
             raise UserError(f"ae.act_fn={self.act_fn!r}: the causal VAE only has 'silu'")
-        for name in ("latent_channels", "layers_per_block", "norm_num_groups"):
+        for name in ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups"):
             if getattr(self, name) < 1:
                 raise UserError(f"ae.{name}={getattr(self, name)}: must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"ae.dropout={self.dropout}: must be at least 0 and below 1")
         for channels in self.block_out_channels:
-            if channels % self.norm_num_groups:
+            if channels < 1 or channels % self.norm_num_groups:
                 raise UserError(
-                    f"ae.block_out_channels: {channels} is not divisible by ae.norm_num_groups={self.norm_num_groups}"
+                    f"ae.block_out_channels: {channels} channels; every level needs a multiple of "
+                    f"ae.norm_num_groups={self.norm_num_groups}"
                 )
         self._check_levels()
         for name in ("scale_factor", "shift_factor"):
@@ -63,8 +66,8 @@ class HunyuanVAEConfig:
                 raise UserError(
                     f"ae.{name} has {len(value)} numbers: give one, or one per latent channel ({self.latent_channels})"
                 )
-        if self.scale_factor == 0:
-            raise UserError("ae.scale_factor=0: latents cannot be divided by it when decoding")
+        if 0 in (self.scale_factor if isinstance(self.scale_factor, Sequence) else [self.scale_factor]):
+            raise UserError(f"ae.scale_factor={self.scale_factor}: latents cannot be divided by 0 when decoding")
         self.tiling()  # refuses sizes that cannot be tiled
 
     def _check_levels(self) -> None:

@@ -37,9 +37,7 @@ class CausalConv3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, T, H, W] -> [B, C', ceil(T / s_t), ceil(H / s_h), ceil(W / s_w)]``."""
-        if self.kernel_size == 1:
-            return self.conv(x)
-        if x.shape[2] == 1:
+        if x.shape[2] == 1 and self.kernel_size > 1:
             return self._image(x)
         if self._tiles_pay(x):
             return self._in_tiles(x)
@@ -55,6 +53,8 @@ class CausalConv3d(nn.Module):
     def _padded(self, x: Tensor, start: int) -> Tensor:
         """Frames from ``start`` on, padded, with all earlier frames that a kernel reaches."""
         pad, context = self.kernel_size // 2, self.kernel_size - 1
+        if not pad:
+            return x[:, :, start:]
         front = max(context - start, 0)
         return F.pad(x[:, :, max(start - context, 0) :], (pad, pad, pad, pad, front, 0), mode="replicate")
 
@@ -83,20 +83,24 @@ class CausalConv3d(nn.Module):
         out[:, :, :1] = first
         kernels = tile_kernels(self.conv.weight)
         rest = frames - (frames - 1) % TILE
+        tile = [self._padded_frame(x, 0)] * 2
         for start in range(1, rest, TILE):
-            tile = self._padded(x[:, :, : start + TILE], start).unbind(2)
-            for i, frame in enumerate(convolve_tile(tile, kernels, self.conv.bias, self.stride[1:])):
-                out[:, :, start + i] = frame
+            tile = [*tile[-2:], *(self._padded_frame(x, i) for i in range(start, start + TILE))]
+            convolve_tile(tile, kernels, self.conv.bias, self.stride[1:], out[:, :, start : start + TILE].unbind(2))
+        del tile
         if rest < frames:
             out[:, :, rest:] = self._in_pieces(x, rest)
         return out
 
     def _image(self, x: Tensor) -> Tensor:
         """One frame: its copies in front make all taps see the same picture, so the taps add up to a 2D kernel."""
-        pad = self.kernel_size // 2
-        frame = F.pad(x[:, :, 0], (pad, pad, pad, pad), mode="replicate")
         weight = self.conv.weight.sum(dim=2)
-        return F.conv2d(frame, weight, self.conv.bias, self.stride[1:]).unsqueeze(2)
+        return F.conv2d(self._padded_frame(x, 0), weight, self.conv.bias, self.stride[1:]).unsqueeze(2)
+
+    def _padded_frame(self, x: Tensor, i: int) -> Tensor:
+        """Frame ``i`` ``[B, C, H', W']``, padded in space."""
+        pad = self.kernel_size // 2
+        return F.pad(x[:, :, i], (pad, pad, pad, pad), mode="replicate")
 
     def _frames_per_call(self, x: Tensor) -> int:
         """Largest number of frames (a multiple of the time stride) whose tensors stay below the index limit."""

@@ -1,11 +1,11 @@
 """Configuration of the MMDiT."""
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
 from opensora.utils.errors import UserError
+from opensora.utils.nearest import nearest_key
 
 
 @dataclass
@@ -49,8 +49,8 @@ class MMDiTConfig:
         names = {field.name: field for field in fields(cls)}
         for key in config:
             if key not in names:
-                near = difflib.get_close_matches(key, names, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}."
+                near = nearest_key(key, names)
+                hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(names)}."
                 raise UserError(f"model.{key} is not a key of the model 'flux'; {hint}")
         missing = [name for name, field in names.items() if field.default is MISSING and name not in config]
         if missing:
@@ -73,11 +73,14 @@ class MMDiTConfig:
         for name in ("mlp_ratio", "theta"):
             if getattr(self, name) <= 0:
                 raise UserError(f"model.{name}={getattr(self, name)}: must be above 0.")
+        if min(blocks or (0,)) < 0:
+            raise UserError(f"model.grad_ckpt_settings={blocks!r}: numbers of blocks must not be negative.")
         if self.depth < 0 or self.depth_single_blocks < 0:
             raise UserError("model.depth and model.depth_single_blocks must not be negative.")
         if self.hidden_size % self.num_heads:
             raise UserError(f"model.hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}.")
-        if sum(self.axes_dim) != self.head_dim or any(dim % 2 for dim in self.axes_dim) or len(self.axes_dim) != 3:
+        impossible = any(dim % 2 or dim < 0 for dim in self.axes_dim)
+        if sum(self.axes_dim) != self.head_dim or impossible or len(self.axes_dim) != 3:
             raise UserError(
                 f"model.axes_dim={self.axes_dim} must be three even numbers whose sum is hidden_size / num_heads = "
                 f"{self.head_dim}."

@@ -19,7 +19,7 @@ from opensora.models.mmdit.layers import (
 )
 from opensora.models.mmdit.loading import explain_mismatch, layout_metadata
 from opensora.registry import MODELS
-from opensora.utils.weights import load_model
+from opensora.utils.weights_loading import load_model
 
 TIME_EMBED_DIM = 256
 

@@ -1,5 +1,6 @@
 """Frozen text encoders (T5, CLIP) behind one interface."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,11 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from opensora.registry import MODELS
-from opensora.utils.errors import UserError
-from opensora.utils.weights import download_command
+from opensora.utils import hub
+from opensora.utils.errors import UserError, few
 
 KINDS = {"t5": "t5", "clip": "clip", "clip_text_model": "clip"}  # model_type of a config.json -> kind of encoder
 
@@ -26,7 +28,7 @@ def encoder_kind(from_pretrained: str) -> str:
     if not folder.is_dir():
         parts = from_pretrained.split("/")
         if len(parts) != 2 or parts[0] in ("", ".", "..", "~") or Path(parts[0]).exists():
-            command = download_command(folder)
+            command = hub.download_command(folder)
             hint = f"Download it with:\n  {command}" if command else "Give a Hugging Face folder or hub id (org/name)."
             raise UserError(f"No text encoder at {from_pretrained}. {hint}")
         return "clip" if "openai" in from_pretrained or "clip" in from_pretrained.lower() else "t5"
@@ -39,6 +41,33 @@ def encoder_kind(from_pretrained: str) -> str:
     if model_type not in KINDS:
         raise UserError(f"{folder} holds a {model_type!r} model; text_embedder takes T5 and CLIP text encoders.")
     return KINDS[model_type]
+
+
+def _load_model(model_class: Any, path: str, **options: Any) -> Any:
+    """A model of transformers, which itself only warns of weights that the files lack, and draws them at random."""
+    model, loading = model_class.from_pretrained(path, output_loading_info=True, **options)
+    if loading["missing_keys"]:
+        raise ValueError(f"its weights lack {few(sorted(loading['missing_keys']))}")
+    return model
+
+
+def _load_tokenizer(tokenizer_class: Any, path: str, cache_dir: str | None, **options: Any) -> Any:
+    """A tokenizer of transformers, which itself makes up a vocabulary of nothing where the files are missing."""
+    from huggingface_hub import try_to_load_from_cache
+
+    def is_there(name: str) -> bool:
+        if Path(path).is_dir():
+            return (Path(path) / name).is_file()
+        return isinstance(try_to_load_from_cache(path, name, cache_dir=cache_dir), str)
+
+    tokenizer = None
+    with contextlib.suppress(ValueError):  # one file of two
+        tokenizer = tokenizer_class.from_pretrained(path, cache_dir=cache_dir, **options)
+    whole = "tokenizer.json"  # takes the place of all others
+    absent = [name for name in tokenizer_class.vocab_files_names.values() if name != whole and not is_there(name)]
+    if tokenizer is None or (absent and not is_there(whole)):
+        raise ValueError(f"its tokenizer lacks {few(absent) or 'readable files'}")
+    return tokenizer
 
 
 @MODELS.register_module("text_embedder")
@@ -56,7 +85,7 @@ class HFEmbedder(nn.Module):
         torch_dtype: dtype of the encoder; None is float32.
 
     Raises:
-        UserError: no such folder, or not a T5 / CLIP encoder.
+        UserError: no such folder, not a T5 / CLIP encoder, or one of which files or tensors are missing.
     """
 
     def __init__(
@@ -69,10 +98,15 @@ class HFEmbedder(nn.Module):
         torch_dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        if max_length < 1:
+            raise UserError(f"max_length={max_length} of a text encoder: must be at least 1 (T5 takes 512, CLIP 77)")
         self.is_clip = encoder_kind(from_pretrained) == "clip"
         self.max_length = max_length
         self.shardformer = shardformer
         self.tokenizer, self.model = self._load(from_pretrained, cache_dir, torch_dtype or torch.float32)
+        positions = self.model.config.max_position_embeddings if self.is_clip else max_length
+        if max_length > positions:
+            raise UserError(f"max_length={max_length}: the text encoder {from_pretrained} takes {positions} at most")
         self.output_key = "pooler_output" if self.is_clip else "last_hidden_state"
         self.model.eval().requires_grad_(False)
         if device_map is not None:
@@ -82,18 +116,25 @@ class HFEmbedder(nn.Module):
         # transformers takes seconds to import: only those who embed text pay for it
         from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
+        folder = Path(from_pretrained).expanduser()
+        is_folder = folder.is_dir()
+        path = str(folder) if is_folder else from_pretrained
+        files: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": is_folder or not hub.is_reachable()}
+        options: dict[str, Any] = {"max_length": self.max_length, **files}
         try:
             if self.is_clip:
-                tokenizer = CLIPTokenizer.from_pretrained(
-                    from_pretrained, max_length=self.max_length, cache_dir=cache_dir
-                )
-                return tokenizer, CLIPTextModel.from_pretrained(from_pretrained, cache_dir=cache_dir, dtype=dtype)
-            tokenizer = T5Tokenizer.from_pretrained(
-                from_pretrained, max_length=self.max_length, legacy=True, cache_dir=cache_dir
+                model = _load_model(CLIPTextModel, path, dtype=dtype, **files)
+                return _load_tokenizer(CLIPTokenizer, path, **options), model
+            model = _load_model(T5EncoderModel, path, dtype=dtype, **files)
+            return _load_tokenizer(T5Tokenizer, path, legacy=True, **options), model
+        # absent, gated, unreachable, incomplete, of another size, truncated
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            how = (
+                ""
+                if is_folder
+                else f" Download it with:\n  hf download {from_pretrained} --local-dir {from_pretrained}"
             )
-            return tokenizer, T5EncoderModel.from_pretrained(from_pretrained, cache_dir=cache_dir, dtype=dtype)
-        except OSError as error:  # what transformers raises for absent, gated, unreachable or incomplete models
-            raise UserError(f"Cannot load the text encoder {from_pretrained}: {error}") from error
+            raise UserError(f"Cannot load the text encoder {from_pretrained}: {error}{how}") from error
 
     @property
     def device(self) -> torch.device:

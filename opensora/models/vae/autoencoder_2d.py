@@ -17,7 +17,7 @@ from opensora.models.kinds import Shapes, count, explain_autoencoder, size
 from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.registry import MODELS
 from opensora.utils.errors import UserError
-from opensora.utils.weights import load_model
+from opensora.utils.weights_loading import load_model
 
 NUM_GROUPS = 32
 
@@ -49,8 +49,11 @@ class AutoEncoder2DConfig:
             )
         if self.scale_factor == 0:
             raise UserError("scale_factor=0 of the image autoencoder: latents cannot be divided by it when decoding")
-        for channels in self.widths:
-            if channels % NUM_GROUPS:
+        for name in ("in_channels", "out_ch", "num_res_blocks", "z_channels"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} of the image autoencoder: must be at least 1")
+        for channels in (self.ch, *self.widths):
+            if channels < 1 or channels % NUM_GROUPS:
                 raise UserError(
                     f"ch={self.ch}, ch_mult={[*self.ch_mult]} of the image autoencoder: a level of {channels} "
                     f"channels; every level must be a multiple of {NUM_GROUPS}"
@@ -262,8 +265,14 @@ class AutoEncoder2D(nn.Module):
         """Raw posterior moments, mean and log-variance on the channel axis, of ``x`` (see :meth:`encode`).
 
         Raises:
-            UserError: H or W is not a multiple of the spatial ratio.
+            UserError: neither images nor videos, or H or W is not a multiple of the spatial ratio.
         """
+        channels = self.config.in_channels
+        if x.ndim not in (4, 5) or x.shape[1] != channels or not x.numel():
+            raise UserError(
+                f"pixels of shape {[*x.shape]}: the image autoencoder takes [B, {channels}, H, W] or "
+                f"[B, {channels}, T, H, W] with a frame or more"
+            )
         height, width = x.shape[-2:]
         space = self.compression[1]
         if height % space or width % space:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from opensora.registry import MODELS
 from opensora.utils.errors import UserError
-from opensora.utils.weights import load_model
+from opensora.utils.weights_loading import load_model
 
 MAX_FACTOR = 8  # widths grow to this many times the first one
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from opensora.utils.errors import UserError
-from opensora.utils.weights import WeightFiles, check_match, open_weights
+from opensora.utils.weights import WeightFiles, open_weights
+from opensora.utils.weights_loading import check_match
 
 CONVOLUTIONS = (2, 2, 3, 3, 3)  # of each VGG16 stage; a stage ends after its last ReLU, the next begins with a pooling
 WIDTHS = (64, 128, 256, 512, 512)

@@ -1,0 +1,149 @@
+"""Models filled with stored weights, strictly; a mismatch says what it is.
+
+Models are built on the meta device and filled from the file, one tensor at a time, so that host memory stays close to
+the size of the file.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from opensora.utils.errors import UserError, few
+from opensora.utils.logging import get_logger
+from opensora.utils.weights import WeightFiles, open_weights
+
+logger = get_logger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
+Shapes = Mapping[str, tuple[int, ...]]
+Explain = Callable[[Shapes], list[str]]
+
+
+def check_match(
+    model: nn.Module,
+    weights: WeightFiles,
+    *,
+    explain: Explain | None = None,
+    metadata: Mapping[str, str] | None = None,
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+) -> tuple[list[str], list[str]]:
+    """Compare a model with a state dict on disk, before any tensor is read; arguments as in `load_model`.
+
+    Returns:
+        the tolerated missing keys and the tolerated unexpected keys.
+
+    Raises:
+        UserError: they differ; says how, and which config key to change.
+    """
+    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    missing = [key for key in wanted if key not in weights.shapes]
+    unexpected = [key for key in weights.shapes if key not in wanted]
+    tolerated = (
+        [key for key in missing if key.startswith(tuple(allow_missing))],
+        [key for key in unexpected if key.startswith(tuple(allow_unexpected))],
+    )
+    problems = {
+        "missing in the file": [key for key in missing if key not in tolerated[0]],
+        "not in the model": [key for key in unexpected if key not in tolerated[1]],
+        "of another shape": [
+            f"{key} {[*weights.shapes[key]]} instead of {[*shape]}"
+            for key, shape in wanted.items()
+            if key in weights.shapes and weights.shapes[key] != shape
+        ],
+    }
+    hints = explain(weights.shapes) if explain and any(problems.values()) else []
+    hints += [
+        f"The file records {key}={weights.metadata[key]}, the config says {value}: "
+        f"set model.{key}={weights.metadata[key]}, or convert the file."
+        for key, value in (metadata or {}).items()
+        if weights.metadata.get(key, value) != value and not any(f".{key}=" in hint for hint in hints)
+    ]
+    hints += [f"Tensors {kind}: {few(names)}." for kind, names in problems.items() if names]
+    if hints:
+        raise UserError("\n  ".join([f"The weights {weights.path} do not fit the configured model.", *hints]))
+    return tolerated
+
+
+def load_model(
+    build: Callable[[], Model],
+    from_pretrained: str | Path | None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    explain: Explain | None = None,
+    metadata: Mapping[str, str] | None = None,
+    allow_missing: Mapping[str, float] | None = None,
+    allow_unexpected: Sequence[str] = (),
+    cache_dir: str | None = None,
+) -> Model:
+    """Build a model and fill it with the weights at ``from_pretrained``; nothing is initialised only to be overwritten.
+
+    Args:
+        build: makes the model; called with the meta device as default. A module that has buffers which are not in its
+            state dict must offer ``reset_buffers(device)`` to compute them; other tensors it keeps must not be made in
+            its constructor.
+        from_pretrained: weights, see `open_weights`; empty for a new model, freshly initialised.
+        device: where the weights go; "meta", with a new model, builds it without memory.
+        dtype: dtype of floating-point weights; None keeps the file's.
+        explain: given the shapes in the file, says which config keys disagree (one sentence each).
+        metadata: layouts the model expects, checked against those that the file records (if it does).
+        allow_missing: prefixes of keys that the file may lack, and the constant they are filled with.
+        allow_unexpected: prefixes of keys that the file may have beyond the model's.
+        cache_dir: cache of downloads.
+
+    Raises:
+        UserError: no such file, an unreadable one, or one that does not fit; says what to do.
+    """
+    if not from_pretrained:
+        with torch.device(device):
+            return build().to(dtype=dtype)
+    weights = open_weights(from_pretrained, cache_dir)
+    with torch.device("meta"):
+        model = build()
+    missing, unexpected = check_match(
+        model,
+        weights,
+        explain=explain,
+        metadata=metadata,
+        allow_missing=allow_missing or (),
+        allow_unexpected=allow_unexpected,
+    )
+    state = dict(weights.tensors(device, dtype, skip=unexpected))
+    for key in missing:
+        value = next(value for prefix, value in (allow_missing or {}).items() if key.startswith(prefix))
+        state[key] = torch.full(model.get_parameter(key).shape, value, dtype=dtype, device=device)
+        logger.info("%s is not in %s: filled with %g", key, weights.path, value)
+    if unexpected:
+        logger.info("Left out from %s: %s", weights.path, few(unexpected))
+    model.load_state_dict(state, assign=True)
+    for name, module in model.named_modules():
+        own_buffers = dict(module.named_buffers(recurse=False))
+        if any(buffer.is_meta for buffer in own_buffers.values()):
+            reset = getattr(module, "reset_buffers", None)
+            assert callable(reset), f"{name} has buffers outside its state dict and no reset_buffers(device)"
+            reset(torch.device(device))
+    return model
+
+
+def load_into(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    explain: Explain | None = None,
+    metadata: Mapping[str, str] | None = None,
+    cache_dir: str | None = None,
+) -> None:
+    """Copy the weights at ``path`` into a model that exists, strictly; its devices and dtypes stay.
+
+    Arguments and errors as in `load_model`.
+    """
+    weights = open_weights(path, cache_dir)
+    check_match(model, weights, explain=explain, metadata=metadata)
+    own = model.state_dict()
+    with torch.no_grad():
+        for key, tensor in weights.tensors():
+            own[key].copy_(tensor)
