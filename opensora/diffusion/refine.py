@@ -22,6 +22,7 @@ from PIL import Image
 
 from opensora.diffusion.prompts import Request
 from opensora.utils.errors import UserError
+from opensora.utils.hub import only_local
 from opensora.utils.logging import get_logger
 from opensora.utils.video import is_video, read_image, read_video
 
@@ -153,9 +154,10 @@ class LocalModel:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        local = only_local(path)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+            self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
+            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=local)
             self.model = model.to(device).eval()
         except (OSError, ValueError) as error:
             raise UserError(f"--refine-model {path}: cannot be loaded ({error})") from error

@@ -27,12 +27,17 @@ RELEASED = {
 }
 
 
-def is_reachable() -> bool:
-    """Whether the hub answers, asked once.
+def only_local(path: str | Path) -> bool:
+    """The ``local_files_only`` of transformers' ``from_pretrained(path)``: true for folders, and without a network.
 
     Its library tries every request six times before it looks into its cache: half a minute for one file, minutes for
-    a model of transformers. Where this says no, give that library ``local_files_only=True``.
+    a model.
     """
+    return Path(path).is_dir() or not is_reachable()
+
+
+def is_reachable() -> bool:
+    """Whether the hub answers, asked once."""
     from huggingface_hub import constants, get_session
 
     try:

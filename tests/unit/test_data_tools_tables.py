@@ -194,3 +194,7 @@ def test_sheets(run_folder, capsys):
     assert read_image(run_folder / "report" / "kept.png").std() > 5
     with pytest.raises(UserError, match="--rows 0: expected 1 or more"):
         sheet.main([str(run_folder), "--rows", "0"])
+    table = pl.read_parquet(run_folder / "table.parquet")
+    table.with_columns(clip_path=pl.lit(None, pl.String)).write_parquet(run_folder / "table.parquet")
+    with pytest.raises(UserError, match="no file became a clip; tools/data/status.py"):
+        sheet.main([str(run_folder)])

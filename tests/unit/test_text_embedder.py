@@ -5,10 +5,12 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from opensora.diffusion import refine
 from opensora.models.text import HFEmbedder
 from opensora.utils import hub
 from opensora.utils.errors import UserError
 from tests.conftest import ROOT
+from tools.data import caption
 
 NAMES = {"t5": "google/t5-demo", "clip": "openai/clip-demo"}
 
@@ -77,3 +79,13 @@ def test_a_hub_id_without_a_network_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "is_reachable", lambda: False)
     with pytest.raises(UserError, match=r"hf download org/t5-tiny --local-dir org/t5-tiny$"):
         HFEmbedder("org/t5-tiny", 16, cache_dir=str(tmp_path))
+
+
+def test_language_models_ask_the_hub_once_too(monkeypatch):
+    """Without a network, one that is not in the cache is refused at once."""
+    asked = []
+    monkeypatch.setattr(hub, "is_reachable", lambda: asked.append(1))
+    for load in (lambda: refine.LocalModel("org/absent"), lambda: caption.LocalModel({"local": "org/absent"})):
+        with pytest.raises(UserError, match=r"org/absent: cannot be loaded"):
+            load()
+    assert len(asked) == 2

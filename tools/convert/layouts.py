@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opensora.models.mmdit import MMDiTConfig, MMDiTModel
 from opensora.models.mmdit.loading import Shapes, config_of_shapes
-from opensora.utils.errors import UserError
+from opensora.utils.errors import UserError, few
 
 State = dict[str, Tensor]
 
@@ -183,8 +183,7 @@ def from_diffusers(state: Mapping[str, Tensor]) -> State:
         # (scale, shift) there, (shift, scale) here
         renamed[name] = torch.cat(value.chunk(2)[::-1]) if "adaLN_modulation" in name else value
     if unknown:
-        few = ", ".join(unknown[:5]) + (f", ... ({len(unknown)} in all)" if len(unknown) > 5 else "")
-        raise UserError(f"it has tensors that FluxTransformer2DModel does not have: {few}")
+        raise UserError(f"it has tensors that FluxTransformer2DModel does not have: {few(unknown)}")
     converted: State = {}
     for key, value in renamed.items():
         prefix, name, kind = _split_key(key)

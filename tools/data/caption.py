@@ -13,6 +13,7 @@ import polars as pl
 from PIL import Image
 
 from opensora.utils.errors import UserError
+from opensora.utils.hub import only_local
 from opensora.utils.logging import get_logger
 from opensora.utils.video import read_image
 from tools.data.stage import Row, Stage, Worker, shrink
@@ -221,11 +222,13 @@ class LocalModel:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         self.settings = settings
+        path = settings["local"]
+        local = only_local(path)
         try:
-            self.processor = AutoProcessor.from_pretrained(settings["local"])
-            model: Any = AutoModelForImageTextToText.from_pretrained(settings["local"], dtype="auto")
+            self.processor = AutoProcessor.from_pretrained(path, local_files_only=local)
+            model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", local_files_only=local)
         except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"--caption.local {settings['local']}: cannot be loaded ({error})") from error
+            raise UserError(f"--caption.local {path}: cannot be loaded ({error})") from error
         self.model = model.to(settings["device"]).eval()
 
     def __call__(self, prompt: str, images: Sequence[Image.Image]) -> tuple[str, int, int]:

@@ -53,6 +53,8 @@ def make_sheets(root: Path, out: Path, rows: int, frames: int, seed: int) -> lis
     if "clip_path" not in table.columns:
         raise UserError(f"{root}: the run made no clips: its stages lack cut (or whole)")
     table = table.filter(pl.col("clip_path").is_not_null() & pl.col("error").is_null())
+    if table.is_empty():
+        raise UserError(f"{root}: no file became a clip; tools/data/status.py {root} says why")
     groups = {"kept": table.filter(pl.col("keep"))}
     for reason in sorted(table.filter(~pl.col("keep"))["reason"].unique()):
         name = re.sub(r"[^\w.]+", "-", reason.replace("<", "below").replace(">", "above"))

@@ -119,7 +119,7 @@ class HFEmbedder(nn.Module):
         folder = Path(from_pretrained).expanduser()
         is_folder = folder.is_dir()
         path = str(folder) if is_folder else from_pretrained
-        files: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": is_folder or not hub.is_reachable()}
+        files: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": hub.only_local(path)}
         options: dict[str, Any] = {"max_length": self.max_length, **files}
         try:
             if self.is_clip:
