@@ -5,10 +5,11 @@ import re
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.utils.data import Dataset
 
-from opensora.datasets.rows import ShardedRows, TableRows, check_numbers, read_numbers
+from opensora.datasets.rows import ShardedRows, TableRows, read_numbers, with_numbers
 from opensora.datasets.table import MEDIA_COLUMNS, read_table, require_columns, resolve_media_paths
 from opensora.datasets.transforms import TRANSFORMS, to_model_range
 from opensora.datasets.video_io import BrokenMediaError, read_frames
@@ -72,6 +73,7 @@ def choose_frames(total: int, num_frames: int, stride: int, rng: np.random.Gener
 def frame_strides(fps: np.ndarray, fps_max: float) -> np.ndarray:
     """Strides of :func:`target_fps` for many rates: int32 ``[N]``."""
     strided = np.nan_to_num(np.ceil(fps / fps_max), nan=1.0)
+    strided = np.minimum(strided, np.iinfo(np.int32).max)
     return np.where(np.isnan(fps) | (fps < fps_max), 1, strided).astype(np.int32)
 
 
@@ -92,7 +94,8 @@ class VideoTextDataset(Dataset):
         require_text: refuse a table without captions (VAE training does not need them).
 
     Raises:
-        UserError: missing file or column, a length or size that is none, or clips that are not where the table says.
+        UserError: missing file or column, a length, size or rate that is none, or clips that are not where the table
+            says.
     """
 
     def __init__(
@@ -110,6 +113,8 @@ class VideoTextDataset(Dataset):
             raise UserError("dataset.data_path is not set: give a csv or parquet table of clips")
         if (transform_name or "resize_crop") not in TRANSFORMS:
             raise UserError(f"dataset.transform_name={transform_name!r}: choose from {', '.join(TRANSFORMS)}")
+        if not fps_max > 0:
+            raise UserError(f"dataset.fps_max={fps_max:g}: must be more than 0 frames per second")
         if not 0 <= max_broken <= 1:
             raise UserError(f"dataset.max_broken={max_broken:g}: a share of the rows, from 0 to 1")
         self.data_path, self.fps_max, self.max_broken = str(data_path), fps_max, max_broken
@@ -123,8 +128,8 @@ class VideoTextDataset(Dataset):
             table = read_table(data_path)
             hint = "scripts/cnv/meta.py adds all but path and text."
             require_columns(table, [*MEDIA_COLUMNS, *texts], data_path, hint)
-            check_numbers(table, data_path)
-            self.data = resolve_media_paths(table, data_path)
+            scores = ("score_vmafmotion",) if vmaf and "score_vmafmotion" in table else ()
+            self.data = resolve_media_paths(with_numbers(table, data_path, scores), data_path)
             self.rows = TableRows(self.data)
         self.vmaf = vmaf and "score_vmafmotion" in self.rows.columns
         self._numbers = {name: self.data[name].to_numpy() for name in ("num_frames", "fps")}
@@ -184,10 +189,12 @@ class VideoTextDataset(Dataset):
         fps = target_fps(_number(row["fps"]), self.fps_max)[0] if key.num_frames > 1 else 0
         motion = _number(row["score_vmafmotion"]) if self.vmaf else None
         text = row.get("text")
-        return add_suffix(text if isinstance(text, str) else "", fps, self.fps_max, motion)
+        return add_suffix("" if pd.isna(text) else str(text), fps, self.fps_max, motion)
 
     def _frames(self, key: SampleKey, row: dict[str, Any], stride: int, rng: np.random.Generator) -> np.ndarray:
         if not is_video(row["path"]):
+            if key.num_frames > 1:
+                raise BrokenMediaError(f"{row['path']}: a picture, but num_frames is {row['num_frames']} in its row")
             try:
                 return read_image(row["path"])[None]
             except UserError as error:

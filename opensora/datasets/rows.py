@@ -8,6 +8,7 @@ rows (to sort them into buckets), but paths and captions only of the rows at han
 import json
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def read_numbers(path: str | Path, extra: tuple[str, ...] = ()) -> pd.DataFrame:
     """The number columns of a parquet table, 4 bytes each, without reading the others.
 
     Raises:
-        UserError: not a parquet table, or missing columns.
+        UserError: not a parquet table, missing columns, or a cell that cannot be (see :func:`with_numbers`).
     """
     path = Path(path)
     if path.suffix == ".csv":
@@ -154,27 +155,37 @@ def read_numbers(path: str | Path, extra: tuple[str, ...] = ()) -> pd.DataFrame:
     require_columns(pd.DataFrame(columns=names), [*NUMBER_COLUMNS, *extra], path, hint="scripts/cnv/meta.py adds them.")
     columns: dict[str, np.ndarray] = {}
     for name in NUMBER_COLUMNS:  # column by column, so that no more than one is held twice
-        values = file.read(columns=[name]).column(0).to_numpy().astype(np.float32 if name == "fps" else np.float64)
-        columns[name] = values if name == "fps" else _whole(values, name, path)
-    return pd.DataFrame(columns, copy=False)
+        columns[name] = _numbers(file.read(columns=[name]).column(0).to_pandas(), name, path)
+    return pd.DataFrame({**columns, "fps": columns["fps"].astype(np.float32)}, copy=False)
 
 
-def _whole(values: np.ndarray, name: str, path: str | Path) -> np.ndarray:
-    """Positive whole numbers as int32; a UserError names the first row that has none."""
-    bad = ~(np.isfinite(values) & (values >= 1) & (values < 2**31))
+def with_numbers(table: pd.DataFrame, path: str | Path, scores: Sequence[str] = ()) -> pd.DataFrame:
+    """A copy whose number columns hold numbers: lengths and sizes as int32, rates and ``scores`` as float64 (NaN where
+    a cell is empty).
+
+    Raises:
+        UserError: names the first cell that is none, or cannot be.
+    """
+    return table.assign(**{name: _numbers(table[name], name, path) for name in (*NUMBER_COLUMNS, *scores)})
+
+
+def _numbers(cells: pd.Series, name: str, path: str | Path) -> np.ndarray:
+    """A column of a table as numbers, see :func:`with_numbers`."""
+    values = pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    if name in ("num_frames", "height", "width"):
+        expected, bad = "a whole number from 1", ~((values >= 1) & (values < 2**31) & (values == np.floor(values)))
+    else:
+        expected, bad = "a number from 0, or nothing", (values < 0) | np.isinf(values)
+        bad |= np.isnan(values) & cells.notna().to_numpy()
     if bad.any():
         row = int(bad.argmax())
+        cell = cells.iloc[row]
+        shown = "empty" if pd.isna(cell) else repr(cell) if isinstance(cell, str) else f"{cell:g}"
+        measured = "; scripts/cnv/meta.py measures it" if name in NUMBER_COLUMNS else ""
         raise UserError(
-            f"{path}, row {row + 2}: {name} is {values[row]:g}, expected a whole number from 1 "
-            f"({int(bad.sum())} rows in all); scripts/cnv/meta.py measures it"
+            f"{path}, row {row + 2}: {name} is {shown}, expected {expected} ({int(bad.sum())} rows in all){measured}"
         )
-    return values.astype(np.int32)
-
-
-def check_numbers(table: pd.DataFrame, path: str | Path) -> None:
-    """Raise a UserError for the first row whose length or size is missing, not a number, or below 1."""
-    for name in ("num_frames", "height", "width"):
-        _whole(pd.to_numeric(table[name], errors="coerce").to_numpy(dtype=np.float64), name, path)
+    return values.astype(np.int32) if expected.startswith("a whole") else values
 
 
 def write_shards(path: str | Path, shards: int | None = None, overwrite: bool = False) -> Path:

@@ -10,10 +10,14 @@ from opensora.utils.errors import UserError
 from opensora.utils.video import write_beside
 
 MEDIA_COLUMNS = ("path", "num_frames", "height", "width", "fps")
+TEXT_COLUMNS = ("path", "text")
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
     """Read ``.csv`` or ``.parquet``.
+
+    Paths and captions of a CSV are taken letter by letter: ``7``, ``007`` and ``None`` are texts there; only an empty
+    cell is none.
 
     Raises:
         UserError: missing file, other format, or a file that cannot be parsed.
@@ -23,9 +27,19 @@ def read_table(path: str | Path) -> pd.DataFrame:
         raise UserError(f"{path}: no such file (expected a CSV or parquet table)")
     check_table_name(path)
     try:
-        return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+        return _read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
     except (ValueError, OSError) as error:  # pandas and pyarrow errors derive from these
         raise UserError(f"{path}: cannot be read as a table ({error})") from error
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    table = pd.read_csv(path)
+    if not isinstance(table.index, pd.RangeIndex):
+        raise ValueError("its rows have more fields than its header; a text with commas must stand in quotes")
+    texts = [name for name in TEXT_COLUMNS if name in table]
+    if texts:  # pandas knows one set of words for "nothing" only, and in numbers NA and null are what they say
+        table[texts] = pd.read_csv(path, usecols=texts, dtype=str, keep_default_na=False, na_values=[""])[texts]
+    return table
 
 
 def write_table(table: pd.DataFrame, path: str | Path) -> Path:

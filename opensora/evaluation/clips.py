@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from opensora.datasets.buckets import BucketTable
 from opensora.datasets.dataset import target_fps
 from opensora.datasets.meta import probe_media
+from opensora.datasets.rows import with_numbers
 from opensora.datasets.table import MEDIA_COLUMNS, read_table, require_columns, resolve_media_paths
 from opensora.datasets.transforms import resize_crop, to_model_range
 from opensora.datasets.video_io import BrokenMediaError, read_frames
@@ -70,13 +71,13 @@ def list_media(data_path: str | Path) -> pd.DataFrame:
     """Path, frames, size and rate of the clips of a table, or of the clips and pictures of a folder (and below it).
 
     Raises:
-        UserError: no such table or folder, missing columns or files, nothing readable.
+        UserError: no such table or folder, missing columns or files, numbers that cannot be, nothing readable.
     """
     folder = Path(data_path)
     if not folder.is_dir():
         table = read_table(data_path)
         require_columns(table, MEDIA_COLUMNS, data_path, hint="scripts/cnv/meta.py adds all but path.")
-        return resolve_media_paths(table, data_path)
+        return resolve_media_paths(with_numbers(table, data_path), data_path)
     rows = []
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)):
         try:

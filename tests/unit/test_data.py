@@ -69,6 +69,22 @@ def test_bad_tables_are_named(tmp_path, clips):
         VideoTextDataset(str(tmp_path / "b.csv"))
 
 
+def test_captions_are_taken_letter_by_letter(tmp_path, clips):
+    texts = ["7", "None", "NA", "null", "007", "", '"a, b"', "1e3"]
+    header = "path,text,num_frames,height,width,fps\n"
+    rows = [f"{clips.parent / f'{i}.mp4'},{text},17,64,64,8\n" for i, text in enumerate(texts)]
+    (tmp_path / "a.csv").write_text(header + "".join(rows))
+    dataset = VideoTextDataset(str(tmp_path / "a.csv"), fps_max=999)
+    expected = ["7", "None", "NA", "null", "007", "", "a, b", "1e3"]
+    assert [dataset.caption(SampleKey(i, 17, 64, 64, 0), dataset.row(i)) for i in range(8)] == expected
+    dataset.data.assign(text=range(8)).to_parquet(tmp_path / "b.parquet")
+    numbers = VideoTextDataset(str(tmp_path / "b.parquet"), fps_max=999)
+    assert numbers.caption(SampleKey(3, 17, 64, 64, 0), numbers.row(3)) == "3"
+    (tmp_path / "c.csv").write_text(header + "".join(row.replace(",17", " and more,x,17") for row in rows[:2]))
+    with pytest.raises(UserError, match="rows have more fields than its header; a text with commas"):
+        read_table(tmp_path / "c.csv")
+
+
 def test_fps_and_suffix():
     assert target_fps(24, 24) == (24, 1)
     assert target_fps(30, 24) == (15, 2)

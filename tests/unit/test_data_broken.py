@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from opensora.datasets.dataloader import build_train_loader, endless, prefetch
-from opensora.datasets.dataset import SampleKey, VideoTextDataset
+from opensora.datasets.dataset import SampleKey, VideoTextDataset, frame_strides
+from opensora.datasets.rows import read_numbers
 from opensora.datasets.video_io import BrokenMediaError
 from opensora.utils.errors import UserError
-from opensora.utils.video import save_video
+from opensora.utils.video import save_image, save_video
 
 CONFIG = {"32px_ar1:1": {9: (1.0, 2)}}
 BROKEN = (3, 4)  # a file of zeros, and a clip shorter than its row says
@@ -91,14 +92,56 @@ def test_without_spares(clips, tmp_path):
         list(loader)
 
 
-def test_numbers_are_checked(clips, tmp_path):
+@pytest.mark.parametrize(
+    ("column", "cell", "message"),
+    [
+        ("height", "tall", "row 7: height is 'tall', expected a whole number from 1 .1 rows in all.; scripts/cnv/meta"),
+        ("num_frames", None, "row 7: num_frames is empty"),
+        ("num_frames", 8.5, "row 7: num_frames is 8.5"),
+        ("width", float("inf"), "row 7: width is inf"),
+        ("fps", "fast", "row 7: fps is 'fast', expected a number from 0, or nothing"),
+        ("fps", -8.0, "row 7: fps is -8"),
+        ("score_vmafmotion", "high", "row 7: score_vmafmotion is 'high'.*in all.$"),
+    ],
+)
+def test_numbers_are_checked(clips, tmp_path, column, cell, message):
+    table = pd.read_csv(clips).assign(score_vmafmotion=1.0)
+    table["path"] = [str(clips.parent / path) for path in table["path"]]
+    table[column] = table[column].astype(object)
+    table.loc[5, column] = cell
+    table.to_csv(tmp_path / "bad.csv", index=False)
+    with pytest.raises(UserError, match=f"bad.csv, {message}"):
+        VideoTextDataset(str(tmp_path / "bad.csv"), vmaf=True)
+    if column == "score_vmafmotion":
+        return
+    table[column] = table[column].astype(str if isinstance(cell, str) else float)
+    table.to_parquet(tmp_path / "bad.parquet")
+    with pytest.raises(UserError, match=f"bad.parquet, {message}"):
+        read_numbers(tmp_path / "bad.parquet")
+
+
+def test_numbers_may_be_written_as_text(clips, tmp_path):
+    table = pd.read_csv(clips).astype(str)
+    table["path"] = [str(clips.parent / path) for path in table["path"]]
+    table.to_parquet(tmp_path / "clips.parquet")
+    item = VideoTextDataset(str(tmp_path / "clips.parquet"))[SampleKey(2, 9, 32, 32, 0)]
+    assert (item["video"].shape, item["text"]) == ((3, 9, 32, 32), "clip 2. 8 FPS.")
+
+
+def test_a_rate_beyond_reason_makes_a_clip_too_short():
+    assert frame_strides(np.array([8.0, 1e12, np.nan]), 24).tolist() == [1, 2**31 - 1, 1]
+    with pytest.raises(UserError, match="dataset.fps_max=0: must be more than 0"):
+        VideoTextDataset("clips.csv", fps_max=0)
+
+
+def test_a_picture_whose_row_says_that_it_is_a_clip_is_left_out(clips, tmp_path):
     table = pd.read_csv(clips)
     table["path"] = [str(clips.parent / path) for path in table["path"]]
-    table["height"] = table["height"].astype(object)
-    table.loc[5, "height"] = "tall"
-    table.to_csv(tmp_path / "bad.csv", index=False)
-    with pytest.raises(UserError, match="bad.csv, row 7: height is nan"):
-        VideoTextDataset(str(tmp_path / "bad.csv"))
+    table.loc[2, "path"] = str(save_image(np.zeros((32, 32, 3), dtype=np.uint8), tmp_path / "a.png"))
+    table.to_csv(tmp_path / "clips.csv", index=False)
+    found, loader = batches(tmp_path / "clips.csv", 0, 0, 6)
+    assert all(batch["video"].shape == (2, 3, 9, 32, 32) for batch in found)
+    assert "a.png: a picture, but num_frames is 17" in loader.broken.reasons[2]
 
 
 def test_prefetching_changes_nothing(clips):

@@ -28,7 +28,7 @@ def folder(tmp_path):
     save_image(noise(20, 40, 3), tmp_path / "b.png")
     (tmp_path / "zeros.mp4").write_bytes(bytes(1000))
     names = ["a.mp4", "zeros.mp4", "b.png", "gone.mp4"]
-    pd.DataFrame({"path": names, "text": names}).to_csv(tmp_path / "clips.csv", index=False)
+    pd.DataFrame({"path": names, "text": ["None", "b", "007", "d"]}).to_csv(tmp_path / "clips.csv", index=False)
     return tmp_path
 
 
@@ -36,6 +36,8 @@ def test_columns_come_from_headers(folder):
     assert write_meta(folder / "clips.csv", folder / "out.csv", num_workers=0) == (2, 2)
     table = pd.read_csv(folder / "out.csv")
     assert list(table.columns) == ["path", "text", *META_COLUMNS]
+    assert (folder / "out.csv").read_text().splitlines()[1].startswith("a.mp4,None,")
+    assert (folder / "out.csv").read_text().splitlines()[2].startswith("b.png,007,")
     clip, picture = table.to_dict("records")
     assert (clip["path"], clip["num_frames"], clip["height"], clip["width"]) == ("a.mp4", 17, 32, 48)
     assert (clip["fps"], clip["resolution"]) == (23.976, 32 * 48)
