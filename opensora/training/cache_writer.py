@@ -35,7 +35,7 @@ from opensora.training.cached import (
 )
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
-from opensora.utils.video import write_text
+from opensora.utils.video import remove_unfinished_files, write_text
 from opensora.utils.weights_writing import save_safetensors
 
 logger = get_logger(__name__)
@@ -128,6 +128,7 @@ class CacheWriter:
     def run(self) -> Path:
         """Write what is not there yet; returns the folder."""
         self._start()
+        remove_unfinished_files(self.folder)
         logger.info("%d clips, %d texts\n%s", len(self.plan.keys), len(self.plan.texts), self.sampler.describe(0))
         if "text" in self.parts:
             self._write_texts()
@@ -152,10 +153,10 @@ class CacheWriter:
                     "--overwrite to replace it"
                 )
             return
+        for name in ("index.parquet", "cache.json", "broken.csv"):  # from here on, nobody takes it for a whole cache
+            (self.folder / name).unlink(missing_ok=True)
         for old in ("video", "text"):
             shutil.rmtree(self.folder / old, ignore_errors=True)
-        for name in ("index.parquet", "broken.csv"):
-            (self.folder / name).unlink(missing_ok=True)
         write_text(self.info.to_json(), file)
 
     def _shards(self, count: int) -> Iterator[tuple[int, range]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from opensora.utils.errors import UserError
+from opensora.utils.video import remove_unfinished_files
 from opensora.utils.weights import is_stored, load_state_dict, open_weights
 
 STATES = "running_states.json"  # the last file to be written into a checkpoint
@@ -66,7 +67,8 @@ def beside(checkpoint: Path, doing: str) -> Path:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what a killed run was writing or deleting."""
+    """Delete what a killed run was writing or deleting: checkpoints, sample videos."""
+    remove_unfinished_files(folder)
     for doing in ("writing", "removing"):
         for path in folder.glob(f".epoch*-global_step*.{doing}"):
             shutil.rmtree(path, ignore_errors=True)

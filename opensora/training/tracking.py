@@ -35,11 +35,12 @@ class TensorBoardTracker:
 
     Args:
         folder: experiment folder.
-        start_step: where the run goes on; what an earlier, killed run wrote beyond it is hidden.
+        start_step: where the run goes on; what an earlier, killed run wrote beyond it (one that left no checkpoint:
+            all of it) is hidden.
     """
 
     def __init__(self, folder: Path, start_step: int = 0) -> None:
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """See :class:`Tracker`."""

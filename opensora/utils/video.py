@@ -19,6 +19,7 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", "
 # x264 makes the same file of the same frames on every processor. Without it, its routines for AVX-512 read memory
 # that nobody wrote (core 165), and each run gave another file.
 SAME_EVERYWHERE = {"x264-params": "cpu-independent=1"}
+UNFINISHED = ".unfinished-"  # start of the names that files have while they are written
 VIDEO_EXTENSIONS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 
 
@@ -54,11 +55,11 @@ def write_beside(path: str | Path, write: Callable[[Path], None]) -> Path:
     """Let ``write`` fill a temporary file beside ``path``, then rename it, so that ``path`` is whole or absent.
 
     The temporary name keeps the ending of ``path``, since codecs choose their container by it. Missing parent folders
-    are created.
+    are created. What a killed program leaves is for :func:`remove_unfinished_files`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=UNFINISHED, suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -69,6 +70,13 @@ def write_beside(path: str | Path, write: Callable[[Path], None]) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return path
+
+
+def remove_unfinished_files(folder: Path) -> None:
+    """Delete what killed programs were writing with :func:`write_beside` in a folder or below it, where no other
+    program is at work."""
+    for path in folder.rglob(f"{UNFINISHED}*"):
+        path.unlink(missing_ok=True)
 
 
 def _umask() -> int:

@@ -3,6 +3,7 @@
 import json
 import pprint
 import runpy
+import shutil
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +25,7 @@ from opensora.training.cached import cached_encoders, check_cache, dataset_secti
 from opensora.training.inputs import InputEncoder, InputOptions
 from opensora.training.trainer import Trainer
 from opensora.utils.errors import UserError
-from opensora.utils.video import save_image, save_video
+from opensora.utils.video import save_image, save_video, write_beside
 from opensora.utils.weights_writing import save_safetensors
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "diffusion" / "cache.py"
@@ -176,13 +177,34 @@ def test_a_stopped_writer_goes_on(written, tmp_path, monkeypatch):
         build_module(dataset, DATASETS)
     assert [p.name for p in (folder / "video").iterdir()] == ["00000.safetensors"]
     monkeypatch.setattr(CacheWriter, "_encode", real)
+    left = []
+    write_beside(folder / "cache.json.2", lambda path: left.append(path) or path.touch()).unlink()
+    left[0].touch()  # as a kill before the renaming leaves it
     CacheWriter(cfg).run()
+    assert not left[0].exists()
     theirs = Path(written["cache_dir"])
     for file in ("video/00000", "video/00001", "text/00000"):
         name = f"{file}.safetensors"
         assert (folder / name).stat().st_size > 0
         a, b = (build_module(dict(dataset, cache_dir=str(c)), DATASETS).cache.clip(1) for c in (folder, theirs))
         assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("stopped_at", ["video", "text"])
+def test_a_cache_that_is_being_replaced_is_not_taken_for_a_whole_one(written, tmp_path, monkeypatch, stopped_at):
+    folder = shutil.copytree(written["cache_dir"], tmp_path / "cache")
+    real = shutil.rmtree
+
+    def rmtree(path, **options):
+        if Path(path).name == stopped_at:
+            raise KeyboardInterrupt
+        real(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    with pytest.raises(KeyboardInterrupt):
+        CacheWriter(config(written, cache_dir=str(folder), overwrite=True)).run()
+    with pytest.raises(UserError, match="holds no cache"):
+        build_module(dataset_section(config(written, cache_dir=str(folder), cached_video=True)), DATASETS)
 
 
 @pytest.mark.parametrize(

@@ -79,15 +79,16 @@ def test_stages_are_timed(clock):
     assert off.take() == {}
 
 
-def test_a_resumed_run_hides_what_the_killed_one_wrote(tmp_path):
-    for start, steps, value in ((0, (1, 2, 3), 1.0), (1, (2, 3, 4), 2.0)):
+@pytest.mark.parametrize(("again_from", "first"), [(1, 1.0), (0, 2.0)], ids=["resumed", "begun anew"])
+def test_a_resumed_run_hides_what_the_killed_one_wrote(tmp_path, again_from, first):
+    for start, steps, value in ((0, (1, 2, 3), 1.0), (again_from, range(again_from + 1, 5), 2.0)):
         tracker = TensorBoardTracker(tmp_path, start)
         for step in steps:
             tracker.scalars({"loss": value}, step)
         tracker.video("sample/0", np.zeros((3, 4, 4, 3), np.uint8), tmp_path / "x.mp4", 8, steps[-1])
         tracker.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 2.0), (4, 2.0)]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, first), (2, 2.0), (3, 2.0), (4, 2.0)]
     assert "sample/0" in events.Tags()["images"]
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from opensora.training.checkpoint_writer import CheckpointWriter
 from opensora.training.loop import row_names
 from opensora.training.stopping import StopRequest
 from opensora.utils.errors import UserError
+from opensora.utils.video import write_beside
 from opensora.utils.weights import load_state_dict, open_weights
 from tools.convert.checkpoint import main as convert_main
 
@@ -118,8 +120,11 @@ def test_optimizer_states_in_one_file_are_read(tmp_path):
 def test_leftovers_of_a_killed_run_go(tmp_path):
     for doing in ("writing", "removing"):
         (tmp_path / f".epoch0-global_step7.{doing}" / "model").mkdir(parents=True)
+    temporary: list[Path] = []
+    write_beside(tmp_path / "samples" / "0000.mp4", lambda path: temporary.append(path) or path.touch())
+    temporary[0].touch()  # as a kill before the renaming leaves it
     remove_unfinished(tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.rglob("*")] == ["samples", "0000.mp4"]
 
 
 @pytest.mark.parametrize("step", [2, 1], ids=["next", "the_same_again"])
