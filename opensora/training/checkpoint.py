@@ -26,7 +26,8 @@ FOLDER = re.compile(r"epoch(\d+)-global_step(\d+)")
 class RunningStates:
     """Where a run stands: ``epoch`` and ``step`` (micro-batches into it) follow from the micro-steps done;
     ``global_step`` counts optimizer steps, ``skipped_steps`` those of them that changed nothing; ``replicas`` are the
-    data-parallel ranks that each did these micro-steps."""
+    data-parallel ranks that each did these micro-steps; ``saved_at`` is when the checkpoint was written (seconds since
+    1970), 0 if it does not say."""
 
     epoch: int
     step: int
@@ -35,6 +36,7 @@ class RunningStates:
     ema_updates: int = 0
     skipped_steps: int = 0
     replicas: int = 1
+    saved_at: float = 0.0
 
     def move_to(self, replicas: int) -> None:
         """Count micro-steps as another number of data-parallel ranks does them: the place in the data stays."""
@@ -75,9 +77,21 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints of an experiment, oldest first."""
+    """Whole checkpoints of an experiment in the order in which they were written.
+
+    That is not always the order of their steps: a run may have gone on from an older one, and what it has written since
+    is newer than what it left behind.
+    """
     found = [p for p in folder.glob("epoch*-global_step*") if FOLDER.fullmatch(p.name) and (p / STATES).is_file()]
-    return sorted(found, key=lambda p: int(p.name.rsplit("global_step", 1)[1]))
+    return sorted(found, key=lambda p: (_saved_at(p), int(p.name.rsplit("global_step", 1)[1])))
+
+
+def _saved_at(checkpoint: Path) -> float:
+    """See :class:`RunningStates`; 0 as well for what is not this program's."""
+    try:
+        return float(json.loads((checkpoint / STATES).read_text(encoding="utf-8")).get("saved_at", 0))
+    except (AttributeError, OSError, TypeError, ValueError):
+        return 0.0
 
 
 def put_in_place(written: Path, checkpoint: Path) -> None:
@@ -115,7 +129,7 @@ def find_checkpoint(load: str, outputs: str | Path) -> Path:
         candidates = [c for exp in Path(outputs).glob("*") if exp.is_dir() for c in list_checkpoints(exp)]
         if not candidates:
             raise UserError(f"--load latest: no checkpoint (epoch*-global_step*) below {outputs}")
-        return max(candidates, key=lambda p: (p / STATES).stat().st_mtime)
+        return max(candidates, key=lambda p: (_saved_at(p), (p / STATES).stat().st_mtime))
     path = Path(load)
     if (path / STATES).is_file():
         return path
@@ -125,8 +139,18 @@ def find_checkpoint(load: str, outputs: str | Path) -> Path:
 
 
 def load_states(checkpoint: Path) -> RunningStates:
-    """Where the run of a checkpoint stood."""
-    return RunningStates(**json.loads((checkpoint / STATES).read_text(encoding="utf-8")))
+    """Where the run of a checkpoint stood.
+
+    Raises:
+        UserError: it is not one of this program's.
+    """
+    try:
+        return RunningStates(**json.loads((checkpoint / STATES).read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"--load {checkpoint}: {STATES} is not of this program ({error}); to start from its weights alone, give "
+            f"--ckpt-path {checkpoint}"
+        ) from error
 
 
 def load_part(checkpoint: Path, name: str) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from time import time
 from typing import Any
 
 from safetensors import SafetensorError
@@ -66,7 +67,7 @@ class CheckpointWriter:
             UserError: the last one could not be written.
         """
         self.wait()
-        states, beside_training = replace(content.states), self.asynchronous and not last
+        states, beside_training = replace(content.states, saved_at=time()), self.asynchronous and not last
         target = self.folder / f"epoch{states.epoch}-global_step{states.global_step}"
         files = CheckpointFiles(content, self.ranks, self.shard_bytes, copies=beside_training)
         self._error = self._together(partial(self._begin, target))

@@ -150,6 +150,26 @@ def test_killed_while_an_old_one_is_deleted(tmp_path, monkeypatch, step):
     assert names(run) == [f"epoch0-global_step{step}"] == [p.name for p in run.iterdir()]
 
 
+def test_going_on_from_an_older_one(tmp_path):
+    """What is written then is the newest, although steps that the run has left behind are larger."""
+    run = tmp_path / "run"
+    for step, keep in ((10, -1), (20, -1), (12, 2), (14, 2)):
+        path = CheckpointWriter(run, keep_n_latest=keep).save(content(step))
+        assert find_checkpoint("latest", tmp_path) == find_checkpoint(str(run), tmp_path) == path
+        assert names(run)[-1] == path.name
+    assert names(run) == ["epoch0-global_step12", "epoch0-global_step14"]
+
+
+def test_states_of_another_program_are_refused(tmp_path):
+    checkpoint = tmp_path / "run" / "epoch0-global_step3"
+    checkpoint.mkdir(parents=True)
+    for text in ('{"epoch": 0, "step": 3, "global_step": 3, "actual_update_step": 3}', "[3]", "{"):
+        (checkpoint / "running_states.json").write_text(text)
+        assert find_checkpoint("latest", tmp_path) == checkpoint
+        with pytest.raises(UserError, match="not of this program .*--ckpt-path .*epoch0-global_step3"):
+            load_states(checkpoint)
+
+
 def test_a_folder_without_its_states_is_no_checkpoint(tmp_path):
     """Versions that deleted in place could leave one behind when they were killed."""
     run = tmp_path / "run"
