@@ -7,6 +7,9 @@ from pathlib import Path
 
 ROOT_LOGGER = "opensora"
 FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
+# PEFT and ColossalAI import bitsandbytes where it is installed; on a CPU it then warns that it has no kernel for 4-bit
+# weights, which nothing here uses.
+ONLY_ERRORS = ("bitsandbytes.backends.cpu.ops",)
 
 
 def get_logger(name: str = ROOT_LOGGER) -> logging.Logger:
@@ -18,6 +21,8 @@ def setup_logging(
     log_file: str | Path | None = None, level: int = logging.INFO, rank: int | None = None
 ) -> logging.Logger:
     """Send the package's log to stderr and, if given, to ``log_file``; ranks other than 0 only show warnings.
+
+    What other packages say stays as it is, except for needless warnings (`ONLY_ERRORS`).
 
     Args:
         log_file: file to append to (rank 0 only), its folder must exist.
@@ -32,6 +37,8 @@ def setup_logging(
         handler.close()
     logger.setLevel(level if rank == 0 else logging.WARNING)
     logger.propagate = False
+    for name in ONLY_ERRORS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if log_file is not None and rank == 0:
         handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
