@@ -43,6 +43,15 @@ def freeze(model: nn.Module, patterns: str | Sequence[str] | None) -> list[str]:
     return sorted(frozen)
 
 
+def unmap(model: nn.Module) -> None:
+    """Copy weights that lie in host memory to where any new tensor could lie; read from a file, they lie as they lay
+    there. Kernels of a CPU round the last bit differently by where in memory a tensor begins, and a run that goes on
+    from a file must round as one that never stopped."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+
+
 class LoraAdapter:
     """Low-rank adapters in a model (arXiv:2106.09685), by PEFT. The model keeps its class; its own weights are frozen.
 

@@ -34,7 +34,7 @@ from opensora.training.recompute import apply_recompute
 from opensora.training.throughput import TrainingFlops, peak_flops
 from opensora.training.tracking import create_trackers
 from opensora.training.train_samples import TrainSamples
-from opensora.training.trained import LoraAdapter, TrainedWeights, freeze, read_adapter
+from opensora.training.trained import LoraAdapter, TrainedWeights, freeze, read_adapter, unmap
 from opensora.training.validation import Validation
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -125,6 +125,7 @@ class Trainer:
         if cfg.lora_config:
             adapter = LoraAdapter(model, cfg.lora_config, self.resume / "lora" if self.resume else cfg.lora_checkpoint)
         else:
+            unmap(model)
             freeze(model, cfg.freeze_layers)
         apply_recompute(model, cfg.grad_checkpoint, cfg.grad_ckpt_buffer_size, self.device)
         total = sum(p.numel() for p in model.parameters())
