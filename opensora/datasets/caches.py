@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -32,6 +33,7 @@ from opensora.utils.errors import UserError
 VERSION = 1
 WHOLE = "all"  # run of frames that is the whole clip
 OPEN_FILES = 8  # shards that each loader worker keeps open
+SIZE_COLUMN = "file_bytes"  # not in the index of older caches
 INDEX_COLUMNS = ("row", "num_frames", "height", "width", "video_shard", "text", "text_shard", "text_hash", "path_hash")
 
 
@@ -115,7 +117,9 @@ class Cache:
         if not (self.folder / "index.parquet").is_file():
             raise UserError(f"the cache {self.folder} is not finished; go on with: {self.info.config}")
         try:
-            table = pd.read_parquet(self.folder / "index.parquet", columns=list(INDEX_COLUMNS))
+            there = pq.read_schema(self.folder / "index.parquet").names
+            names = [*INDEX_COLUMNS, *([SIZE_COLUMN] if SIZE_COLUMN in there else [])]
+            table = pd.read_parquet(self.folder / "index.parquet", columns=names)
         except (pa.ArrowException, ValueError, OSError) as error:
             raise UserError(f"{self.folder / 'index.parquet'}: cannot be read ({error})") from error
         rows = table["row"].to_numpy()
@@ -126,9 +130,9 @@ class Cache:
             )
         self.rows = rows
         self._columns: dict[str, np.ndarray] = {}
-        for name in INDEX_COLUMNS[1:]:
-            values = table[name].to_numpy()
-            column = np.zeros(num_rows, dtype=np.int64 if name.endswith("hash") else np.int32)
+        for name in (*INDEX_COLUMNS[1:], SIZE_COLUMN):
+            values = table[name].to_numpy() if name in names else 0
+            column = np.zeros(num_rows, dtype=np.int64 if name.endswith(("hash", "bytes")) else np.int32)
             column[rows] = values
             self._columns[name] = column
         self._open: OrderedDict[Path, Any] = OrderedDict()
@@ -138,7 +142,7 @@ class Cache:
         return {**self.__dict__, "_open": OrderedDict()}
 
     def column(self, name: str) -> np.ndarray:
-        """A column of the index by row of the table; 0 where a row is not cached."""
+        """A column of the index by row of the table; 0 where a row is not cached, or the cache does not say."""
         return self._columns[name]
 
     def clip(self, row: int) -> dict[str, Tensor]:
@@ -169,6 +173,14 @@ class Cache:
             raise UserError(
                 f"{path}: damaged or missing ({error}); delete it and go on with: {self.info.config}"
             ) from error
+
+
+def file_bytes(path: str | Path) -> int:
+    """Size of a file; 0 if it is not there, as clips need not be once they are cached."""
+    try:
+        return Path(path).stat().st_size
+    except OSError:
+        return 0
 
 
 def shard_path(folder: Path, kind: str, number: int) -> Path:
@@ -254,6 +266,8 @@ class CachedVideoTextDataset(VideoTextDataset):
         assert self.cache is not None
         if self.cache.column("path_hash")[index] != text_hash(Path(str(row["path"])).name):
             what = f"its clip is {row['path']}"
+        elif self.cached_video and self._another_size(index, row):
+            what = f"its clip {row['path']} has another size"
         elif self.cached_text and self.cache.column("text_hash")[index] != text_hash(self._cached_caption(index, row)):
             what = f"its text is {self._cached_caption(index, row)!r}"
         else:
@@ -262,6 +276,12 @@ class CachedVideoTextDataset(VideoTextDataset):
             f"{self.data_path}, row {index + 2}: {what}, not what the cache {self.cache.folder} holds; write it again: "
             f"{self.cache.info.config} --overwrite"
         )
+
+    def _another_size(self, index: int, row: dict[str, Any]) -> bool:
+        """Whether a clip of the right name is another one: folders of clips often share their names."""
+        assert self.cache is not None
+        cached = int(self.cache.column(SIZE_COLUMN)[index])
+        return cached > 0 and file_bytes(row["path"]) not in (0, cached)
 
     def _cached_caption(self, index: int, row: dict[str, Any]) -> str:
         frames = int(self.cache.column("num_frames")[index]) if self.cache is not None else 1

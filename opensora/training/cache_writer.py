@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from opensora.datasets.buckets import BucketTable
-from opensora.datasets.caches import WHOLE, CacheInfo, run_name, shard_path, text_hash
+from opensora.datasets.caches import SIZE_COLUMN, WHOLE, CacheInfo, file_bytes, run_name, shard_path, text_hash
 from opensora.datasets.dataset import SampleKey, VideoTextDataset
 from opensora.datasets.sampler import BucketBatchSampler
 from opensora.datasets.table import write_table
@@ -263,6 +263,7 @@ class CacheWriter:
         names = ["row", "num_frames", "height", "width", "video_shard", "text", "text_shard", "text_hash", "path"]
         table = pd.DataFrame(entries, columns=names)
         table["path_hash"] = [text_hash(Path(path).name) for path in table["path"]]
+        table[SIZE_COLUMN] = [file_bytes(path) for path in table["path"]]
         if broken:
             lines = [(row + 2, why) for row, why in sorted(broken.items())]
             write_table(pd.DataFrame(lines, columns=["row", "error"]), self.folder / "broken.csv")

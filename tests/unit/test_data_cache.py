@@ -252,6 +252,28 @@ def test_other_weights_and_captions_are_noticed(written, tmp_path):
         losses(config(written, dataset=dataset, cached_video=True), 1)
 
 
+def test_another_folder_of_clips_with_the_same_names_is_noticed(written, tmp_path):
+    path = Path(written["dataset"]["data_path"])
+    for file in path.parent.glob("*.*"):
+        shutil.copy(file, tmp_path)
+
+    def build(cached, **changes):
+        table = {**written["dataset"], "data_path": str(tmp_path / "clips.csv")}
+        cfg = config({**written, "dataset": table, cached: True, **changes})
+        return build_module(dataset_section(cfg), DATASETS)
+
+    assert len(build("cached_video")) == 9  # the same files elsewhere
+    clip = np.random.default_rng(1).integers(0, 255, (13, 32, 32, 3), dtype=np.uint8)
+    save_video(clip, tmp_path / "2.mp4", fps=8)
+    with pytest.raises(UserError, match="clips.csv, row 4: its clip .*2.mp4 has another size, not what the cache"):
+        build("cached_video")
+    assert len(build("cached_text")) == 9
+    index = Path(written["cache_dir"]) / "index.parquet"
+    older = shutil.copytree(index.parent, tmp_path / "older") / index.name
+    pd.read_parquet(index).drop(columns="file_bytes").to_parquet(older, index=False)
+    assert build("cached_video", cache_dir=str(older.parent)).cache.folder == older.parent
+
+
 def test_single_files(base, tmp_path):
     path = Path(base["dataset"]["data_path"])
     table = pd.read_csv(path).iloc[:4]
