@@ -120,15 +120,15 @@ class VideoTextDataset(Dataset):
         self.data_path, self.fps_max, self.max_broken = str(data_path), fps_max, max_broken
         self.transform_name = transform_name or "resize_crop"
         texts = ("text",) if require_text else ()
+        scores = ("score_vmafmotion",) if vmaf else ()
         self.rows: TableRows | ShardedRows
         if memory_efficient:
-            self.data = read_numbers(data_path, ("path", *texts))
+            self.data = read_numbers(data_path, ("path", *texts), scores)
             self.rows = ShardedRows(data_path, len(self.data))
         else:
             table = read_table(data_path)
             hint = "scripts/cnv/meta.py adds all but path and text."
             require_columns(table, [*MEDIA_COLUMNS, *texts], data_path, hint)
-            scores = ("score_vmafmotion",) if vmaf and "score_vmafmotion" in table else ()
             self.data = resolve_media_paths(with_numbers(table, data_path, scores), data_path)
             self.rows = TableRows(self.data)
         self.vmaf = vmaf and "score_vmafmotion" in self.rows.columns

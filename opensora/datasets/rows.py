@@ -135,8 +135,13 @@ def shard_folder(table_path: Path) -> Path:
     return table_path.with_suffix("")
 
 
-def read_numbers(path: str | Path, extra: tuple[str, ...] = ()) -> pd.DataFrame:
+def read_numbers(path: str | Path, extra: Sequence[str] = (), scores: Sequence[str] = ()) -> pd.DataFrame:
     """The number columns of a parquet table, 4 bytes each, without reading the others.
+
+    Args:
+        path: of the table.
+        extra: further columns that it must have.
+        scores: number columns that are looked at, where there are such, and not kept.
 
     Raises:
         UserError: not a parquet table, missing columns, or a cell that cannot be (see :func:`with_numbers`).
@@ -156,17 +161,21 @@ def read_numbers(path: str | Path, extra: tuple[str, ...] = ()) -> pd.DataFrame:
     columns: dict[str, np.ndarray] = {}
     for name in NUMBER_COLUMNS:  # column by column, so that no more than one is held twice
         columns[name] = _numbers(file.read(columns=[name]).column(0).to_pandas(), name, path)
+    for name in set(scores) & set(names):
+        _numbers(file.read(columns=[name]).column(0).to_pandas(), name, path)
     return pd.DataFrame({**columns, "fps": columns["fps"].astype(np.float32)}, copy=False)
 
 
 def with_numbers(table: pd.DataFrame, path: str | Path, scores: Sequence[str] = ()) -> pd.DataFrame:
-    """A copy whose number columns hold numbers: lengths and sizes as int32, rates and ``scores`` as float64 (NaN where
-    a cell is empty).
+    """A copy whose number columns hold numbers: lengths and sizes as int32, rates and those ``scores`` that there are
+    as float64 (NaN where a cell is empty).
 
     Raises:
         UserError: names the first cell that is none, or cannot be.
     """
-    return table.assign(**{name: _numbers(table[name], name, path) for name in (*NUMBER_COLUMNS, *scores)})
+    return table.assign(
+        **{name: _numbers(table[name], name, path) for name in (*NUMBER_COLUMNS, *scores) if name in table}
+    )
 
 
 def _numbers(cells: pd.Series, name: str, path: str | Path) -> np.ndarray:

@@ -38,7 +38,7 @@ class TextDataset(Dataset):
         self.rows: TableRows | ShardedRows
         self._fps: np.ndarray | None = None
         if memory_efficient:
-            numbers = read_numbers(data_path, ("text",))
+            numbers = read_numbers(data_path, ("text",), ("score_vmafmotion",) if vmaf else ())
             self._fps = numbers["fps"].to_numpy()
             self.rows = ShardedRows(data_path, len(numbers))
         else:
