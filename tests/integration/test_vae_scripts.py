@@ -161,3 +161,23 @@ def test_command_lines(config, clips, tmp_path, capsys):
     mean, std, scale = (json.loads(out[key].rstrip(",")) for key in ("mean", "std", "scale_factor"))
     assert len(mean) == 4
     assert scale == pytest.approx([1 / value for value in std], rel=1e-2)
+
+
+def test_statistics_are_the_same_each_time_and_mistakes_named(config, clips, tmp_path, capsys):
+    path = tmp_path / "vae.py"
+    content = {**config, "dataset": dict(type="video_text", data_path=str(clips / "clips.csv"))}
+    path.write_text("\n".join(f"{key} = {value!r}" for key, value in content.items()))
+    printed = []
+    for _ in range(2):
+        stats.main([str(path), "--eval-setting", "9x32", "--verbose", "0"])
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    stats.main([str(path), "--eval-setting", "9x32", "--verbose", "0", "--model.from_pretrained", "none"])
+    assert "random weights" in capsys.readouterr().err
+    for words, message in (
+        (["--eval-setting", "8x32"], "8 frames do not fit"),
+        (["--eval-setting", "9x32", "--max-batches", "0"], "max_batches=0: must be at least 1"),
+        (["--eval-setting", "9x32", "--model.from_pretrained", "no.safetensors"], "No weights at no.safetensors"),
+    ):
+        with pytest.raises(UserError, match=message):
+            stats.main([str(path), *words])
