@@ -25,7 +25,8 @@ FOLDER = re.compile(r"epoch(\d+)-global_step(\d+)")
 class RunningStates:
     """Where a run stands: ``epoch`` and ``step`` (micro-batches into it) follow from the micro-steps done;
     ``global_step`` counts optimizer steps, ``skipped_steps`` those of them that changed nothing; ``replicas`` are the
-    data-parallel ranks that each did these micro-steps."""
+    data-parallel ranks that each did these micro-steps; ``discriminator_since`` is the optimizer step at which an
+    autoencoder's discriminator began."""
 
     epoch: int
     step: int
@@ -34,6 +35,7 @@ class RunningStates:
     ema_updates: int = 0
     skipped_steps: int = 0
     replicas: int = 1
+    discriminator_since: int = 0
 
     def move_to(self, replicas: int) -> None:
         """Count micro-steps as another number of data-parallel ranks does them: the place in the data stays."""
