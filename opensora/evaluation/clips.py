@@ -1,5 +1,6 @@
 """Which clips an autoencoder is judged on, at which size, and reading them."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -28,6 +29,8 @@ logger = get_logger(__name__)
 MIN_SIDE = 16  # px; what the measures need
 SIZE_MULTIPLE = 16
 NAMED = 3  # clips listed in messages
+RESULTS = ("orig", "recn", "side_by_side", "sheet.png")  # what reconstruction writes below save_dir, to look at
+LEAST = {"fps": 1, "frame_interval": 1, "max_clips": 1, "num_workers": 0}
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class EvalClip:
         stride: distance of the frames.
         fps: of the file, NaN for pictures.
         keep_scale: cut the size out of the middle; otherwise the frames are scaled to it first.
+        modified: when the file was last written, in seconds of the system's clock; NaN if that does not matter.
     """
 
     name: str
@@ -51,6 +55,7 @@ class EvalClip:
     stride: int
     fps: float
     keep_scale: bool = False
+    modified: float = math.nan
 
 
 def parse_eval_setting(text: str) -> tuple[int, int, int]:
@@ -67,8 +72,12 @@ def parse_eval_setting(text: str) -> tuple[int, int, int]:
     return frames, height, width[0] if width else height
 
 
-def list_media(data_path: str | Path) -> pd.DataFrame:
+def list_media(data_path: str | Path, save_dir: str | Path | None = None) -> pd.DataFrame:
     """Path, frames, size and rate of the clips of a table, or of the clips and pictures of a folder (and below it).
+
+    Args:
+        data_path: table or folder.
+        save_dir: where results go; if that is in the folder, those of an earlier call are not clips of it.
 
     Raises:
         UserError: no such table or folder, missing columns or files, numbers that cannot be, nothing readable.
@@ -78,8 +87,10 @@ def list_media(data_path: str | Path) -> pd.DataFrame:
         table = read_table(data_path)
         require_columns(table, MEDIA_COLUMNS, data_path, hint="scripts/cnv/meta.py adds all but path.")
         return resolve_media_paths(with_numbers(table, data_path), data_path)
-    rows = []
+    rows, results = [], [] if save_dir is None else [(Path(save_dir) / name).resolve() for name in RESULTS]
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)):
+        if any(path.resolve().is_relative_to(result) for result in results):
+            continue
         try:
             info = probe_media(path)
         except BrokenMediaError as error:
@@ -104,9 +115,10 @@ def choose_clips(cfg: Any, autoencoder: Any) -> list[EvalClip]:
     section = cfg.dataset or {}
     if not section.get("data_path"):
         raise UserError("dataset.data_path is not set: give a table of clips, or a folder of videos and pictures")
-    if cfg.frame_interval < 1:
-        raise UserError(f"frame_interval={cfg.frame_interval}: at least 1")
-    table = list_media(section["data_path"])
+    for key, least in LEAST.items():
+        if cfg[key] is not None and cfg[key] < least:
+            raise UserError(f"{key}={cfg[key]}: must be at least {least}")
+    table = list_media(section["data_path"], cfg.save_dir)
     fps_max = section.get("fps_max") or float("inf")
     strides = np.array([target_fps(float(fps), fps_max)[1] * cfg.frame_interval for fps in table["fps"]])
     sizes, asked = _sizes(cfg, autoencoder, table, strides)
@@ -119,6 +131,7 @@ def choose_clips(cfg: Any, autoencoder: Any) -> list[EvalClip]:
             int(strides[i]),
             float(table["fps"].iloc[i]),
             keep_scale=asked is None,
+            modified=Path(table["path"].iloc[i]).stat().st_mtime,
         )
         for i, size in enumerate(sizes)
         if size is not None
@@ -193,10 +206,17 @@ def check_size(size: tuple[int, int, int], autoencoder: Any, where: str) -> None
 
 
 def _names(paths: pd.Series) -> list[str]:
-    """Stem of each path; with the row's number where several have the same."""
+    """Stem of each path; with the row's number where several have the same. No name occurs twice."""
     stems = [Path(path).stem for path in paths]
     counts = Counter(stems)
-    return [stem if counts[stem] == 1 else f"{stem}_{row:05d}" for row, stem in enumerate(stems)]
+    taken, names = {stem for stem, count in counts.items() if count == 1}, []
+    for row, stem in enumerate(stems):
+        name = stem if counts[stem] == 1 else f"{stem}_{row:05d}"
+        while counts[stem] > 1 and name in taken:  # another file is called like a stem with a number
+            name += "_"
+        taken.add(name)
+        names.append(name)
+    return names
 
 
 class ClipReader(Dataset):
@@ -221,14 +241,22 @@ def read_clip(clip: EvalClip) -> Tensor:
     """``[3, T, H, W]`` in [-1, 1] of a clip.
 
     Raises:
-        BrokenMediaError, UserError: it cannot be read.
+        BrokenMediaError, UserError: it cannot be read, or is shorter or smaller than the table says.
     """
     if is_video(clip.path):
         indices = [i * clip.stride for i in range(clip.num_frames)]
         frames = read_frames(clip.path, indices, clip.fps if clip.fps > 0 else None)
+    elif clip.num_frames > 1:
+        raise BrokenMediaError(f"{clip.path}: a picture, where the table says {clip.num_frames} frames or more")
     else:
         frames = read_image(clip.path)[None]
     if clip.keep_scale:
+        height, width = frames.shape[1:3]
+        if height < clip.height or width < clip.width:
+            raise BrokenMediaError(
+                f"{clip.path}: {height}x{width} px, where the table says {clip.height}x{clip.width} or more; "
+                "scripts/cnv/meta.py measures it"
+            )
         top, left = ((have - want) // 2 for have, want in zip(frames.shape[1:3], (clip.height, clip.width)))
         frames = frames[:, top : top + clip.height, left : left + clip.width]
     return resize_crop(to_model_range(frames), clip.height, clip.width)

@@ -63,7 +63,10 @@ class Results:
         path = self.metrics(clip)
         if not path.is_file() or not all(picture.is_file() for picture in self.pictures(clip)):
             return None
-        found = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:  # a disk that was full or lost power: the clip is done again
+            return None
         return found if _same(found["clip"], clip) else None
 
 
@@ -71,7 +74,7 @@ def _same(found: Mapping[str, Any], clip: EvalClip) -> bool:
     """Whether measures are of this clip at this size (the rate of a picture, NaN, never equals itself)."""
     own = asdict(clip)
     return all(
-        found[key] == value for key, value in own.items() if not (isinstance(value, float) and math.isnan(value))
+        found.get(key) == value for key, value in own.items() if not (isinstance(value, float) and math.isnan(value))
     )
 
 
@@ -132,7 +135,7 @@ def reconstruct(cfg: Any) -> Path:
         lpips = build_lpips(cfg.lpips, device) if cfg.lpips else None
         write_text(settings, results.settings)  # only now: weights that cannot be loaded must not claim the folder
         for clip, video in _read_ahead(waiting, cfg):
-            _reconstruct_clip(clip, video.to(device), model, lpips, results, max(cfg.fps // cfg.frame_interval, 1))
+            _reconstruct_clip(clip, video.to(device), model, lpips, results, _played_fps(cfg))
     summarise(clips, results, cfg.sheet_clips)
     return results.folder
 
@@ -151,6 +154,7 @@ def prepare(cfg: Any) -> tuple[list[EvalClip], Results, str]:
     clips = choose_clips(cfg, build_on_meta(cfg.model))
     results = Results(Path(cfg.save_dir))
     settings = {"model": cfg.model, "dtype": cfg.dtype, "lpips": cfg.lpips, "weights": _weights_stamp(cfg.model)}
+    settings["fps"] = _played_fps(cfg)
     text = json.dumps(settings, indent=4, default=str) + "\n"
     path = results.settings
     if path.is_file() and path.read_text(encoding="utf-8") != text:
@@ -158,6 +162,11 @@ def prepare(cfg: Any) -> tuple[list[EvalClip], Results, str]:
             f"save_dir={cfg.save_dir} holds results of other weights or settings ({path}); give another --save-dir"
         )
     return clips, results, text
+
+
+def _played_fps(cfg: Any) -> int:
+    """Frame rate of the files: clips of which every n-th frame is taken last as long as before."""
+    return max(cfg.fps // cfg.frame_interval, 1)
 
 
 def _weights_stamp(section: Mapping[str, Any]) -> list[Any] | None:
@@ -193,7 +202,8 @@ def _reconstruct_clip(
             save_video(frames, path, fps, CRF)
         else:
             save_image(frames[0], path)
-    write_text(json.dumps({"clip": asdict(clip), **values, "moments": moments.state()}), results.metrics(clip))
+    record = {"clip": asdict(clip), "frames": len(first), **values, "moments": moments.state()}
+    write_text(json.dumps(record), results.metrics(clip))
 
 
 def summarise(clips: list[EvalClip], results: Results, sheet_clips: int) -> None:
@@ -207,7 +217,8 @@ def summarise(clips: list[EvalClip], results: Results, sheet_clips: int) -> None
         raise UserError("none of the clips could be read; the log names the reasons")
     rows, moments = [], RunningMoments()
     for clip, found in finished:
-        size = {key: getattr(clip, key) for key in ("name", "path", "num_frames", "height", "width")}
+        size = {"name": clip.name, "path": clip.path, "num_frames": found["frames"]}  # that came back
+        size |= {"height": clip.height, "width": clip.width}
         rows.append({**size, **{key: found[key] for key in MEASURES if key in found}})
         moments.merge(found["moments"])
     table = pd.DataFrame(rows)

@@ -27,7 +27,8 @@ class RunningStates:
     """Where a run stands: ``epoch`` and ``step`` (micro-batches into it) follow from the micro-steps done;
     ``global_step`` counts optimizer steps, ``skipped_steps`` those of them that changed nothing; ``replicas`` are the
     data-parallel ranks that each did these micro-steps; ``saved_at`` is when the checkpoint was written (seconds since
-    1970), 0 if it does not say."""
+    1970), 0 if it does not say; ``discriminator_since`` is the optimizer step at which an autoencoder's discriminator
+    began."""
 
     epoch: int
     step: int
@@ -37,6 +38,7 @@ class RunningStates:
     skipped_steps: int = 0
     replicas: int = 1
     saved_at: float = 0.0
+    discriminator_since: int = 0
 
     def move_to(self, replicas: int) -> None:
         """Count micro-steps as another number of data-parallel ranks does them: the place in the data stays."""

@@ -58,9 +58,11 @@ class MasterWeights:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from saved copies."""
+        """Go on from saved copies. Weights that were frozen when they were saved have none there: they were never
+        more exact than the model has them."""
         for name, master in self._master.items():
-            master.copy_(state[name])
+            if name in state:
+                master.copy_(state[name])
         self.copy_to_model()
 
 

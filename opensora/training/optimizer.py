@@ -12,6 +12,9 @@ from torch.optim import AdamW, Muon, Optimizer
 from opensora.acceleration.engine import Engine
 from opensora.training.checkpoint import load_part
 from opensora.utils.errors import UserError
+from opensora.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 # One process trains with torch's AdamW under either name: HybridAdam is ColossalAI's AdamW for sharded training.
 ADAM_NAMES = ("HybridAdam", "AdamW", "Adam")
@@ -128,10 +131,15 @@ def check_same_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, source:
 def load_optimizer(engine: Engine, checkpoint: Path, name: str = "optimizer") -> None:
     """Have an engine's optimizer go on from a checkpoint, where it is called ``name``.
 
+    It starts anew, and the log says so, if the checkpoint's run had none because all weights were frozen.
+
     Raises:
         UserError: see `check_same_optimizer`.
     """
     saved = load_part(checkpoint, name)
+    if not saved:
+        logger.warning("%s: all weights were frozen in that run, so their optimizer starts anew", checkpoint)
+        return
     check_same_optimizer(saved, engine.optimizer, f"--load {checkpoint}")
     engine.load_state_dict(saved)
 

@@ -181,9 +181,16 @@ class VAETrainer:
             engine.load_master_state(load_weights(past, "disc_master"))
         if past is not None and cfg.load_optimizer:
             load_optimizer(engine, past, "disc_optimizer")
-        start = self.states.global_step if past is not None else 0
-        total = self.stages[-1].end - self.states.global_step + start
-        schedule = self._schedule(engine.optimizer, cfg.optim_discriminator["lr"], cfg.disc_lr_scheduler, total, start)
+        if past is None:
+            self.states.discriminator_since = self.states.global_step
+        since = self.states.discriminator_since  # its schedule is counted from there, also when the run goes on again
+        schedule = self._schedule(
+            engine.optimizer,
+            cfg.optim_discriminator["lr"],
+            cfg.disc_lr_scheduler,
+            self.stages[-1].end - since,
+            self.states.global_step - since,
+        )
         assert self.plan.adversarial is not None
         logger.info("discriminator: %.2fM parameters", sum(p.numel() for p in model.parameters()) / 1e6)
         return Adversary(engine, schedule, self.plan.adversarial, masters)
@@ -278,7 +285,8 @@ class VAETrainer:
         engine = self._wrap(self.model, {**cfg.optim, "lr": stage.lr}, self.weights.masters)
         if self.resume and done and cfg.load_optimizer:
             load_optimizer(engine, self.resume)
-            if self.weights.masters is None and engine.rounded_to is not None:
+            rounded = self.weights.masters is None and engine.rounded_to is not None
+            if rounded and is_stored(self.resume / "master.safetensors"):  # not if all weights were frozen
                 engine.load_master_state(load_weights(self.resume, "master"))
         schedule = self._schedule(engine.optimizer, stage.lr, cfg.lr_scheduler, stage.steps, done)
         if self.adversary is None:

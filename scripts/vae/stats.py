@@ -1,41 +1,54 @@
 """Latent statistics per channel, to paste into a config: ``python scripts/vae/stats.py CONFIG [--key value ...]``."""
 
+import logging
 from itertools import islice
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from opensora.config import parse_config, run_main
 from opensora.datasets.dataloader import build_train_loader
-from opensora.diffusion.building import pick_device, torch_dtype
+from opensora.diffusion.building import build_on_meta, build_ready, check_weights, pick_device, torch_dtype
 from opensora.evaluation.clips import SIZE_MULTIPLE, bucket_of
 from opensora.evaluation.latents import RunningMoments
-from opensora.registry import DATASETS, MODELS, build_module
+from opensora.registry import DATASETS, build_module
 from opensora.schema import VaeStatsOptions
+from opensora.training.checks import check_frames
 from opensora.utils.errors import UserError
+from opensora.utils.logging import setup_logging
 
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Encode the dataset and print what brings its latents to unit variance, in the terms of the autoencoder."""
     cfg = parse_config(argv, VaeStatsOptions)
+    setup_logging(level=logging.INFO if cfg.verbose else logging.WARNING)
     for key in ("model", "dataset"):
         if not cfg.get(key):
             raise UserError(f"{cfg.config_path}: '{key}' is missing")
+    for key, least in (("max_batches", 1), ("num_workers", 0)):
+        if cfg[key] is not None and cfg[key] < least:
+            raise UserError(f"{key}={cfg[key]}: must be at least {least}")
     device, dtype = pick_device(cfg.device), torch_dtype(cfg.dtype)
+    check_weights("model", cfg.model)
+    buckets = bucket_of(cfg.eval_setting) if cfg.eval_setting else cfg.bucket_config
+    autoencoder: Any = build_on_meta(cfg.model)
+    check_frames(buckets or {}, autoencoder)
     dataset = build_module(dict(cfg.dataset), DATASETS, require_text=False)
     section = dict(cfg.model)
     if section["type"] == "dc_ae":
         section["scaling_factor"] = None  # the latents as they are before scaling
-    model = build_module(section, MODELS, device_map=str(device), torch_dtype=dtype).eval()
     loader, _ = build_train_loader(
         dataset,
-        bucket_of(cfg.eval_setting) if cfg.eval_setting else cfg.bucket_config,
-        multiple=max(SIZE_MULTIPLE, *model.compression[1:]),
+        buckets,
+        multiple=max(SIZE_MULTIPLE, *autoencoder.compression[1:]),
         seed=cfg.seed,
         num_workers=cfg.num_workers,
         prefetch_factor=cfg.prefetch_factor,
     )
+    model: Any = build_ready(section, device, dtype)
+    torch.manual_seed(cfg.seed)  # of the posterior's noise, which a diffusion model is trained with as well
     moments = RunningMoments()
     batches = min(len(loader), cfg.max_batches or len(loader))
     for batch in tqdm(islice(loader, batches), total=batches, unit="batch", disable=cfg.verbose == 0):

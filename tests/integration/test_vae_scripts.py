@@ -1,6 +1,7 @@
 """scripts/vae/inference.py and stats.py on a handful of clips and a tiny random autoencoder."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,36 @@ def test_tables_buckets_and_tiles(config, clips, tmp_path):
     assert read_video(folder / "orig" / "long_orig.mp4")[1] == 4
 
 
+def test_only_what_still_holds_is_left_as_it_is(config, tmp_path):
+    rng, folder = np.random.default_rng(2), tmp_path / "clips"
+    pixels = rng.integers(0, 255, (2, 9, 32, 32, 3), dtype=np.uint8)
+    for name, clip in zip("ab", pixels):
+        save_video(clip, folder / f"{name}.mp4", fps=8)
+    changes = dict(dataset=dict(type="video_text", data_path=str(folder)), save_dir=str(folder / "results"))
+    results = run(config, **changes)
+    table = pd.read_csv(results / "metrics.csv")
+    assert table["name"].tolist() == ["a", "b"]
+    (results / "clips" / "b.json").write_text('{"clip": ')  # a disk that was full
+    pd.testing.assert_frame_equal(pd.read_csv(run(config, **changes) / "metrics.csv"), table)
+    shutil.copy(folder / "a.mp4", folder / "b.mp4")  # another clip of the same name
+    again = pd.read_csv(run(config, **changes) / "metrics.csv")["psnr"]
+    assert again.tolist() == [table["psnr"][0]] * 2
+    with pytest.raises(UserError, match="other weights or settings"):
+        run(config, **changes, fps=4)
+
+
+def test_frames_that_do_not_come_back_are_not_counted(config, tmp_path):
+    coder = dict(width_list=[4, 8, 8], depth_list=[1, 1, 1], block_type="ResBlock")
+    model = dict(type="dc_ae", from_scratch=True, latent_channels=4, use_temporal_tiling=True, temporal_tile_size=16)
+    model["encoder"] = {**coder, "temporal_downsample": [True, True, False]}
+    model["decoder"] = {**coder, "temporal_upsample": [True, True, False]}
+    save_video(np.zeros((28, 16, 16, 3), dtype=np.uint8), tmp_path / "clips" / "a.mp4", fps=8)
+    dataset = dict(type="video_text", data_path=str(tmp_path / "clips"))
+    folder = run(config, model=model, dataset=dataset)
+    assert read_video(folder / "recn" / "a_recn.mp4")[0].shape == (25, 16, 16, 3)
+    assert pd.read_csv(folder / "metrics.csv")["num_frames"].tolist() == [25]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -108,6 +139,9 @@ def test_tables_buckets_and_tiles(config, clips, tmp_path):
         (dict(eval_setting="101x32"), "none of 3 clips"),
         (dict(lpips=dict(heads="no.pth")), "lpips.backbone is not set"),
         (dict(frame_interval=0), "frame_interval=0"),
+        (dict(fps=0), "fps=0: must be at least 1"),
+        (dict(max_clips=0), "max_clips=0: must be at least 1"),
+        (dict(num_workers=-1), "num_workers=-1: must be at least 0"),
     ],
 )
 def test_mistakes_are_named(config, changes, message):
@@ -127,3 +161,23 @@ def test_command_lines(config, clips, tmp_path, capsys):
     mean, std, scale = (json.loads(out[key].rstrip(",")) for key in ("mean", "std", "scale_factor"))
     assert len(mean) == 4
     assert scale == pytest.approx([1 / value for value in std], rel=1e-2)
+
+
+def test_statistics_are_the_same_each_time_and_mistakes_named(config, clips, tmp_path, capsys):
+    path = tmp_path / "vae.py"
+    content = {**config, "dataset": dict(type="video_text", data_path=str(clips / "clips.csv"))}
+    path.write_text("\n".join(f"{key} = {value!r}" for key, value in content.items()))
+    printed = []
+    for _ in range(2):
+        stats.main([str(path), "--eval-setting", "9x32", "--verbose", "0"])
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    stats.main([str(path), "--eval-setting", "9x32", "--verbose", "0", "--model.from_pretrained", "none"])
+    assert "random weights" in capsys.readouterr().err
+    for words, message in (
+        (["--eval-setting", "8x32"], "8 frames do not fit"),
+        (["--eval-setting", "9x32", "--max-batches", "0"], "max_batches=0: must be at least 1"),
+        (["--eval-setting", "9x32", "--model.from_pretrained", "no.safetensors"], "No weights at no.safetensors"),
+    ):
+        with pytest.raises(UserError, match=message):
+            stats.main([str(path), *words])

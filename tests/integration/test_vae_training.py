@@ -160,6 +160,35 @@ def test_a_discriminator_can_join_or_start_anew(train, tmp_path):
     assert distance[0] < 0.5 * distance[1]
 
 
+def test_a_discriminator_that_joined_goes_on_exactly(train, tmp_path):
+    """Its schedule is counted from where it joined, whether or not the run is stopped afterwards."""
+    plain = train("dc_ae", "plain", discriminator=None, optim_discriminator=None)
+    options = dict(max_steps=6, ckpt_every=2, disc_lr_scheduler=dict(warmup_steps=3, cosine=True))
+    whole = train("dc_ae", load=str(plain), **options)
+    first = next(whole.parent.glob("epoch*-global_step4"))
+    shutil.copytree(first, start := tmp_path / "outputs" / "parts" / first.name)
+    resumed = train("dc_ae", load=str(start), **options)
+    assert same(weights(whole, AUTOENCODER, JUDGE), weights(resumed, AUTOENCODER, JUDGE))
+    a, b = (torch.load(run / "disc_optimizer" / "state.pt", weights_only=True) for run in (whole, resumed))
+    assert flat(a) == flat(b)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_frozen_parts_can_join(dtype, train):
+    """The discriminator alone at first, or the decoder alone, then everything."""
+    judge = train("dc_ae", "judge", freeze_layers="all", dtype=dtype)
+    both = train("dc_ae", load=str(judge), max_steps=4, dtype=dtype)
+    assert "so their optimizer starts anew" in (both.parent / "log.txt").read_text()
+    assert not same(weights(judge, AUTOENCODER), weights(both, AUTOENCODER))
+    decoder = train("dc_ae", "decoder", freeze_layers="encoder", dtype=dtype)
+    with pytest.raises(UserError, match="set optim.cls and freeze_layers"):
+        train("dc_ae", load=str(decoder), max_steps=4, dtype=dtype)
+    everything = train("dc_ae", load=str(decoder), max_steps=4, dtype=dtype, load_optimizer=False)
+    before, after = weights(decoder, AUTOENCODER), weights(everything, AUTOENCODER)
+    moved = {key.split(":")[1].split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert moved == {"encoder", "decoder"}
+
+
 def test_from_pictures_to_videos(train):
     """The kernels that pictures do not train start videos at zero; what pictures taught stays."""
     options = dict(image_steps=2, image_bucket_config={"32px_ar1:1": {1: (1.0, 2)}}, discriminator=None)

@@ -6,10 +6,13 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio
 
+from opensora.config import load_config
+from opensora.datasets.video_io import BrokenMediaError
 from opensora.evaluation.clips import (
     EvalClip,
     bucket_of,
     check_size,
+    choose_clips,
     list_media,
     own_size,
     parse_eval_setting,
@@ -20,6 +23,7 @@ from opensora.evaluation.quality import flicker, psnr, ssim
 from opensora.evaluation.reconstruction import measure, overall_table
 from opensora.models.vae.lpips import LPIPS
 from opensora.registry import MODELS, build_module
+from opensora.schema import VaeInferenceOptions
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_image, save_video
 
@@ -165,3 +169,34 @@ def test_folders_of_clips(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no readable videos"):
         list_media(tmp_path / "empty")
+
+
+def test_results_in_the_folder_of_clips_are_not_clips(tmp_path):
+    save_image(np.zeros((16, 16, 3), dtype=np.uint8), tmp_path / "a.png")
+    for name in ("orig/a_orig.png", "recn/a_recn.png", "side_by_side/a.png", "sheet.png"):
+        save_image(np.zeros((16, 16, 3), dtype=np.uint8), tmp_path / "results" / name)
+    assert list_media(tmp_path, tmp_path / "results")["path"].tolist() == [str(tmp_path / "a.png")]
+    assert len(list_media(tmp_path / "results", tmp_path / "other")) == 4  # other results may be clips
+    assert len(list_media(tmp_path)) == 5
+
+
+def test_every_clip_has_a_name_of_its_own(tmp_path):
+    for name in ("a.png", "a_00000.png", "deep/a.png", "b.png"):
+        save_image(np.zeros((16, 16, 3), dtype=np.uint8), tmp_path / name)
+    cfg = load_config(dict(dataset=dict(type="video_text", data_path=str(tmp_path))), VaeInferenceOptions)
+    names = [clip.name for clip in choose_clips(cfg, on_meta(type="hunyuan_vae"))]
+    assert names == ["a_00000_", "a_00000", "b", "a_00003"]
+
+
+def test_tables_that_promise_too_much(tmp_path):
+    save_video(np.zeros((5, 20, 36, 3), dtype=np.uint8), tmp_path / "a.mp4", fps=8)
+    save_image(np.zeros((20, 36, 3), dtype=np.uint8), tmp_path / "a.png")
+    with pytest.raises(BrokenMediaError, match="20x36 px, where the table says 32x32"):
+        read_clip(EvalClip("a", str(tmp_path / "a.mp4"), 5, 32, 32, 1, 8.0, keep_scale=True))
+    with pytest.raises(BrokenMediaError, match="a picture, where the table says 5 frames"):
+        read_clip(EvalClip("a", str(tmp_path / "a.png"), 5, 16, 16, 1, float("nan")))
+    row = dict(path="a.mp4", num_frames=5, height=20, width=36, fps=8.0)
+    for key, value in (("num_frames", 0), ("num_frames", None), ("height", "tall"), ("width", -1)):
+        pd.DataFrame([{**row, key: value}]).to_csv(tmp_path / "clips.csv", index=False)
+        with pytest.raises(UserError, match=f"row 2: {key} is"):
+            list_media(tmp_path / "clips.csv")
