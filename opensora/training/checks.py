@@ -6,7 +6,16 @@ from typing import Any
 from opensora.training.checkpoint import RunningStates
 from opensora.utils.errors import UserError
 
-LEAST = {"accumulation_steps": 1, "epochs": 1, "max_steps": 1, "max_skipped_steps": 1, "ckpt_every": 0, "grad_clip": 0}
+LEAST = {
+    "accumulation_steps": 1,
+    "epochs": 1,
+    "max_steps": 1,
+    "max_skipped_steps": 1,
+    "ckpt_every": 0,
+    "grad_clip": 0,
+    "num_workers": 0,
+    "prefetch_factor": 1,
+}
 
 
 def check_loop(cfg: Any) -> None:

@@ -141,10 +141,10 @@ def save_image(frame: np.ndarray | Tensor, path: str | Path) -> Path:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Read a picture as uint8 RGB [H, W, 3]; transparency is laid on white.
+    """Read a picture as uint8 RGB [H, W, 3]; transparency is laid on white, of 16 bits the upper 8 are taken.
 
     Raises:
-        UserError: the file is missing or is not a picture.
+        UserError: the file is missing, is not a picture, or holds floating-point values, whose white nobody knows.
     """
     path = Path(path)
     if not path.is_file():
@@ -152,6 +152,10 @@ def read_image(path: str | Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             image.load()
+            if image.mode == "F":
+                raise ValueError("floating-point values; save it with 8 or 16 bits")
+            if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+                image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -178,6 +178,13 @@ def test_a_folder_without_its_states_is_no_checkpoint(tmp_path):
     assert find_checkpoint("latest", tmp_path) == find_checkpoint(str(run), "") == good
 
 
+def test_a_run_without_an_average_is_told_so(tmp_path):
+    without = CheckpointContent(RunningStates(0, 1, 1, 1), {"w": torch.ones(2)}, {})
+    saved = CheckpointWriter(tmp_path).save(without, last=True)
+    with pytest.raises(UserError, match="has no ema.safetensors; its run kept no average: .*--ema-decay None"):
+        load_weights(saved, "ema")
+
+
 def test_first_sigterm_is_noted():
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:

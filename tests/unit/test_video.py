@@ -78,6 +78,13 @@ def test_transparency_is_laid_on_white(tmp_path):
     assert (video.read_image(tmp_path / "clear.png") == 255).all()
 
 
+@pytest.mark.parametrize("kind", [np.uint16, np.int32])
+def test_16_bits_become_8(tmp_path, kind):
+    grey = np.arange(0, 2**16, 2**8, dtype=kind).reshape(16, 16)
+    Image.fromarray(grey).save(tmp_path / "grey.tiff")
+    np.testing.assert_array_equal(video.read_image(tmp_path / "grey.tiff")[..., 1], grey // 256)
+
+
 def test_unreadable_media_is_named(tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_text("not a picture")
@@ -87,6 +94,9 @@ def test_unreadable_media_is_named(tmp_path):
         video.read_video(bad)
     with pytest.raises(UserError, match="image not found"):
         video.read_image(tmp_path / "none.png")
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(UserError, match=r"float\.tiff .*8 or 16 bits"):
+        video.read_image(tmp_path / "float.tiff")
 
 
 def test_to_uint8_rounds_and_clips():
