@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def outlive_sigterm(worker: int) -> None:
     killed). Linux only: elsewhere the sender is not known.
 
     Args:
-        worker: its number.
+        worker: its number. It was started within `sigterm_held`, so that nothing reached it before.
     """
     if sys.platform != "linux":
         return
@@ -83,8 +84,20 @@ def outlive_sigterm(worker: int) -> None:
             pass
         os._exit(0)
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # also of threads that start from here
     threading.Thread(target=wait_for_the_trainer, daemon=True).start()
+
+
+@contextmanager
+def sigterm_held() -> Iterator[None]:
+    """Processes and threads that start in it do not get a SIGTERM; this one gets it when it is over. Linux only."""
+    if sys.platform != "linux":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class BucketLoader(DataLoader):
@@ -95,7 +108,9 @@ class BucketLoader(DataLoader):
         self.broken = BrokenRows(dataset)
 
     def __iter__(self) -> Any:
-        return (self.broken.check(batch) for batch in super().__iter__())
+        with sigterm_held():
+            batches = super().__iter__()
+        return (self.broken.check(batch) for batch in batches)
 
 
 def build_train_loader(
