@@ -23,7 +23,7 @@ from opensora.training.checks import check_unfinished
 from opensora.training.diffusion_checks import check_config, check_resources
 from opensora.training.diffusion_step import DiffusionLoss
 from opensora.training.ema import EMA
-from opensora.training.experiment import create_experiment
+from opensora.training.experiment import create_experiment, experiment_folder
 from opensora.training.inputs import InputEncoder
 from opensora.training.loop import LoopSettings, TrainLoop
 from opensora.training.master_weights import MasterWeights, optimizer_factory
@@ -66,6 +66,7 @@ class Trainer:
             launch(self.device)
             self.parallel = create_context(cfg.plugin, cfg.plugin_config, self.device)
         self.resume = find_checkpoint(cfg.load, cfg.outputs) if cfg.load else None
+        experiment_folder(cfg, self.resume)  # refuses one that is taken
         check_resources(cfg, self.device, self.resume)
         self.states = load_states(self.resume) if self.resume else RunningStates(0, 0, 0, 0)
         self.states.move_to(self.parallel.dp.size)
@@ -203,10 +204,10 @@ class Trainer:
         weights = self._model()
         model: Any = weights.model
         rank, processes = self.parallel.rank, self.parallel.world_size
-        folder = from_rank_zero(lambda: create_experiment(cfg, self.resume), self.device, rank, processes)
         engine = self._engine(weights)
         ema = self._ema(weights, engine)
         schedule = self._schedule(engine)
+        folder = from_rank_zero(lambda: create_experiment(cfg, self.resume), self.device, rank, processes)
         logger.info("steps %d to %d\n%s", self.states.global_step, self.total_steps, self.sampler.describe())
         log = MetricLog(
             folder,

@@ -25,7 +25,7 @@ from opensora.training.adversarial import AdversarialEngine, AdversarialLoop, Ad
 from opensora.training.checkpoint import RunningStates, find_checkpoint, load_states, load_weights
 from opensora.training.checks import check_unfinished
 from opensora.training.ema import EMA
-from opensora.training.experiment import create_experiment
+from opensora.training.experiment import create_experiment, experiment_folder
 from opensora.training.loop import LoopSettings, TrainLoop
 from opensora.training.master_weights import MasterWeights, optimizer_factory
 from opensora.training.metrics import MetricLog
@@ -65,6 +65,7 @@ class VAETrainer:
             launch(self.device)
             self.parallel = create_context(cfg.plugin, cfg.plugin_config, self.device)
         self.resume = find_checkpoint(cfg.load, cfg.outputs) if cfg.load else None
+        experiment_folder(cfg, self.resume)  # refuses one that is taken
         if self.resume:
             check_match(build_on_meta(cfg.model), open_weights(self.resume / "model"))
         self.dataset = build_module(dict(cfg.dataset), DATASETS, require_text=False)
@@ -103,9 +104,6 @@ class VAETrainer:
             SystemExit: status 143, after SIGTERM and a checkpoint.
         """
         cfg, rank = self.cfg, self.parallel.rank
-        folder = from_rank_zero(
-            lambda: create_experiment(cfg, self.resume), self.device, rank, self.parallel.world_size
-        )
         self.weights = self._build_model()
         self.model: Any = self.weights.model
         self.loss = build_loss(cfg.vae_loss_config, self.device, cfg.grad_checkpoint)
@@ -113,6 +111,9 @@ class VAETrainer:
         if self.ema and self.resume:
             self.ema.load_state_dict(load_weights(self.resume, "ema"), self.states.ema_updates)
         self.adversary = self._build_adversary() if cfg.discriminator else None
+        folder = from_rank_zero(
+            lambda: create_experiment(cfg, self.resume), self.device, rank, self.parallel.world_size
+        )
         log = MetricLog(
             folder,
             self.stages[-1].end,

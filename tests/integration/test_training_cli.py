@@ -61,8 +61,21 @@ def test_a_resumed_run_equals_one_never_stopped(kind, request):
 
 def test_occupied_folders_are_refused(vae):
     train(VAETrainer, VaeTrainOptions, vae, "--exp-name", "one", "--max-steps", 1)
-    with pytest.raises(UserError, match="already holds checkpoints"):
-        train(VAETrainer, VaeTrainOptions, vae, "--exp-name", "one", "--max-steps", 1)
+    with pytest.raises(UserError, match="already holds checkpoints"):  # before a model is built
+        VAETrainer(parse_config([vae, "--exp-name", "one", "--max-steps", "1"], VaeTrainOptions))
+
+
+def test_the_config_of_a_run_is_kept(diffusion):
+    """Going on with another optimizer is refused and leaves all as it was; with other settings both configs stay."""
+    folder = train(Trainer, TrainOptions, diffusion, "--exp-name", "one", "--max-steps", 1)
+    before = (folder / "config.txt").read_text()
+    with pytest.raises(UserError, match="its optimizer is of another kind.*as its config.txt has them"):
+        train(Trainer, TrainOptions, diffusion, "--load", folder, "--max-steps", 2, "--optim.cls", "Muon")
+    assert [path.name for path in folder.glob("config*")] == ["config.txt"]
+    assert (folder / "config.txt").read_text() == before
+    train(Trainer, TrainOptions, diffusion, "--load", folder, "--max-steps", 2)
+    assert (folder / "config_to_step1.txt").read_text() == before
+    assert '"max_steps": 2' in (folder / "config.txt").read_text()
 
 
 @pytest.mark.parametrize(
