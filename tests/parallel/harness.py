@@ -1,5 +1,6 @@
 """Groups of gloo processes that run many checks each: starting processes costs more than the checks."""
 
+import faulthandler
 import importlib.util
 import multiprocessing
 import multiprocessing.connection
@@ -36,6 +37,7 @@ IDLE = 120  # seconds in which processes that wait for one another use next to n
 def _run_rank(rank: int, size: int, folder: str, checks: Sequence[Check]) -> None:
     torch.set_num_threads(1)
     shared = Path(folder)
+    faulthandler.enable((shared / f"{rank}.crash").open("w"))
     # a rank may be late by as much as the machine is busy; hangs are seen from outside, see `Group`
     dist.init_process_group(
         "gloo", init_method=f"file://{shared / 'rendezvous'}", rank=rank, world_size=size, timeout=timedelta(hours=1)
@@ -70,6 +72,7 @@ class Group:
         for process in ranks:
             process.start()
         _attend(ranks)
+        self.exits = [process.exitcode for process in ranks]
         for process in ranks:
             process.kill()
             process.join()
@@ -81,8 +84,11 @@ class Group:
             pytest.fail(f"{failure.stem}\n{failure.read_text()}", pytrace=False)
         missing = [rank for rank in range(self.size) if not (self.folder / f"{name}.{rank}.passed").exists()]
         if missing:
+            crashes = "\n".join(path.read_text() for path in sorted(self.folder.glob("*.crash")))
             pytest.fail(
-                f"{name} did not finish on ranks {missing} (they hang, or an earlier check failed)", pytrace=False
+                f"{name} did not finish on ranks {missing} (they hang, or an earlier check failed); exit codes "
+                f"{self.exits}\n{crashes}",
+                pytrace=False,
             )
 
 
