@@ -20,7 +20,7 @@ from opensora.datasets.rows import with_numbers
 from opensora.datasets.table import MEDIA_COLUMNS, read_table, require_columns, resolve_media_paths
 from opensora.datasets.transforms import resize_crop, to_model_range
 from opensora.datasets.video_io import BrokenMediaError, read_frames
-from opensora.utils.errors import UserError
+from opensora.utils.errors import UserError, check_least
 from opensora.utils.logging import get_logger
 from opensora.utils.video import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, is_video, read_image
 
@@ -115,9 +115,7 @@ def choose_clips(cfg: Any, autoencoder: Any) -> list[EvalClip]:
     section = cfg.dataset or {}
     if not section.get("data_path"):
         raise UserError("dataset.data_path is not set: give a table of clips, or a folder of videos and pictures")
-    for key, least in LEAST.items():
-        if cfg[key] is not None and cfg[key] < least:
-            raise UserError(f"{key}={cfg[key]}: must be at least {least}")
+    check_least(cfg, LEAST)
     table = list_media(section["data_path"], cfg.save_dir)
     fps_max = section.get("fps_max") or float("inf")
     strides = np.array([target_fps(float(fps), fps_max)[1] * cfg.frame_interval for fps in table["fps"]])

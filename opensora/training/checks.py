@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from opensora.training.checkpoint import RunningStates
-from opensora.utils.errors import UserError
+from opensora.utils.errors import UserError, check_least
 
 LEAST = {
     "accumulation_steps": 1,
@@ -24,9 +24,7 @@ def check_loop(cfg: Any) -> None:
     Raises:
         UserError: names the key and what would be right.
     """
-    for key, least in LEAST.items():
-        if cfg[key] is not None and cfg[key] < least:
-            raise UserError(f"{key}={cfg[key]}: must be at least {least}")
+    check_least(cfg, LEAST)
     if cfg.ckpt_shard_size_gb <= 0:
         raise UserError(f"ckpt_shard_size_gb={cfg.ckpt_shard_size_gb}: must be more than 0")
     if cfg.ema_decay is not None and not 0 <= cfg.ema_decay < 1:

@@ -15,7 +15,7 @@ from opensora.evaluation.latents import RunningMoments
 from opensora.registry import DATASETS, build_module
 from opensora.schema import VaeStatsOptions
 from opensora.training.checks import check_frames
-from opensora.utils.errors import UserError
+from opensora.utils.errors import UserError, check_least
 from opensora.utils.logging import setup_logging
 
 
@@ -27,9 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     for key in ("model", "dataset"):
         if not cfg.get(key):
             raise UserError(f"{cfg.config_path}: '{key}' is missing")
-    for key, least in (("max_batches", 1), ("num_workers", 0)):
-        if cfg[key] is not None and cfg[key] < least:
-            raise UserError(f"{key}={cfg[key]}: must be at least {least}")
+    check_least(cfg, {"max_batches": 1, "num_workers": 0})
     device, dtype = pick_device(cfg.device), torch_dtype(cfg.dtype)
     check_weights("model", cfg.model)
     buckets = bucket_of(cfg.eval_setting) if cfg.eval_setting else cfg.bucket_config
