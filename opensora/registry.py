@@ -12,10 +12,10 @@ from typing import Any
 from mmengine.registry import Registry
 from torch import nn
 
-from opensora.schema_sections import COMPONENTS
+from opensora.config.options import COMPONENTS
+from opensora.config.values import coerce, describe
 from opensora.utils.errors import UserError
 from opensora.utils.nearest import nearest_key
-from opensora.utils.typed_values import coerce, describe
 
 # Arguments that a program, not a config file, gives to a factory.
 RUNTIME_KEYS = ("device_map", "torch_dtype")
@@ -80,7 +80,7 @@ DATASETS = LazyRegistry(
     {
         "text": "opensora.datasets.text",
         "video_text": "opensora.datasets.dataset",
-        "cached_video_text": "opensora.datasets.caches",
+        "cached_video_text": "opensora.encoded.dataset",
     },
 )
 

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from opensora.acceleration import collectives
+from opensora.acceleration.devices import pick_device, torch_dtype
 from opensora.acceleration.parallel_context import ParallelContext
 from opensora.acceleration.parallel_vae import share_tiles
 from opensora.acceleration.plugins import divide_model
+from opensora.acceleration.shardformer import use_shardformer
 from opensora.config import load_config
-from opensora.diffusion import building
+from opensora.config.commands import InferenceOptions
+from opensora.diffusion.checks import check_config, check_resources, section_names
 from opensora.diffusion.conditions import build_condition, get_spans, restore_references
 from opensora.diffusion.decode import DecodeMemoryError, decode_latents
 from opensora.diffusion.denoise import StepCallback, TextEmbeddings, denoise, denoise_distilled
@@ -24,11 +27,10 @@ from opensora.diffusion.latents import get_noise, pack, prepare_ids, unpack
 from opensora.diffusion.lora import apply_loras
 from opensora.diffusion.offload import on_device
 from opensora.diffusion.plan import IMAGE_GUIDANCE, LatentSpec, SamplePlan, image_plan, make_plan
-from opensora.diffusion.progress import as_stage, timed, with_latents
-from opensora.diffusion.prompts import check_motion_score, check_seed, final_text
 from opensora.diffusion.references import References, Source, check_references, per_prompt_references, read_clips
-from opensora.diffusion.validate import check_config, check_resources, section_names
-from opensora.schema import InferenceOptions
+from opensora.diffusion.timing import as_stage, timed, with_latents
+from opensora.diffusion.wording import check_motion_score, check_seed, final_text
+from opensora.models.build import build_ready
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from opensora.utils.video import to_uint8
@@ -75,7 +77,7 @@ class VideoPipeline:
 
     Args:
         models: by config name: t5, clip, model, ae; for use_t2i2v also img_flux and img_flux_ae.
-        cfg: resolved config (:class:`opensora.schema.InferenceOptions`).
+        cfg: resolved config (:class:`opensora.config.commands.InferenceOptions`).
         device: where the models work.
         dtype: of the models.
         parallel: ranks that make a sample together, already reflected in the models; all call the same methods.
@@ -117,17 +119,19 @@ class VideoPipeline:
             UserError: anything wrong with config or weight files; found before weights are loaded.
         """
         cfg = load_config(config, InferenceOptions, overrides)
-        device = device or building.pick_device(cfg.device)
+        device = device or pick_device(cfg.device)
         check_config(cfg)
         check_resources(cfg, device)
-        dtype = building.torch_dtype(cfg.dtype)
+        dtype = torch_dtype(cfg.dtype)
         home = torch.device("cpu") if cfg.offload else device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)  # for models that start from random weights
             # of ranks that make a sample together, the first embeds its text for all
             embeds = parallel is None or parallel.sample.first
             names = [name for name in section_names(cfg) if embeds or name not in TEXT_ENCODERS]
-            models = {name: building.build_ready(cfg[name], home, dtype, name) for name in names}
+            models = {name: build_ready(cfg[name], home, dtype, name) for name in names}
+        for name in set(TEXT_ENCODERS) & models.keys():
+            use_shardformer(models[name])
         models["model"] = apply_loras(models["model"], cfg.pretrained_lora_path, cfg.merge_lora)
         if parallel is not None:
             divide_model(models["model"], parallel, cfg.plugin_config)

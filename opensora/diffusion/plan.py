@@ -148,7 +148,7 @@ def make_plan(
     """Work out a run.
 
     Args:
-        option: sampling options (:class:`opensora.schema.SamplingOption`).
+        option: sampling options (:class:`opensora.config.commands.SamplingOption`).
         spec: of the autoencoder.
         patch_size: latent pixels per token side.
         cond_type: condition of the samples.

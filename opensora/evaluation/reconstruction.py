@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from opensora.acceleration.devices import pick_device, torch_dtype
 from opensora.datasets.table import write_table
-from opensora.diffusion.building import build_on_meta, build_ready, check_weights, pick_device, torch_dtype
 from opensora.evaluation.clips import ClipReader, EvalClip, choose_clips
 from opensora.evaluation.latents import RunningMoments
 from opensora.evaluation.quality import flicker, psnr, ssim
+from opensora.models.build import build_on_meta, build_ready, check_weights
 from opensora.models.vae.lpips import LPIPSSource, build_lpips
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger

@@ -1,4 +1,4 @@
-"""Writer of the caches that :mod:`opensora.datasets.caches` reads."""
+"""Writer of the caches that :mod:`opensora.encoded.dataset` reads."""
 
 import hashlib
 import json
@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from opensora.acceleration.devices import pick_device, torch_dtype
 from opensora.datasets.buckets import BucketTable
-from opensora.datasets.caches import SIZE_COLUMN, WHOLE, CacheInfo, file_bytes, run_name, shard_path, text_hash
 from opensora.datasets.dataset import SampleKey, VideoTextDataset
 from opensora.datasets.sampler import BucketBatchSampler
 from opensora.datasets.table import write_table
 from opensora.datasets.video_io import BrokenMediaError
-from opensora.diffusion import building
+from opensora.encoded.dataset import SIZE_COLUMN, WHOLE, CacheInfo, file_bytes, run_name, shard_path, text_hash
+from opensora.models.build import check_weights
 from opensora.registry import DATASETS, MODELS, build_module
 from opensora.training.cached import (
     condition_pixels,
@@ -103,7 +104,7 @@ class CacheWriter:
             if not cfg.get(section):
                 raise UserError(f"{cfg.config_path}: '{section}' is missing")
         self.folder = Path(folder)
-        self.device, self.dtype = building.pick_device(cfg.device), building.torch_dtype(cfg.dtype)
+        self.device, self.dtype = pick_device(cfg.device), torch_dtype(cfg.dtype)
         self.ae: Any = meta_autoencoder(cfg)
         self.dataset = self._dataset()
         table = BucketTable(cfg.bucket_config, self.ae.compression[1] * cfg.patch_size)
@@ -169,7 +170,7 @@ class CacheWriter:
         return [(n, items) for n, items in self._shards(count) if not shard_path(self.folder, kind, n).is_file()]
 
     def _encoder(self, section: str) -> Any:
-        building.check_weights(section, self.cfg[section])
+        check_weights(section, self.cfg[section])
         model = build_module(dict(self.cfg[section]), MODELS, device_map=str(self.device), torch_dtype=self.dtype)
         return model.eval().requires_grad_(False)
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora.datasets.caches import CachedVideoTextDataset, run_name
-from opensora.diffusion import building
+from opensora.acceleration.devices import torch_dtype
 from opensora.diffusion.conditions import Span, fits, get_spans
+from opensora.encoded.dataset import CachedVideoTextDataset, run_name
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -85,14 +85,14 @@ def video_fingerprint(cfg: Any, must_exist: bool = True) -> dict[str, Any]:
     # The scale and shift of a posterior's latents are applied after the cache; others are part of what is stored.
     ignored = SCALING if cfg.ae["type"] != "dc_ae" else ()
     encoder = _encoder_fingerprint("ae", cfg.ae, must_exist, ignored)
-    return {**encoder, **rules, "dtype": str(building.torch_dtype(cfg.dtype))}
+    return {**encoder, **rules, "dtype": str(torch_dtype(cfg.dtype))}
 
 
 def text_fingerprint(cfg: Any, must_exist: bool = True) -> dict[str, Any]:
     """What text embeddings depend on besides the text: both encoders and the precision; see
     :func:`video_fingerprint`."""
     t5, clip = (_encoder_fingerprint(name, cfg[name], must_exist) for name in ("t5", "clip"))
-    return {**t5, **clip, "dtype": str(building.torch_dtype(cfg.dtype))}
+    return {**t5, **clip, "dtype": str(torch_dtype(cfg.dtype))}
 
 
 def condition_runs(weights: Mapping[str, float] | None, ae: Any, num_frames: int) -> list[tuple[str, int]]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from opensora.training.checkpoint import RunningStates
+from opensora.training.checkpoint.folder import RunningStates
 from opensora.utils.errors import UserError, check_least
 
 LEAST = {

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora.config import config_to_text
-from opensora.training.checkpoint import load_states, remove_unfinished
+from opensora.training.checkpoint.folder import load_states, remove_unfinished
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger, setup_logging
 

@@ -14,14 +14,14 @@ from torch.distributed import is_torchelastic_launched
 
 from opensora.acceleration.engine import Engine
 from opensora.acceleration.sharding import Gathered
-from opensora.training.checkpoint import RunningStates
-from opensora.training.checkpoint_files import CheckpointContent
-from opensora.training.checkpoint_writer import SHARD_BYTES, CheckpointWriter
-from opensora.training.ema import EMA
-from opensora.training.metrics import MetricLog, StageTimer, Value
-from opensora.training.optimizer import Schedule
+from opensora.training.checkpoint.content import CheckpointContent
+from opensora.training.checkpoint.folder import RunningStates
+from opensora.training.checkpoint.writer import SHARD_BYTES, CheckpointWriter
+from opensora.training.report.metrics import MetricLog, StageTimer, Value
 from opensora.training.stopping import EXIT_STATUS, StopRequest
-from opensora.training.trained import TrainedWeights
+from opensora.training.weights.adapters import TrainedWeights
+from opensora.training.weights.ema import EMA
+from opensora.training.weights.optimizer import Schedule
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 

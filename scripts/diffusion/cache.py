@@ -1,7 +1,7 @@
 """Compute latents and text embeddings beforehand: ``python scripts/diffusion/cache.py CONFIG --cache-dir DIR``."""
 
 from opensora.config import parse_config, run_main
-from opensora.schema import CacheOptions
+from opensora.config.commands import CacheOptions
 
 
 def main(argv: list[str] | None = None) -> None:

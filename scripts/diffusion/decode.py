@@ -10,11 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout without being installed
 
+from opensora.acceleration.devices import pick_device
 from opensora.config import parse_config, run_main
-from opensora.diffusion.building import pick_device
-from opensora.diffusion.decode import decode_files
-from opensora.diffusion.outputs import LATENTS_ENDING
-from opensora.schema import InferenceOptions
+from opensora.config.commands import InferenceOptions
+from opensora.generation.decode_files import decode_files
+from opensora.generation.outputs import LATENTS_ENDING
 from opensora.utils.errors import UserError
 from opensora.utils.logging import setup_logging
 

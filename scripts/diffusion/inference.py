@@ -12,12 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout without being installed
 
+from opensora.acceleration.devices import pick_device
 from opensora.acceleration.failures import reported_once
 from opensora.acceleration.parallel_context import shutdown
 from opensora.config import parse_config, run_main
-from opensora.diffusion.building import pick_device
-from opensora.diffusion.generate import generate
-from opensora.schema import InferenceOptions
+from opensora.config.commands import InferenceOptions
+from opensora.generation.run import generate
 from opensora.utils.logging import setup_logging
 
 

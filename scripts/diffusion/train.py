@@ -7,7 +7,7 @@ import os
 
 from opensora.acceleration.failures import reported_once
 from opensora.config import parse_config, run_main
-from opensora.schema import TrainOptions
+from opensora.config.commands import TrainOptions
 from opensora.utils.logging import setup_logging
 
 
@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> None:
         cfg = parse_config(argv, TrainOptions)
     # after parsing: --help and typos answer at once
     from opensora.acceleration.parallel_context import shutdown
-    from opensora.training.trainer import Trainer
+    from opensora.training.diffusion.trainer import Trainer
 
     setup_logging()
     with reported_once(os.environ):

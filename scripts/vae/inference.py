@@ -7,7 +7,7 @@ goes on where it was. ``--help`` lists the keys.
 import logging
 
 from opensora.config import parse_config, run_main
-from opensora.schema import VaeInferenceOptions
+from opensora.config.commands import VaeInferenceOptions
 from opensora.utils.logging import setup_logging
 
 LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)  # of verbose 0, 1 and 2

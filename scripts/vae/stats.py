@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from opensora.acceleration.devices import pick_device, torch_dtype
 from opensora.config import parse_config, run_main
+from opensora.config.commands import VaeStatsOptions
 from opensora.datasets.dataloader import build_train_loader
-from opensora.diffusion.building import build_on_meta, build_ready, check_weights, pick_device, torch_dtype
 from opensora.evaluation.clips import SIZE_MULTIPLE, bucket_of
 from opensora.evaluation.latents import RunningMoments
+from opensora.models.build import build_on_meta, build_ready, check_weights
 from opensora.registry import DATASETS, build_module
-from opensora.schema import VaeStatsOptions
 from opensora.training.checks import check_frames
 from opensora.utils.errors import UserError, check_least
 from opensora.utils.logging import setup_logging

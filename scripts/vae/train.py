@@ -7,7 +7,7 @@ import os
 
 from opensora.acceleration.failures import reported_once
 from opensora.config import parse_config, run_main
-from opensora.schema import VaeTrainOptions
+from opensora.config.commands import VaeTrainOptions
 from opensora.utils.logging import setup_logging
 
 
@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> None:
         cfg = parse_config(argv, VaeTrainOptions)
     # after parsing: --help and typos answer at once
     from opensora.acceleration.parallel_context import shutdown
-    from opensora.training.vae_trainer import VAETrainer
+    from opensora.training.vae.trainer import VAETrainer
 
     setup_logging()
     with reported_once(os.environ):

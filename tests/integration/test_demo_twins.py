@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from opensora.config import load_config
-from opensora.diffusion.building import build_on_meta
-from opensora.diffusion.validate import check_config
-from opensora.schema import InferenceOptions
+from opensora.config.commands import InferenceOptions
+from opensora.diffusion.checks import check_config
+from opensora.models.build import build_on_meta
 from opensora.utils.video import read_image, read_video
 
 ROOT = Path(__file__).parents[2]

@@ -8,9 +8,7 @@ import pytest
 
 from opensora.acceleration.plugins import check_training
 from opensora.config import parse_config
-from opensora.diffusion.building import build_on_meta
-from opensora.diffusion.validate import check_parallelism
-from opensora.schema import (
+from opensora.config.commands import (
     CacheOptions,
     InferenceOptions,
     TrainOptions,
@@ -18,6 +16,8 @@ from opensora.schema import (
     VaeStatsOptions,
     VaeTrainOptions,
 )
+from opensora.diffusion.checks import check_parallelism
+from opensora.models.build import build_on_meta
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/inference.md")

@@ -106,7 +106,7 @@ def no_weights(monkeypatch):
     def fail(*arguments):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("opensora.diffusion.building.build_ready", fail)
+    monkeypatch.setattr("opensora.models.build.build_ready", fail)
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_no_gpu(refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     asked = refused("--prompt", "a", "--device", "cuda")
     assert "found 0 GPUs; use --device cpu" in asked
-    monkeypatch.setattr("opensora.diffusion.building.MAX_CPU_PARAMETERS", 1000)
+    monkeypatch.setattr("opensora.models.build.MAX_CPU_PARAMETERS", 1000)
     needed = refused("--prompt", "a", "--device", "none")
     assert re.search(r"no GPU found.*demo/.*--device cpu", needed)
 

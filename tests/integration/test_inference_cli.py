@@ -89,7 +89,7 @@ def test_latents_outlive_a_failed_decode(run_tiny, monkeypatch):
 
 def test_refined_prompt(run_tiny, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "k")
-    monkeypatch.setattr("opensora.diffusion.refine.ApiModel.__call__", lambda self, *question: "A grey cat walks.")
+    monkeypatch.setattr("opensora.generation.refine.ApiModel.__call__", lambda self, *question: "A grey cat walks.")
     run_tiny("--prompt", "a cat", "--refine-prompt", "True", "--num_steps", "1")
     assert Path("samples/video_32px/prompt_0000.txt").read_text() == "A grey cat walks. 8 FPS."
     assert json.loads(Path("samples/video_32px/prompt_0000.json").read_text())["prompt"] == "a cat"
@@ -188,7 +188,7 @@ def test_prompt_as_path(run_tiny):
 
 
 def test_dry_run_loads_and_writes_nothing(run_tiny, monkeypatch, capsys):
-    monkeypatch.setattr("opensora.diffusion.building.build_ready", None)
+    monkeypatch.setattr("opensora.models.build.build_ready", None)
     assert run_tiny("--prompt", "a", "--dry-run", "True", "--num-sample", "2") == []
     out = capsys.readouterr().out
     with pytest.raises(UserError, match="hf download"):

@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file
 
 from opensora.config import parse_config
-from opensora.schema import TrainOptions, VaeTrainOptions
-from opensora.training.trainer import Trainer
-from opensora.training.vae_trainer import VAETrainer
+from opensora.config.commands import TrainOptions, VaeTrainOptions
+from opensora.training.diffusion.trainer import Trainer
+from opensora.training.vae.trainer import VAETrainer
 from opensora.utils.errors import UserError
 from opensora.utils.weights_writing import save_safetensors
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opensora.registry import MODELS, build_module
-from opensora.training.checkpoint import list_checkpoints, load_part, load_states
+from opensora.training.checkpoint.folder import list_checkpoints, load_part, load_states
 from opensora.utils.weights_writing import save_safetensors
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def run(words, log, sign, step):
     if pid == 0:
         os.close(there)
         if sign:
-            logging.getLogger("opensora.training.metrics").addHandler(Hold(step + 1, here))
+            logging.getLogger("opensora.training.report.metrics").addHandler(Hold(step + 1, here))
         try:
             Trainer(parse_config(words, TrainOptions)).run()
         except SystemExit as error:

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opensora.config import load_config, parse_config
+from opensora.config.commands import CacheOptions, TrainOptions
 from opensora.diffusion.pipeline import VideoPipeline
 from opensora.registry import MODELS, build_module
-from opensora.schema import CacheOptions, TrainOptions
 from opensora.training.cache_writer import CacheWriter
-from opensora.training.checkpoint import list_checkpoints, load_states
+from opensora.training.checkpoint.folder import list_checkpoints, load_states
+from opensora.training.diffusion.trainer import Trainer
 from opensora.training.loop import TrainLoop
-from opensora.training.trainer import Trainer
 from opensora.utils.errors import UserError
 from opensora.utils.video import read_video, save_image, save_video
 from opensora.utils.weights_writing import save_safetensors

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from opensora.config import load_config
+from opensora.config.commands import VaeInferenceOptions
 from opensora.evaluation.reconstruction import reconstruct
 from opensora.models.vae.lpips import LPIPS
 from opensora.registry import MODELS, build_module
-from opensora.schema import VaeInferenceOptions
 from opensora.utils.errors import UserError
 from opensora.utils.video import read_video, save_image, save_video
 from opensora.utils.weights_writing import save_safetensors

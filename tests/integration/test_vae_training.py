@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from opensora.models.vae.lpips import LPIPS
-from opensora.training.vae_step import LengthMixer
-from opensora.training.vae_trainer import VAETrainer
+from opensora.training.vae.loss import LengthMixer
+from opensora.training.vae.trainer import VAETrainer
 from opensora.utils.errors import UserError
 from tests.integration.vae_runs import (
     AUTOENCODER,

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from opensora.config import load_config
-from opensora.schema import VaeTrainOptions
+from opensora.config.commands import VaeTrainOptions
 from opensora.utils.video import save_video
 
 CODER = dict(width_list=[4, 8, 8], depth_list=[1, 1, 1], block_type="ResBlock")

@@ -146,7 +146,7 @@ def check_other_layouts(folder: Path) -> None:
 
 def check_average_of_sharded_weights(folder: Path) -> None:
     """An EMA of sharded weights equals that of whole ones, and is loaded again."""
-    from opensora.training.ema import EMA
+    from opensora.training.weights.ema import EMA
 
     alone, place = ParallelContext(), context(sp=2)
     results = []

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from opensora.acceleration.parallel_context import ParallelContext, Sizes
 from opensora.acceleration.parallel_vae import share_tiles
 from opensora.config import load_config
-from opensora.diffusion.generate import generate
+from opensora.config.commands import InferenceOptions
 from opensora.diffusion.pipeline import SampleResult, VideoPipeline
+from opensora.generation.run import generate
 from opensora.models.hunyuan_vae import AutoencoderKLCausal3D, HunyuanVAEConfig
-from opensora.schema import InferenceOptions
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from tests.conftest import tiny_inference_config

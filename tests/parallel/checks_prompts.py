@@ -13,8 +13,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from opensora.config import load_config
-from opensora.diffusion.generate import generate
-from opensora.schema import InferenceOptions
+from opensora.config.commands import InferenceOptions
+from opensora.generation.run import generate
 from opensora.utils.errors import UserError
 from tests.conftest import tiny_inference_config
 
@@ -63,7 +63,7 @@ def one_rank_asks_the_language_model(folder: Path) -> None:
             file.write(text)
         return f"A better {text}"
 
-    with mock.patch("opensora.diffusion.generate.make_asker", return_value=lambda: ask):
+    with mock.patch("opensora.generation.run.make_asker", return_value=lambda: ask):
         made = run(config(folder, refine_prompt=True, num_sample=2))
     for path in made:
         record = json.loads(path.with_suffix(".json").read_text())

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from opensora.acceleration.engine import Engine
-from opensora.training import checkpoint_files
-from opensora.training.checkpoint import RunningStates, list_checkpoints, load_part, load_weights
-from opensora.training.checkpoint_files import CheckpointContent
-from opensora.training.checkpoint_writer import CheckpointWriter
-from opensora.training.ema import EMA
+from opensora.training.checkpoint import content as checkpoint_files
+from opensora.training.checkpoint.content import CheckpointContent
+from opensora.training.checkpoint.folder import RunningStates, list_checkpoints, load_part, load_weights
+from opensora.training.checkpoint.writer import CheckpointWriter
+from opensora.training.weights.ema import EMA
 from opensora.utils.errors import UserError
 from tests.parallel.checks_engines import make_engine, train
 from tests.parallel.tiny import context

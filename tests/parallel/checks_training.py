@@ -15,10 +15,10 @@ import torch.distributed as dist
 
 from opensora.acceleration.parallel_context import ParallelContext, Sizes
 from opensora.config import parse_config
-from opensora.schema import TrainOptions
-from opensora.training.checkpoint import load_weights
-from opensora.training.metrics import Mean, MetricLog, Rate
-from opensora.training.trainer import Trainer
+from opensora.config.commands import TrainOptions
+from opensora.training.checkpoint.folder import load_weights
+from opensora.training.diffusion.trainer import Trainer
+from opensora.training.report.metrics import Mean, MetricLog, Rate
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_video
 from tests.conftest import tiny_inference_config

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from opensora.training.vae_trainer import VAETrainer
+from opensora.training.vae.trainer import VAETrainer
 from opensora.utils.errors import UserError
 from tests.integration.vae_runs import (
     AUTOENCODER,

@@ -27,8 +27,8 @@ PRELOAD = [
     "pytest",
     "torch._dynamo",  # optimizers and DDP import it, which takes seconds
     "opensora.acceleration.native",
-    "opensora.diffusion.generate",
-    "opensora.training.trainer",
+    "opensora.generation.run",
+    "opensora.training.diffusion.trainer",
 ]
 
 IDLE = 120  # seconds in which processes that wait for one another use next to no processor, and others use some

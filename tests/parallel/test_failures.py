@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from opensora.training.checkpoint import list_checkpoints
+from opensora.training.checkpoint.folder import list_checkpoints
 from tests.parallel.checks_training import tiny_run
 
 pytestmark = pytest.mark.parallel

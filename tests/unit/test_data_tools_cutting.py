@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from opensora.schema_sections import Section
+from opensora.config.options import Section
 from opensora.utils.errors import UserError
 from opensora.utils.video import read_image, read_video, save_image, save_video
 from tools.data.cut import Cut, Whole, content_box, split_scenes

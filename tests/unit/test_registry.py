@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from opensora.config.commands import COMPONENTS
 from opensora.registry import DATASETS, MODELS, RUNTIME_KEYS, LazyRegistry, build_module
-from opensora.schema import COMPONENTS
 from opensora.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]

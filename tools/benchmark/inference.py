@@ -26,13 +26,14 @@ from torch import Tensor, nn
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from opensora.acceleration.devices import pick_device, torch_dtype
 from opensora.config import parse_config, run_main
-from opensora.diffusion import building
+from opensora.config.commands import InferenceOptions
+from opensora.diffusion.checks import check_config, section_names
 from opensora.diffusion.guidance import count_forwards
 from opensora.diffusion.pipeline import SampleResult, VideoPipeline
-from opensora.diffusion.report import forward_flops
-from opensora.diffusion.validate import check_config, section_names
-from opensora.schema import InferenceOptions
+from opensora.models.build import build_ready
+from opensora.models.mmdit.flops import forward_flops
 from opensora.utils.errors import UserError
 from opensora.utils.logging import setup_logging
 from opensora.utils.video import write_text
@@ -49,7 +50,7 @@ def build_pipeline(cfg: Any, device: torch.device, random_weights: bool) -> Vide
     if not random_weights:
         return VideoPipeline.from_config(cfg, device)
     check_config(cfg)
-    dtype = building.torch_dtype(cfg.dtype)
+    dtype = torch_dtype(cfg.dtype)
     home = torch.device("cpu") if cfg.offload else device
     models: dict[str, nn.Module] = {}
     widths = {"t5": cfg.model["context_in_dim"], "clip": cfg.model["vec_in_dim"]}
@@ -63,7 +64,7 @@ def build_pipeline(cfg: Any, device: torch.device, random_weights: bool) -> Vide
             else:
                 section = {**cfg[name], "from_pretrained": None}
                 section |= {"from_scratch": True} if section["type"] == "dc_ae" else {}
-                models[name] = building.build_ready(section, device, dtype, name).to(home)
+                models[name] = build_ready(section, device, dtype, name).to(home)
     finally:
         torch.set_default_dtype(before)
     return VideoPipeline(models, cfg, device, dtype)
@@ -177,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.comparison and args.comparison < 3:
         raise UserError(f"--comparison {args.comparison}: a median needs 3 runs or more (0: no comparison)")
     setup_logging()
-    device = building.pick_device(cfg.device)
+    device = pick_device(cfg.device)
     report: dict[str, Any] = {"environment": environment(device, args.random_weights)}
     print(", ".join(f"{key} {value}" for key, value in report["environment"].items()))
     pipe = build_pipeline(cfg, device, args.random_weights)

@@ -29,8 +29,8 @@ from opensora.acceleration.parallel_context import ParallelContext, Sizes
 from opensora.acceleration.plugins import divide_model
 from opensora.acceleration.sequence_parallel import Part
 from opensora.config import run_main
-from opensora.diffusion.report import forward_flops
 from opensora.models.mmdit import MMDiTConfig, MMDiTModel
+from opensora.models.mmdit.flops import forward_flops
 from tools.benchmark.traffic import bytes_sent
 
 WAYS = {"ulysses": ("sp", "all_to_all"), "ring": ("sp", "ring_attn"), "tp": ("tp", "ring_attn")}

@@ -27,15 +27,15 @@ import pandas as pd
 import torch
 
 from opensora.config import parse_config, run_main
+from opensora.config.commands import TrainOptions
 from opensora.datasets.buckets import BucketTable
 from opensora.datasets.dataloader import to_device
 from opensora.datasets.dataset import collate
-from opensora.schema import TrainOptions
-from opensora.training.diffusion_checks import check_config
-from opensora.training.inputs import diffusion_loss
+from opensora.training.diffusion.checks import check_config
+from opensora.training.diffusion.inputs import diffusion_loss
+from opensora.training.diffusion.trainer import Trainer
 from opensora.training.loop import step_generator
-from opensora.training.optimizer import create_optimizer
-from opensora.training.trainer import Trainer
+from opensora.training.weights.optimizer import create_optimizer
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_image, save_video, write_text
 

@@ -8,7 +8,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.config import run_main
-from opensora.training.checkpoint import list_checkpoints
+from opensora.training.checkpoint.folder import list_checkpoints
 from opensora.utils.errors import UserError
 from opensora.utils.weights import is_stored, open_weights
 from opensora.utils.weights_writing import save_safetensors

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from opensora.diffusion.building import torch_dtype
+from opensora.acceleration.devices import torch_dtype
 from opensora.models.mmdit.loading import layout_metadata
 from opensora.utils.errors import UserError
 from opensora.utils.weights import WeightFiles

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from opensora.config_keys import walk_options
+from opensora.config.keys import walk_options
 from opensora.utils.errors import UserError
 from tools.data.options import DataOptions
 

@@ -8,7 +8,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from opensora.schema_sections import Section, opt, section
+from opensora.config.options import Section, opt, section
 
 Bounds = dict[str, list[Any]]
 Preset = Literal[

@@ -22,8 +22,8 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.config import parse_config
+from opensora.config.commands import InferenceOptions
 from opensora.diffusion.pipeline import VideoPipeline
-from opensora.schema import InferenceOptions
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_image, write_text
 from tools.demo.analyse import psnr

@@ -22,8 +22,8 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.config import load_config, parse_config
+from opensora.config.commands import InferenceOptions, VaeInferenceOptions
 from opensora.registry import MODELS, build_module
-from opensora.schema import InferenceOptions, VaeInferenceOptions
 from opensora.utils.errors import UserError
 from opensora.utils.video import contact_sheet, read_video, to_uint8, write_text
 from tools.demo.analyse import psnr

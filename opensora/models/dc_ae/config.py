@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from opensora.config.values import coerce, describe
 from opensora.models.dc_ae.blocks import HEAD_DIM
 from opensora.models.vae.tiling import Tiling
 from opensora.utils.errors import UserError
 from opensora.utils.nearest import nearest_key
-from opensora.utils.typed_values import coerce, describe
 
 BLOCK_TYPES = ("ResBlock", "EViTS5_GLU")
 # What every layout of this family has in common; layout files may say it too.

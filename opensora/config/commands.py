@@ -1,0 +1,318 @@
+"""Every key that a config file or a command line may set: type, default, unit and one line of help.
+
+Here are the top-level keys, one group per script (``InferenceOptions`` ...) with the script's aliases; the sections
+below them are in ``opensora.config.options`` and may be imported from here too. To add a key, add its line.
+"""
+
+# ruff: noqa: RUF009 - opt(), section() and component() make dataclass fields
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from opensora.config.options import (
+    AE_KNOWS,
+    COMPONENTS,
+    AutoEncoder2DOptions,
+    CachedVideoTextDatasetOptions,
+    DcAeCoderOptions,
+    DcAeOptions,
+    DiscriminatorLossOptions,
+    DiscriminatorOptions,
+    DropoutOptions,
+    GeneratorLossOptions,
+    HunyuanVAEOptions,
+    LpipsOptions,
+    MMDiTOptions,
+    OptimOptions,
+    PluginOptions,
+    SamplingOption,
+    SchedulerOptions,
+    Section,
+    TextDatasetOptions,
+    TextEmbedderOptions,
+    TrainSampleOptions,
+    VaeLossOptions,
+    ValidationOptions,
+    VideoTextDatasetOptions,
+    component,
+    opt,
+    section,
+)
+
+__all__ = [
+    "COMPONENTS",
+    "AutoEncoder2DOptions",
+    "CacheOptions",
+    "CachedVideoTextDatasetOptions",
+    "DcAeCoderOptions",
+    "DcAeOptions",
+    "DiscriminatorLossOptions",
+    "DiscriminatorOptions",
+    "DropoutOptions",
+    "GeneratorLossOptions",
+    "HunyuanVAEOptions",
+    "InferenceOptions",
+    "LoaderOptions",
+    "LoopOptions",
+    "LpipsOptions",
+    "MMDiTOptions",
+    "OptimOptions",
+    "PluginOptions",
+    "RunOptions",
+    "SamplingOption",
+    "SchedulerOptions",
+    "Section",
+    "TextDatasetOptions",
+    "TextEmbedderOptions",
+    "TrainOptions",
+    "TrainSampleOptions",
+    "VaeInferenceOptions",
+    "VaeLossOptions",
+    "VaeStatsOptions",
+    "VaeTrainOptions",
+    "ValidationOptions",
+    "VideoTextDatasetOptions",
+    "component",
+    "opt",
+    "section",
+]
+
+DType = Literal["bf16", "fp16", "fp32", "half", "bfloat16", "float16", "float32", "float64"]
+ConditionType = Literal[
+    "t2v", "i2v_head", "i2v_tail", "i2v_loop", "v2v_head", "v2v_tail", "v2v_head_easy", "v2v_tail_easy"
+]
+# resolution name -> number of frames -> (probability or pair of them, batch size)
+Buckets = dict[str, dict[int, Any]] | None
+VAE_TYPES = ("hunyuan_vae", "dc_ae", "autoencoder_2d")
+CLIP_DATASETS = ("video_text", "cached_video_text")
+
+
+@dataclass
+class RunOptions:
+    """Keys of every script."""
+
+    device: str | None = opt(None, "cpu or cuda; none takes cuda where there is one")
+    dtype: DType = opt("bf16", "precision of the models")
+    seed: int = opt(1024, "seed of everything random except a sample's noise")
+
+
+@dataclass
+class LoaderOptions:
+    """Keys of every script that reads clips in buckets."""
+
+    dataset: Section = component(CLIP_DATASETS, "clips and texts")
+    bucket_config: Buckets = opt(None, "{resolution: {frames: (probability, batch size)}}")
+    batch_size: int | None = opt(None, "samples per step where there are no buckets", "samples")
+    num_workers: int = opt(4, "processes that read data")
+    prefetch_factor: int | None = opt(None, "batches each of them reads ahead", "batches")
+    num_bucket_build_workers: int = opt(
+        1, "processes that sort clips into buckets", no_effect="one process sorts a million rows in seconds"
+    )
+
+
+@dataclass
+class InferenceOptions(RunOptions):
+    """Make videos from prompts, pictures and clips."""
+
+    aliases: ClassVar[dict[str, str]] = {
+        **{
+            key: f"sampling_option.{key}"
+            for key in (
+                ("resolution", "aspect_ratio", "num_frames", "num_steps", "guidance", "guidance_img", "flow_shift")
+            )
+        },
+        "ckpt_path": "model.from_pretrained",
+        "offload_model": "offload",
+        "prompt_refine": "refine_prompt",
+    }
+
+    prompt: str | None = opt(None, "text of the video", verbatim=True)
+    ref: str | None = opt(None, "picture or clip to start from, several separated by ;")
+    cond_type: ConditionType = opt("t2v", "what the references fix")
+    save_dir: str = opt("samples", "folder for the results")
+    dataset: Section = component(("text",), "table of prompts, instead of prompt", {"type": "text"})
+    start_index: int = opt(0, "first row of the table")
+    end_index: int | None = opt(None, "row after the last one")
+    num_samples: int | None = opt(None, "rows from start_index, if there is no end_index", "rows")
+    batch_size: int = opt(1, "prompts sampled at a time", "prompts")
+    num_workers: int = opt(4, "processes that read data")
+    prefetch_factor: int | None = opt(None, "batches each of them reads ahead", "batches")
+    sampling_option: Section = section(SamplingOption, "size, length and guidance", {}, fill=True)
+    num_sample: int = opt(1, "videos per prompt", "videos")
+    fps_save: int = opt(16, "frame rate of the file, also told to the model", "frames/s")
+    motion_score: str | None = opt(None, "amount of motion told to the model: a number, or dynamic")
+    refine_prompt: bool = opt(False, "let a language model write the prompt out")
+    refine_model: str | None = opt(None, "folder or hub id of a local language model for that")
+    refine_base_url: str | None = opt(None, "OpenAI-compatible endpoint for that")
+    refine_api_model: str | None = opt(None, "name of the model at the endpoint")
+    model: Section = component(("flux",), "video diffusion model")
+    ae: Section = component(VAE_TYPES, "video autoencoder")
+    t5: Section = component(("text_embedder",), "encoder of the text tokens")
+    clip: Section = component(("text_embedder",), "encoder of the pooled text vector")
+    patch_size: int = opt(2, "latent pixels per token side", "latent px")
+    use_t2i2v: bool = opt(False, "make a picture from the prompt first, then a video from it")
+    img_resolution: str = opt("768px", "pixel count of that picture, by name")
+    img_flux: Section = component(("flux",), "image diffusion model")
+    img_flux_ae: Section = component(("autoencoder_2d",), "image autoencoder")
+    offload: bool = opt(False, "keep each model on the device only while it works")
+    save_prefix: str = opt("", "start of every file name")
+    prompt_as_path: bool = opt(False, "name files after their prompts (VBench)")
+    skip_existing: bool = opt(False, "leave out what is already there")
+    overwrite: bool = opt(False, "replace what is already there")
+    save_latents: bool = opt(False, "keep latents beside the videos")
+    dry_run: bool = opt(False, "check everything and print the plan, without loading weights")
+    plugin: str | None = opt(None, "parallelism of the diffusion model: hybrid, or none")
+    plugin_config: Section = section(PluginOptions, "its settings", {}, open=True)
+    plugin_ae: str | None = opt(None, "parallelism of the autoencoder: hybrid, or none")
+    plugin_config_ae: Section = section(
+        PluginOptions, "its settings", {}, open=True, no_effect="tiles are divided over all ranks that share a video"
+    )
+    grad_clip: float = opt(0.0, "gradient norm limit handed to the plugin (unused in sampling)")
+    pretrained_lora_path: list[str] | str | None = opt(None, "PEFT adapters to load: folder, or folder@strength")
+    merge_lora: bool = opt(True, "add adapters to the weights; false keeps them beside (slower, exact in bf16)")
+
+
+@dataclass
+class LoopOptions:
+    """Keys of both training scripts."""
+
+    outputs: str = opt("./outputs", "folder of the experiments")
+    exp_name: str | None = opt(None, "name of the experiment's folder; none makes one of time and config name")
+    load: str | None = opt(None, "checkpoint folder to go on from")
+    start_epoch: int | None = opt(None, "epoch to go on at, instead of the checkpoint's")
+    start_step: int | None = opt(None, "step to go on at, instead of the checkpoint's", "steps")
+    epochs: int = opt(1000, "passes over the data")
+    max_steps: int | None = opt(None, "where to stop", "optimizer steps")
+    accumulation_steps: int = opt(1, "batches per optimizer step", "batches")
+    optim: Section = section(OptimOptions, "optimizer", {}, open=True)
+    lr: float | None = opt(None, "learning rate, also sets optim.lr", also="optim.lr")
+    initial_lr: float | None = opt(None, "learning rate at the start of warm-up")
+    update_warmup_steps: bool = opt(
+        False, "build the schedule anew when going on", no_effect="it always follows from the config and the step"
+    )
+    grad_clip: float = opt(0.0, "gradient norm limit (0 is none)")
+    ema_decay: float | None = opt(None, "decay of the averaged weights; none keeps no average")
+    plugin: str | None = opt(
+        "zero2", "parallelism: zero1, zero2, hybrid, torch_ddp (ColossalAI), ddp, fsdp2 (torch), none"
+    )
+    plugin_config: Section = section(PluginOptions, "its settings", {}, open=True)
+    pin_memory_cache_pre_alloc_numels: list[int] | None = opt(
+        None, "pinned buffers to allocate", "elements", no_effect="torch keeps and reuses pinned buffers itself"
+    )
+    log_every: int = opt(1, "distance of log lines", "optimizer steps")
+    ckpt_every: int = opt(0, "distance of checkpoints (0: only at the end)", "optimizer steps")
+    keep_n_latest: int = opt(-1, "checkpoints to keep (-1: all)")
+    ckpt_shard_size_gb: float = opt(4.0, "weights above this size are saved in several files of it", "GiB")
+    wandb: bool = opt(False, "log to Weights & Biases")
+    wandb_project: str = opt("Open-Sora", "its project")
+    max_skipped_steps: int = opt(20, "steps in a row without a finite loss and gradient that end the run", "steps")
+
+
+@dataclass
+class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
+    """Train the diffusion model."""
+
+    aliases: ClassVar[dict[str, str]] = {"ckpt_path": "model.from_pretrained"}
+
+    model: Section = component(("flux",), "diffusion model")
+    ae: Section = component(VAE_TYPES, "autoencoder, if latents are not cached")
+    t5: Section = component(("text_embedder",), "encoder of the text tokens, if not cached")
+    clip: Section = component(("text_embedder",), "encoder of the pooled text vector, if not cached")
+    cached_video: bool = opt(False, "clips come as latents, from cache_dir")
+    cached_text: bool = opt(False, "texts come as embeddings, from cache_dir")
+    cache_dir: str | None = opt(None, "folder that scripts/diffusion/cache.py writes")
+    is_causal_vae: bool = opt(False, "first frame has a latent of its own", no_effect=AE_KNOWS)
+    patch_size: int = opt(2, "latent pixels per token side", "latent px")
+    condition_config: dict[str, float] | None = opt(None, "{condition type: weight}; none trains on text only")
+    dropout_ratio: Section = section(DropoutOptions, "share of samples that train without their text")
+    guidance: float = opt(4.0, "guidance scale told to models with guidance_embed")
+    sigma_min: float = opt(1e-5, "noise that remains at the end of the path")
+    no_i2v_ref_loss: bool = opt(False, "leave given first and last frames out of the loss")
+    grad_checkpoint: bool = opt(True, "recompute blocks in backward")
+    grad_ckpt_buffer_size: int = opt(0, "host memory for inputs of recomputed blocks (0: on the device)", "bytes")
+    lora_config: dict[str, Any] | None = opt(None, "PEFT LoraConfig; none trains all weights")
+    lora_checkpoint: str | None = opt(None, "adapter to start from")
+    freeze_layers: list[str] | str | None = opt(None, "what not to train, by name: txt_in, double_blocks.*.txt_mlp")
+    validation: Section = section(ValidationOptions, "loss on held-out rows; none does without", fill=True)
+    samples: Section = section(TrainSampleOptions, "videos of fixed prompts on the way; none makes none", fill=True)
+    warmup_steps: int | None = opt(None, "linear warm-up", "optimizer steps")
+    use_cosine_scheduler: bool = opt(False, "cosine decay to zero after warm-up and plateau")
+    flat_share: float = opt(0.0, "share of the run on the plateau before the cosine")
+    keep_encoded: bool = opt(False, "keep latents and text embeddings in memory, read each clip once (small datasets)")
+    warmup_ae: bool = opt(False, "run the autoencoder on every bucket shape first")
+    async_io: bool = opt(False, "write checkpoints while training goes on")
+    load_master_weights: bool = opt(False, "go on from the fp32 weights of a checkpoint")
+    save_master_weights: bool = opt(False, "write the fp32 weights into checkpoints")
+    record_time: bool = opt(False, "log seconds per stage")
+    record_barrier: bool = opt(False, "ranks wait for each other before each stage's time is taken")
+    nsys: bool = opt(False, "let Nsight Systems record some steps")
+    nsys_warmup_steps: int = opt(2, "steps before the record", "steps")
+    nsys_num_steps: int = opt(2, "steps in the record", "steps")
+
+
+@dataclass
+class CacheOptions(TrainOptions):
+    """Compute latents and text embeddings of a training config beforehand."""
+
+    cache_parts: Literal["both", "video", "text"] = opt("both", "what to compute")
+    cache_shard_size: int = opt(64, "clips, or texts, per file", "samples")
+    overwrite: bool = opt(False, "replace a cache that was made with something else")
+
+
+@dataclass
+class VaeTrainOptions(LoopOptions, LoaderOptions, RunOptions):
+    """Train a video autoencoder."""
+
+    aliases: ClassVar[dict[str, str]] = {"ckpt_path": "model.from_pretrained"}
+
+    model: Section = component(VAE_TYPES, "autoencoder")
+    grad_checkpoint: bool = opt(False, "recompute blocks in backward")
+    vae_loss_config: Section = section(VaeLossOptions, "reconstruction loss")
+    discriminator: Section = component(("N_Layer_discriminator_3D",), "discriminator; none trains without")
+    gen_loss_config: Section = section(GeneratorLossOptions, "adversarial loss of the autoencoder")
+    disc_loss_config: Section = section(DiscriminatorLossOptions, "loss of the discriminator")
+    optim_discriminator: Section = section(OptimOptions, "optimizer of the discriminator", open=True)
+    disc_lr: float | None = opt(None, "also sets optim_discriminator.lr", also="optim_discriminator.lr")
+    lr_scheduler: Section = section(SchedulerOptions, "learning-rate schedule")
+    disc_lr_scheduler: Section = section(SchedulerOptions, "learning-rate schedule of the discriminator")
+    mixed_strategy: Literal["mixed_video_image", "mixed_video_random"] | None = opt(None, "how lengths are mixed")
+    mixed_image_ratio: float = opt(0.0, "share of single frames in mixed_video_image")
+    image_steps: int = opt(0, "training on single frames before video", "optimizer steps")
+    image_bucket_config: Buckets = opt(None, "buckets of that training")
+    image_lr: float | None = opt(None, "learning rate of that training; none takes optim.lr")
+    restart_disc: bool = opt(False, "start the discriminator anew when going on")
+    load_optimizer: bool = opt(True, "go on with the optimizer's state")
+    freeze_layers: str | None = opt(None, "parts not to train, separated by commas: encoder, decoder, ..., or all")
+    profile: bool = opt(False, "record a torch profile of some steps")
+    wandb_expr_name: str | None = opt(None, "name of the run at Weights & Biases; none takes exp_name")
+
+
+@dataclass
+class VaeInferenceOptions(LoaderOptions, RunOptions):
+    """Encode and decode clips, and save both."""
+
+    aliases: ClassVar[dict[str, str]] = {"ckpt_path": "model.from_pretrained"}
+
+    model: Section = component(VAE_TYPES, "autoencoder")
+    dtype: DType = opt("fp32", "precision of the model")
+    save_dir: str = opt("samples", "folder for the results")
+    eval_setting: str | None = opt(None, "frames x side (17x256) or frames x height x width, instead of bucket_config")
+    fps: int = opt(16, "frame rate of the clips", "frames/s")
+    frame_interval: int = opt(1, "distance of sampled frames; files play at fps // frame_interval", "frames")
+    lpips: Section = section(LpipsOptions, "weights of LPIPS; none leaves this measure out")
+    max_clips: int | None = opt(None, "clips to reconstruct; none takes all", "clips")
+    sheet_clips: int = opt(8, "clips on the picture of originals and reconstructions", "clips")
+    verbose: int = opt(1, "amount of log output (0, 1, 2)")
+
+
+@dataclass
+class VaeStatsOptions(LoaderOptions, RunOptions):
+    """Mean and standard deviation of latents."""
+
+    aliases: ClassVar[dict[str, str]] = {"ckpt_path": "model.from_pretrained"}
+
+    model: Section = component(VAE_TYPES, "autoencoder")
+    dtype: DType = opt("fp32", "precision of the model")
+    eval_setting: str | None = opt(None, "frames x side (17x256) or frames x height x width, instead of bucket_config")
+    max_batches: int | None = opt(None, "batches to look at; none takes the whole dataset", "batches")
+    verbose: int = opt(1, "amount of log output (0, 1, 2)")

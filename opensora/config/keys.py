@@ -1,0 +1,223 @@
+"""What keys a config may have: look them up in the option groups, check their values, walk dotted names."""
+
+import copy
+import dataclasses
+import difflib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn, get_type_hints
+
+from opensora.config.options import COMPONENTS
+from opensora.config.values import coerce, describe, mapping_types, parse_text
+from opensora.utils.errors import UserError
+from opensora.utils.nearest import nearest_key
+
+
+class Option(NamedTuple):
+    """One key of an option group."""
+
+    name: str
+    hint: Any  # type of the value
+    default: Any
+    metadata: Mapping[str, Any]
+
+    @property
+    def is_section(self) -> bool:
+        """Whether the value is a section with keys of its own."""
+        return "group" in self.metadata or "types" in self.metadata
+
+    def group(self, value: Any) -> type | None:
+        """Option group of the section whose present content is ``value``; None where it is not known."""
+        if "group" in self.metadata:
+            return self.metadata["group"]
+        if not isinstance(value, Mapping) or "types" not in self.metadata:
+            return None
+        return COMPONENTS.get(value.get("type", ""))
+
+
+class Place(NamedTuple):
+    """Where a dotted key leads: ``parent[name]``, with the type of its value."""
+
+    parent: dict
+    name: Any
+    hint: Any
+    option: Option | None  # None for keys that no group names
+
+
+def group_options(group: type | None) -> dict[str, Option]:
+    """Keys of an option group by name, in the order of its lines; none without a group."""
+    if group is None:
+        return {}
+    hints = get_type_hints(group)
+    return {
+        f.name: Option(f.name, hints[f.name], copy.deepcopy(f.metadata["default"]), f.metadata)
+        for f in dataclasses.fields(group)
+    }
+
+
+def walk_options(group: type, data: Mapping | None, prefix: str = "") -> Iterator[tuple[str, Option, str]]:
+    """Every key below an option group: (dotted name, option, ``type`` of the section it is in).
+
+    Sections without content in ``data`` are listed with the keys of all types that they may take.
+    """
+    for option in group_options(group).values():
+        yield prefix + option.name, option, ""
+        value = (data or {}).get(option.name)
+        present = option.group(value)
+        types = option.metadata.get("types", ())
+        if present is None and isinstance(value, Mapping) and "type" in value:
+            continue  # a type of the user's own
+        groups: dict[str, type] = {"": present} if present else {}
+        if types:
+            groups = {name: COMPONENTS[name] for name in ((value["type"],) if present and value else types)}
+        for name, below in groups.items():
+            content = value if isinstance(value, Mapping) else None
+            for dotted, sub_option, sub_name in walk_options(below, content, f"{prefix}{option.name}."):
+                yield dotted, sub_option, sub_name or name
+
+
+def check_value(value: Any, option: Option, path: str, where: str) -> Any:
+    """Value of one key in its schema's type; sections key by key.
+
+    Args:
+        path: dotted name of the key, for messages.
+        where: file or other source of the value, for messages.
+
+    Raises:
+        UserError: a value of another type, or a key that a section does not have.
+    """
+    if not option.is_section:
+        try:
+            return coerce(value, option.hint)
+        except ValueError:
+            raise UserError(f"{where}: {path} = {value!r}: expected {describe(option.hint)}") from None
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: {path} = {value!r}: expected a section (dict) or none")
+    if "types" in option.metadata:
+        _check_type(value.get("type"), option, path, where)
+    group = option.group(value)
+    known = group_options(group)
+    checked = {}
+    for key, item in value.items():
+        if key in known:
+            checked[key] = check_value(item, known[key], f"{path}.{key}", where)
+        elif group is None or (key == "type" and "types" in option.metadata) or option.metadata.get("open"):
+            checked[key] = item
+        else:
+            valid = [dotted for dotted, _, _ in walk_options(group, value, f"{path}.")] if group else []
+            raise_unknown(f"{path}.{key}", valid, f"{where}: {path}.{key}")
+    return checked
+
+
+def _check_type(name: Any, option: Option, path: str, where: str) -> None:
+    """Refuse a ``type`` that this section cannot hold; a user's own registered types may go anywhere."""
+    allowed = option.metadata["types"]
+    if name is None:
+        raise UserError(f"{where}: section {path} has no type; expected {' or '.join(allowed)}")
+    from opensora.registry import DATASETS, MODELS  # imports torch, which --help and mistyped keys need not wait for
+
+    own = {*MODELS.module_dict, *DATASETS.module_dict} - set(COMPONENTS)
+    if name not in allowed and name not in own:
+        near = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0.4)
+        hint = f"did you mean '{near[0]}'?" if near else f"expected {' or '.join(allowed)}"
+        raise UserError(f"{where}: {path}.type = {name!r} is not possible here; {hint}")
+
+
+def locate(data: dict, options: type, dotted: str, shown: str) -> Place:
+    """Walk a dotted key through option groups and config, making absent sections on the way.
+
+    Args:
+        data: content of the config.
+        dotted: canonical name, ``_`` for ``-``.
+        shown: the key as the user wrote it, for messages.
+
+    Raises:
+        UserError: neither the groups nor the config have such a key.
+    """
+    known, node = group_options(options), data
+    free: tuple[Any, Any] | None = None  # key and value types of a dict that takes any key
+    in_typed = False
+    parts = dotted.split(".")
+    for i, part in enumerate(parts):
+        name = _match(part, known, node)
+        option = known.get(name)
+        if option is not None:
+            hint = option.hint
+        elif in_typed and name == "type":
+            hint = str
+        elif free is not None:
+            name, hint = _free_key(part, name, node, free[0], shown), free[1]
+        elif name in node:
+            hint = _present_hint(node[name])
+        else:
+            raise_unknown(dotted, valid_keys(options, data), shown)
+        if i == len(parts) - 1:
+            return Place(node, name, hint, option)
+        free = mapping_types(hint) if (option and not option.is_section) or free else None
+        in_typed = option is not None and "types" in option.metadata
+        node = _descend(node, name, option if in_typed else None, parts[i + 1], shown)
+        known = group_options(option.group(node)) if option else {}
+    raise AssertionError("a dotted key has at least one part")
+
+
+def _descend(node: dict, name: Any, typed: Option | None, next_part: str, shown: str) -> dict:
+    """The section ``node[name]``, made if it is absent; one with several possible types needs its ``type`` first."""
+    child = node.get(name)
+    if child is None:
+        child = {}
+        if typed and next_part != "type":
+            types = typed.metadata["types"]
+            if len(types) > 1:
+                raise UserError(f"{shown}: the config has no section {name}; give --{name}.type {' or '.join(types)}")
+            child["type"] = types[0]
+        node[name] = child
+    if not isinstance(child, dict):
+        raise UserError(f"{shown}: {name} is a single value ({child!r}), not a section")
+    return child
+
+
+def _match(part: str, known: Mapping[str, Option], node: Mapping) -> Any:
+    """Name of a key as schema or file spell it: ``-`` and ``_`` are alike, and numbers may be keys."""
+    if part in known or part in node:
+        return part
+    return next((name for name in node if str(name).replace("-", "_") == part), part)
+
+
+def _free_key(part: str, name: Any, node: Mapping, hint: Any, shown: str) -> Any:
+    """Key of a dict that takes any key, in the type that its hint says."""
+    if name in node:
+        return name
+    try:
+        return parse_text(part, hint)
+    except ValueError:
+        raise UserError(f"{shown}: '{part}': expected {describe(hint)}") from None
+
+
+def _present_hint(value: Any) -> Any:
+    """Type for a key that only the file defines: that of its value; an integer may become a number."""
+    if value is None:
+        return Any
+    return int | float if type(value) is int else type(value)
+
+
+def valid_keys(options: type, data: Mapping) -> list[str]:
+    """Every key that an override may name, given the present sections."""
+    keys = [*options.aliases, *(str(key) for key in data)]  # type: ignore[attr-defined]
+    keys += [dotted for dotted, _, _ in walk_options(options, data)]
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            keys += [f"{key}.{name}" for name in value]
+    return keys
+
+
+def raise_unknown(key: str, valid: Collection[str], shown: str) -> NoReturn:
+    """Raise for an unknown key, naming the nearest valid one.
+
+    Args:
+        shown: the key as the user wrote it, with its place.
+    """
+    near = nearest_key(key, valid)
+    dashes = "--" if shown.startswith("--") else ""
+    hint = f"did you mean {dashes}{near}?" if near else "--help lists the keys"
+    raise UserError(f"{shown} is not a known key; {hint}")

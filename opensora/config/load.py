@@ -1,0 +1,252 @@
+"""Config files and command lines: ``script.py CONFIG --key value`` to one resolved, checked config.
+
+A config is an mmengine file (``_base_`` inheritance included). Its values and those of the command line are checked
+against the script's option group (``opensora.config.commands``); what is wrong is a ``UserError`` that names the
+nearest right key.
+"""
+
+import copy
+import difflib
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mmengine.config import Config
+
+from opensora.config.help import help_text
+from opensora.config.keys import Option, Place, check_value, group_options, locate
+from opensora.config.values import coerce, describe, parse_text
+from opensora.utils.errors import UserError
+from opensora.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+HELP_FLAGS = ("--help", "-h")
+# Keys that files written for Open-Sora 2.0 hold and that nothing needs: autoencoders know their compression.
+IGNORED_KEYS = ("ae_spatial_compression",)
+
+
+class _Text(str):
+    """A value that came as text from a command line, still to be read as the type of its key."""
+
+
+class _Bare:
+    """Stands for the value of a flag that has none."""
+
+
+class Override(NamedTuple):
+    """One key to set: its name as written, the value, and how to show the key in messages."""
+
+    key: str
+    value: Any
+    shown: str
+
+
+def parse_config(argv: Sequence[str] | None, options: type) -> Config:
+    """Read a command line: CONFIG and overrides, for the script whose keys are ``options``.
+
+    Args:
+        argv: words after the script's name; None takes those of this process.
+        options: the script's option group, e.g. ``InferenceOptions``.
+
+    Returns:
+        What ``load_config`` returns.
+
+    Raises:
+        UserError: anything wrong with the words, the file or a value.
+        SystemExit: status 0, after ``--help``.
+    """
+    script = Path(sys.argv[0]).name
+    path, overrides, wants_help = _split_words(list(sys.argv[1:] if argv is None else argv))
+    if wants_help:
+        data = _read(Path(path)) if path else None
+        print(help_text(options, _checked_file(data, options, path or "") if data is not None else None, script))
+        raise SystemExit(0)
+    if path is None:
+        raise UserError(f"no config file given; usage: {script} CONFIG [--key value ...], --help lists the keys")
+    return _resolve(_checked_file(_read(Path(path)), options, path), options, overrides, path)
+
+
+def load_config(path: str | Path | Mapping | Config, options: type, overrides: Mapping | None = None) -> Config:
+    """Resolve a config from Python.
+
+    Args:
+        path: a config file, or its content (which is not changed).
+        options: option group of the script, e.g. ``InferenceOptions``.
+        overrides: Python values by key; dotted keys and aliases as on a command line. A dict given for a section is
+            merged into it, unless it holds ``_delete_=True``.
+
+    Returns:
+        The config with every top-level default filled in, attribute access, and ``config_path``.
+
+    Raises:
+        UserError: a missing file, an unknown key, a value of the wrong type.
+    """
+    if isinstance(path, str | Path):
+        data, where = _read(Path(path)), str(path)
+    else:
+        data = copy.deepcopy(path.to_dict() if isinstance(path, Config) else dict(path))
+        where = data.get("config_path") or "config"
+    data = _checked_file(data, options, where)
+    changes = [Override(key, value, key) for key, value in (overrides or {}).items()]
+    return _resolve(data, options, changes, where)
+
+
+def config_to_text(cfg: Config) -> str:
+    """The resolved config as JSON, indented by 4."""
+    return json.dumps(cfg.to_dict(), indent=4, default=str, ensure_ascii=False)
+
+
+def run_main(main: Callable[[list[str] | None], Any]) -> None:
+    """Run a script's ``main``: a ``UserError`` becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    try:
+        main(None)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def _read(path: Path) -> dict:
+    """Content of a config file with its bases."""
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, _configs_beside(path), n=1, cutoff=0.0)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"config file {path} does not exist{hint}")
+    try:
+        # plain python: an import in the file must not switch mmengine to its lazy mode
+        return Config.fromfile(path, lazy_import=False).to_dict()
+    except (Exception, SystemExit) as error:  # a config is a program: anything may go wrong in it
+        raise UserError(f"{path}: cannot be read as a config: {type(error).__name__}: {error}") from error
+
+
+def _configs_beside(path: Path) -> list[str]:
+    if not path.parent.is_dir():
+        return []
+    return sorted(p.name for p in path.parent.iterdir() if p.suffix in (".py", ".json", ".yaml", ".yml"))
+
+
+def _checked_file(data: dict, options: type, where: str) -> dict:
+    """Content of a file with aliases resolved and values in the schema's types."""
+    for key in IGNORED_KEYS:
+        data.pop(key, None)
+    for key in [key for key in data if key in options.aliases]:  # type: ignore[attr-defined]
+        value = data.pop(key)
+        if value is not None:
+            _set(data, options, Override(key, value, f"{where}: {key}"))
+    data = _checked(data, options, where)
+    for option in group_options(options).values():
+        if "also" in option.metadata:
+            _warn_if_replaced(data, option, where)
+    return data
+
+
+def _checked(data: dict, options: type, where: str) -> dict:
+    """Known keys in the schema's types; further top-level keys are variables of the file and stay as they are."""
+    known = group_options(options)
+    return {key: check_value(value, known[key], key, where) if key in known else value for key, value in data.items()}
+
+
+def _warn_if_replaced(data: dict, option: Option, where: str) -> None:
+    """A file that gives ``lr`` and another ``optim.lr`` trains with ``lr``: say so."""
+    section, key = option.metadata["also"].split(".")
+    new, old = data.get(option.name), (data.get(section) or {}).get(key)
+    if new is not None and old is not None and new != old:
+        logger.warning("%s: %s = %s replaces %s.%s = %s", where, option.name, new, section, key, old)
+
+
+# ------------------------------------------------------------------------------------------------------ command lines
+
+
+def _split_words(words: list[str]) -> tuple[str | None, list[Override], bool]:
+    """CONFIG (None if there is none), overrides, and whether help is asked for."""
+    path: str | None = None
+    overrides: list[Override] = []
+    wants_help = False
+    rest = iter(range(len(words)))
+    for i in rest:
+        word = words[i]
+        if word in HELP_FLAGS:
+            wants_help = True
+        elif not word.startswith("--"):
+            if word.startswith("-") or path is not None:
+                raise UserError(f"'{word}' is neither a --key nor its value; quote values with spaces, write lists a,b")
+            path = word
+        elif "=" in word:
+            key, text = word.split("=", 1)
+            overrides.append(Override(key[2:], _Text(text), key))
+        elif i + 1 < len(words) and not words[i + 1].startswith("--"):
+            overrides.append(Override(word[2:], _Text(words[next(rest)]), word))
+        else:
+            overrides.append(Override(word[2:], _Bare(), word))
+    return path, overrides, wants_help
+
+
+def _resolve(data: dict, options: type, overrides: list[Override], where: str) -> Config:
+    """Merge overrides into the checked content of a file, fill defaults and make the config."""
+    known = group_options(options)
+    for option in known.values():
+        data.setdefault(option.name, copy.deepcopy(option.default))
+    # a section's type decides which keys it has, so it comes first
+    given = {_set(data, options, override) for override in sorted(overrides, key=lambda o: not o.key.endswith(".type"))}
+    data = _checked(data, options, f"{where} with overrides" if overrides else where)
+    for option in known.values():
+        if "also" in option.metadata:
+            _link(data, option, given)
+        if option.metadata.get("fill") and data[option.name] is not None:
+            defaults = {name: sub.default for name, sub in group_options(option.metadata["group"]).items()}
+            data[option.name] = {**defaults, **data[option.name]}
+    data["config_path"] = where
+    return Config(data)
+
+
+def _link(data: dict, option: Option, given: set[str]) -> None:
+    """Keep a key and the one that it also sets (``lr`` and ``optim.lr``) equal; an override beats the file."""
+    section, key = option.metadata["also"].split(".")
+    if data[section] is None:
+        return
+    only_target_given = f"{section}.{key}" in given and option.name not in given
+    if data[option.name] is None or only_target_given:
+        data[option.name] = data[section].get(key)
+    else:
+        data[section][key] = data[option.name]
+
+
+def _set(data: dict, options: type, override: Override) -> str:
+    """Set one dotted key and return its canonical name."""
+    dotted = override.key.replace("-", "_")
+    dotted = options.aliases.get(dotted, dotted)  # type: ignore[attr-defined]
+    place = locate(data, options, dotted, override.shown)
+    if place.option and "no_effect" in place.option.metadata:
+        logger.warning("%s has no effect: %s", override.shown, place.option.metadata["no_effect"])
+    value = _typed(override, place)
+    if place.option and place.option.is_section and isinstance(value, Mapping):
+        kept = {} if value.get("_delete_") else place.parent.get(place.name) or {}
+        value = {**kept, **{key: item for key, item in value.items() if key != "_delete_"}}
+    place.parent[place.name] = value
+    return dotted
+
+
+def _typed(override: Override, place: Place) -> Any:
+    """Value of an override in the type of its key."""
+    value, is_section = override.value, place.option is not None and place.option.is_section
+    expected = f"a section; set its keys one by one ({override.shown}.KEY)" if is_section else describe(place.hint)
+    if isinstance(value, _Bare):
+        if place.hint is not bool:
+            raise UserError(f"{override.shown} needs a value: {expected}")
+        return True
+    try:
+        if not isinstance(value, _Text):
+            return coerce(value, place.hint)
+        if place.option and place.option.metadata.get("verbatim"):
+            return str(value)
+        return parse_text(str(value), place.hint)
+    except (ValueError, SyntaxError):
+        raise UserError(f"{override.shown} {value}: expected {expected}") from None

@@ -1,0 +1,375 @@
+"""Keys of the sections of a config: plain ones, and those that their ``type`` chooses (``COMPONENTS``).
+
+A group is a dataclass, a key is one line: ``name: type = opt(default, help, unit)``. ``opensora.config.commands`` holds
+the scripts' top-level groups and hands on everything here.
+"""
+
+# ruff: noqa: RUF009 - opt(), section() and component() make dataclass fields
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+Section = dict[str, Any] | None
+AE_KNOWS = "the autoencoder knows it"
+
+
+def opt(default: Any, help: str, unit: str = "", **extra: Any) -> Any:
+    """A key of a group.
+
+    Args:
+        default: value when nobody sets the key; lists and dicts are copied per instance.
+        help: one line for ``--help``.
+        unit: unit of the value, empty if it has none.
+        extra: ``verbatim=True`` keeps a command line's ``none`` as text; ``also="optim.lr"`` sets that key too;
+            ``no_effect=REASON`` marks a key that configs of Open-Sora 2.0 hold and that nothing needs any more.
+    """
+    metadata = {"help": help, "unit": unit, "default": default, **extra}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def section(group: type, help: str, default: Section = None, **extra: Any) -> Any:
+    """A section whose keys are those of ``group``.
+
+    ``open=True`` lets files hold further keys; ``fill=True`` writes the group's defaults into the resolved config.
+    """
+    return opt(default, help, group=group, **extra)
+
+
+def component(types: tuple[str, ...], help: str, default: Section = None) -> Any:
+    """A section with ``type`` (one of ``types``); its keys are those of ``COMPONENTS[type]``."""
+    return opt(default, help, types=types)
+
+
+# ---------------------------------------------------------------------------------------------------- plain sections
+
+
+@dataclass
+class SamplingOption:
+    """What one sample looks like and how it is drawn."""
+
+    width: int | None = opt(None, "width, if no resolution is given; rounded up to a multiple of 16", "px")
+    height: int | None = opt(None, "height, if no resolution is given; rounded up to a multiple of 16", "px")
+    resolution: str | None = opt(None, "pixel count by name: 256px, 512px, 768px, 1024px, ...")
+    aspect_ratio: str | None = opt(None, "width:height: 16:9, 9:16, 1:1, 2.39:1, ...")
+    num_frames: int = opt(1, "length; 1 makes an image", "frames")
+    num_steps: int = opt(50, "Euler steps from noise to sample", "steps")
+    guidance: float = opt(4.0, "text guidance scale (1 is none)")
+    text_osci: bool = opt(False, "text guidance on every other step only, after the first ten")
+    guidance_img: float | None = opt(None, "image guidance scale (1 is none)")
+    image_osci: bool = opt(False, "image guidance on every other step only, after the first ten")
+    scale_temporal_osci: bool = opt(False, "image guidance grows along the frames, less so on later steps")
+    seed: int | None = opt(None, "seed of the sample's noise; none draws one")
+    shift: bool = opt(True, "move the time schedule towards noise for large samples")
+    method: Literal["i2v", "distill"] = opt("i2v", "denoiser: guided video, or guidance-distilled image")
+    temporal_reduction: int = opt(1, "frames per latent frame of the autoencoder", "frames", no_effect=AE_KNOWS)
+    is_causal_vae: bool = opt(False, "first frame has a latent of its own (lengths 4k+1)")
+    flow_shift: float | None = opt(None, "shift of the schedule in place of the one that sizes give")
+
+
+@dataclass
+class OptimOptions:
+    """Optimizer."""
+
+    cls: str = opt("HybridAdam", "optimizer: HybridAdam, AdamW, Adam, Muon")
+    lr: float = opt(1e-5, "learning rate")
+    eps: float = opt(1e-8, "term added to the denominator")
+    weight_decay: float = opt(0.0, "decoupled weight decay")
+    betas: tuple[float, float] = opt((0.9, 0.999), "decay of the moments")
+    adamw_mode: bool = opt(True, "AdamW rather than Adam with L2")
+    momentum: float | None = opt(None, "momentum of Muon (0.95)")
+
+
+@dataclass
+class SchedulerOptions:
+    """Learning-rate schedule."""
+
+    warmup_steps: int | None = opt(None, "linear warm-up", "optimizer steps")
+    cosine: bool = opt(False, "cosine decay to zero after warm-up and plateau")
+    flat_share: float = opt(0.0, "share of the run on the plateau before the cosine")
+
+
+@dataclass
+class PluginOptions:
+    """Parallelism; further keys of a file go to the ColossalAI plugin as they are."""
+
+    tp_size: int = opt(1, "tensor-parallel group", "ranks")
+    pp_size: int = opt(1, "pipeline-parallel group", "ranks")
+    sp_size: int = opt(1, "sequence-parallel group", "ranks")
+    branch_size: int = opt(1, "group that shares the guidance branches of a sampling step", "ranks")
+    sequence_parallelism_mode: str | None = opt(None, "how tokens are exchanged: ring_attn, all_to_all")
+    enable_sequence_parallelism: bool = opt(
+        False, "split tokens over the sequence-parallel group", no_effect="sp_size above 1 does it"
+    )
+    static_graph: bool = opt(False, "every step runs the same graph")
+    zero_stage: int = opt(2, "ZeRO stage of the hybrid plugin")
+    overlap_allgather: bool = opt(True, "gather parameters while computing")
+    reduce_bucket_size_in_m: int = opt(20, "gradient bucket", "million elements")
+    initial_scale: float = opt(2.0**16, "first loss scale in fp16")
+    cast_inputs: bool = opt(False, "cast inputs to the training precision")
+
+
+@dataclass
+class DropoutOptions:
+    """Share of samples that train without their text."""
+
+    t5: float = opt(0.0, "probability of an empty T5 text")
+    clip: float = opt(0.0, "probability of an empty CLIP text")
+
+
+@dataclass
+class LpipsOptions:
+    """Weights of the perceptual distance LPIPS."""
+
+    heads: str | None = opt(None, "file or hub path of its linear heads (lin0.model.1.weight ...)")
+    backbone: str | None = opt(None, "file or hub path of VGG16 (features.0.weight ...)")
+    random: bool = opt(False, "random weights instead, for trials")
+    cache_dir: str | None = opt(None, "folder of hub downloads")
+
+
+@dataclass
+class ValidationOptions:
+    """Loss on held-out rows, at fixed times and noise, so that it only changes with the model."""
+
+    data_path: str | None = opt(None, "csv or parquet table of rows that training does not see")
+    every: int = opt(500, "distance of validations", "optimizer steps")
+    max_rows: int = opt(64, "rows to take, from the start of the table", "rows")
+    timesteps: list[float] = opt([0.1, 0.3, 0.5, 0.7, 0.9], "diffusion times of every row, in (0, 1); 1 is noise")
+    seed: int = opt(0, "seed of its noise and conditions")
+
+
+@dataclass
+class TrainSampleOptions:
+    """Videos of fixed prompts on the way, in the experiment's folder `samples` and beside the curves."""
+
+    prompts: list[str] = opt([], "one video each")
+    refs: list[str] | None = opt(None, "pictures or clips, one per prompt, for a cond_type other than t2v")
+    cond_type: str = opt("t2v", "what the references fix")
+    every: int = opt(1000, "distance of samples", "optimizer steps")
+    seed: int = opt(42, "seed of the starting noise")
+    fps: int = opt(24, "frame rate of the files, also told to the model", "frames/s")
+    use_ema: bool = opt(True, "take the averaged weights where there are some")
+    sampling_option: Section = section(SamplingOption, "size, length and guidance", {}, fill=True)
+
+
+@dataclass
+class VaeLossOptions:
+    """Reconstruction loss."""
+
+    perceptual_loss_weight: float = opt(0.0, "weight of LPIPS")
+    lpips: Section = section(LpipsOptions, "weights of LPIPS")
+    kl_loss_weight: float = opt(1e-6, "weight of the KL divergence")
+    mse_loss_weight: float = opt(0.0, "weight of the squared beside the absolute error")
+    object_weight: float = opt(0.0, "extra weight of pixels that differ from the clip's background")
+    logvar_init: float = opt(0.0, "log variance of the reconstruction")
+
+
+@dataclass
+class GeneratorLossOptions:
+    """Adversarial loss of the autoencoder."""
+
+    gen_start: int = opt(0, "first step with this loss", "optimizer steps")
+    disc_factor: float = opt(1.0, "constant factor")
+    disc_weight: float = opt(0.5, "weight on top of the adaptive one")
+
+
+@dataclass
+class DiscriminatorLossOptions:
+    """Loss of the discriminator."""
+
+    disc_start: int = opt(0, "first step with this loss", "optimizer steps")
+    disc_factor: float = opt(1.0, "constant factor")
+    disc_loss_type: Literal["hinge", "vanilla", "wgan-gp"] = opt("hinge", "form of the loss")
+
+
+@dataclass
+class DcAeCoderOptions:
+    """Layout of one half of the DC-AE, where it differs from the named model."""
+
+    width_list: list[int] | None = opt(None, "channels per stage")
+    depth_list: list[int] | None = opt(None, "blocks per stage")
+    block_type: list[str] | str | None = opt(None, "block per stage: ResBlock, EViTS5_GLU")
+
+
+@dataclass
+class DcAeEncoderOptions(DcAeCoderOptions):
+    """Layout of the encoder."""
+
+    temporal_downsample: list[bool] | None = opt(None, "per stage, whether frames are halved after it")
+
+
+@dataclass
+class DcAeDecoderOptions(DcAeCoderOptions):
+    """Layout of the decoder."""
+
+    temporal_upsample: list[bool] | None = opt(None, "per stage, whether frames are doubled before it")
+
+
+# ------------------------------------------------------------------------------------------------ sections with `type`
+
+
+@dataclass
+class MMDiTOptions:
+    """Diffusion transformer (`flux`)."""
+
+    from_pretrained: str | None = opt(None, "weight file, folder or hub path")
+    cache_dir: str | None = opt(None, "folder of hub downloads")
+    strict_load: bool = opt(True, "refuse weights with missing or unexpected keys")
+    in_channels: int = opt(64, "channels of a packed token")
+    vec_in_dim: int = opt(768, "width of the pooled text vector")
+    context_in_dim: int = opt(4096, "width of the text tokens")
+    hidden_size: int = opt(3072, "width of the model")
+    mlp_ratio: float = opt(4.0, "MLP width over hidden_size")
+    num_heads: int = opt(24, "attention heads")
+    depth: int = opt(19, "double-stream blocks")
+    depth_single_blocks: int = opt(38, "single-stream blocks")
+    axes_dim: list[int] = opt([16, 56, 56], "rotary channels of time, row and column; sum is the head width")
+    theta: float = opt(10_000.0, "rotary base")
+    qkv_bias: bool = opt(True, "bias in the query, key and value projections")
+    guidance_embed: bool = opt(False, "model takes the guidance scale as input")
+    cond_embed: bool = opt(False, "model takes masked reference latents as input")
+    fused_qkv: bool = opt(True, "one projection for query, key and value")
+    grad_ckpt_settings: tuple[int, int] | None = opt(None, "double and single blocks to recompute in backward")
+    use_liger_rope: bool = opt(False, "half-split rotary layout instead of interleaved pairs")
+    patch_size: int = opt(2, "latent pixels per token side", "latent px")
+    attn_backend: str = opt("sdpa", "attention kernel: sdpa, math, flash2, flash3, xformers, auto")
+    norm_backend: str = opt("torch", "RMSNorm kernel: torch, liger")
+    rope_backend: str = opt("torch", "rotary kernel: torch, liger (half-split layout only)")
+
+
+@dataclass
+class HunyuanVAEOptions:
+    """Causal 3D autoencoder (`hunyuan_vae`)."""
+
+    from_pretrained: str | None = opt(None, "weight file or hub path")
+    act_fn: str = opt("silu", "activation")
+    in_channels: int = opt(3, "channels of the video")
+    out_channels: int = opt(3, "channels of the output")
+    latent_channels: int = opt(16, "channels of the latent")
+    layers_per_block: int = opt(2, "residual layers per stage")
+    norm_num_groups: int = opt(32, "groups of each GroupNorm")
+    scale_factor: float | list[float] = opt(0.476986, "latents are multiplied by it")
+    shift_factor: float | list[float] = opt(0.0, "subtracted from latents before scaling")
+    time_compression_ratio: int = opt(4, "frames per latent frame", "frames")
+    spatial_compression_ratio: int = opt(8, "pixels per latent pixel side", "px")
+    mid_block_add_attention: bool = opt(True, "attention in the middle block")
+    block_out_channels: list[int] = opt([128, 256, 512, 512], "channels per stage")
+    sample_size: int = opt(256, "side of a spatial tile", "px")
+    sample_tsize: int = opt(64, "length of a temporal tile", "frames")
+    tile_overlap_factor: float = opt(0.25, "share of a tile that overlaps the next")
+    use_slicing: bool = opt(False, "one batch item at a time")
+    use_spatial_tiling: bool = opt(False, "encode and decode in spatial tiles")
+    use_temporal_tiling: bool = opt(False, "encode and decode in temporal tiles")
+    dropout: float = opt(0.0, "dropout in residual layers")
+
+
+@dataclass
+class DcAeOptions:
+    """Deep-compression video autoencoder (`dc_ae`)."""
+
+    model_name: str = opt("dc-ae-f32t4c128", "named layout")
+    from_scratch: bool = opt(False, "build the layout instead of fetching it from the hub")
+    from_pretrained: str | None = opt(None, "weight file or hub path")
+    cache_dir: str | None = opt(None, "folder of hub downloads")
+    strict_load: bool = opt(True, "refuse weights with missing or unexpected keys")
+    is_training: bool = opt(False, "encode whole batches without scaling")
+    use_spatial_tiling: bool = opt(False, "encode and decode in spatial tiles")
+    use_temporal_tiling: bool = opt(False, "encode and decode in temporal tiles")
+    spatial_tile_size: int = opt(256, "side of a spatial tile", "px")
+    temporal_tile_size: int = opt(32, "length of a temporal tile", "frames")
+    tile_overlap_factor: float = opt(0.25, "share of a tile that overlaps the next")
+    scaling_factor: float | None = opt(None, "latents are divided by it")
+    disc_off_grad_ckpt: bool = opt(False, "do not recompute the last layer (adaptive GAN weight needs it)")
+    latent_channels: int | None = opt(None, "channels of the latent, if other than the layout's")
+    encoder: Section = section(DcAeEncoderOptions, "changes to the encoder's layout", open=True)
+    decoder: Section = section(DcAeDecoderOptions, "changes to the decoder's layout", open=True)
+
+
+@dataclass
+class AutoEncoder2DOptions:
+    """Image autoencoder (`autoencoder_2d`)."""
+
+    from_pretrained: str | None = opt(None, "weight file or hub path")
+    cache_dir: str | None = opt(None, "folder of hub downloads")
+    strict_load: bool = opt(True, "refuse weights with missing or unexpected keys")
+    resolution: int = opt(256, "side of the training images", "px")
+    in_channels: int = opt(3, "channels of the image")
+    ch: int = opt(128, "channels of the first stage")
+    out_ch: int = opt(3, "channels of the output")
+    ch_mult: list[int] = opt([1, 2, 4, 4], "channels per stage over ch")
+    num_res_blocks: int = opt(2, "residual blocks per stage")
+    z_channels: int = opt(16, "channels of the latent")
+    scale_factor: float = opt(0.3611, "latents are multiplied by it")
+    shift_factor: float = opt(0.1159, "subtracted from latents before scaling")
+    sample: bool = opt(True, "draw from the posterior instead of taking its mode")
+
+
+@dataclass
+class TextEmbedderOptions:
+    """Frozen T5 or CLIP text encoder (`text_embedder`)."""
+
+    from_pretrained: str | None = opt(None, "folder or hub id")
+    max_length: int = opt(512, "length that texts are padded and cut to", "tokens")
+    shardformer: bool = opt(False, "ColossalAI's fused layers where present")
+    cache_dir: str | None = opt(None, "folder of hub downloads")
+
+
+@dataclass
+class TextDatasetOptions:
+    """Table of texts (`text`)."""
+
+    data_path: str | None = opt(None, "csv or parquet table")
+    fps_max: float = opt(16.0, "frame rate above which frames are skipped", "frames/s")
+    vmaf: bool = opt(False, "append the motion score of column score_vmafmotion to texts")
+    memory_efficient: bool = opt(False, "read rows from parquet shards instead of holding the table")
+
+
+@dataclass
+class VideoTextDatasetOptions(TextDatasetOptions):
+    """Table of clips or images with texts (`video_text`)."""
+
+    transform_name: Literal["resize_crop", "center", "rand_size_crop"] | None = opt(None, "how frames are fitted")
+    keep_in_memory: bool = opt(False, "keep decoded clips in memory; for small tables read many times")
+    max_broken: float = opt(0.05, "share of rows that may be unreadable before the run stops (one at least)")
+
+
+@dataclass
+class CachedVideoTextDatasetOptions(VideoTextDatasetOptions):
+    """Table of clips with stored latents and text embeddings (`cached_video_text`)."""
+
+    cached_video: bool = opt(False, "read latents from cache_dir, or of column latents_path")
+    cached_text: bool = opt(False, "read embeddings from cache_dir, or of columns text_t5_path and text_clip_path")
+    cache_dir: str | None = opt(None, "folder that scripts/diffusion/cache.py wrote")
+    return_latents_path: bool = opt(False, "samples name their latent file")
+    load_original_video: bool | None = opt(None, "read the clip too; none does where its latents are not cached")
+
+
+@dataclass
+class DiscriminatorOptions:
+    """Patch discriminator over clips (`N_Layer_discriminator_3D`)."""
+
+    from_pretrained: str | None = opt(None, "weight file or hub path")
+    input_nc: int = opt(3, "channels of the video")
+    ndf: int = opt(64, "channels of the first layer")
+    n_layers: int = opt(5, "layers")
+    conv_cls: str = opt("conv3d", "kind of convolution")
+    dropout: float = opt(0.3, "dropout after each layer")
+
+
+COMPONENTS: Mapping[str, type] = MappingProxyType(
+    {
+        "flux": MMDiTOptions,
+        "hunyuan_vae": HunyuanVAEOptions,
+        "dc_ae": DcAeOptions,
+        "autoencoder_2d": AutoEncoder2DOptions,
+        "text_embedder": TextEmbedderOptions,
+        "N_Layer_discriminator_3D": DiscriminatorOptions,
+        "text": TextDatasetOptions,
+        "video_text": VideoTextDatasetOptions,
+        "cached_video_text": CachedVideoTextDatasetOptions,
+    }
+)

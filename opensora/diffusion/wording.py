@@ -1,0 +1,55 @@
+"""What is appended to a prompt before it is encoded, and checks of the values that come with it."""
+
+import math
+import re
+from typing import Any
+
+from opensora.utils.errors import UserError
+
+
+def add_fps(text: str, fps: float) -> str:
+    """Prompt with ``... 24 FPS.`` at its end, unless it has that already."""
+    text = text.strip()
+    if text and not text.endswith("."):
+        text += "."
+    if re.search(r"\d+ FPS\.$", text):
+        return text
+    return f"{text} {fps:g} FPS.".strip()
+
+
+def add_motion_score(text: str, score: str) -> str:
+    """Prompt with ``... 4 motion score.`` at its end."""
+    return f"{text} {score} motion score."
+
+
+def final_text(text: str, fps: float, motion_score: str | None) -> str:
+    """Prompt as the text encoders get it: with frame rate and, if given, motion score."""
+    text = add_fps(text, fps)
+    return text if motion_score is None else add_motion_score(text, motion_score)
+
+
+def check_motion_score(score: Any, where: str) -> str | None:
+    """The score as text.
+
+    Raises:
+        UserError: neither a number nor ``dynamic``.
+    """
+    if score is None or str(score).strip() == "":
+        return None
+    text = str(score).strip()
+    if text == "dynamic":
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        raise UserError(f"{where}: motion_score {text!r} is neither a number nor 'dynamic'") from None
+    if not math.isfinite(value):
+        raise UserError(f"{where}: motion_score {text!r} is not a finite number")
+    return f"{value:g}"
+
+
+def check_seed(seed: float, where: str = "seed") -> int:
+    """The seed as an integer from 0 to 2**63 - 1; raises a UserError otherwise."""
+    if seed != int(seed) or not 0 <= seed < 2**63:
+        raise UserError(f"{where}: seed {seed:g} must be a whole number from 0 to 2**63 - 1")
+    return int(seed)

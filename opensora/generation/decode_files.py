@@ -1,0 +1,87 @@
+"""Kept latents to video files (``scripts/diffusion/decode.py``)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from opensora.acceleration.devices import torch_dtype
+from opensora.diffusion.decode import decode_latents
+from opensora.diffusion.offload import on_device
+from opensora.generation import outputs
+from opensora.models.build import build_ready, check_weights
+from opensora.utils.errors import UserError
+
+
+def decode_files(
+    cfg: Mapping[str, Any], files: Sequence[str | Path], device: torch.device, log: Callable[[str], None] = print
+) -> list[Path]:
+    """Turn latents kept by ``save_latents`` into videos beside them; only the autoencoder is loaded.
+
+    Args:
+        cfg: resolved config (:class:`opensora.config.commands.InferenceOptions`); its section ``ae`` is used.
+        files: ``*.latents.safetensors``.
+        device: where to work.
+        log: gets a line per saved file.
+
+    Returns:
+        The videos and images.
+
+    Raises:
+        UserError: a missing or foreign file, weights that are not there, or a video that is there already.
+    """
+    kept = [(Path(file), *read_latents(file)) for file in files]
+    kept = [entry for entry in kept if _is_wanted(cfg, _stem_of(entry[0]))]
+    if not kept:
+        return []
+    if not cfg["ae"]:
+        raise UserError("the config has no section `ae`")
+    check_weights("ae", cfg["ae"])
+    dtype = torch_dtype(cfg["dtype"])
+    ae = build_ready(cfg["ae"], device, dtype, "ae")
+    made = []
+    for path, latents, facts in kept:
+        frames = slice(int(facts["first_frame"]), int(facts["end_frame"]))
+        with on_device(ae, device, offload=False):
+            (video,) = decode_latents(ae, latents[None], frames, device, dtype)
+        made.append(outputs.save_sample(video, _stem_of(path), float(facts["fps"])))
+        log(f"saved {made[-1]}")
+    return made
+
+
+def _stem_of(latents: Path) -> Path:
+    return latents.with_name(latents.name.removesuffix(outputs.LATENTS_ENDING))
+
+
+def _is_wanted(cfg: Mapping[str, Any], stem: Path) -> bool:
+    """Whether a video is to be made; what is there is never replaced without being told to."""
+    if cfg["overwrite"] or not outputs.has_video(stem):
+        return True
+    if cfg["skip_existing"]:
+        return False
+    raise UserError(
+        f"the video of {stem} is there already: --skip-existing True decodes only what is missing, --overwrite True "
+        "replaces it"
+    )
+
+
+def read_latents(path: str | Path) -> tuple[Tensor, dict[str, str]]:
+    """Latents [C, T, h, w] of one sample, and what was recorded with them.
+
+    Raises:
+        UserError: missing, or not written by ``save_latents``.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"latents not found: {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            facts = file.metadata() or {}
+            latents = file.get_tensor("latents")
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a file of latents ({error})") from error
+    if not {"fps", "first_frame", "end_frame"} <= facts.keys() or latents.ndim != 4:
+        raise UserError(f"{path}: not a file of latents that --save-latents True wrote")
+    return latents, facts

@@ -1,0 +1,180 @@
+"""Where samples go and what is written beside them."""
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opensora.generation.requests import Request
+from opensora.utils.errors import UserError
+from opensora.utils.video import save_image, save_video, write_text
+from opensora.utils.weights_writing import save_safetensors
+
+# Longest file name without ending: file systems take 255 bytes.
+MAX_NAME_BYTES = 200
+LATENTS_ENDING = ".latents.safetensors"
+VERSIONED = ("opensora", "torch", "transformers", "numpy", "av")
+
+
+def output_folder(cfg: Mapping[str, Any]) -> Path:
+    """``<save_dir>/{image|video}_{resolution}``; image for one frame, HxW where no resolution is named."""
+    option = cfg["sampling_option"]
+    kind = "image" if option["num_frames"] == 1 else "video"
+    explicit = option["height"] is not None and option["width"] is not None
+    size = f"{option['height']}x{option['width']}" if explicit else option["resolution"]
+    return Path(cfg["save_dir"]) / f"{kind}_{size}"
+
+
+def file_stem(cfg: Mapping[str, Any], request: Request, epoch: int) -> str:
+    """File name of a sample without its ending.
+
+    Args:
+        cfg: resolved config.
+        request: the prompt.
+        epoch: which of its repetitions, from 0.
+
+    Returns:
+        ``<prompt>-<epoch>`` with ``prompt_as_path``; else the name from the table, or the table's own name and the
+        row, after ``save_prefix`` and, from the second repetition on, followed by ``_<epoch>``.
+    """
+    if cfg["prompt_as_path"]:
+        return f"{_safe_name(request.text.strip('.'))}-{epoch}"
+    table = "prompt" if cfg["prompt"] is not None else Path(cfg["dataset"]["data_path"]).stem
+    name = cfg["save_prefix"] + (request.name or f"{table}_{request.index:04d}")
+    return _safe_name(name) + (f"_{epoch}" if epoch else "")
+
+
+def _safe_name(text: str) -> str:
+    """The text as one path component."""
+    text = re.sub(r"[/\\\x00-\x1f]", "_", text.strip()) or "_"
+    raw = text.encode()
+    if len(raw) <= MAX_NAME_BYTES:
+        return text
+    digest = hashlib.sha256(raw).hexdigest()[:8]
+    return f"{raw[:MAX_NAME_BYTES].decode(errors='ignore')}-{digest}"
+
+
+def check_stems(cfg: Mapping[str, Any], requests: Sequence[Request]) -> None:
+    """Raises a UserError if two prompts would be written to the same file."""
+    seen: dict[str, str] = {}
+    for request in requests:
+        stem = file_stem(cfg, request, 0)
+        if stem in seen:
+            column = "the same prompt" if cfg["prompt_as_path"] else f"the same name {stem!r}"
+            raise UserError(f"{request.where}: has {column} as {seen[stem]}; one would overwrite the other")
+        seen[stem] = request.where
+
+
+def has_video(stem: Path) -> bool:
+    """Whether the sample itself is there: its video or image."""
+    return any(_with_ending(stem, ending).exists() for ending in (".mp4", ".png"))
+
+
+def is_taken(stem: Path) -> bool:
+    """Whether there are files that took time to make: the sample, its latents, or the picture it starts from."""
+    return has_video(stem) or _with_ending(stem, LATENTS_ENDING).exists() or condition_path(stem).exists()
+
+
+def recorded_prompt(stem: Path) -> str | None:
+    """Prompt in the ``.json`` of a sample, None if that is not there or not ours."""
+    try:
+        record = json.loads(_with_ending(stem, ".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    prompt = record.get("prompt") if isinstance(record, dict) else None
+    return prompt if isinstance(prompt, str) else None
+
+
+def condition_path(stem: Path) -> Path:
+    """The picture made first (``use_t2i2v``), in ``generated_condition`` beside the videos."""
+    return stem.parent / "generated_condition" / f"{stem.name}.png"
+
+
+def _with_ending(stem: Path, ending: str) -> Path:
+    return stem.with_name(stem.name + ending)  # names may hold dots, so with_suffix would cut them
+
+
+def save_sample(frames: np.ndarray, stem: Path, fps: float) -> Path:
+    """Write a uint8 video [T, H, W, 3] as ``.mp4``, or a single frame as ``.png``."""
+    if len(frames) == 1:
+        return save_image(frames[0], _with_ending(stem, ".png"))
+    return save_video(frames, _with_ending(stem, ".mp4"), fps)
+
+
+def save_latents(latents: Tensor, stem: Path, text: str, fps: float, frames: slice) -> Path:
+    """Keep the latents [C, T, h, w] of a sample, with what it takes to decode them alone.
+
+    Args:
+        latents: of one sample.
+        stem: file without ending.
+        text: final prompt.
+        fps: frames per second of the video.
+        frames: which frames of the decoded video to keep.
+    """
+    path = _with_ending(stem, LATENTS_ENDING)
+    facts = {"text": text, "fps": f"{fps:g}", "first_frame": str(frames.start), "end_frame": str(frames.stop)}
+    save_safetensors({"latents": latents.float().cpu()}, path, facts)
+    return path
+
+
+def save_record(record: Mapping[str, Any], stem: Path) -> Path:
+    """Write the ``.json`` that tells how to make the sample again."""
+    text = json.dumps(record, indent=2, ensure_ascii=False, default=str)
+    return write_text(text + "\n", _with_ending(stem, ".json"))
+
+
+def save_text(text: str, stem: Path) -> Path:
+    """Write the ``.txt`` with the final prompt."""
+    return write_text(text, _with_ending(stem, ".txt"))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made a sample."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def weight_records(cfg: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Per model: its weight path, and a SHA-256 of the headers of its safetensors files.
+
+    A model without a path has random weights, drawn from the run's seed; the record says so. A header lists names,
+    types, shapes and places of all tensors; hashing it takes no time even for a large file.
+    """
+    records: dict[str, dict[str, str]] = {}
+    for name in ("model", "ae", "t5", "clip", "img_flux", "img_flux_ae"):
+        if not cfg.get(name) or (name.startswith("img_") and not cfg["use_t2i2v"]):
+            continue
+        path = cfg[name].get("from_pretrained")
+        if not path:
+            records[name] = {"path": f"random weights of seed {cfg['seed']}"}
+            continue
+        records[name] = {"path": str(path)}
+        local = Path(path).expanduser()
+        files = [local] if local.is_file() else sorted(local.glob("*.safetensors"))
+        headers = [header for header in map(read_header, files) if header]
+        if headers:
+            records[name]["header_sha256"] = hashlib.sha256(b"".join(headers)).hexdigest()
+    return records
+
+
+def read_header(path: Path) -> bytes:
+    """Header of a safetensors file (JSON), empty for other files."""
+    if path.suffix != ".safetensors":
+        return b""
+    with path.open("rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))

@@ -1,0 +1,225 @@
+"""A language model that writes prompts out and judges how much motion they hold.
+
+Either any server that speaks the OpenAI chat protocol, or a local Hugging Face causal language model. What fails is
+logged and leaves the prompt as it was: a video never fails for want of a nicer text.
+"""
+
+import base64
+import dataclasses
+import http.client
+import json
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from opensora.generation.requests import Request
+from opensora.utils.errors import UserError
+from opensora.utils.hub import only_local
+from opensora.utils.logging import get_logger
+from opensora.utils.video import is_video, read_image, read_video
+
+logger = get_logger(__name__)
+
+Ask = Callable[[str, str, np.ndarray | None, int], str]
+"""``ask(instructions, text, picture or None, most tokens)`` gives the model's answer."""
+
+DEFAULT_URL, DEFAULT_MODEL = "https://api.openai.com/v1", "gpt-4o"
+DEFAULT_MOTION = "4"
+IMAGE_SIDE = 512  # pixels of a picture sent along
+TEXT_TOKENS, MOTION_TOKENS = 250, 20
+
+STYLE = (
+    "Answer with the description alone, in English, as one paragraph of plain sentences of at most 120 words. Keep "
+    "every subject, number, colour, action and quoted word that the user names, and add nothing that contradicts them."
+)
+INSTRUCTIONS = {
+    "t2v": "You turn a short idea into a description that a video model can film in a few seconds. Say what is seen, "
+    "how it looks, how it moves from first to last frame, what is around it, the light, and what the camera does. "
+    + STYLE,
+    "t2i": "You turn a short idea into a description of one still picture. Say what is seen, its looks and "
+    "arrangement, what is around it, the light and the style. Describe no motion. " + STYLE,
+    "i2v": "A video model continues the given picture, which is the first frame. From the user's idea, and the picture "
+    "if you see one, describe how the things in it move and change and what the camera does, without describing "
+    "things that are not there. " + STYLE,
+}
+MOTION_INSTRUCTIONS = (
+    "You judge how much motion a video of the user's text should show, as a whole number from 1 (a still scene) over 4 "
+    "(ordinary motion, such as walking) to 15 (violent motion everywhere). Answer with the number alone."
+)
+
+
+def wants_language_model(cfg: Mapping[str, Any], requests: Sequence[Request]) -> bool:
+    """Whether anything of a run is to be asked of a language model."""
+    return bool(cfg["refine_prompt"]) or any(request.motion_score == "dynamic" for request in requests)
+
+
+def make_asker(cfg: Mapping[str, Any], environment: Mapping[str, str]) -> Callable[[], Ask]:
+    """Check the settings of the language model, and say how to start it.
+
+    Args:
+        cfg: resolved config; ``refine_model`` names a local model, ``refine_base_url`` and ``refine_api_model`` one
+            behind a server.
+        environment: ``OPENAI_API_KEY``, ``OPENAI_BASE_URL`` and ``OPENAI_MODEL`` stand in for what is not set.
+
+    Returns:
+        A function that gives the model, to be called when it is needed.
+
+    Raises:
+        UserError: no local model there, or no API key for a server that needs one.
+    """
+    local = cfg["refine_model"]
+    if local:
+        if local.startswith((".", "/", "~")) and not (Path(local).expanduser() / "config.json").is_file():
+            raise UserError(f"--refine-model {local}: no Hugging Face model folder there (config.json is missing)")
+        return lambda: LocalModel(local)
+    url = cfg["refine_base_url"] or environment.get("OPENAI_BASE_URL")
+    key = environment.get("OPENAI_API_KEY", "")
+    if not key and not url:
+        raise UserError(
+            "refine_prompt and motion_score=dynamic need a language model: set OPENAI_API_KEY, or give "
+            "--refine-base-url URL of a server without key, or --refine-model PATH of a local model"
+        )
+    name = cfg["refine_api_model"] or environment.get("OPENAI_MODEL") or DEFAULT_MODEL
+    return lambda: ApiModel(url or DEFAULT_URL, key, name)
+
+
+class ApiModel:
+    """A model behind an OpenAI-compatible chat endpoint.
+
+    Args:
+        base_url: address before ``/chat/completions``.
+        key: API key, empty if the server wants none.
+        model: its name there.
+        timeout: seconds to wait for an answer.
+        attempts: how often to ask before giving up.
+        pause: seconds before the second attempt; doubles for each further one.
+    """
+
+    def __init__(
+        self, base_url: str, key: str, model: str, timeout: float = 60.0, attempts: int = 3, pause: float = 1.0
+    ) -> None:
+        self.url = base_url.rstrip("/") + "/chat/completions"
+        self.key, self.model = key, model
+        self.timeout, self.attempts, self.pause = timeout, attempts, pause
+
+    def __call__(self, instructions: str, text: str, picture: np.ndarray | None, max_tokens: int) -> str:
+        """Ask; raises OSError or ValueError when all attempts failed."""
+        content: Any = text
+        if picture is not None:
+            content = [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": _data_url(picture)}}]
+        body = {
+            "model": self.model,
+            "messages": [{"role": "system", "content": instructions}, {"role": "user", "content": content}],
+            "temperature": 0.01,
+            "top_p": 0.7,
+            "max_tokens": max_tokens,
+        }
+        for attempt in range(self.attempts):
+            try:
+                return self._post(body)
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                # a refused request will be refused again
+                final = isinstance(error, urllib.error.HTTPError) and error.code in (400, 401, 403, 404)
+                if final or attempt == self.attempts - 1:
+                    raise
+                time.sleep(self.pause * 2**attempt)
+        raise AssertionError("at least one attempt is made")
+
+    def _post(self, body: Mapping[str, Any]) -> str:
+        headers = {"Content-Type": "application/json", "User-Agent": "opensora"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            answer = json.load(response)
+        try:
+            return str(answer["choices"][0]["message"]["content"] or "")
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"unexpected answer: {str(answer)[:200]}") from error
+
+
+class LocalModel:
+    """A Hugging Face causal language model on the CPU or the GPU of the machine; it sees no pictures."""
+
+    def __init__(self, path: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        local = only_local(path)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
+            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=local)
+            self.model = model.to(device).eval()
+        except (OSError, ValueError) as error:
+            raise UserError(f"--refine-model {path}: cannot be loaded ({error})") from error
+
+    def __call__(self, instructions: str, text: str, picture: np.ndarray | None, max_tokens: int) -> str:
+        """Ask, taking the most likely words."""
+        messages = [{"role": "system", "content": instructions}, {"role": "user", "content": text}]
+        if self.tokenizer.chat_template:
+            prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        else:
+            prompt = f"{instructions}\n\nUser: {text}\nAnswer:"
+        inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
+        out = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+        return str(self.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def refine_requests(requests: Sequence[Request], cfg: Mapping[str, Any], ask: Ask) -> list[Request]:
+    """Requests with their texts written out (``refine_prompt``) and motion scores filled in (``dynamic``).
+
+    Each prompt is asked about once, however many videos are made of it.
+    """
+    return [_refine_one(request, cfg, ask) for request in requests]
+
+
+def _refine_one(request: Request, cfg: Mapping[str, Any], ask: Ask) -> Request:
+    changes: dict[str, Any] = {}
+    if cfg["refine_prompt"]:
+        kind = "t2v" if request.cond_type == "t2v" else "i2v"
+        changes["refined"] = _try(ask, INSTRUCTIONS[kind], request, _first_picture(request), TEXT_TOKENS)
+        if cfg["use_t2i2v"] and not request.refs:
+            changes["image_text"] = _try(ask, INSTRUCTIONS["t2i"], request, None, TEXT_TOKENS)
+    if request.motion_score == "dynamic":
+        answer = _try(ask, MOTION_INSTRUCTIONS, request, None, MOTION_TOKENS) or ""
+        found = re.search(r"\d+", answer)
+        if not found:
+            logger.warning("%s: no motion score in %r, taking %s", request.where, answer, DEFAULT_MOTION)
+        changes["motion_score"] = str(min(max(int(found[0]), 1), 15)) if found else DEFAULT_MOTION
+    return dataclasses.replace(request, **changes)
+
+
+def _try(ask: Ask, instructions: str, request: Request, picture: np.ndarray | None, max_tokens: int) -> str | None:
+    """The answer as one line of text, None (with a warning) where there is none."""
+    try:
+        answer = " ".join(ask(instructions, request.text, picture, max_tokens).split())
+    except Exception as error:  # whatever a server or a model may do, the video is made
+        logger.warning("%s: the language model failed (%s: %s)", request.where, type(error).__name__, error)
+        return None
+    if not answer:
+        logger.warning("%s: the language model gave no answer", request.where)
+    return answer or None
+
+
+def _first_picture(request: Request) -> np.ndarray | None:
+    if not request.refs:
+        return None
+    path = request.refs[0]
+    return read_video(path, max_frames=1)[0][0] if is_video(path) else read_image(path)
+
+
+def _data_url(picture: np.ndarray) -> str:
+    image = Image.fromarray(picture)
+    image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+    buffer = BytesIO()
+    image.save(buffer, "JPEG")
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

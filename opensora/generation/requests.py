@@ -1,0 +1,166 @@
+"""Prompts: what is appended to them, and tables (or a single flag) of them read into requests."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from opensora.datasets.table import require_columns
+from opensora.diffusion.conditions import get_spans
+from opensora.diffusion.references import locate_references
+from opensora.diffusion.wording import check_motion_score, check_seed, final_text
+from opensora.utils.errors import UserError
+from opensora.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to make videos of.
+
+    Attributes:
+        text: prompt as the user wrote it.
+        index: row in its table, from 0.
+        where: how to name it to the user.
+        name: file name from the table, None to number it.
+        ref: references as the user wrote them.
+        refs: the same as local files.
+        cond_type: condition; ``t2v`` where there are no references.
+        neg: negative prompt.
+        fps: frames per second of the file, also told to the model.
+        motion_score: amount of motion told to the model, None to say nothing.
+        seed: seed of the noise of the first video, None to draw one.
+        refined: prompt as a language model wrote it out, if asked to.
+        image_text: the same for the picture made first (``use_t2i2v``).
+    """
+
+    text: str
+    index: int
+    where: str
+    name: str | None
+    ref: str
+    refs: tuple[str, ...]
+    cond_type: str
+    neg: str
+    fps: float
+    motion_score: str | None
+    seed: int | None
+    refined: str | None = None
+    image_text: str | None = None
+
+    @property
+    def final_text(self) -> str:
+        """Prompt as the text encoders get it."""
+        return final_text(self.refined or self.text, self.fps, self.motion_score)
+
+
+def read_requests(cfg: Mapping[str, Any], downloads: Path) -> list[Request]:
+    """Requests of a run: the single ``prompt`` if there is one, else the chosen rows of ``dataset.data_path``.
+
+    Args:
+        cfg: resolved config (:class:`opensora.config.commands.InferenceOptions`).
+        downloads: folder for references from the web.
+
+    Raises:
+        UserError: no prompts, a table without ``text`` or with an empty one, a value of the wrong kind.
+    """
+    if cfg["prompt"] is not None:
+        if not cfg["prompt"].strip():
+            raise UserError("--prompt is empty")
+        rows = {"text": cfg["prompt"], "ref": cfg["ref"] or ""}
+        return [_request(cfg, rows, 0, "--prompt", None, downloads)]
+    path = (cfg["dataset"] or {}).get("data_path")
+    if not path:
+        raise UserError('nothing to make: give --prompt "..." or --dataset.data-path prompts.csv')
+    table = _read_text_table(Path(path))
+    require_columns(table, ["text"], path)
+    start = cfg["start_index"]
+    end = cfg["end_index"]
+    if end is None and cfg["num_samples"] is not None:
+        end = start + cfg["num_samples"]
+    chosen = range(len(table))[slice(start, end)]
+    if not chosen:
+        raise UserError(f"{path}: no rows from start_index={start} to end_index={end}; the table has {len(table)}")
+    requests = []
+    for index in chosen:
+        # rows are counted as a spreadsheet shows them: the header is row 1
+        where = f"{path}, row {index + 2}"
+        requests.append(
+            _request(cfg, dict(zip(table.columns, table.iloc[index])), index, where, Path(path).parent, downloads)
+        )
+    return requests
+
+
+def _read_text_table(path: Path) -> pd.DataFrame:
+    """Table with every cell as text, "" where it is empty. Words such as ``none`` stay words."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file (expected a CSV or parquet table)")
+    if path.suffix not in (".csv", ".parquet"):
+        raise UserError(f"{path}: '{path.suffix}' is not a table format; use .csv or .parquet")
+    try:
+        if path.suffix == ".csv":
+            return pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False)
+        table = pd.read_parquet(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as a table ({error})") from error
+    return table.astype(object).where(table.notna(), "").map(_as_text)
+
+
+def _as_text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _request(
+    cfg: Mapping[str, Any], row: Mapping[str, Any], index: int, where: str, beside: Path | None, downloads: Path
+) -> Request:
+    def cell(name: str) -> str:
+        return str(row.get(name, "")).strip()
+
+    if not cell("text"):
+        raise UserError(f"{where}: column 'text' is empty")
+    cond_type = cell("cond_type") or cfg["cond_type"]
+    try:
+        spans = get_spans(cond_type)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if cell("ref") and not spans:
+        logger.warning("%s: the reference is not used, since cond_type is t2v (i2v_head starts from a picture)", where)
+    if spans and not cell("ref") and not cfg["use_t2i2v"]:
+        logger.warning("%s: no reference for cond_type %s, making a t2v video", where, cond_type)
+        cond_type = "t2v"
+    try:
+        refs = locate_references(cell("ref"), downloads, beside) if spans else []
+    except UserError as error:
+        raise UserError(f"{where_of_ref(where)}: {error}") from None
+    fps = _number(cell("fps") or cfg["fps_save"], "fps", where)
+    if not 0 < fps <= 1000:
+        raise UserError(f"{where}: fps {fps:g} must be above 0 and at most 1000")
+    seed = _number(cell("seed"), "seed", where) if cell("seed") else cfg["sampling_option"]["seed"]
+    return Request(
+        text=cell("text"),
+        index=index,
+        where=where,
+        name=cell("name") or None,
+        ref=cell("ref") if refs else "",
+        refs=tuple(refs),
+        cond_type=cond_type,
+        neg=cell("neg"),
+        fps=fps,
+        motion_score=check_motion_score(cell("motion_score") or cfg["motion_score"], where),
+        seed=None if seed is None else check_seed(seed, where),
+    )
+
+
+def where_of_ref(where: str) -> str:
+    """How to name a request's references to the user: their own flag, or the row."""
+    return "--ref" if where == "--prompt" else where
+
+
+def _number(value: Any, name: str, where: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise UserError(f"{where}: {name} {value!r} is not a number") from None

@@ -1,0 +1,106 @@
+"""From config sections to models: what can be known without weights, and what can be checked early."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from opensora.registry import MODELS, build_module
+from opensora.utils.errors import UserError
+from opensora.utils.logging import get_logger
+from opensora.utils.weights import PICKLE_SUFFIXES, open_weights, resolve_path
+
+logger = get_logger(__name__)
+
+
+# Beyond this a CPU would take hours for one video.
+MAX_CPU_PARAMETERS = 2e9
+
+
+def build_on_meta(section: Mapping[str, Any]) -> nn.Module:
+    """The model of a config section without weights or memory, to ask it for sizes and parameter counts.
+
+    Raises:
+        UserError: unknown type or argument, or sizes that do not fit together.
+    """
+    bare = {key: value for key, value in section.items() if key not in ("from_pretrained", "cache_dir")}
+    if bare.get("type") == "dc_ae":
+        bare["from_scratch"] = True  # else it would look on the hub
+    with torch.device("meta"):
+        return build_module(bare, MODELS, device_map="meta")
+
+
+def build_ready(
+    section: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype, name: str = "model"
+) -> nn.Module:
+    """The model of a config section, loaded, frozen and in eval mode.
+
+    Without ``from_pretrained`` it starts from random weights, and the log says so.
+    """
+    if not section.get("from_pretrained") and (section.get("type") != "dc_ae" or section.get("from_scratch")):
+        logger.warning("%s: random weights (%s.from_pretrained is not set), so its output means nothing", name, name)
+    model = build_module(section, MODELS, device_map=device, torch_dtype=dtype).eval().requires_grad_(False)
+    return model
+
+
+def check_weights(name: str, section: Mapping[str, Any]) -> None:
+    """See that the weights of a section are there and readable, without loading them.
+
+    Hub ids, which would have to be downloaded, pass; so does a model that is to have random weights.
+
+    Raises:
+        UserError: missing (with the command that downloads them) or damaged.
+    """
+    path = section.get("from_pretrained")
+    if section.get("type") == "text_embedder":
+        from opensora.models.text.embedder import encoder_kind
+
+        if not path:
+            raise UserError(f"{name}.from_pretrained is not set: give the folder of a text encoder")
+        encoder_kind(str(path))
+    elif path and (Path(path).expanduser().exists() or not _may_be_hub_path(str(path))):
+        found = resolve_path(path)
+        if found.suffix not in PICKLE_SUFFIXES:  # those can only be checked by reading them whole
+            open_weights(found)
+
+
+def _may_be_hub_path(path: str) -> bool:
+    parts = path.split("/")
+    return len(parts) >= 3 and parts[0] not in ("", ".", "..", "~") and not Path(parts[0]).exists()
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def check_capacity(model: nn.Module, device: torch.device, asked_for: str | None) -> None:
+    """Refuse a model that is hopeless without a GPU, unless the CPU was asked for by name.
+
+    Raises:
+        UserError: says what to use instead.
+    """
+    parameters = count_parameters(model)
+    if device.type == "cpu" and asked_for is None and parameters > MAX_CPU_PARAMETERS:
+        raise UserError(
+            f"no GPU found, and this config's model has {parameters / 1e9:.1f}B parameters; use "
+            "a config of configs/diffusion/inference/demo/, which run on a CPU, or --device cpu to insist"
+        )
+
+
+@contextmanager
+def tiled(ae: nn.Module) -> Iterator[None]:
+    """Have an autoencoder work in tiles, whatever its config says."""
+    owner: Any = ae.config if hasattr(ae, "config") else ae
+    names = [name for name in ("use_spatial_tiling", "use_temporal_tiling") if hasattr(owner, name)]
+    before = {name: getattr(owner, name) for name in names}
+    try:
+        for name in names:
+            object.__setattr__(owner, name, True)  # configs are frozen for everyone else
+        yield
+    finally:
+        for name, value in before.items():
+            object.__setattr__(owner, name, value)

@@ -1,0 +1,192 @@
+"""From a batch of clips and captions to what the diffusion model is trained on."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opensora.datasets.dataset import SampleKey
+from opensora.diffusion.conditions import build_condition, choose_conditions, get_spans
+from opensora.diffusion.flow import flow_matching_loss, interpolate, sample_timesteps, unconditioned_tokens, velocity
+from opensora.diffusion.latents import pack, prepare_ids
+from opensora.encoded.dataset import WHOLE, batch_key, run_name
+from opensora.encoded.memory import Kept, even_group
+from opensora.models.vae.posterior import DiagonalGaussian
+from opensora.training.cached import condition_pixels, condition_runs
+
+TEXTS_AT_A_TIME = 8  # where embeddings are kept
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """Numbers of the training objective; names as in the training config."""
+
+    patch_size: int = 2
+    spatial_multiple: int = 16  # heights and widths are multiples of this many pixels
+    sigma_min: float = 1e-5
+    guidance: float = 4.0
+    no_i2v_ref_loss: bool = False
+    t5_dropout: float = 0.0
+    clip_dropout: float = 0.0
+    condition_weights: Mapping[str, float] | None = None
+
+
+class InputEncoder:
+    """Frozen encoders of a diffusion training run.
+
+    Args:
+        ae: autoencoder; one with a posterior has ``encode_moments`` and ``normalize``, another ``encode``.
+        t5, clip: text encoders, ``list[str] -> [B, L, D]`` and ``[B, D]``.
+        options: see :class:`InputOptions`.
+        keep: remember encoder outputs in memory, row by row; for small datasets. Of a clip that :meth:`knows` knows,
+            the batch need not hold the pixels. A clip longer than its bucket must come with the same frames each time.
+        micro_batch: clips encoded at a time, which bounds the memory of the autoencoder.
+    """
+
+    def __init__(
+        self, ae: Any, t5: nn.Module, clip: nn.Module, options: InputOptions, keep: bool = False,
+        micro_batch: int = 8,
+    ) -> None:  # fmt: skip
+        self.ae, self.t5, self.clip, self.options = ae, t5, clip, options
+        self.micro_batch = micro_batch
+        self._has_posterior = hasattr(ae, "encode_moments")
+        self._kept = (Kept(), Kept()) if keep else None  # of clips, of texts
+        with torch.no_grad():
+            self._null_txt, self._null_vec = t5([""]), clip([""])
+
+    def knows(self, key: SampleKey) -> bool:
+        """Whether all that training needs of a clip is kept in memory."""
+        return self._kept is not None and key[:4] in self._kept[0]
+
+    @torch.no_grad()
+    def __call__(
+        self, batch: dict[str, Any], generator: torch.Generator, timesteps: Tensor | None = None
+    ) -> dict[str, Any]:
+        """Model inputs and target of one batch.
+
+        Args:
+            batch: ``video [B, 3, T, H, W]`` in [-1, 1], ``text``, ``index``, ``size``; or, instead of pixels and
+                texts, what :class:`opensora.encoded.dataset.CachedVideoTextDataset` gives for them. With ``keep``,
+                ``video`` holds the clips at the positions ``read`` (all, if not given) and may be absent.
+            generator: source of everything random.
+            timesteps: these ``[B]`` instead of random ones, as they are.
+
+        Returns:
+            ``inputs`` (keyword arguments of the model), ``target [B, L, C]`` and ``mask [B, L]`` or None.
+        """
+        batch = self._with_kept(batch)
+        x_0 = self._clips(batch, generator)
+        cond = self._condition(x_0, batch, generator)
+        txt, vec = self._text(batch, generator)
+
+        patch, (frames, height, width) = self.options.patch_size, x_0.shape[2:]
+        tokens = height * width // 4  # the schedule counts 2x2 patches, whatever the model's patch is
+        if timesteps is None:
+            timesteps = sample_timesteps(len(x_0), tokens, frames, generator)
+        t = timesteps.to(x_0.device)
+        noise = torch.randn(x_0.shape, generator=generator).to(x_0)
+        img_ids, txt_ids = prepare_ids(
+            len(x_0), (frames, height, width), patch, txt.shape[1], x_0.device, torch.float32
+        )
+        inputs = {
+            "img": pack(interpolate(x_0, noise, t, self.options.sigma_min), patch),
+            "img_ids": img_ids,
+            "txt": txt,
+            "txt_ids": txt_ids,
+            "timesteps": t,
+            "y_vec": vec,
+            "guidance": torch.full((len(x_0),), self.options.guidance, device=x_0.device),
+        }
+        mask = None
+        if cond is not None:
+            inputs["cond"] = pack(cond, patch)
+            if self.options.no_i2v_ref_loss:
+                mask = unconditioned_tokens(cond[:, 0, :, 0, 0], height * width // patch**2)
+        return {"inputs": inputs, "target": pack(velocity(x_0, noise, self.options.sigma_min), patch), "mask": mask}
+
+    def _with_kept(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with what is kept of its clips and texts, in the form a cache gives it; what is new is encoded."""
+        if self._kept is None:
+            return batch
+        clips, texts = self._kept
+        found = dict(batch)
+        if "video_latents" not in batch and batch_key(WHOLE) not in batch:
+            keys = [(row, *size) for row, size in zip(batch["index"], batch["size"])]
+            group = even_group(len(keys), self.micro_batch)
+            found |= clips(keys, lambda rows: self._encode_all_runs(batch, rows), group)
+        if "text_t5" not in batch:
+            found |= texts(batch["text"], lambda rows: self._embed([batch["text"][i] for i in rows]), TEXTS_AT_A_TIME)
+        return found
+
+    def _encode_all_runs(self, batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Tensor]:
+        """Moments of whole clips and of all frames that conditions may give, by batch key."""
+        place = {row: i for i, row in enumerate(batch.get("read", range(len(batch["index"]))))}
+        video = batch["video"][[place[row] for row in rows]]
+        runs = condition_runs(self.options.condition_weights, self.ae, video.shape[2])
+        pixels = {WHOLE: video, **condition_pixels(video, runs)}
+        return {batch_key(name): self._encode(clips) for name, clips in pixels.items()}
+
+    def _embed(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        return {"text_t5": self.t5(texts), "text_clip": self.clip(texts)}
+
+    def _clips(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+        """Latents ``[B, C, t, h, w]`` of whole clips, from the pixels or from what was cached of them."""
+        if "video_latents" in batch:
+            return batch["video_latents"]
+        stored = batch.get(batch_key(WHOLE))
+        if stored is None:
+            stored = self._encode(batch["video"])
+        return self._latent(stored, generator)
+
+    def _encode(self, clips: Tensor) -> Tensor:
+        """What the autoencoder makes of clips before sampling: posterior moments ``[B, 2C, t, h, w]``, or latents."""
+        encode = self.ae.encode_moments if self._has_posterior else self.ae.encode
+        return torch.cat([encode(part) for part in clips.split(self.micro_batch)])
+
+    def _latent(self, encoded: Tensor, generator: torch.Generator) -> Tensor:
+        """Latents ``[B, C, t, h, w]`` of what :meth:`_encode` returned; sampled anew each time."""
+        if not self._has_posterior:
+            return encoded
+        return self.ae.normalize(DiagonalGaussian(encoded).sample(generator))
+
+    def _condition(self, x_0: Tensor, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor | None:
+        """Mask and reference latents ``[B, 1 + C, t, h, w]``; the given frames are encoded on their own."""
+        weights = self.options.condition_weights
+        if weights is None:
+            return None
+        rng = random.Random(int(torch.randint(2**31, (1,), generator=generator)))
+        causal, ratio = self.ae.is_causal, self.ae.compression[0]
+        types = choose_conditions(weights, len(x_0), x_0.shape[2], rng, causal)
+        # Runs of frames that the samples need; one run is encoded for all its samples together.
+        needs = [[(s.at, s.pixel_frames(causal, ratio)) for s in get_spans(cond_type)] for cond_type in types]
+        spans = {(s.at, s.pixel_frames(causal, ratio)): s for cond_type in types for s in get_spans(cond_type)}
+        latents: dict[tuple, Tensor] = {}
+        for run, span in spans.items():
+            rows = [i for i, runs in enumerate(needs) if run in runs]
+            stored = batch.get(batch_key(run_name(*run)))
+            if stored is None:
+                moments = self._encode(torch.stack([span.cut(batch["video"][i], run[1]) for i in rows]))
+            else:
+                moments = stored[rows]
+            encoded = self._latent(moments, generator)
+            latents.update({(i, run): latent for i, latent in zip(rows, encoded)})
+        refs = [[latents[i, run] for run in runs] or None for i, runs in enumerate(needs)]
+        return build_condition(x_0, types, refs, causal)
+
+    def _text(self, batch: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Embeddings; each encoder's is replaced by that of the empty text at its dropout rate, independently."""
+        texts: Sequence[str] = batch["text"]
+        known = batch if "text_t5" in batch else self._embed(texts)
+        txt, vec = known["text_t5"], known["text_clip"]
+        drop_txt = torch.rand(len(texts), generator=generator) < self.options.t5_dropout
+        drop_vec = torch.rand(len(texts), generator=generator) < self.options.clip_dropout
+        txt = torch.where(drop_txt[:, None, None].to(txt.device), self._null_txt, txt)
+        return txt, torch.where(drop_vec[:, None].to(vec.device), self._null_vec, vec)
+
+
+def diffusion_loss(model: nn.Module, prepared: dict[str, Any]) -> Tensor:
+    """Rectified-flow loss of a prepared batch (arXiv:2209.03003)."""
+    return flow_matching_loss(model(**prepared["inputs"]), prepared["target"], prepared["mask"])

@@ -1,0 +1,95 @@
+"""Validation loss: held-out rows at fixed diffusion times and noise, so that only the model can change it."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from opensora.datasets.dataloader import build_train_loader, to_device
+from opensora.diffusion.flow import flow_matching_loss
+from opensora.registry import DATASETS, build_module
+from opensora.training.cached import plain_section
+from opensora.training.diffusion.inputs import InputEncoder, InputOptions
+from opensora.training.loop import step_generator
+from opensora.utils.errors import UserError
+from opensora.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+def check_validation(cfg: Any) -> None:
+    """See that the section ``validation`` makes sense.
+
+    Raises:
+        UserError: names the key.
+    """
+    section = cfg.validation
+    if not section:
+        return
+    if not section["data_path"]:
+        raise UserError("validation.data_path is not set: give a table of rows that training does not see")
+    if section["data_path"] == cfg.dataset.get("data_path"):
+        raise UserError(f"validation.data_path {section['data_path']}: this is the training table; hold some rows out")
+    for key in ("every", "max_rows"):
+        if section[key] < 1:
+            raise UserError(f"validation.{key}={section[key]}: must be at least 1")
+    times = section["timesteps"]
+    if not times or not all(0 < t < 1 for t in times):
+        raise UserError(f"validation.timesteps={list(times)}: give numbers between 0 and 1")
+
+
+def single_clip_buckets(bucket_config: Mapping[str, Mapping]) -> dict[str, dict]:
+    """The same buckets with one clip per batch and no chance, so that every row of a small table is used."""
+    return {resolution: dict.fromkeys(lengths, (1.0, 1)) for resolution, lengths in bucket_config.items()}
+
+
+class Validation:
+    """Loss of a model on held-out rows.
+
+    Args:
+        cfg: resolved training config with a section ``validation``.
+        options: of the training objective.
+
+    Raises:
+        UserError: anything wrong with the table.
+    """
+
+    def __init__(self, cfg: Any, options: InputOptions) -> None:
+        section = cfg.validation
+        self.every, self.times, self.seed = section["every"], list(section["timesteps"]), section["seed"]
+        table = {**plain_section(cfg), "data_path": section["data_path"], "keep_in_memory": False}
+        dataset = build_module(table, DATASETS)
+        self.loader, sampler = build_train_loader(
+            dataset, single_clip_buckets(cfg.bucket_config), multiple=options.spatial_multiple, seed=self.seed
+        )
+        self.rows = min(section["max_rows"], len(sampler))
+        self.options = replace(options, t5_dropout=0.0, clip_dropout=0.0)
+
+    def encoder(self, training: InputEncoder) -> InputEncoder:
+        """Encoder for held-out rows, on the same models: no dropout of texts, nothing kept."""
+        return InputEncoder(training.ae, training.t5, training.clip, self.options)
+
+    @torch.no_grad()
+    def __call__(
+        self, model: nn.Module, encode: InputEncoder, device: torch.device, dtype: torch.dtype
+    ) -> dict[str, float]:
+        """``val_loss``, and ``val_loss_time/T`` for each of the times.
+
+        The row's number alone decides on its noise, condition and posterior sample.
+        """
+        was_training = model.training
+        model.eval()
+        sums = dict.fromkeys(self.times, 0.0)
+        for number, batch in zip(range(self.rows), self.loader):
+            moved = to_device(batch, device, dtype)
+            for t in self.times:
+                generator = step_generator(self.seed, int(batch["index"][0]), 0)
+                prepared = encode(moved, generator, torch.full((1,), t))
+                loss = flow_matching_loss(model(**prepared["inputs"]), prepared["target"], prepared["mask"])
+                sums[t] += float(loss)
+            del number
+        model.train(was_training)
+        means = {f"val_loss_time/{t:g}": total / self.rows for t, total in sums.items()}
+        return {"val_loss": sum(means.values()) / len(means), **means}

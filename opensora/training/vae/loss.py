@@ -1,0 +1,115 @@
+"""One micro-batch of autoencoder training: from clips to the loss, with mixed lengths and the discriminator's turn."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opensora.datasets.dataloader import to_device
+from opensora.models.vae.losses import VAELoss
+from opensora.training.checkpoint.folder import RunningStates
+from opensora.training.vae.adversarial import AdversarialEngine
+
+VIDEO_IMAGE, VIDEO_RANDOM = "mixed_video_image", "mixed_video_random"
+
+
+@dataclass(frozen=True)
+class LengthMixer:
+    """Shortens clips in training, so that an autoencoder learns pictures and all lengths beside full clips.
+
+    Args:
+        strategy: "mixed_video_image": whole micro-batches are cut to their first frames; "mixed_video_random": they are
+            cut to a length drawn from all that the autoencoder takes; None: left as they are.
+        image_ratio: share of micro-batches that "mixed_video_image" cuts. With several ranks, the first always keeps
+            its clips and the others make up for it.
+        time_ratio: frames per latent frame of the autoencoder.
+        is_causal: the first frame has a latent of its own.
+        replicas, rank: data-parallel size and place.
+    """
+
+    strategy: str | None = None
+    image_ratio: float = 0.0
+    time_ratio: int = 4
+    is_causal: bool = True
+    replicas: int = 1
+    rank: int = 0
+
+    def on_rank(self, rank: int, replicas: int) -> "LengthMixer":
+        """The mixer of one of several ranks."""
+        return replace(self, rank=rank, replicas=replicas)
+
+    @property
+    def probability(self) -> float:
+        """How often "mixed_video_image" cuts a micro-batch of this rank."""
+        if self.replicas == 1:
+            return self.image_ratio
+        return 0.0 if self.rank == 0 else min(self.image_ratio * self.replicas / (self.replicas - 1), 1.0)
+
+    def lengths(self, frames: int) -> list[int]:
+        """Lengths up to ``frames`` that come back from the autoencoder as they were."""
+        first = self.time_ratio + 1 if self.is_causal else 2 * self.time_ratio  # less is a picture once decoded
+        return [1, *range(first if self.time_ratio > 1 else 2, frames + 1, self.time_ratio)]
+
+    def __call__(self, video: Tensor, generator: torch.Generator) -> Tensor:
+        """``[B, 3, T, H, W]``, cut to its first frames where the generator says so."""
+        frames = video.shape[2]
+        if self.strategy is None or frames == 1:
+            return video
+        chance = float(torch.rand((), generator=generator, dtype=torch.float64))
+        if self.strategy == VIDEO_IMAGE:
+            return video[:, :, :1] if chance < self.probability else video
+        lengths = self.lengths(frames)
+        return video[:, :, : lengths[int(chance * len(lengths))]]
+
+
+class VAEStep:
+    """Loss of a micro-batch of clips, with the numbers to log.
+
+    Args:
+        model: the autoencoder as it is called, wrapped or not.
+        plain: the same without wrapper.
+        loss: reconstruction, perceptual and KL terms.
+        mixer: shortens clips.
+        device, dtype: where and in what the model works.
+        states: where the run stands; the adversarial losses begin by it.
+        engine: with a discriminator, the engine of both.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plain: Any,
+        loss: VAELoss,
+        mixer: LengthMixer,
+        device: torch.device,
+        dtype: torch.dtype,
+        states: RunningStates,
+        engine: AdversarialEngine | None = None,
+    ) -> None:
+        self.model, self.plain, self.loss, self.mixer = model, plain, loss, mixer
+        self.device, self.dtype, self.states, self.engine = device, dtype, states, engine
+        self.trainable = any(p.requires_grad for p in plain.parameters())
+
+    def __call__(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `opensora.training.loop.LossFunction`; all randomness follows from ``generator``."""
+        video = self.mixer(to_device(batch, self.device, self.dtype)["video"], generator)
+        torch.manual_seed(generator.initial_seed())  # dropout draws from torch's own generator
+        with torch.set_grad_enabled(self.trainable):
+            reconstruction, posterior, _ = self.model(video, generator=generator)
+            terms = self.loss.terms(video, reconstruction, posterior)
+        total = terms.total
+        numbers = dict(terms.parts)
+        if self.engine is not None:
+            step, adversary = self.states.global_step, self.engine.adversary
+            if self.trainable:
+                last_layer = self.plain.get_last_layer()
+                adversarial, more = adversary.generator_loss(terms.nll, reconstruction, last_layer, step)
+                total = total if adversarial is None else total + adversarial
+                numbers |= more
+            fake = reconstruction.detach()
+            self.engine.then(partial(adversary.discriminator_loss, video, fake, step, generator))
+        if self.mixer.strategy is not None and video.shape[2] == 1:  # the curves of clips stay comparable
+            numbers = {f"image_{name}": value for name, value in numbers.items()}
+        return total, numbers

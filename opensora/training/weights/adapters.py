@@ -1,0 +1,153 @@
+"""What of a model is trained: all of it, some of it, or LoRA adapters; and under which names it is saved."""
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opensora.training.weights.masters import MasterWeights
+from opensora.utils.errors import UserError
+from opensora.utils.weights import load_state_dict
+
+
+def freeze(model: nn.Module, patterns: str | Sequence[str] | None) -> list[str]:
+    """Take parameters out of training.
+
+    Args:
+        model: changed in place.
+        patterns: names of modules or parameters (``txt_in``, ``double_blocks.0``), or patterns with ``*``
+            (``double_blocks.*.txt_mlp.*``); a list, or one text with commas.
+
+    Returns:
+        The names of the frozen parameters.
+
+    Raises:
+        UserError: a pattern that fits nothing, or nothing is left to train.
+    """
+    wanted = [p.strip() for p in patterns.split(",")] if isinstance(patterns, str) else list(patterns or [])
+    frozen = set()
+    for pattern in wanted:
+        found = {n for n, _ in model.named_parameters() if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")}
+        if not found:
+            parts = ", ".join(name for name, _ in model.named_children())
+            raise UserError(f"freeze_layers: {pattern!r} fits no parameter; the model's parts are {parts}")
+        frozen |= found
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"freeze_layers={wanted}: nothing is left to train")
+    return sorted(frozen)
+
+
+def unmap(model: nn.Module) -> None:
+    """Copy weights that lie in host memory to where any new tensor could lie; read from a file, they lie as they lay
+    there. Kernels of a CPU round the last bit differently by where in memory a tensor begins, and a run that goes on
+    from a file must round as one that never stopped."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+
+
+class LoraAdapter:
+    """Low-rank adapters in a model (arXiv:2106.09685), by PEFT. The model keeps its class; its own weights are frozen.
+
+    Args:
+        model: changed in place.
+        lora_config: arguments of ``peft.LoraConfig``.
+        start: adapter folder in PEFT's format to start from.
+
+    Raises:
+        UserError: PEFT is not installed, arguments it does not know, target modules the model does not have.
+    """
+
+    def __init__(self, model: nn.Module, lora_config: Mapping[str, Any], start: str | Path | None = None) -> None:
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise UserError("lora_config needs PEFT: pip install peft") from error
+        try:
+            config = LoraConfig(**{"init_lora_weights": True, **lora_config})
+            self._peft: Any = get_peft_model(model, config)  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise UserError(f"lora_config={dict(lora_config)}: {error}") from error
+        if start is not None:
+            self.load(read_adapter(start))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The adapter's weights under PEFT's names."""
+        from peft import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(self._peft)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over saved weights.
+
+        Raises:
+            UserError: weights of another adapter.
+        """
+        from peft import set_peft_model_state_dict
+
+        own = {key: tuple(value.shape) for key, value in self.state_dict().items()}
+        given = {key: tuple(value.shape) for key, value in state.items()}
+        if own != given:
+            odd = sorted({k for k in own.keys() | given.keys() if own.get(k) != given.get(k)})
+            raise UserError(
+                f"the saved adapter does not fit lora_config (r, target_modules) or the model; {len(odd)} tensors "
+                f"differ, the first is {odd[0]}"
+            )
+        set_peft_model_state_dict(self._peft, dict(state))
+
+    def write_config(self, folder: Path) -> None:
+        """``adapter_config.json`` as PEFT writes it."""
+        self._peft.peft_config["default"].save_pretrained(str(folder))
+
+
+def read_adapter(folder: str | Path) -> dict[str, Tensor]:
+    """Weights of an adapter folder.
+
+    Raises:
+        UserError: none there.
+    """
+    folder = Path(folder)
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).is_file():
+            return load_state_dict(folder / name)
+    raise UserError(f"{folder}: no adapter there (adapter_model.safetensors is missing)")
+
+
+class TrainedWeights:
+    """The weights that training changes, as they are averaged and saved.
+
+    Args:
+        model: the plain model.
+        masters: its fp32 copies, if it computes in another dtype.
+        adapter: its adapters, if only those are trained.
+    """
+
+    def __init__(
+        self, model: nn.Module, masters: MasterWeights | None = None, adapter: LoraAdapter | None = None
+    ) -> None:
+        self.model, self.masters, self.adapter = model, masters, adapter
+
+    def saved(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: the model's weights in its own dtype, or the adapter's."""
+        return self.adapter.state_dict() if self.adapter is not None else self.model.state_dict()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The same, in fp32 where there are such copies: what an average is taken of."""
+        if self.masters is None or self.adapter is not None:  # adapters are in fp32
+            return self.saved()
+        return {**self.saved(), **self.masters.state_dict()}
+
+    @torch.no_grad()
+    def show(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put other values into the model for a while; returns those that were there, to be put back."""
+        own = self.saved()
+        before = {key: own[key].detach().clone() for key in state}
+        for key, value in state.items():
+            own[key].copy_(value)
+        return before

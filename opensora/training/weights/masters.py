@@ -1,0 +1,92 @@
+"""fp32 master weights of a model that computes in bf16.
+
+A bf16 weight has 8 bits of precision: an update smaller than 1/256 of it is lost. The optimizer therefore works on a
+copy in fp32, and the model gets its rounded values after each step (arXiv:1710.03740). Gradients are collected in fp32
+as they arise, so that accumulation and clipping are in fp32 too.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from opensora.acceleration.native import OptimizerFactory
+from opensora.training.weights.optimizer import create_optimizer
+
+
+class MasterWeights:
+    """fp32 copies of the trainable parameters that have another dtype.
+
+    Args:
+        model: its gradients are moved to the copies from now on.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: dict[str, nn.Parameter] = {}
+        self._master: dict[str, nn.Parameter] = {}
+        self._trainable: list[tuple[str, nn.Parameter]] = []
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if parameter.dtype == torch.float32:
+                self._trainable.append((name, parameter))
+                continue
+            master = nn.Parameter(parameter.detach().float())
+            self._model[name], self._master[name] = parameter, master
+            self._trainable.append((name, master))
+            parameter.register_post_accumulate_grad_hook(_mover(master))
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """What the optimizer works on, in the model's order: the copies, and the parameters that need none."""
+        return list(self._trainable)
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """From now on every step of the optimizer is carried over to the model."""
+        optimizer.register_step_post_hook(lambda *_: self.copy_to_model())
+
+    @torch.no_grad()
+    def copy_to_model(self) -> None:
+        """Give the model the rounded values."""
+        if self._master:
+            torch._foreach_copy_(list(self._model.values()), list(self._master.values()))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The copies under the model's names."""
+        return {name: master.detach() for name, master in self._master.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from saved copies. Weights that were frozen when they were saved have none there: they were never
+        more exact than the model has them."""
+        for name, master in self._master.items():
+            if name in state:
+                master.copy_(state[name])
+        self.copy_to_model()
+
+
+def optimizer_factory(config: Mapping[str, Any], masters: MasterWeights | None) -> OptimizerFactory:
+    """Maker of a config's optimizer (see `create_optimizer`) whose steps reach the model if there are copies."""
+
+    def make(named: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
+        optimizer = create_optimizer(named, config)
+        if masters is not None:
+            masters.attach(optimizer)
+        return optimizer
+
+    return make
+
+
+def _mover(master: nn.Parameter):
+    """Hook that adds a parameter's finished gradient to that of its copy."""
+
+    def move(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if master.grad is None:
+            master.grad = parameter.grad.float()
+        else:
+            master.grad += parameter.grad
+        parameter.grad = None
+
+    return move

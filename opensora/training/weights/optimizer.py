@@ -1,0 +1,220 @@
+"""Optimizers and learning-rate schedules, both counted in optimizer steps."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from opensora.acceleration.engine import Engine
+from opensora.training.checkpoint.folder import load_part
+from opensora.utils.errors import UserError
+from opensora.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+# One process trains with torch's AdamW under either name: HybridAdam is ColossalAI's AdamW for sharded training.
+ADAM_NAMES = ("HybridAdam", "AdamW", "Adam")
+NAMES = (*ADAM_NAMES, "Muon")
+KEYS = ("lr", "betas", "eps", "weight_decay", "adamw_mode", "momentum")
+
+
+class MuonWithAdamW(Optimizer):
+    """Muon on the matrices of the repeated blocks, AdamW on everything else (biases, norms, first and last layers).
+
+    Muon's updates are scaled to the root mean square of AdamW's, so both take the same learning rate and decay.
+    Both parts share this object's parameter groups and state: schedules and checkpoints see one optimizer.
+
+    Args:
+        matrices: two-dimensional parameters of hidden layers.
+        others: the remaining parameters.
+        momentum: of Muon, in [0, 1).
+        lr, betas, eps, weight_decay: as in AdamW; ``betas`` and ``eps`` concern AdamW alone.
+
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); scaling as in Liu et al.,
+    "Muon is Scalable for LLM Training" (2025).
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[nn.Parameter],
+        others: Sequence[nn.Parameter],
+        *,
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        muon: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        muon["adjust_lr_fn"] = "match_rms_adamw"
+        adam: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        self.parts: list[Optimizer] = []
+        if matrices:
+            self.parts.append(Muon(matrices, **muon))
+        if others:
+            self.parts.append(AdamW(others, **adam))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._link()
+
+    def _link(self) -> None:
+        """Let the parts work on this object's groups and state."""
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        """One update of all parameters."""
+        loss = closure() if closure is not None else None
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Groups and state of an earlier run."""
+        super().load_state_dict(state_dict)
+        self._link()
+
+
+def create_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: Mapping[str, Any]) -> Optimizer:
+    """Optimizer over the trainable parameters.
+
+    Args:
+        named_parameters: as ``model.named_parameters()`` gives them; those without ``requires_grad`` are left out.
+        config: ``cls`` (HybridAdam or AdamW: decoupled decay; Adam; Muon: see :class:`MuonWithAdamW`), ``lr``,
+            ``betas``, ``eps``, ``weight_decay``, ``adamw_mode`` (False: L2 penalty as in Adam), ``momentum`` (Muon).
+
+    Raises:
+        UserError: unknown ``cls`` or key.
+    """
+    options = {key: value for key, value in config.items() if value is not None}
+    name = options.pop("cls", "HybridAdam")
+    decoupled = options.pop("adamw_mode", name != "Adam")
+    if name not in NAMES:
+        raise UserError(f"optim.cls={name!r} is unknown; use one of {', '.join(NAMES)}")
+    known = [key for key in KEYS if key != "momentum" or name == "Muon"]
+    unknown = set(options) - set(known)
+    if unknown:
+        raise UserError(f"optim.{sorted(unknown)[0]} is unknown for {name}; use {', '.join(known)}")
+    trainable = [(key, p) for key, p in named_parameters if p.requires_grad]
+    if name == "Muon":
+        if not decoupled:
+            raise UserError("optim.adamw_mode=False: Muon's decay is decoupled; leave the key out")
+        matrices = [p for key, p in trainable if is_hidden_matrix(key, p)]
+        return MuonWithAdamW(matrices, [p for key, p in trainable if not is_hidden_matrix(key, p)], **options)
+    return (AdamW if decoupled else torch.optim.Adam)([p for _, p in trainable], **options)
+
+
+def check_same_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, source: str) -> None:
+    """Whether an optimizer can go on from a saved state.
+
+    Args:
+        saved: state dict of an earlier run's.
+        optimizer: over the same parameters.
+        source: where the state is from, for the message.
+
+    Raises:
+        UserError: it is of another kind, or over other parameters.
+    """
+    sizes = [[len(group["params"]) for group in groups] for groups in (saved["param_groups"], optimizer.param_groups)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"{source}: its optimizer is of another kind, or trains other weights (groups of {sizes[0]} parameters, "
+            f"now {sizes[1]}); set optim.cls and freeze_layers as its config.txt has them"
+        )
+
+
+def load_optimizer(engine: Engine, checkpoint: Path, name: str = "optimizer") -> None:
+    """Have an engine's optimizer go on from a checkpoint, where it is called ``name``.
+
+    It starts anew, and the log says so, if the checkpoint's run had none because all weights were frozen.
+
+    Raises:
+        UserError: see `check_same_optimizer`.
+    """
+    saved = load_part(checkpoint, name)
+    if not saved:
+        logger.warning("%s: all weights were frozen in that run, so their optimizer starts anew", checkpoint)
+        return
+    check_same_optimizer(saved, engine.optimizer, f"--load {checkpoint}")
+    engine.load_state_dict(saved)
+
+
+def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix inside a list of blocks; its name then has a number, as ``double_blocks.0``."""
+    return parameter.ndim == 2 and any(part.isdigit() for part in name.split("."))
+
+
+class Schedule:
+    """Learning rates that follow from the number of the optimizer step alone.
+
+    Unlike torch's schedulers it does not ask whether the optimizer moved: a step that was skipped counts, too.
+
+    Args:
+        optimizer: its groups have ``initial_lr``, and get ``lr``, which is that times ``factor(step)``.
+        factor: by optimizer step.
+        step: optimizer step to begin with.
+    """
+
+    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float], step: int = 0) -> None:
+        self._optimizer, self._factor, self._step = optimizer, factor, step
+        self._apply()
+
+    def step(self) -> None:
+        """Go on to the next optimizer step."""
+        self._step += 1
+        self._apply()
+
+    def get_last_lr(self) -> list[float]:
+        """Learning rate of each parameter group at this step."""
+        return [group["lr"] for group in self._optimizer.param_groups]
+
+    def _apply(self) -> None:
+        factor = self._factor(self._step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+
+def create_schedule(
+    optimizer: Optimizer,
+    *,
+    warmup_steps: int = 0,
+    total_steps: int | None = None,
+    cosine: bool = False,
+    flat_share: float = 0.0,
+    start_step: int = 0,
+    initial_lr: float = 1e-6,
+) -> Schedule:
+    """Linear warm-up from ``initial_lr``, then constant, or constant for a share of the run and then a cosine to zero.
+
+    Args:
+        optimizer: its ``lr`` is the plateau.
+        warmup_steps: length of the warm-up.
+        total_steps: where the cosine ends; required with ``cosine``.
+        cosine: decay after the plateau.
+        flat_share: share of the steps after warm-up spent on the plateau before the cosine, in [0, 1).
+        start_step: optimizer step to resume at.
+        initial_lr: learning rate of the first warm-up step.
+    """
+    if cosine and total_steps is None:
+        raise UserError("use_cosine_scheduler needs the length of the run: set max_steps or epochs")
+    first = optimizer.param_groups[0]
+    base = first.get("initial_lr", first["lr"]) if start_step else first["lr"]
+    flat_until = warmup_steps + flat_share * max((total_steps or 0) - warmup_steps, 0)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            start = min(initial_lr / base, 1.0)
+            return start + (1.0 - start) * (step + 1) / (warmup_steps + 1)
+        if not cosine or total_steps is None or step < flat_until:
+            return 1.0
+        done = min((step - flat_until) / max(total_steps - flat_until, 1), 1.0)
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"] if start_step == 0 else group.get("initial_lr", group["lr"])
+    return Schedule(optimizer, factor, start_step)

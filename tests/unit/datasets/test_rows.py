@@ -1,0 +1,136 @@
+"""Shards and the datasets that read from them; the table of buckets."""
+
+import pickle
+import runpy
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from opensora.datasets.buckets import BucketTable
+from opensora.datasets.dataset import SampleKey, VideoTextDataset, frame_strides, target_fps
+from opensora.datasets.rows import ShardedRows, read_numbers, write_shards
+from opensora.datasets.sampler import BucketBatchSampler
+from opensora.datasets.text import TextDataset
+from opensora.utils.errors import UserError
+from opensora.utils.video import save_video
+
+SCRIPT = Path(__file__).parents[3] / "scripts" / "cnv" / "shard.py"
+
+
+def table_of(rows, path="clip.mp4"):
+    rng = np.random.default_rng(0)
+    frames, height, width = (rng.integers(low, high, rows) for low, high in ((1, 300), (100, 1100), (100, 1900)))
+    table = {"path": path, "text": [f"caption {i}" for i in range(rows)], "num_frames": frames, "height": height}
+    return pd.DataFrame({**table, "width": width, "fps": np.where(frames > 1, 30.0, np.nan)})
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """A thousand rows whose one clip lies beside the table."""
+    save_video(np.zeros((17, 32, 32, 3), dtype=np.uint8), tmp_path / "clip.mp4", fps=8)
+    table = table_of(1000).assign(num_frames=17, height=32, width=32, fps=8.0, score_vmafmotion=3.4)
+    table.to_parquet(tmp_path / "clips.parquet", index=False)
+    return tmp_path / "clips.parquet"
+
+
+def test_shards_give_the_rows_of_the_table(parquet, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["shard.py", str(parquet), "7"])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert "7 shards" in capsys.readouterr().out
+    written = sorted(p.name for p in parquet.with_suffix("").glob("*.parquet"))
+    assert written == [f"{i:05d}.parquet" for i in range(1, 8)]
+    rows = ShardedRows(parquet, 1000)
+    assert "num_frames" not in rows.columns
+    for i in (0, 142, 143, 999, 500, 0, *np.random.default_rng(0).integers(0, 1000, 50).tolist()):
+        assert rows[i]["text"] == f"caption {i}"
+        assert rows[i]["path"] == str(parquet.parent / "clip.mp4")
+    assert pickle.loads(pickle.dumps(rows))[77]["text"] == "caption 77"
+
+
+def test_datasets_read_from_shards(parquet):
+    write_shards(parquet)
+    lean = VideoTextDataset(str(parquet), fps_max=24, vmaf=True, memory_efficient=True)
+    plain = VideoTextDataset(str(parquet), fps_max=24, vmaf=True)
+    key = SampleKey(321, 9, 32, 32, 5)
+    assert lean[key]["text"] == plain[key]["text"] == "caption 321. 8 FPS, 3 motion score."
+    assert torch.equal(lean[key]["video"], plain[key]["video"])
+    config = BucketTable({"32px": {9: (1.0, 4)}})
+    orders = [list(BucketBatchSampler(dataset, config, seed=3)) for dataset in (lean, plain)]
+    assert orders[0] == orders[1]
+    text = TextDataset(str(parquet), memory_efficient=True)
+    assert (len(text), text[5]["text"]) == (1000, "caption 5. 8 FPS.")
+
+
+def test_mistakes_are_named(parquet, tmp_path):
+    with pytest.raises(UserError, match="python scripts/cnv/shard.py .*clips.parquet"):
+        VideoTextDataset(str(parquet), memory_efficient=True)
+    write_shards(parquet, 3)
+    with pytest.raises(UserError, match="--overwrite"):
+        write_shards(parquet, 3)
+    table = pd.read_parquet(parquet)
+    table.assign(text="other words").to_parquet(parquet, index=False)
+    with pytest.raises(UserError, match="changed since"):
+        ShardedRows(parquet, 1000)
+    with pytest.raises(UserError, match="hold 1000 rows, .* has 900"):
+        ShardedRows(parquet, 900)
+    with pytest.raises(UserError, match="cannot be split into 2000"):
+        write_shards(parquet, 2000, overwrite=True)
+    with pytest.raises(UserError, match="needs a parquet table"):
+        read_numbers(tmp_path / "clips.csv")
+    table.assign(width=[0.0] + [32.0] * 999).to_parquet(tmp_path / "w.parquet")
+    with pytest.raises(UserError, match="row 2: width is 0"):
+        read_numbers(tmp_path / "w.parquet")
+
+
+def test_memory_and_time_grow_slowly(tmp_path):
+    rows = 50_000
+    table = table_of(rows, path="a/rather/long/path/to/a/clip/in/some/folder.mp4").assign(text="word " * 40)
+    table.to_parquet(tmp_path / "clips.parquet", index=False)
+    write_shards(tmp_path / "clips.parquet")
+    tracemalloc.start()
+    start = time.process_time()
+    dataset = VideoTextDataset(str(tmp_path / "clips.parquet"), memory_efficient=True)
+    sampler = BucketBatchSampler(dataset, BucketTable({"256px": dict.fromkeys((1, 5, 33, 65, 129), (1.0, 1))}))
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(sampler) > 0.7 * rows
+    # 200 bytes a row would be the 200 MB allowed for a million; 60 s for a million are 3 s here (of processor time:
+    # what else the machine does is not counted).
+    assert held / rows < 100
+    assert time.process_time() - start < 3
+
+
+def test_the_table_says_why_rows_are_left_out():
+    rows = pd.DataFrame(
+        [(17, 64, 64)] * 5 + [(17, 16, 16)] * 2 + [(3, 64, 64)] * 3, columns=["num_frames", "height", "width"]
+    )
+    table, strides = BucketTable({"64px": {9: (1.0, 2)}}), np.ones(len(rows), dtype=int)
+    why = table.explain(rows, strides, table.assign(rows, strides, seed=0))
+    assert "2 rows have less than 0.8 of the pixels of 64px" in why
+    assert "3 rows fit no length" in why
+    assert "1 rows do not fill a batch" in why
+    kept = BucketTable({"64px": {9: (0.0, 2)}})
+    assert "5 rows were not kept" in kept.explain(rows, strides, kept.assign(rows, strides, seed=0))
+
+
+def test_strides_of_many_rates():
+    rates = np.array([8, 23.976, 24, 29.97, 30, 60, 120, np.nan])
+    assert frame_strides(rates, 24).tolist() == [target_fps(float(rate), 24)[1] for rate in rates]
+
+
+def test_text_dataset(tmp_path):
+    pd.DataFrame({"text": ["a cat", "a dog."], "neg": ["blur", None]}).to_csv(tmp_path / "p.csv", index=False)
+    dataset = TextDataset(str(tmp_path / "p.csv"))
+    assert [dataset[i] for i in range(2)] == [
+        {"index": 0, "text": "a cat", "neg": "blur"},
+        {"index": 1, "text": "a dog.", "neg": ""},
+    ]
+    pd.DataFrame({"text": ["a cat", None], "fps": [8, 8]}).to_csv(tmp_path / "q.csv", index=False)
+    with pytest.raises(UserError, match="row 3: column 'text' is empty"):
+        TextDataset(str(tmp_path / "q.csv"))
