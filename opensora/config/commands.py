@@ -11,71 +11,24 @@ from typing import Any, ClassVar, Literal
 
 from opensora.config.options import (
     AE_KNOWS,
-    COMPONENTS,
-    AutoEncoder2DOptions,
-    CachedVideoTextDatasetOptions,
-    DcAeCoderOptions,
-    DcAeOptions,
+    DatasetOptions,
     DiscriminatorLossOptions,
-    DiscriminatorOptions,
     DropoutOptions,
     GeneratorLossOptions,
-    HunyuanVAEOptions,
     LpipsOptions,
-    MMDiTOptions,
+    ModelOptions,
     OptimOptions,
+    Options,
     PluginOptions,
     SamplingOption,
     SchedulerOptions,
-    Section,
-    TextDatasetOptions,
-    TextEmbedderOptions,
     TrainSampleOptions,
     VaeLossOptions,
     ValidationOptions,
-    VideoTextDatasetOptions,
     component,
     opt,
     section,
 )
-
-__all__ = [
-    "COMPONENTS",
-    "AutoEncoder2DOptions",
-    "CacheOptions",
-    "CachedVideoTextDatasetOptions",
-    "DcAeCoderOptions",
-    "DcAeOptions",
-    "DiscriminatorLossOptions",
-    "DiscriminatorOptions",
-    "DropoutOptions",
-    "GeneratorLossOptions",
-    "HunyuanVAEOptions",
-    "InferenceOptions",
-    "LoaderOptions",
-    "LoopOptions",
-    "LpipsOptions",
-    "MMDiTOptions",
-    "OptimOptions",
-    "PluginOptions",
-    "RunOptions",
-    "SamplingOption",
-    "SchedulerOptions",
-    "Section",
-    "TextDatasetOptions",
-    "TextEmbedderOptions",
-    "TrainOptions",
-    "TrainSampleOptions",
-    "VaeInferenceOptions",
-    "VaeLossOptions",
-    "VaeStatsOptions",
-    "VaeTrainOptions",
-    "ValidationOptions",
-    "VideoTextDatasetOptions",
-    "component",
-    "opt",
-    "section",
-]
 
 DType = Literal["bf16", "fp16", "fp32", "half", "bfloat16", "float16", "float32", "float64"]
 ConditionType = Literal[
@@ -83,24 +36,24 @@ ConditionType = Literal[
 ]
 # resolution name -> number of frames -> (probability or pair of them, batch size)
 Buckets = dict[str, dict[int, Any]] | None
-VAE_TYPES = ("hunyuan_vae", "dc_ae", "autoencoder_2d")
-CLIP_DATASETS = ("video_text", "cached_video_text")
 
 
-@dataclass
-class RunOptions:
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Options):
     """Keys of every script."""
 
     device: str | None = opt(None, "cpu or cuda; none takes cuda where there is one")
     dtype: DType = opt("bf16", "precision of the models")
     seed: int = opt(1024, "seed of everything random except a sample's noise")
+    imports: list[str] | None = opt(None, "modules of your own to import first, for what they register")
+    config_path: str = "config"  # where the values come from, for messages
 
 
-@dataclass
-class LoaderOptions:
+@dataclass(frozen=True, kw_only=True)
+class LoaderOptions(Options):
     """Keys of every script that reads clips in buckets."""
 
-    dataset: Section = component(CLIP_DATASETS, "clips and texts")
+    dataset: DatasetOptions | None = component("dataset", "clips", "clips and texts")
     bucket_config: Buckets = opt(None, "{resolution: {frames: (probability, batch size)}}")
     batch_size: int | None = opt(None, "samples per step where there are no buckets", "samples")
     num_workers: int = opt(4, "processes that read data")
@@ -110,7 +63,7 @@ class LoaderOptions:
     )
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class InferenceOptions(RunOptions):
     """Make videos from prompts, pictures and clips."""
 
@@ -130,14 +83,16 @@ class InferenceOptions(RunOptions):
     ref: str | None = opt(None, "picture or clip to start from, several separated by ;")
     cond_type: ConditionType = opt("t2v", "what the references fix")
     save_dir: str = opt("samples", "folder for the results")
-    dataset: Section = component(("text",), "table of prompts, instead of prompt", {"type": "text"})
+    dataset: DatasetOptions | None = component(
+        "dataset", "prompts", "table of prompts, instead of prompt", {"type": "text"}
+    )
     start_index: int = opt(0, "first row of the table")
     end_index: int | None = opt(None, "row after the last one")
     num_samples: int | None = opt(None, "rows from start_index, if there is no end_index", "rows")
     batch_size: int = opt(1, "prompts sampled at a time", "prompts")
     num_workers: int = opt(4, "processes that read data")
     prefetch_factor: int | None = opt(None, "batches each of them reads ahead", "batches")
-    sampling_option: Section = section(SamplingOption, "size, length and guidance", {}, fill=True)
+    sampling_option: SamplingOption = section(SamplingOption, "size, length and guidance", {}, fill=True)
     num_sample: int = opt(1, "videos per prompt", "videos")
     fps_save: int = opt(16, "frame rate of the file, also told to the model", "frames/s")
     motion_score: str | None = opt(None, "amount of motion told to the model: a number, or dynamic")
@@ -145,15 +100,15 @@ class InferenceOptions(RunOptions):
     refine_model: str | None = opt(None, "folder or hub id of a local language model for that")
     refine_base_url: str | None = opt(None, "OpenAI-compatible endpoint for that")
     refine_api_model: str | None = opt(None, "name of the model at the endpoint")
-    model: Section = component(("flux",), "video diffusion model")
-    ae: Section = component(VAE_TYPES, "video autoencoder")
-    t5: Section = component(("text_embedder",), "encoder of the text tokens")
-    clip: Section = component(("text_embedder",), "encoder of the pooled text vector")
+    model: ModelOptions | None = component("model", "diffusion", "video diffusion model")
+    ae: ModelOptions | None = component("model", "autoencoder", "video autoencoder")
+    t5: ModelOptions | None = component("model", "text", "encoder of the text tokens")
+    clip: ModelOptions | None = component("model", "text", "encoder of the pooled text vector")
     patch_size: int = opt(2, "latent pixels per token side", "latent px")
     use_t2i2v: bool = opt(False, "make a picture from the prompt first, then a video from it")
     img_resolution: str = opt("768px", "pixel count of that picture, by name")
-    img_flux: Section = component(("flux",), "image diffusion model")
-    img_flux_ae: Section = component(("autoencoder_2d",), "image autoencoder")
+    img_flux: ModelOptions | None = component("model", "diffusion", "image diffusion model")
+    img_flux_ae: ModelOptions | None = component("model", "image autoencoder", "image autoencoder")
     offload: bool = opt(False, "keep each model on the device only while it works")
     save_prefix: str = opt("", "start of every file name")
     prompt_as_path: bool = opt(False, "name files after their prompts (VBench)")
@@ -162,9 +117,9 @@ class InferenceOptions(RunOptions):
     save_latents: bool = opt(False, "keep latents beside the videos")
     dry_run: bool = opt(False, "check everything and print the plan, without loading weights")
     plugin: str | None = opt(None, "parallelism of the diffusion model: hybrid, or none")
-    plugin_config: Section = section(PluginOptions, "its settings", {}, open=True)
+    plugin_config: PluginOptions = section(PluginOptions, "its settings", {}, open=True)
     plugin_ae: str | None = opt(None, "parallelism of the autoencoder: hybrid, or none")
-    plugin_config_ae: Section = section(
+    plugin_config_ae: PluginOptions = section(
         PluginOptions, "its settings", {}, open=True, no_effect="tiles are divided over all ranks that share a video"
     )
     grad_clip: float = opt(0.0, "gradient norm limit handed to the plugin (unused in sampling)")
@@ -172,8 +127,8 @@ class InferenceOptions(RunOptions):
     merge_lora: bool = opt(True, "add adapters to the weights; false keeps them beside (slower, exact in bf16)")
 
 
-@dataclass
-class LoopOptions:
+@dataclass(frozen=True, kw_only=True)
+class LoopOptions(Options):
     """Keys of both training scripts."""
 
     outputs: str = opt("./outputs", "folder of the experiments")
@@ -184,7 +139,7 @@ class LoopOptions:
     epochs: int = opt(1000, "passes over the data")
     max_steps: int | None = opt(None, "where to stop", "optimizer steps")
     accumulation_steps: int = opt(1, "batches per optimizer step", "batches")
-    optim: Section = section(OptimOptions, "optimizer", {}, open=True)
+    optim: OptimOptions = section(OptimOptions, "optimizer", {}, open=True)
     lr: float | None = opt(None, "learning rate, also sets optim.lr", also="optim.lr")
     initial_lr: float | None = opt(None, "learning rate at the start of warm-up")
     update_warmup_steps: bool = opt(
@@ -195,7 +150,7 @@ class LoopOptions:
     plugin: str | None = opt(
         "zero2", "parallelism: zero1, zero2, hybrid, torch_ddp (ColossalAI), ddp, fsdp2 (torch), none"
     )
-    plugin_config: Section = section(PluginOptions, "its settings", {}, open=True)
+    plugin_config: PluginOptions = section(PluginOptions, "its settings", {}, open=True)
     pin_memory_cache_pre_alloc_numels: list[int] | None = opt(
         None, "pinned buffers to allocate", "elements", no_effect="torch keeps and reuses pinned buffers itself"
     )
@@ -208,23 +163,23 @@ class LoopOptions:
     max_skipped_steps: int = opt(20, "steps in a row without a finite loss and gradient that end the run", "steps")
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
     """Train the diffusion model."""
 
     aliases: ClassVar[dict[str, str]] = {"ckpt_path": "model.from_pretrained"}
 
-    model: Section = component(("flux",), "diffusion model")
-    ae: Section = component(VAE_TYPES, "autoencoder, if latents are not cached")
-    t5: Section = component(("text_embedder",), "encoder of the text tokens, if not cached")
-    clip: Section = component(("text_embedder",), "encoder of the pooled text vector, if not cached")
+    model: ModelOptions | None = component("model", "diffusion", "diffusion model")
+    ae: ModelOptions | None = component("model", "autoencoder", "autoencoder, if latents are not cached")
+    t5: ModelOptions | None = component("model", "text", "encoder of the text tokens, if not cached")
+    clip: ModelOptions | None = component("model", "text", "encoder of the pooled text vector, if not cached")
     cached_video: bool = opt(False, "clips come as latents, from cache_dir")
     cached_text: bool = opt(False, "texts come as embeddings, from cache_dir")
     cache_dir: str | None = opt(None, "folder that scripts/diffusion/cache.py writes")
     is_causal_vae: bool = opt(False, "first frame has a latent of its own", no_effect=AE_KNOWS)
     patch_size: int = opt(2, "latent pixels per token side", "latent px")
     condition_config: dict[str, float] | None = opt(None, "{condition type: weight}; none trains on text only")
-    dropout_ratio: Section = section(DropoutOptions, "share of samples that train without their text")
+    dropout_ratio: DropoutOptions | None = section(DropoutOptions, "share of samples that train without their text")
     guidance: float = opt(4.0, "guidance scale told to models with guidance_embed")
     sigma_min: float = opt(1e-5, "noise that remains at the end of the path")
     no_i2v_ref_loss: bool = opt(False, "leave given first and last frames out of the loss")
@@ -233,8 +188,12 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
     lora_config: dict[str, Any] | None = opt(None, "PEFT LoraConfig; none trains all weights")
     lora_checkpoint: str | None = opt(None, "adapter to start from")
     freeze_layers: list[str] | str | None = opt(None, "what not to train, by name: txt_in, double_blocks.*.txt_mlp")
-    validation: Section = section(ValidationOptions, "loss on held-out rows; none does without", fill=True)
-    samples: Section = section(TrainSampleOptions, "videos of fixed prompts on the way; none makes none", fill=True)
+    validation: ValidationOptions | None = section(
+        ValidationOptions, "loss on held-out rows; none does without", fill=True
+    )
+    samples: TrainSampleOptions | None = section(
+        TrainSampleOptions, "videos of fixed prompts on the way; none makes none", fill=True
+    )
     warmup_steps: int | None = opt(None, "linear warm-up", "optimizer steps")
     use_cosine_scheduler: bool = opt(False, "cosine decay to zero after warm-up and plateau")
     flat_share: float = opt(0.0, "share of the run on the plateau before the cosine")
@@ -250,7 +209,7 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
     nsys_num_steps: int = opt(2, "steps in the record", "steps")
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class CacheOptions(TrainOptions):
     """Compute latents and text embeddings of a training config beforehand."""
 
@@ -259,22 +218,24 @@ class CacheOptions(TrainOptions):
     overwrite: bool = opt(False, "replace a cache that was made with something else")
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class VaeTrainOptions(LoopOptions, LoaderOptions, RunOptions):
     """Train a video autoencoder."""
 
     aliases: ClassVar[dict[str, str]] = {"ckpt_path": "model.from_pretrained"}
 
-    model: Section = component(VAE_TYPES, "autoencoder")
+    model: ModelOptions | None = component("model", "autoencoder", "autoencoder")
     grad_checkpoint: bool = opt(False, "recompute blocks in backward")
-    vae_loss_config: Section = section(VaeLossOptions, "reconstruction loss")
-    discriminator: Section = component(("N_Layer_discriminator_3D",), "discriminator; none trains without")
-    gen_loss_config: Section = section(GeneratorLossOptions, "adversarial loss of the autoencoder")
-    disc_loss_config: Section = section(DiscriminatorLossOptions, "loss of the discriminator")
-    optim_discriminator: Section = section(OptimOptions, "optimizer of the discriminator", open=True)
+    vae_loss_config: VaeLossOptions | None = section(VaeLossOptions, "reconstruction loss")
+    discriminator: ModelOptions | None = component("model", "discriminator", "discriminator; none trains without")
+    gen_loss_config: GeneratorLossOptions | None = section(GeneratorLossOptions, "adversarial loss of the autoencoder")
+    disc_loss_config: DiscriminatorLossOptions | None = section(DiscriminatorLossOptions, "loss of the discriminator")
+    optim_discriminator: OptimOptions | None = section(OptimOptions, "optimizer of the discriminator", open=True)
     disc_lr: float | None = opt(None, "also sets optim_discriminator.lr", also="optim_discriminator.lr")
-    lr_scheduler: Section = section(SchedulerOptions, "learning-rate schedule")
-    disc_lr_scheduler: Section = section(SchedulerOptions, "learning-rate schedule of the discriminator")
+    lr_scheduler: SchedulerOptions | None = section(SchedulerOptions, "learning-rate schedule")
+    disc_lr_scheduler: SchedulerOptions | None = section(
+        SchedulerOptions, "learning-rate schedule of the discriminator"
+    )
     mixed_strategy: Literal["mixed_video_image", "mixed_video_random"] | None = opt(None, "how lengths are mixed")
     mixed_image_ratio: float = opt(0.0, "share of single frames in mixed_video_image")
     image_steps: int = opt(0, "training on single frames before video", "optimizer steps")
@@ -287,31 +248,31 @@ class VaeTrainOptions(LoopOptions, LoaderOptions, RunOptions):
     wandb_expr_name: str | None = opt(None, "name of the run at Weights & Biases; none takes exp_name")
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class VaeInferenceOptions(LoaderOptions, RunOptions):
     """Encode and decode clips, and save both."""
 
     aliases: ClassVar[dict[str, str]] = {"ckpt_path": "model.from_pretrained"}
 
-    model: Section = component(VAE_TYPES, "autoencoder")
+    model: ModelOptions | None = component("model", "autoencoder", "autoencoder")
     dtype: DType = opt("fp32", "precision of the model")
     save_dir: str = opt("samples", "folder for the results")
     eval_setting: str | None = opt(None, "frames x side (17x256) or frames x height x width, instead of bucket_config")
     fps: int = opt(16, "frame rate of the clips", "frames/s")
     frame_interval: int = opt(1, "distance of sampled frames; files play at fps // frame_interval", "frames")
-    lpips: Section = section(LpipsOptions, "weights of LPIPS; none leaves this measure out")
+    lpips: LpipsOptions | None = section(LpipsOptions, "weights of LPIPS; none leaves this measure out")
     max_clips: int | None = opt(None, "clips to reconstruct; none takes all", "clips")
     sheet_clips: int = opt(8, "clips on the picture of originals and reconstructions", "clips")
     verbose: int = opt(1, "amount of log output (0, 1, 2)")
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class VaeStatsOptions(LoaderOptions, RunOptions):
     """Mean and standard deviation of latents."""
 
     aliases: ClassVar[dict[str, str]] = {"ckpt_path": "model.from_pretrained"}
 
-    model: Section = component(VAE_TYPES, "autoencoder")
+    model: ModelOptions | None = component("model", "autoencoder", "autoencoder")
     dtype: DType = opt("fp32", "precision of the model")
     eval_setting: str | None = opt(None, "frames x side (17x256) or frames x height x width, instead of bucket_config")
     max_batches: int | None = opt(None, "batches to look at; none takes the whole dataset", "batches")

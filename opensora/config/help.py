@@ -51,7 +51,7 @@ def help_text(options: type, data: Mapping | None, script: str) -> str:
 def _line(dotted: str, option: Option, value: Any) -> str:
     kind = describe(option.hint)
     if option.is_section:
-        types = option.metadata.get("types")
+        types = option.types
         kind = f"section with type {' or '.join(types)}" if types else "section"
         value = "none" if value is None else "see below"
     unit = f", {option.metadata['unit']}" if option.metadata["unit"] else ""

@@ -4,12 +4,15 @@ import copy
 import dataclasses
 import difflib
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NamedTuple, NoReturn, get_type_hints
+from typing import Any, NamedTuple, NoReturn, TypeVar, get_type_hints
 
-from opensora.config.options import COMPONENTS
+from opensora.config.options import Options, check_bounds
+from opensora.config.registries import REGISTRIES, LazyRegistry
 from opensora.config.values import coerce, describe, mapping_types, parse_text
 from opensora.utils.errors import UserError
 from opensora.utils.nearest import nearest_key
+
+Group = TypeVar("Group", bound=Options)
 
 
 class Option(NamedTuple):
@@ -23,15 +26,27 @@ class Option(NamedTuple):
     @property
     def is_section(self) -> bool:
         """Whether the value is a section with keys of its own."""
-        return "group" in self.metadata or "types" in self.metadata
+        return "group" in self.metadata or self.registry is not None
+
+    @property
+    def registry(self) -> LazyRegistry | None:
+        """Where the section's ``type`` is looked up; None for sections without one."""
+        return REGISTRIES.get(self.metadata.get("registry", ""))
+
+    @property
+    def types(self) -> list[str]:
+        """Shipped types that the section may have."""
+        return self.registry.with_role(self.metadata["role"]) if self.registry is not None else []
+
+    def config_of(self, name: str) -> type | None:
+        """Option group of a type that the section may have."""
+        return self.registry.config_of(name) if self.registry is not None else None
 
     def group(self, value: Any) -> type | None:
         """Option group of the section whose present content is ``value``; None where it is not known."""
         if "group" in self.metadata:
             return self.metadata["group"]
-        if not isinstance(value, Mapping) or "types" not in self.metadata:
-            return None
-        return COMPONENTS.get(value.get("type", ""))
+        return self.config_of(value.get("type", "")) if isinstance(value, Mapping) else None
 
 
 class Place(NamedTuple):
@@ -51,6 +66,7 @@ def group_options(group: type | None) -> dict[str, Option]:
     return {
         f.name: Option(f.name, hints[f.name], copy.deepcopy(f.metadata["default"]), f.metadata)
         for f in dataclasses.fields(group)
+        if f.metadata
     }
 
 
@@ -63,12 +79,13 @@ def walk_options(group: type, data: Mapping | None, prefix: str = "") -> Iterato
         yield prefix + option.name, option, ""
         value = (data or {}).get(option.name)
         present = option.group(value)
-        types = option.metadata.get("types", ())
+        types = option.types
         if present is None and isinstance(value, Mapping) and "type" in value:
             continue  # a type of the user's own
         groups: dict[str, type] = {"": present} if present else {}
         if types:
-            groups = {name: COMPONENTS[name] for name in ((value["type"],) if present and value else types)}
+            names = (value["type"],) if present and value else types
+            groups = {name: config for name in names if (config := option.config_of(name))}
         for name, below in groups.items():
             content = value if isinstance(value, Mapping) else None
             for dotted, sub_option, sub_name in walk_options(below, content, f"{prefix}{option.name}."):
@@ -87,14 +104,18 @@ def check_value(value: Any, option: Option, path: str, where: str) -> Any:
     """
     if not option.is_section:
         try:
-            return coerce(value, option.hint)
+            value = coerce(value, option.hint)
         except ValueError:
             raise UserError(f"{where}: {path} = {value!r}: expected {describe(option.hint)}") from None
+        check_bounds(value, option.metadata, f"{where}: {path}")
+        return value
+    if isinstance(value, Options):
+        value = value.to_dict()
     if value is None:
         return None
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: {path} = {value!r}: expected a section (dict) or none")
-    if "types" in option.metadata:
+    if option.registry is not None:
         _check_type(value.get("type"), option, path, where)
     group = option.group(value)
     known = group_options(group)
@@ -102,7 +123,7 @@ def check_value(value: Any, option: Option, path: str, where: str) -> Any:
     for key, item in value.items():
         if key in known:
             checked[key] = check_value(item, known[key], f"{path}.{key}", where)
-        elif group is None or (key == "type" and "types" in option.metadata) or option.metadata.get("open"):
+        elif group is None or (key == "type" and option.registry is not None) or option.metadata.get("open"):
             checked[key] = item
         else:
             valid = [dotted for dotted, _, _ in walk_options(group, value, f"{path}.")] if group else []
@@ -112,16 +133,57 @@ def check_value(value: Any, option: Option, path: str, where: str) -> Any:
 
 def _check_type(name: Any, option: Option, path: str, where: str) -> None:
     """Refuse a ``type`` that this section cannot hold; a user's own registered types may go anywhere."""
-    allowed = option.metadata["types"]
+    allowed = option.types
+    assert option.registry is not None
     if name is None:
         raise UserError(f"{where}: section {path} has no type; expected {' or '.join(allowed)}")
-    from opensora.registry import DATASETS, MODELS  # imports torch, which --help and mistyped keys need not wait for
-
-    own = {*MODELS.module_dict, *DATASETS.module_dict} - set(COMPONENTS)
-    if name not in allowed and name not in own:
+    if name not in allowed and name not in option.registry.own:
         near = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0.4)
         hint = f"did you mean '{near[0]}'?" if near else f"expected {' or '.join(allowed)}"
         raise UserError(f"{where}: {path}.type = {name!r} is not possible here; {hint}")
+
+
+def read_group(group: type[Group], data: Mapping[str, Any], path: str, where: str = "config") -> Group:
+    """An option group from plain values: checked, in their types, everything else at its default.
+
+    Args:
+        group: option group.
+        data: values by key.
+        path: dotted name of the section, for messages.
+        where: file or other source of the values, for messages.
+
+    Raises:
+        UserError: a key that the group does not have, one that it needs, a value of another type or out of its bounds.
+    """
+    option = Option(path, group, {}, {"group": group})
+    check_required(group, data, path)
+    return as_group(group, check_value({k: v for k, v in data.items() if k != "type"}, option, path, where))
+
+
+def check_required(group: type, data: Mapping[str, Any], path: str) -> None:
+    """Raise a UserError if a model is to be built without a key that every config has to give."""
+    missing = [key for key, option in group_options(group).items() if option.metadata.get("required")]
+    missing = [f"{path}.{key}" for key in missing if key not in data]
+    if missing:
+        raise UserError(f"a section is incomplete: {', '.join(missing)} must be given")
+
+
+def as_group(group: type[Group], data: Mapping[str, Any]) -> Group:
+    """Checked values as an instance of their option group, sections likewise; the rest is ``extra``."""
+    known = group_options(group)
+    own = {key: _as_value(data[key], option) for key, option in known.items() if key in data}
+    plain = {f.name for f in dataclasses.fields(group)} - {*known, "given", "extra"}  # such as ``type``
+    own.update({key: data[key] for key in plain & data.keys()})
+    extra = {key: value for key, value in data.items() if key not in own}
+    return group(**own, given=tuple(data), extra=extra)
+
+
+def _as_value(value: Any, option: Option) -> Any:
+    if not option.is_section or (value is None and option.default is None):
+        return value
+    group = option.group(value) or (option.registry.base if option.registry is not None else None)
+    assert group is not None
+    return as_group(group, value or {})  # none is all defaults where that is the default
 
 
 def locate(data: dict, options: type, dotted: str, shown: str) -> Place:
@@ -155,7 +217,7 @@ def locate(data: dict, options: type, dotted: str, shown: str) -> Place:
         if i == len(parts) - 1:
             return Place(node, name, hint, option)
         free = mapping_types(hint) if (option and not option.is_section) or free else None
-        in_typed = option is not None and "types" in option.metadata
+        in_typed = option is not None and option.registry is not None
         node = _descend(node, name, option if in_typed else None, parts[i + 1], shown)
         known = group_options(option.group(node)) if option else {}
     raise AssertionError("a dotted key has at least one part")
@@ -167,7 +229,7 @@ def _descend(node: dict, name: Any, typed: Option | None, next_part: str, shown:
     if child is None:
         child = {}
         if typed and next_part != "type":
-            types = typed.metadata["types"]
+            types = typed.types
             if len(types) > 1:
                 raise UserError(f"{shown}: the config has no section {name}; give --{name}.type {' or '.join(types)}")
             child["type"] = types[0]

@@ -7,16 +7,18 @@ nearest right key.
 
 import copy
 import difflib
+import importlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from mmengine.config import Config
 
 from opensora.config.help import help_text
-from opensora.config.keys import Option, Place, check_value, group_options, locate
+from opensora.config.keys import Option, Place, as_group, check_value, group_options, locate
+from opensora.config.options import Options, check_bounds
 from opensora.config.values import coerce, describe, parse_text
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -44,7 +46,10 @@ class Override(NamedTuple):
     shown: str
 
 
-def parse_config(argv: Sequence[str] | None, options: type) -> Config:
+Group = TypeVar("Group", bound=Options)
+
+
+def parse_config(argv: Sequence[str] | None, options: type[Group]) -> Group:
     """Read a command line: CONFIG and overrides, for the script whose keys are ``options``.
 
     Args:
@@ -69,7 +74,7 @@ def parse_config(argv: Sequence[str] | None, options: type) -> Config:
     return _resolve(_checked_file(_read(Path(path)), options, path), options, overrides, path)
 
 
-def load_config(path: str | Path | Mapping | Config, options: type, overrides: Mapping | None = None) -> Config:
+def load_config(path: str | Path | Mapping | Options, options: type[Group], overrides: Mapping | None = None) -> Group:
     """Resolve a config from Python.
 
     Args:
@@ -79,7 +84,7 @@ def load_config(path: str | Path | Mapping | Config, options: type, overrides: M
             merged into it, unless it holds ``_delete_=True``.
 
     Returns:
-        The config with every top-level default filled in, attribute access, and ``config_path``.
+        An instance of ``options``: every value in its type, sections as instances of their own groups.
 
     Raises:
         UserError: a missing file, an unknown key, a value of the wrong type.
@@ -87,14 +92,14 @@ def load_config(path: str | Path | Mapping | Config, options: type, overrides: M
     if isinstance(path, str | Path):
         data, where = _read(Path(path)), str(path)
     else:
-        data = copy.deepcopy(path.to_dict() if isinstance(path, Config) else dict(path))
+        data = copy.deepcopy(path.to_dict() if hasattr(path, "to_dict") else dict(path))
         where = data.get("config_path") or "config"
     data = _checked_file(data, options, where)
     changes = [Override(key, value, key) for key, value in (overrides or {}).items()]
     return _resolve(data, options, changes, where)
 
 
-def config_to_text(cfg: Config) -> str:
+def config_to_text(cfg: Options) -> str:
     """The resolved config as JSON, indented by 4."""
     return json.dumps(cfg.to_dict(), indent=4, default=str, ensure_ascii=False)
 
@@ -127,6 +132,23 @@ def _read(path: Path) -> dict:
         raise UserError(f"{path}: cannot be read as a config: {type(error).__name__}: {error}") from error
 
 
+def import_own(modules: Any, where: str) -> None:
+    """Import the modules of a user's own that a config names, for what they register.
+
+    They are looked for as Python does, then in the working folder and beside the config.
+
+    Raises:
+        UserError: one cannot be imported; says why.
+    """
+    for name in [modules] if isinstance(modules, str) else modules or []:
+        added = [folder for folder in (str(Path.cwd()), str(Path(where).absolute().parent)) if folder not in sys.path]
+        sys.path += added  # stays: workers import the module again
+        try:
+            importlib.import_module(str(name))
+        except Exception as error:  # the module is a program: anything may go wrong in it
+            raise UserError(f"{where}: imports: {name} cannot be imported: {type(error).__name__}: {error}") from error
+
+
 def _configs_beside(path: Path) -> list[str]:
     if not path.parent.is_dir():
         return []
@@ -137,6 +159,7 @@ def _checked_file(data: dict, options: type, where: str) -> dict:
     """Content of a file with aliases resolved and values in the schema's types."""
     for key in IGNORED_KEYS:
         data.pop(key, None)
+    import_own(data.get("imports"), where)
     for key in [key for key in data if key in options.aliases]:  # type: ignore[attr-defined]
         value = data.pop(key)
         if value is not None:
@@ -189,7 +212,7 @@ def _split_words(words: list[str]) -> tuple[str | None, list[Override], bool]:
     return path, overrides, wants_help
 
 
-def _resolve(data: dict, options: type, overrides: list[Override], where: str) -> Config:
+def _resolve(data: dict, options: type[Group], overrides: list[Override], where: str) -> Group:
     """Merge overrides into the checked content of a file, fill defaults and make the config."""
     known = group_options(options)
     for option in known.values():
@@ -204,7 +227,7 @@ def _resolve(data: dict, options: type, overrides: list[Override], where: str) -
             defaults = {name: sub.default for name, sub in group_options(option.metadata["group"]).items()}
             data[option.name] = {**defaults, **data[option.name]}
     data["config_path"] = where
-    return Config(data)
+    return as_group(options, data)
 
 
 def _link(data: dict, option: Option, given: set[str]) -> None:
@@ -242,11 +265,16 @@ def _typed(override: Override, place: Place) -> Any:
         if place.hint is not bool:
             raise UserError(f"{override.shown} needs a value: {expected}")
         return True
+    hint = dict | None if is_section else place.hint
+    metadata = place.option.metadata if place.option else {}
+    if isinstance(value, Options):
+        return value.to_dict()
     try:
         if not isinstance(value, _Text):
-            return coerce(value, place.hint)
-        if place.option and place.option.metadata.get("verbatim"):
-            return str(value)
-        return parse_text(str(value), place.hint)
+            value = coerce(value, hint)
+        else:
+            value = str(value) if metadata.get("verbatim") else parse_text(str(value), hint)
     except (ValueError, SyntaxError):
         raise UserError(f"{override.shown} {value}: expected {expected}") from None
+    check_bounds(value, metadata, override.shown)
+    return value

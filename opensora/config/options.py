@@ -1,18 +1,31 @@
-"""Keys of the sections of a config: plain ones, and those that their ``type`` chooses (``COMPONENTS``).
+"""Option groups: every key with its type, default, bounds, unit and one line of help, written down once.
 
-A group is a dataclass, a key is one line: ``name: type = opt(default, help, unit)``. ``opensora.config.commands`` holds
-the scripts' top-level groups and hands on everything here.
+A group is a frozen dataclass, a key is one line: ``name: type = opt(default, help, unit, least=...)``. What is read
+from a config file and a command line is an instance of the script's group (``opensora.config.commands``), whose
+sections are instances of theirs.
 """
 
 # ruff: noqa: RUF009 - opt(), section() and component() make dataclass fields
 
 import copy
-from collections.abc import Mapping
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-Section = dict[str, Any] | None
+from opensora.utils.errors import UserError
+
+BOUNDS: Mapping[str, tuple[Callable[[Any, Any], bool], str]] = MappingProxyType(
+    {
+        "least": (operator.ge, "at least"),
+        "most": (operator.le, "at most"),
+        "above": (operator.gt, "above"),
+        "below": (operator.lt, "below"),
+    }
+)
 AE_KNOWS = "the autoencoder knows it"
 
 
@@ -23,33 +36,149 @@ def opt(default: Any, help: str, unit: str = "", **extra: Any) -> Any:
         default: value when nobody sets the key; lists and dicts are copied per instance.
         help: one line for ``--help``.
         unit: unit of the value, empty if it has none.
-        extra: ``verbatim=True`` keeps a command line's ``none`` as text; ``also="optim.lr"`` sets that key too;
+        extra: bounds of a number, or of each number of a list: ``least`` and ``most`` (may be reached), ``above`` and
+            ``below`` (may not); numbers are always finite. ``required=True``: every config has to give the key.
+            ``verbatim=True`` keeps a command line's ``none`` as text; ``also="optim.lr"`` sets that key too;
             ``no_effect=REASON`` marks a key that configs of Open-Sora 2.0 hold and that nothing needs any more.
     """
     metadata = {"help": help, "unit": unit, "default": default, **extra}
+    if "group" in extra and default is not None:
+        return field(default_factory=extra["group"], metadata=metadata)
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def section(group: type, help: str, default: Section = None, **extra: Any) -> Any:
-    """A section whose keys are those of ``group``.
+def section(group: type, help: str, default: dict | None = None, **extra: Any) -> Any:
+    """A section whose keys are those of ``group``; ``default={}`` is the group's defaults, None no section.
 
     ``open=True`` lets files hold further keys; ``fill=True`` writes the group's defaults into the resolved config.
     """
     return opt(default, help, group=group, **extra)
 
 
-def component(types: tuple[str, ...], help: str, default: Section = None) -> Any:
-    """A section with ``type`` (one of ``types``); its keys are those of ``COMPONENTS[type]``."""
-    return opt(default, help, types=types)
+def component(registry: str, role: str, help: str, default: dict | None = None) -> Any:
+    """A section with ``type``, a name of a registry; its keys are those of that type's option group.
+
+    Args:
+        registry: ``"model"`` or ``"dataset"``, see ``opensora.config.registries``.
+        role: which of the shipped types may stand here; a user's own may always.
+        help: one line for ``--help``.
+        default: content if there is none.
+    """
+    metadata = {"help": help, "unit": "", "default": default, "registry": registry, "role": role}
+    return field(default=None, metadata=metadata)
+
+
+def check_bounds(value: Any, metadata: Mapping[str, Any], name: str) -> None:
+    """Refuse a number outside the bounds of its key, NaN and infinity; of a list or tuple, each of its numbers.
+
+    Raises:
+        UserError: names the key and the bound.
+    """
+    for number in value if isinstance(value, list | tuple) else [value]:
+        if not isinstance(number, int | float) or isinstance(number, bool):
+            continue
+        if not math.isfinite(number):
+            raise UserError(f"{name}={value}: must be a finite number")
+        for bound, (holds, words) in BOUNDS.items():
+            if bound in metadata and not holds(number, metadata[bound]):
+                raise UserError(f"{name}={value}: must be {words} {metadata[bound]}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base of all option groups.
+
+    Attributes:
+        given: keys that a file or command line set, in their order (empty where code made the instance).
+        extra: keys of an open section, and variables of a file, that the group does not define.
+
+    Raises:
+        UserError: a number outside the bounds of its key.
+    """
+
+    aliases: ClassVar[dict[str, str]] = {}
+
+    given: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    extra: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for key in dataclasses.fields(self):
+            if key.metadata:
+                check_bounds(getattr(self, key.name), key.metadata, key.name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was given, in its order, and what differs from the defaults; sections as dicts, too."""
+        values = {key.name: getattr(self, key.name) for key in dataclasses.fields(self)}
+        defaults = {key.name: default_of(key) for key in dataclasses.fields(self) if key.metadata or key.name == "type"}
+        changed = [name for name, default in defaults.items() if values[name] != default]
+        content = {**values, **self.extra}
+        names = dict.fromkeys([*(name for name in self.given if name in content), *changed, *self.extra])
+        return {name: _plain(content[name]) for name in names}
+
+    # What follows is a dict's, for readers that are not typed yet.
+
+    def keys(self) -> Iterator[str]:
+        return iter(self.to_dict())
+
+    def __iter__(self) -> Iterator[str]:
+        return self.keys()
+
+    def items(self) -> Any:
+        return [(key, self[key]) for key in self.keys()]
+
+    def __getitem__(self, key: str) -> Any:
+        if key in self.extra:
+            return self.extra[key]
+        try:
+            return getattr(self, key)
+        except AttributeError:
+            raise KeyError(key) from None
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default  # noqa: SIM401 - this is what it would call
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.extra or (hasattr(self, key) and not key.startswith("_"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component(Options):
+    """A section that a registered ``type`` fills."""
+
+    type: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Component):
+    """A model; its weights are read from where ``from_pretrained`` says."""
+
+    from_pretrained: str | None = opt(None, "weight file, folder or hub path")
+    cache_dir: str | None = opt(None, "folder of hub downloads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetOptions(Component):
+    """A table."""
+
+    data_path: str | None = opt(None, "csv or parquet table")
+
+
+def default_of(key: dataclasses.Field) -> Any:
+    """Value of a field that nobody sets."""
+    return key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
+
+
+def _plain(value: Any) -> Any:
+    return value.to_dict() if isinstance(value, Options) else value
 
 
 # ---------------------------------------------------------------------------------------------------- plain sections
 
 
-@dataclass
-class SamplingOption:
+@dataclass(frozen=True, kw_only=True)
+class SamplingOption(Options):
     """What one sample looks like and how it is drawn."""
 
     width: int | None = opt(None, "width, if no resolution is given; rounded up to a multiple of 16", "px")
@@ -71,8 +200,8 @@ class SamplingOption:
     flow_shift: float | None = opt(None, "shift of the schedule in place of the one that sizes give")
 
 
-@dataclass
-class OptimOptions:
+@dataclass(frozen=True, kw_only=True)
+class OptimOptions(Options):
     """Optimizer."""
 
     cls: str = opt("HybridAdam", "optimizer: HybridAdam, AdamW, Adam, Muon")
@@ -84,8 +213,8 @@ class OptimOptions:
     momentum: float | None = opt(None, "momentum of Muon (0.95)")
 
 
-@dataclass
-class SchedulerOptions:
+@dataclass(frozen=True, kw_only=True)
+class SchedulerOptions(Options):
     """Learning-rate schedule."""
 
     warmup_steps: int | None = opt(None, "linear warm-up", "optimizer steps")
@@ -93,8 +222,8 @@ class SchedulerOptions:
     flat_share: float = opt(0.0, "share of the run on the plateau before the cosine")
 
 
-@dataclass
-class PluginOptions:
+@dataclass(frozen=True, kw_only=True)
+class PluginOptions(Options):
     """Parallelism; further keys of a file go to the ColossalAI plugin as they are."""
 
     tp_size: int = opt(1, "tensor-parallel group", "ranks")
@@ -113,16 +242,16 @@ class PluginOptions:
     cast_inputs: bool = opt(False, "cast inputs to the training precision")
 
 
-@dataclass
-class DropoutOptions:
+@dataclass(frozen=True, kw_only=True)
+class DropoutOptions(Options):
     """Share of samples that train without their text."""
 
     t5: float = opt(0.0, "probability of an empty T5 text")
     clip: float = opt(0.0, "probability of an empty CLIP text")
 
 
-@dataclass
-class LpipsOptions:
+@dataclass(frozen=True, kw_only=True)
+class LpipsOptions(Options):
     """Weights of the perceptual distance LPIPS."""
 
     heads: str | None = opt(None, "file or hub path of its linear heads (lin0.model.1.weight ...)")
@@ -131,8 +260,8 @@ class LpipsOptions:
     cache_dir: str | None = opt(None, "folder of hub downloads")
 
 
-@dataclass
-class ValidationOptions:
+@dataclass(frozen=True, kw_only=True)
+class ValidationOptions(Options):
     """Loss on held-out rows, at fixed times and noise, so that it only changes with the model."""
 
     data_path: str | None = opt(None, "csv or parquet table of rows that training does not see")
@@ -142,8 +271,8 @@ class ValidationOptions:
     seed: int = opt(0, "seed of its noise and conditions")
 
 
-@dataclass
-class TrainSampleOptions:
+@dataclass(frozen=True, kw_only=True)
+class TrainSampleOptions(Options):
     """Videos of fixed prompts on the way, in the experiment's folder `samples` and beside the curves."""
 
     prompts: list[str] = opt([], "one video each")
@@ -153,23 +282,23 @@ class TrainSampleOptions:
     seed: int = opt(42, "seed of the starting noise")
     fps: int = opt(24, "frame rate of the files, also told to the model", "frames/s")
     use_ema: bool = opt(True, "take the averaged weights where there are some")
-    sampling_option: Section = section(SamplingOption, "size, length and guidance", {}, fill=True)
+    sampling_option: SamplingOption = section(SamplingOption, "size, length and guidance", {}, fill=True)
 
 
-@dataclass
-class VaeLossOptions:
+@dataclass(frozen=True, kw_only=True)
+class VaeLossOptions(Options):
     """Reconstruction loss."""
 
     perceptual_loss_weight: float = opt(0.0, "weight of LPIPS")
-    lpips: Section = section(LpipsOptions, "weights of LPIPS")
+    lpips: LpipsOptions | None = section(LpipsOptions, "weights of LPIPS")
     kl_loss_weight: float = opt(1e-6, "weight of the KL divergence")
     mse_loss_weight: float = opt(0.0, "weight of the squared beside the absolute error")
     object_weight: float = opt(0.0, "extra weight of pixels that differ from the clip's background")
     logvar_init: float = opt(0.0, "log variance of the reconstruction")
 
 
-@dataclass
-class GeneratorLossOptions:
+@dataclass(frozen=True, kw_only=True)
+class GeneratorLossOptions(Options):
     """Adversarial loss of the autoencoder."""
 
     gen_start: int = opt(0, "first step with this loss", "optimizer steps")
@@ -177,8 +306,8 @@ class GeneratorLossOptions:
     disc_weight: float = opt(0.5, "weight on top of the adaptive one")
 
 
-@dataclass
-class DiscriminatorLossOptions:
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorLossOptions(Options):
     """Loss of the discriminator."""
 
     disc_start: int = opt(0, "first step with this loss", "optimizer steps")
@@ -186,8 +315,8 @@ class DiscriminatorLossOptions:
     disc_loss_type: Literal["hinge", "vanilla", "wgan-gp"] = opt("hinge", "form of the loss")
 
 
-@dataclass
-class DcAeCoderOptions:
+@dataclass(frozen=True, kw_only=True)
+class DcAeCoderOptions(Options):
     """Layout of one half of the DC-AE, where it differs from the named model."""
 
     width_list: list[int] | None = opt(None, "channels per stage")
@@ -195,14 +324,14 @@ class DcAeCoderOptions:
     block_type: list[str] | str | None = opt(None, "block per stage: ResBlock, EViTS5_GLU")
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class DcAeEncoderOptions(DcAeCoderOptions):
     """Layout of the encoder."""
 
     temporal_downsample: list[bool] | None = opt(None, "per stage, whether frames are halved after it")
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class DcAeDecoderOptions(DcAeCoderOptions):
     """Layout of the decoder."""
 
@@ -212,40 +341,10 @@ class DcAeDecoderOptions(DcAeCoderOptions):
 # ------------------------------------------------------------------------------------------------ sections with `type`
 
 
-@dataclass
-class MMDiTOptions:
-    """Diffusion transformer (`flux`)."""
-
-    from_pretrained: str | None = opt(None, "weight file, folder or hub path")
-    cache_dir: str | None = opt(None, "folder of hub downloads")
-    strict_load: bool = opt(True, "refuse weights with missing or unexpected keys")
-    in_channels: int = opt(64, "channels of a packed token")
-    vec_in_dim: int = opt(768, "width of the pooled text vector")
-    context_in_dim: int = opt(4096, "width of the text tokens")
-    hidden_size: int = opt(3072, "width of the model")
-    mlp_ratio: float = opt(4.0, "MLP width over hidden_size")
-    num_heads: int = opt(24, "attention heads")
-    depth: int = opt(19, "double-stream blocks")
-    depth_single_blocks: int = opt(38, "single-stream blocks")
-    axes_dim: list[int] = opt([16, 56, 56], "rotary channels of time, row and column; sum is the head width")
-    theta: float = opt(10_000.0, "rotary base")
-    qkv_bias: bool = opt(True, "bias in the query, key and value projections")
-    guidance_embed: bool = opt(False, "model takes the guidance scale as input")
-    cond_embed: bool = opt(False, "model takes masked reference latents as input")
-    fused_qkv: bool = opt(True, "one projection for query, key and value")
-    grad_ckpt_settings: tuple[int, int] | None = opt(None, "double and single blocks to recompute in backward")
-    use_liger_rope: bool = opt(False, "half-split rotary layout instead of interleaved pairs")
-    patch_size: int = opt(2, "latent pixels per token side", "latent px")
-    attn_backend: str = opt("sdpa", "attention kernel: sdpa, math, flash2, flash3, xformers, auto")
-    norm_backend: str = opt("torch", "RMSNorm kernel: torch, liger")
-    rope_backend: str = opt("torch", "rotary kernel: torch, liger (half-split layout only)")
-
-
-@dataclass
-class HunyuanVAEOptions:
+@dataclass(frozen=True, kw_only=True)
+class HunyuanVAEOptions(ModelOptions):
     """Causal 3D autoencoder (`hunyuan_vae`)."""
 
-    from_pretrained: str | None = opt(None, "weight file or hub path")
     act_fn: str = opt("silu", "activation")
     in_channels: int = opt(3, "channels of the video")
     out_channels: int = opt(3, "channels of the output")
@@ -267,14 +366,12 @@ class HunyuanVAEOptions:
     dropout: float = opt(0.0, "dropout in residual layers")
 
 
-@dataclass
-class DcAeOptions:
+@dataclass(frozen=True, kw_only=True)
+class DcAeOptions(ModelOptions):
     """Deep-compression video autoencoder (`dc_ae`)."""
 
     model_name: str = opt("dc-ae-f32t4c128", "named layout")
     from_scratch: bool = opt(False, "build the layout instead of fetching it from the hub")
-    from_pretrained: str | None = opt(None, "weight file or hub path")
-    cache_dir: str | None = opt(None, "folder of hub downloads")
     strict_load: bool = opt(True, "refuse weights with missing or unexpected keys")
     is_training: bool = opt(False, "encode whole batches without scaling")
     use_spatial_tiling: bool = opt(False, "encode and decode in spatial tiles")
@@ -285,16 +382,14 @@ class DcAeOptions:
     scaling_factor: float | None = opt(None, "latents are divided by it")
     disc_off_grad_ckpt: bool = opt(False, "do not recompute the last layer (adaptive GAN weight needs it)")
     latent_channels: int | None = opt(None, "channels of the latent, if other than the layout's")
-    encoder: Section = section(DcAeEncoderOptions, "changes to the encoder's layout", open=True)
-    decoder: Section = section(DcAeDecoderOptions, "changes to the decoder's layout", open=True)
+    encoder: DcAeEncoderOptions | None = section(DcAeEncoderOptions, "changes to the encoder's layout", open=True)
+    decoder: DcAeDecoderOptions | None = section(DcAeDecoderOptions, "changes to the decoder's layout", open=True)
 
 
-@dataclass
-class AutoEncoder2DOptions:
+@dataclass(frozen=True, kw_only=True)
+class AutoEncoder2DOptions(ModelOptions):
     """Image autoencoder (`autoencoder_2d`)."""
 
-    from_pretrained: str | None = opt(None, "weight file or hub path")
-    cache_dir: str | None = opt(None, "folder of hub downloads")
     strict_load: bool = opt(True, "refuse weights with missing or unexpected keys")
     resolution: int = opt(256, "side of the training images", "px")
     in_channels: int = opt(3, "channels of the image")
@@ -308,27 +403,25 @@ class AutoEncoder2DOptions:
     sample: bool = opt(True, "draw from the posterior instead of taking its mode")
 
 
-@dataclass
-class TextEmbedderOptions:
+@dataclass(frozen=True, kw_only=True)
+class TextEmbedderOptions(ModelOptions):
     """Frozen T5 or CLIP text encoder (`text_embedder`)."""
 
     from_pretrained: str | None = opt(None, "folder or hub id")
     max_length: int = opt(512, "length that texts are padded and cut to", "tokens")
     shardformer: bool = opt(False, "ColossalAI's fused layers where present")
-    cache_dir: str | None = opt(None, "folder of hub downloads")
 
 
-@dataclass
-class TextDatasetOptions:
+@dataclass(frozen=True, kw_only=True)
+class TextDatasetOptions(DatasetOptions):
     """Table of texts (`text`)."""
 
-    data_path: str | None = opt(None, "csv or parquet table")
     fps_max: float = opt(16.0, "frame rate above which frames are skipped", "frames/s")
     vmaf: bool = opt(False, "append the motion score of column score_vmafmotion to texts")
     memory_efficient: bool = opt(False, "read rows from parquet shards instead of holding the table")
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class VideoTextDatasetOptions(TextDatasetOptions):
     """Table of clips or images with texts (`video_text`)."""
 
@@ -337,7 +430,7 @@ class VideoTextDatasetOptions(TextDatasetOptions):
     max_broken: float = opt(0.05, "share of rows that may be unreadable before the run stops (one at least)")
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class CachedVideoTextDatasetOptions(VideoTextDatasetOptions):
     """Table of clips with stored latents and text embeddings (`cached_video_text`)."""
 
@@ -348,28 +441,12 @@ class CachedVideoTextDatasetOptions(VideoTextDatasetOptions):
     load_original_video: bool | None = opt(None, "read the clip too; none does where its latents are not cached")
 
 
-@dataclass
-class DiscriminatorOptions:
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorOptions(ModelOptions):
     """Patch discriminator over clips (`N_Layer_discriminator_3D`)."""
 
-    from_pretrained: str | None = opt(None, "weight file or hub path")
     input_nc: int = opt(3, "channels of the video")
     ndf: int = opt(64, "channels of the first layer")
     n_layers: int = opt(5, "layers")
     conv_cls: str = opt("conv3d", "kind of convolution")
     dropout: float = opt(0.3, "dropout after each layer")
-
-
-COMPONENTS: Mapping[str, type] = MappingProxyType(
-    {
-        "flux": MMDiTOptions,
-        "hunyuan_vae": HunyuanVAEOptions,
-        "dc_ae": DcAeOptions,
-        "autoencoder_2d": AutoEncoder2DOptions,
-        "text_embedder": TextEmbedderOptions,
-        "N_Layer_discriminator_3D": DiscriminatorOptions,
-        "text": TextDatasetOptions,
-        "video_text": VideoTextDatasetOptions,
-        "cached_video_text": CachedVideoTextDatasetOptions,
-    }
-)

@@ -8,7 +8,6 @@ import numpy as np
 import polars as pl
 import pytest
 
-from opensora.config.options import Section
 from opensora.utils.errors import UserError
 from opensora.utils.video import read_image, read_video, save_image, save_video
 from tools.data.cut import Cut, Whole, content_box, split_scenes
@@ -22,7 +21,7 @@ from tools.data.scenes import Scenes
 SIZE = (72, 128)
 
 
-def settings(options, **changes) -> Section:
+def settings(options, **changes) -> dict:
     return {**vars(options()), **changes}
 
 

@@ -16,7 +16,7 @@ RANKS = {
     **{"generation": 4, "training": 4, "evaluation": 4},
 }
 NEVER_AT_IMPORT = {"flash_attn", "flash_attn_interface", "xformers", "liger_kernel", "tensornvme", "apex"}
-MMENGINE_FILES = {"opensora/registry.py", "opensora/config/load.py"}
+MMENGINE_FILES = {"opensora/config/registries.py", "opensora/config/load.py"}
 COLOSSALAI_PACKAGES = {"acceleration", "training"}
 
 

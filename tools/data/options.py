@@ -8,7 +8,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from opensora.config.options import Section, opt, section
+from opensora.config.options import Options, opt, section
 
 Bounds = dict[str, list[Any]]
 Preset = Literal[
@@ -21,8 +21,8 @@ def _fill(group: type, help: str) -> Any:
     return section(group, help, default={}, fill=True)
 
 
-@dataclass
-class IngestOptions:
+@dataclass(frozen=True, kw_only=True)
+class IngestOptions(Options):
     """Which raw files are worth looking at; the defaults are those of Open-Sora 2.0's report."""
 
     min_seconds: float = opt(2.0, "videos below are dropped", "s", least=0)
@@ -32,8 +32,8 @@ class IngestOptions:
     max_aspect: float = opt(3.0, "height / width; files above are dropped", above=0)
 
 
-@dataclass
-class ScenesOptions:
+@dataclass(frozen=True, kw_only=True)
+class ScenesOptions(Options):
     """Where one shot ends and the next begins."""
 
     method: Literal["scdet", "adaptive", "transnetv2"] = opt(
@@ -43,8 +43,8 @@ class ScenesOptions:
     min_frames: int = opt(3, "shots below are joined to the one before", "frames", least=1)
 
 
-@dataclass
-class CutOptions:
+@dataclass(frozen=True, kw_only=True)
+class CutOptions(Options):
     """What a clip looks like."""
 
     min_seconds: float = opt(2.0, "shots below give no clip", "s", least=0)
@@ -57,23 +57,23 @@ class CutOptions:
     preset: Preset = opt("veryfast", "x264 speed")
 
 
-@dataclass
-class MotionOptions:
+@dataclass(frozen=True, kw_only=True)
+class MotionOptions(Options):
     """The VMAF motion feature, which training appends as 'motion score'."""
 
     fps: float = opt(24.0, "frames are compared at this rate", "frames/s", above=0)
 
 
-@dataclass
-class FlowOptions:
+@dataclass(frozen=True, kw_only=True)
+class FlowOptions(Options):
     """Optical flow (DIS)."""
 
     pairs_per_second: float = opt(2.0, "pairs of neighbouring frames looked at", above=0)
     side: int = opt(320, "long side for the flow; that of camera costs least", "px", least=SMALLEST_SIDE)
 
 
-@dataclass
-class CameraOptions:
+@dataclass(frozen=True, kw_only=True)
+class CameraOptions(Options):
     """Camera motion from tracked points."""
 
     fps: float = opt(10.0, "frames are compared at this rate", "frames/s", above=0)
@@ -84,16 +84,16 @@ class CameraOptions:
     shake: float = opt(0.004, "deviation from smooth motion from which it is shake", "frame widths", above=0)
 
 
-@dataclass
-class BlurOptions:
+@dataclass(frozen=True, kw_only=True)
+class BlurOptions(Options):
     """Sharpness: energy of the Laplacian against contrast."""
 
     frames: int = opt(5, "frames looked at", least=1)
     side: int = opt(720, "long side it is measured at", "px", least=SMALLEST_SIDE)
 
 
-@dataclass
-class FramesOptions:
+@dataclass(frozen=True, kw_only=True)
+class FramesOptions(Options):
     """Pictures taken out of a clip for the stages after."""
 
     count: int = opt(3, "frames per clip, at the middle of equal parts", least=1)
@@ -101,39 +101,39 @@ class FramesOptions:
     quality: int = opt(92, "of the JPEG", least=1, most=100)
 
 
-@dataclass
-class OcrOptions:
+@dataclass(frozen=True, kw_only=True)
+class OcrOptions(Options):
     """Share of the picture covered by readable text (RapidOCR)."""
 
     min_score: float = opt(0.6, "confidence from which text counts as recognised", least=0, most=1)
     min_chars: int = opt(2, "shorter finds do not count", least=1)
 
 
-@dataclass
-class ClipOptions:
+@dataclass(frozen=True, kw_only=True)
+class ClipOptions(Options):
     """Features of the pictures, for aesthetic, match and duplicates."""
 
     path: str | None = opt(None, "folder of a CLIP model; the scores of others are of openai/clip-vit-large-patch14")
     device: str = opt("cpu", "cpu or cuda")
 
 
-@dataclass
-class AestheticOptions:
+@dataclass(frozen=True, kw_only=True)
+class AestheticOptions(Options):
     """Aesthetic score: CLIP features through a small head."""
 
     head: str | None = opt(None, "weights of the head (sac+logos+ava1-l14-linearMSE.pth)")
 
 
-@dataclass
-class MatchOptions:
+@dataclass(frozen=True, kw_only=True)
+class MatchOptions(Options):
     """How well caption and picture match: 100 x cosine of CLIP features."""
 
     path: str | None = opt(None, "folder of the CLIP model that clip.path names")
     device: str = opt("cpu", "cpu or cuda")
 
 
-@dataclass
-class DuplicatesOptions:
+@dataclass(frozen=True, kw_only=True)
+class DuplicatesOptions(Options):
     """Clips that show the same."""
 
     max_distance: float = opt(
@@ -144,16 +144,16 @@ class DuplicatesOptions:
     )
 
 
-@dataclass
-class FilterOptions:
+@dataclass(frozen=True, kw_only=True)
+class FilterOptions(Options):
     """Named sets of thresholds, from lenient to strict."""
 
     tiers: dict[str, Bounds] = opt({}, "{tier: {column: [lowest or none, highest or none]}}")
     keep: str | None = opt(None, "tier that a clip must reach; none takes the first")
 
 
-@dataclass
-class CaptionOptions:
+@dataclass(frozen=True, kw_only=True)
+class CaptionOptions(Options):
     """Captions by a vision-language model."""
 
     base_url: str | None = opt(None, "OpenAI-compatible endpoint (none: OPENAI_BASE_URL, or OpenAI's)")
@@ -173,8 +173,8 @@ class CaptionOptions:
     device: str = opt("cpu", "of a local model")
 
 
-@dataclass
-class DataOptions:
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(Options):
     """From raw footage to a training table."""
 
     aliases: ClassVar[dict[str, str]] = {}
@@ -186,19 +186,19 @@ class DataOptions:
     runner: Literal["local", "ray"] = opt("local", "where: this machine, or a Ray cluster")
     dry_run: bool = opt(False, "print what would be done")
     retry_errors: bool = opt(False, "do rows again that failed before")
-    ingest: Section = _fill(IngestOptions, "raw files")
-    scenes: Section = _fill(ScenesOptions, "shots")
-    cut: Section = _fill(CutOptions, "clips")
-    motion: Section = _fill(MotionOptions, "VMAF motion")
-    flow: Section = _fill(FlowOptions, "optical flow")
-    camera: Section = _fill(CameraOptions, "camera motion")
-    blur: Section = _fill(BlurOptions, "sharpness")
-    frames: Section = _fill(FramesOptions, "sampled frames")
-    ocr: Section = _fill(OcrOptions, "readable text in the picture")
-    clip: Section = _fill(ClipOptions, "picture features")
-    aesthetic: Section = _fill(AestheticOptions, "aesthetic score")
-    duplicates: Section = _fill(DuplicatesOptions, "duplicates")
-    filter: Section = _fill(FilterOptions, "thresholds before captions")
-    caption: Section = _fill(CaptionOptions, "captions")
-    match: Section = _fill(MatchOptions, "caption against picture")
-    final: Section = _fill(FilterOptions, "thresholds after captions")
+    ingest: Any = _fill(IngestOptions, "raw files")
+    scenes: Any = _fill(ScenesOptions, "shots")
+    cut: Any = _fill(CutOptions, "clips")
+    motion: Any = _fill(MotionOptions, "VMAF motion")
+    flow: Any = _fill(FlowOptions, "optical flow")
+    camera: Any = _fill(CameraOptions, "camera motion")
+    blur: Any = _fill(BlurOptions, "sharpness")
+    frames: Any = _fill(FramesOptions, "sampled frames")
+    ocr: Any = _fill(OcrOptions, "readable text in the picture")
+    clip: Any = _fill(ClipOptions, "picture features")
+    aesthetic: Any = _fill(AestheticOptions, "aesthetic score")
+    duplicates: Any = _fill(DuplicatesOptions, "duplicates")
+    filter: Any = _fill(FilterOptions, "thresholds before captions")
+    caption: Any = _fill(CaptionOptions, "captions")
+    match: Any = _fill(MatchOptions, "caption against picture")
+    final: Any = _fill(FilterOptions, "thresholds after captions")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from opensora.config.keys import read_group
 from opensora.models.mmdit.attention import JointAttention, Rotary, resolve_attention, rotary_table
 from opensora.models.mmdit.config import MMDiTConfig
 from opensora.models.mmdit.layers import (
@@ -32,10 +33,14 @@ class MMDiTModel(nn.Module):
 
     Args:
         config: sizes and layouts.
+
+    Raises:
+        UserError: sizes that do not fit together.
     """
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()
+        config.check()
         self.config = config
         self.grad_ckpt_settings = tuple(config.grad_ckpt_settings or (0, 0))
         self.recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
@@ -137,36 +142,34 @@ class MMDiTModel(nn.Module):
 
 @MODELS.register_module("flux")
 def Flux(
-    from_pretrained: str | None = None,
+    config: MMDiTConfig | None = None,
     device_map: str | torch.device = "cpu",
     torch_dtype: torch.dtype = torch.float32,
-    strict_load: bool = True,
-    cache_dir: str | None = None,
-    **config: Any,
+    **keys: Any,
 ) -> MMDiTModel:
     """Build an MMDiT, with weights from a file or freshly initialised.
 
     Args:
-        from_pretrained: weights (see `opensora.utils.weights.resolve_path`); empty for a new model.
+        config: sizes, layouts and the file of the weights (see `opensora.utils.weights.resolve_path`). With
+            ``strict_load=False`` a model may start from one with other embedders: a condition embedder that the file
+            lacks starts at zero, and embedders of a guidance scale or condition that the config does not have are left
+            out.
         device_map: device of the model; "meta" builds it without memory.
         torch_dtype: dtype of the weights.
-        strict_load: False lets a model start from one with other embedders: a condition embedder that the file lacks
-            starts at zero, and embedders of a guidance scale or condition that the config does not have are left out.
-        cache_dir: cache of downloaded files.
-        **config: fields of `MMDiTConfig`.
+        **keys: those of `MMDiTConfig` instead.
 
     Raises:
         UserError: config or weights that do not fit; the message names the config key.
     """
-    model_config = MMDiTConfig.from_dict(config)
+    config = config or read_group(MMDiTConfig, keys, "model")
     return load_model(
-        lambda: MMDiTModel(model_config),
-        from_pretrained,
+        lambda: MMDiTModel(config),
+        config.from_pretrained,
         device_map,
         torch_dtype,
-        explain=partial(explain_mismatch, model_config, strict=strict_load),
-        metadata=layout_metadata(model_config),
-        allow_missing={} if strict_load else {"cond_in.": 0.0},
-        allow_unexpected=() if strict_load else ("cond_in.", "guidance_in."),
-        cache_dir=cache_dir,
+        explain=partial(explain_mismatch, config, strict=config.strict_load),
+        metadata=layout_metadata(config),
+        allow_missing={} if config.strict_load else {"cond_in.": 0.0},
+        allow_unexpected=() if config.strict_load else ("cond_in.", "guidance_in."),
+        cache_dir=config.cache_dir,
     )

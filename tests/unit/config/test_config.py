@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import get_args
 
@@ -14,13 +15,13 @@ from opensora.config import config_to_text, load_config, parse_config, run_main
 from opensora.config.commands import (
     ConditionType,
     InferenceOptions,
-    SamplingOption,
     TrainOptions,
     VaeInferenceOptions,
     VaeStatsOptions,
     VaeTrainOptions,
 )
 from opensora.config.keys import group_options, walk_options
+from opensora.config.options import PluginOptions, SamplingOption
 from opensora.diffusion.conditions import CONDITIONS
 from opensora.utils.errors import UserError
 
@@ -95,7 +96,7 @@ def test_config_may_come_last(write):
 def test_dotted_keys_of_any_depth(infer, train):
     cfg = infer("--dataset.data-path", "a.csv", "--nested.with-dash.deep", "2", "--sampling-option.flow-shift=3")
     assert cfg.dataset.data_path == "a.csv"
-    assert cfg.nested["with-dash"]["deep"] == 2
+    assert cfg.extra["nested"]["with-dash"]["deep"] == 2
     assert cfg.sampling_option.flow_shift == 3.0
     cfg = train("--bucket_config.256px.33", "(0.5, 2)", "--bucket_config.512px.1", "[1.0, 3]")
     assert cfg.bucket_config["256px"] == {1: (1.0, 50), 33: (0.5, 2)}
@@ -119,7 +120,7 @@ def test_booleans(infer, word, value):
 def test_a_bare_switch_means_true(infer):
     cfg = infer("--offload", "--save-prefix", "x", "--switch", "--ae.use_temporal_tiling")
     assert cfg.offload is True
-    assert cfg.switch is True
+    assert cfg.extra["switch"] is True
     assert cfg.ae.use_temporal_tiling is True
     assert cfg.save_prefix == "x"
 
@@ -171,7 +172,7 @@ def test_tuples_and_alternatives(infer):
     assert infer("--pretrained_lora_path", "[a, b]").pretrained_lora_path == ["a", "b"]
     assert infer("--ae.scale_factor", "0.5").ae.scale_factor == 0.5
     assert infer("--ae.scale_factor", "0.5,1").ae.scale_factor == [0.5, 1.0]
-    assert infer("--words", "c,d").words == ["c", "d"]
+    assert infer("--words", "c,d").extra["words"] == ["c", "d"]
 
 
 def test_dicts(train):
@@ -182,8 +183,8 @@ def test_dicts(train):
 
 def test_keys_that_only_the_file_defines(infer):
     cfg = infer("--variable", "4.5", "--nothing", "7")
-    assert cfg.variable == 4.5
-    assert cfg.nothing == 7
+    assert cfg.extra["variable"] == 4.5
+    assert cfg.extra["nothing"] == 7
 
 
 @pytest.mark.parametrize(
@@ -286,8 +287,9 @@ def test_files_are_checked(write, text, expected):
 
 def test_files_keep_variables_and_open_sections(infer):
     cfg = infer()
-    assert cfg.variable == 3
-    assert cfg.plugin_config == {"tp_size": 1, "further": 1}
+    assert cfg.extra["variable"] == 3
+    assert cfg.plugin_config == PluginOptions(tp_size=1, extra={"further": 1})
+    assert cfg.plugin_config.to_dict() == {"tp_size": 1, "further": 1}
 
 
 def test_ints_become_numbers(write):
@@ -302,11 +304,12 @@ def test_bases_merge(write):
     cfg = parse_config([child], InferenceOptions)
     assert cfg.model.hidden_size == 64
     assert cfg.model.depth == 1
-    assert cfg.ae == {"type": "dc_ae"}
+    assert cfg.ae.to_dict() == {"type": "dc_ae"}
 
 
 def test_spatial_compression_of_old_files_is_ignored(write):
-    assert "ae_spatial_compression" not in parse_config([write("ae_spatial_compression = 32")], InferenceOptions)
+    cfg = parse_config([write("ae_spatial_compression = 32")], InferenceOptions)
+    assert "ae_spatial_compression" not in cfg.to_dict()
 
 
 # ------------------------------------------------------------------------------------------------------------ defaults
@@ -314,25 +317,28 @@ def test_spatial_compression_of_old_files_is_ignored(write):
 
 def test_defaults_are_filled(infer):
     cfg = infer()
-    assert set(group_options(InferenceOptions)) <= set(cfg.keys())
+    assert set(group_options(InferenceOptions)) <= set(cfg.to_dict())
     assert cfg.dataset.type == "text"
     assert cfg.config_path.endswith("toy.py")
-    option = SamplingOption(**cfg.sampling_option)
+    option = cfg.sampling_option
+    assert isinstance(option, SamplingOption)
     assert (option.resolution, option.num_frames, option.num_steps) == ("256px", 129, 50)
 
 
 def test_defaults_are_not_shared():
-    first = load_config({}, InferenceOptions)
-    first.dataset.data_path = "x"
-    assert "data_path" not in load_config({}, InferenceOptions).dataset
+    first = load_config({"model": {"type": "flux"}}, InferenceOptions)
+    first.model.axes_dim.append(1)
+    assert load_config({"model": {"type": "flux"}}, InferenceOptions).model.axes_dim == [16, 56, 56]
+    with pytest.raises(FrozenInstanceError):
+        first.seed = 2
 
 
 def test_sections_made_by_the_command_line(write):
     cfg = parse_config(
         [write(""), "--model.depth", "2", "--ae.type", "dc_ae", "--ae.tile_overlap_factor", "0.5"], InferenceOptions
     )
-    assert cfg.model == {"type": "flux", "depth": 2}
-    assert cfg.ae == {"type": "dc_ae", "tile_overlap_factor": 0.5}
+    assert cfg.model.to_dict() == {"type": "flux", "depth": 2}
+    assert cfg.ae.to_dict() == {"type": "dc_ae", "tile_overlap_factor": 0.5}
     with pytest.raises(UserError, match=r"no section ae; give --ae.type hunyuan_vae or dc_ae"):
         parse_config([write(""), "--ae.use_spatial_tiling"], InferenceOptions)
 
@@ -420,10 +426,10 @@ def test_load_config_takes_files_dicts_and_configs(write):
     for source in (content, Config(content)):
         cfg = load_config(source, InferenceOptions, overrides)
         assert (cfg.sampling_option.num_frames, cfg.offload) == (9, True)
-        assert cfg.model == {"type": "flux", "depth": 3}
+        assert cfg.model.to_dict() == {"type": "flux", "depth": 3}
         assert source["model"]["depth"] == 2
         assert source["sampling_option"] == {"num_frames": 5}
-    assert load_config(Path(write(INFERENCE)), InferenceOptions).variable == 3
+    assert load_config(Path(write(INFERENCE)), InferenceOptions).extra["variable"] == 3
 
 
 def test_a_resolved_config_may_be_loaded_again(infer):
@@ -577,9 +583,9 @@ def test_shipped_inference_configs_parse(path):
 def test_high_compression_replaces_the_autoencoder_and_the_plugins():
     cfg = load_config(ROOT / "configs/diffusion/inference/high_compression.py", InferenceOptions)
     assert cfg.plugin is None
-    assert cfg.plugin_config is None
+    assert cfg.plugin_config == PluginOptions()
     assert (cfg.ae.type, cfg.model.patch_size, cfg.patch_size) == ("dc_ae", 1, 1)
-    assert "latent_channels" not in cfg.ae
+    assert "latent_channels" not in cfg.ae.given
     assert cfg.sampling_option.num_frames == 128
     assert cfg.sampling_option.resolution == "768px"
     assert cfg.use_t2i2v

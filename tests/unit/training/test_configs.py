@@ -36,7 +36,7 @@ def test_parts_fit(name, monkeypatch):
 def test_published_numbers():
     image, stage1, stage2 = load("image"), load("stage1"), load("stage2")
     assert image.bucket_config == {"256px": {1: (1.0, 50)}, "768px": {1: (0.5, 11)}, "1024px": {1: (0.5, 7)}}
-    assert image.optim == dict(cls="HybridAdam", lr=1e-5, eps=1e-15, weight_decay=0.0, adamw_mode=True)
+    assert image.optim.to_dict() == dict(cls="HybridAdam", lr=1e-5, eps=1e-15, weight_decay=0.0, adamw_mode=True)
     assert image.model["grad_ckpt_settings"] == (8, 100)
     assert (image.grad_clip, image.seed, image.keep_n_latest) == (1.0, 42, 20)
     assert (stage1.lr, stage1.optim["lr"], stage1.ckpt_every) == (5e-5, 5e-5, 2000)

@@ -1,5 +1,7 @@
 """Gradient checkpointing changes memory, never numbers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -40,7 +42,7 @@ def result(model, inputs):
 @pytest.mark.parametrize("size", [0, 2000, 10**6])  # on the device, a buffer too small for all, one large enough
 def test_equals_plain_backward(model, inputs, settings, size):
     plain = result(model, inputs)
-    model.config.grad_ckpt_settings = settings
+    model.config = replace(model.config, grad_ckpt_settings=settings)
     apply_recompute(model, True, size, torch.device("cpu"))
     runs = {"double": 0, "single": 0}
     for kind, blocks in (("double", model.double_blocks), ("single", model.single_blocks)):
@@ -55,7 +57,7 @@ def test_equals_plain_backward(model, inputs, settings, size):
 
 
 def test_switched_off(model):
-    model.config.grad_ckpt_settings = (1, 1)
+    model.config = replace(model.config, grad_ckpt_settings=(1, 1))
     apply_recompute(model, False, 100, torch.device("cpu"))
     assert model.grad_ckpt_settings == (0, 0)
 
