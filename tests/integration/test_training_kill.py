@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from opensora.config import parse_config
-from opensora.schema import TrainOptions
-from opensora.training.trainer import Trainer
+from opensora.config.commands import TrainOptions
+from opensora.training.diffusion.trainer import Trainer
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer  # what children would import
 
 class Hold(logging.Handler):

@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from opensora.config import parse_config, run_main
+from opensora.config import load_config, parse_config, run_main
 from opensora.config.commands import TrainOptions
 from opensora.datasets.buckets import BucketTable
 from opensora.datasets.dataloader import to_device
@@ -188,14 +188,16 @@ def resolve(args: argparse.Namespace, words: Sequence[str], folder: Path) -> Any
     """The config to measure: as it is, but without checkpoints, samples and validation, and with its own data if it has
     none."""
     cfg = parse_config([args.config, *words], TrainOptions)
-    cfg.update(dict(max_steps=args.warm_up + args.steps, ckpt_every=0, log_every=1, wandb=False, load=None))
-    cfg.update(dict(outputs=str(folder / "outputs"), exp_name="benchmark", samples=None, validation=None))
+    changes = dict(max_steps=args.warm_up + args.steps, ckpt_every=0, log_every=1, wandb=False, load=None)
+    changes.update(outputs=str(folder / "outputs"), exp_name="benchmark", samples=None, validation=None)
     if args.bucket:
         resolution, frames, batch = args.bucket.rsplit(",", 2)
-        cfg.bucket_config = {resolution: {int(frames): (1.0, int(batch))}}
+        changes["bucket_config"] = {resolution: {int(frames): (1.0, int(batch))}}
+    cfg = load_config(cfg, TrainOptions, changes)
     if not any(word.replace("_", "-").startswith("--dataset.data-path") for word in words):
         multiple = check_config(cfg).spatial_multiple
-        cfg.dataset["data_path"] = draw_clips(folder, dict(cfg.bucket_config), multiple, args.clips)
+        table = draw_clips(folder, dict(cfg.bucket_config), multiple, args.clips)
+        cfg = load_config(cfg, TrainOptions, {"dataset.data_path": table})
     return cfg
 
 

@@ -2,9 +2,11 @@
 
 # ruff: noqa: RUF009 - opt() makes dataclass fields
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+from opensora.config.keys import read_group
 from opensora.config.options import ModelOptions, opt
 from opensora.utils.errors import UserError
 
@@ -38,6 +40,15 @@ class MMDiTConfig(ModelOptions):
     rope_backend: Literal["torch", "liger"] = opt("torch", "rotary kernel; liger knows the half-split layout only")
 
     model_type: ClassVar[str] = "MMDiT"
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "MMDiTConfig":
+        """Config from the keys of a config file.
+
+        Raises:
+            UserError: unknown key (with the nearest valid one), a missing one, or a value that cannot be.
+        """
+        return read_group(cls, config, "model")
 
     def check(self) -> None:
         """See that the sizes fit together.

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from opensora.config.keys import read_group
 from opensora.models.mmdit.attention import JointAttention, Rotary, resolve_attention, rotary_table
 from opensora.models.mmdit.config import MMDiTConfig
 from opensora.models.mmdit.layers import (
@@ -161,7 +160,7 @@ def Flux(
     Raises:
         UserError: config or weights that do not fit; the message names the config key.
     """
-    config = config or read_group(MMDiTConfig, keys, "model")
+    config = config or MMDiTConfig.from_dict(keys)
     return load_model(
         lambda: MMDiTModel(config),
         config.from_pretrained,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from opensora.acceleration.devices import torch_dtype
+from opensora.config.options import OptimOptions
 from opensora.datasets.buckets import BucketTable
 from opensora.diffusion.conditions import CONDITIONS
 from opensora.models.build import MAX_CPU_PARAMETERS, build_on_meta, check_weights, count_parameters
@@ -39,7 +40,8 @@ def check_config(cfg: Any) -> InputOptions:
         UserError: names the key and what would be right.
     """
     for key in SECTIONS:
-        if not cfg.get(key):
+        section = cfg[key]
+        if not section or (isinstance(section, OptimOptions) and not section.given):
             raise UserError(f"{cfg.config_path}: '{key}' is missing; training needs {', '.join(SECTIONS)}")
     _check_numbers(cfg)
     _check_conditions(cfg)

@@ -9,6 +9,7 @@ from torch import nn
 
 from opensora.acceleration.parallel_context import Sizes
 from opensora.acceleration.plugins import plugin_name
+from opensora.config.options import OptimOptions
 from opensora.datasets.buckets import BucketTable
 from opensora.models.build import build_on_meta, check_weights
 from opensora.models.vae.losses import VAELoss
@@ -80,7 +81,8 @@ def check_config(cfg: Any, world_size: int = 1) -> VAEPlan:
         UserError: names the key and what would be right.
     """
     for key in ("model", "dataset", "bucket_config", "optim"):
-        if not cfg.get(key):
+        section = cfg[key]
+        if not section or (isinstance(section, OptimOptions) and not section.given):
             raise UserError(
                 f"{cfg.config_path}: '{key}' is missing; VAE training needs model, dataset, bucket_config and optim"
             )
@@ -176,7 +178,7 @@ def check_adversarial(cfg: Any, tables: list[BucketTable]) -> AdversarialOptions
     Raises:
         UserError: no optimizer for the discriminator, or clips too small for its patches.
     """
-    if not (cfg.optim_discriminator or {}).get("lr"):
+    if cfg.optim_discriminator is None or "lr" not in cfg.optim_discriminator.given:
         raise UserError(
             "discriminator: it needs an optimizer of its own; give optim_discriminator, e.g. "
             "dict(cls='HybridAdam', lr=1e-4, betas=(0.9, 0.98)), or remove the discriminator"
