@@ -67,10 +67,10 @@ def load_autoencoder(config: str, overrides: list[str], device: torch.device) ->
         section = parse_config(words, InferenceOptions).ae
     else:
         section = parse_config(words, VaeInferenceOptions).model
-    model: Any = build_module(section, MODELS, device_map=device, torch_dtype=torch.float32)
+    model = build_module(section, MODELS, device_map=device, torch_dtype=torch.float32).eval().requires_grad_(False)
     if not isinstance(model, Autoencoder):
         raise UserError(f"{config}: {section.get('type')!r} is no autoencoder")
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def _is_video_model(config: str) -> bool:
