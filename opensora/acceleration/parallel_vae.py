@@ -1,38 +1,34 @@
 """Video autoencoders whose tiles are divided over ranks."""
 
 import dataclasses
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opensora.acceleration import collectives
 from opensora.acceleration.parallel_context import Axis
+from opensora.models.autoencoder import Autoencoder
 from opensora.models.vae.tiling import Network
 from opensora.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
 
-def share_tiles(ae: nn.Module, axis: Axis) -> nn.Module:
+def share_tiles(ae: Autoencoder, axis: Axis) -> None:
     """Make an autoencoder divide its tiles over ranks when it encodes and decodes, in place.
 
     Every rank calls it with the same whole input and gets the whole output, bit for bit that of one process with the
     same tiles. What is not tiled is computed on every rank. For sampling only: gradients do not pass.
 
     Args:
-        ae: an autoencoder whose config makes a `opensora.models.vae.tiling.Tiling`; others stay as they are.
+        ae: one that cannot work in tiles stays as it is.
         axis: the ranks; nothing happens if there is only one.
     """
-    config: Any = getattr(ae, "config", None)
-    if axis.group is None or not hasattr(config, "tiling"):
-        return ae
-    if not (config.use_spatial_tiling or config.use_temporal_tiling):
+    if axis.group is None or ae.tiling is None:
+        return
+    if not (ae.tiling.use_spatial or ae.tiling.use_temporal):
         logger.info("the autoencoder works in one piece; --ae.use_spatial_tiling True divides it over the ranks")
-    whole = config.tiling
-    # the config is frozen for everyone else
-    object.__setattr__(config, "tiling", lambda: dataclasses.replace(whole(), runner=TileRunner(axis)))
-    return ae
+    ae.tiling = dataclasses.replace(ae.tiling, runner=TileRunner(axis))
 
 
 class TileRunner:

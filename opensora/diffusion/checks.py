@@ -12,6 +12,7 @@ from opensora.acceleration.plugins import check_sizes
 from opensora.diffusion.conditions import get_spans
 from opensora.diffusion.lora import check_loras
 from opensora.diffusion.plan import LatentSpec, SamplePlan, image_plan, make_plan
+from opensora.models.autoencoder import Autoencoder, as_autoencoder
 from opensora.models.build import build_on_meta, check_capacity, check_weights
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -43,7 +44,7 @@ def check_config(cfg: Mapping[str, Any]) -> SamplePlan:
     for name in section_names(cfg):
         if not cfg[name]:
             raise UserError(f"the config has no section `{name}`")
-    ae = build_on_meta(cfg["ae"])
+    ae = as_autoencoder(build_on_meta(cfg["ae"]))
     model: Any = build_on_meta(cfg["model"])
     plan = make_plan(cfg["sampling_option"], LatentSpec.of(ae), cfg["patch_size"], "t2v")
     _check_channels(cfg, model, ae)
@@ -91,12 +92,12 @@ def check_parallelism(cfg: Mapping[str, Any], world_size: int) -> None:
     check_sizes(cfg["plugin_config"], build_on_meta(cfg["model"]), world_size)
 
 
-def _check_channels(cfg: Mapping[str, Any], model: Any, ae: Any) -> None:
+def _check_channels(cfg: Mapping[str, Any], model: Any, ae: Autoencoder) -> None:
     patch = cfg["patch_size"]
     if model.config.cond_embed and model.config.patch_size != patch:
         raise UserError(f"patch_size={patch} and model.patch_size={model.config.patch_size} must be equal")
-    channels = getattr(ae, "latent_channels", None)
-    if channels is not None and model.config.in_channels != channels * patch**2:
+    channels = ae.latent_channels
+    if model.config.in_channels != channels * patch**2:
         raise UserError(
             f"model.in_channels={model.config.in_channels} does not fit the autoencoder: {channels} latent channels "
             f"x patch {patch} x {patch} = {channels * patch**2}"

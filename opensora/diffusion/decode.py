@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from opensora.models.build import tiled
+from opensora.models.autoencoder import Autoencoder
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from opensora.utils.video import to_uint8
@@ -33,7 +33,7 @@ class DecodeMemoryError(UserError):
 
 @torch.no_grad()
 def decode_latents(
-    ae: nn.Module, latents: Tensor, frames: slice, device: torch.device, dtype: torch.dtype
+    ae: Autoencoder, latents: Tensor, frames: slice, device: torch.device, dtype: torch.dtype
 ) -> list[np.ndarray]:
     """Latents [B, C, T, h, w] to uint8 videos [num_frames, H, W, 3].
 
@@ -62,12 +62,12 @@ def decode_latents(
     return videos
 
 
-def _decode_or_tile(ae: Any, latent: Tensor) -> Tensor:
+def _decode_or_tile(ae: Autoencoder, latent: Tensor) -> Tensor:
     try:
         return ae.decode(latent)
     except torch.OutOfMemoryError:
         logger.warning("not enough memory to decode at once, trying in tiles")
     if latent.is_cuda:
         torch.cuda.empty_cache()
-    with tiled(ae):
+    with ae.tiled():
         return ae.decode(latent)

@@ -30,6 +30,7 @@ from opensora.diffusion.plan import IMAGE_GUIDANCE, LatentSpec, SamplePlan, imag
 from opensora.diffusion.references import References, Source, check_references, per_prompt_references, read_clips
 from opensora.diffusion.timing import as_stage, timed, with_latents
 from opensora.diffusion.wording import check_motion_score, check_seed, final_text
+from opensora.models.autoencoder import as_autoencoder
 from opensora.models.build import build_ready
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -136,7 +137,7 @@ class VideoPipeline:
         if parallel is not None:
             divide_model(models["model"], parallel, cfg.plugin_config)
             if cfg.plugin_ae not in (None, "none"):
-                share_tiles(models["ae"], parallel.sample)
+                share_tiles(as_autoencoder(models["ae"]), parallel.sample)
         return cls(models, cfg, device, dtype, parallel)
 
     def __call__(
@@ -316,7 +317,7 @@ class VideoPipeline:
     def decode(self, latents: Tensor, plan: SamplePlan) -> list[np.ndarray]:
         """Latents [B, C, T, h, w] to uint8 videos [num_frames, H, W, 3], see :func:`decode_latents`."""
         with on_device(self.models["ae"], self.device, self.cfg["offload"]) as ae:
-            return decode_latents(ae, latents, plan.kept_frames(), self.device, self.dtype)
+            return decode_latents(as_autoencoder(ae), latents, plan.kept_frames(), self.device, self.dtype)
 
     @torch.no_grad()
     def make_images(

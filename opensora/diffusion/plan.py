@@ -5,55 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from opensora.datasets.aspect import aspect_ratio_table, closest_aspect_ratio, get_image_size, round_up
 from opensora.diffusion.conditions import fits, get_spans, is_image_condition
 from opensora.diffusion.flow import get_schedule
 from opensora.diffusion.guidance import Guidance, count_forwards
+from opensora.models.autoencoder import LatentSpec
 from opensora.utils.errors import UserError
 
 SIZE_MULTIPLE = 16
 IMAGE_GUIDANCE = 4.0  # of the guidance-distilled picture model
-
-
-@dataclass(frozen=True)
-class LatentSpec:
-    """What sampling needs to know of an autoencoder.
-
-    Attributes:
-        compression: pixels per latent along (time, height, width).
-        is_causal: the first frame has a latent of its own, so that frame counts are 4k+1.
-    """
-
-    compression: tuple[int, int, int]
-    is_causal: bool
-
-    @classmethod
-    def of(cls, ae: nn.Module) -> "LatentSpec":
-        """Spec of an autoencoder (weights are not needed)."""
-        compression: Any = ae.compression
-        return cls(tuple(compression), bool(getattr(ae, "is_causal", False)))
-
-    def latent_size(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(T, h, w) of the latent of a video."""
-        t, h, w = self.compression
-        return (num_frames - 1) // t + 1, -(-height // h), -(-width // w)
-
-    def check_frames(self, num_frames: int) -> None:
-        """Raises a UserError with the nearest possible lengths if the autoencoder cannot make this one."""
-        t = self.compression[0]
-        rest = (num_frames - 1) % t if self.is_causal else num_frames % t
-        if num_frames == 1 or (num_frames > 1 and rest == 0):
-            return
-        base = 1 if self.is_causal else 0
-        below = (num_frames - base) // t * t + base
-        near = sorted({max(below, 1), max(below, base) + t}, key=lambda n: (abs(n - num_frames), -n))
-        rule = f"{t}k+1" if self.is_causal else f"a multiple of {t}"
-        raise UserError(
-            f"num_frames={num_frames}: this autoencoder makes 1 frame or {rule}; "
-            f"the nearest is {near[0]}" + "".join(f" (or {other})" for other in near[1:])
-        )
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from opensora.datasets.rows import with_numbers
 from opensora.datasets.table import MEDIA_COLUMNS, read_table, require_columns, resolve_media_paths
 from opensora.datasets.transforms import resize_crop, to_model_range
 from opensora.datasets.video_io import BrokenMediaError, read_frames
+from opensora.models.autoencoder import Autoencoder
 from opensora.utils.errors import UserError, check_least
 from opensora.utils.logging import get_logger
 from opensora.utils.video import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, is_video, read_image
@@ -102,7 +103,7 @@ def list_media(data_path: str | Path, save_dir: str | Path | None = None) -> pd.
     return pd.DataFrame(rows, columns=list(MEDIA_COLUMNS))
 
 
-def choose_clips(cfg: Any, autoencoder: Any) -> list[EvalClip]:
+def choose_clips(cfg: Any, autoencoder: Autoencoder) -> list[EvalClip]:
     """The clips of a config at the sizes it asks for: ``eval_setting``, else ``bucket_config``, else their own.
 
     Args:
@@ -151,7 +152,7 @@ def choose_clips(cfg: Any, autoencoder: Any) -> list[EvalClip]:
 
 
 def _sizes(
-    cfg: Any, autoencoder: Any, table: pd.DataFrame, strides: np.ndarray
+    cfg: Any, autoencoder: Autoencoder, table: pd.DataFrame, strides: np.ndarray
 ) -> tuple[list[tuple[int, int, int] | None], str | None]:
     """Size of each row, None where it cannot have one; and what was asked for, in words."""
     available = np.where(table["num_frames"] > 1, -(-table["num_frames"].to_numpy() // strides), 1)
@@ -174,18 +175,15 @@ def _sizes(
     return [own_size(int(t), int(h), int(w), autoencoder) for t, h, w in own], None
 
 
-def own_size(frames: int, height: int, width: int, autoencoder: Any) -> tuple[int, int, int] | None:
+def own_size(frames: int, height: int, width: int, autoencoder: Autoencoder) -> tuple[int, int, int] | None:
     """Largest size within a clip's that the autoencoder takes, None if there is none."""
-    time, rows, columns = autoencoder.compression
-    lead = int(bool(autoencoder.is_causal))
-    length = (frames - lead) // time * time + lead
-    if length < 1 or autoencoder.get_latent_size((length, height, width))[0] == 1:
-        length = 1
-    size = (length, height // rows * rows, width // columns * columns)
+    rows, columns = autoencoder.compression[1:]
+    length = autoencoder.nearest_frames(frames)[0]
+    size = (length if autoencoder.keeps_length(length) else 1, height // rows * rows, width // columns * columns)
     return size if min(size[1:]) >= MIN_SIDE else None
 
 
-def check_size(size: tuple[int, int, int], autoencoder: Any, where: str) -> None:
+def check_size(size: tuple[int, int, int], autoencoder: Autoencoder, where: str) -> None:
     """Refuse a size that the autoencoder does not take.
 
     Raises:

@@ -1,9 +1,19 @@
 """Statistics of latents, gathered clip by clip."""
 
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
+
+from opensora.acceleration.devices import pick_device, torch_dtype
+from opensora.datasets.dataloader import build_train_loader
+from opensora.evaluation.clips import SIZE_MULTIPLE, bucket_of
+from opensora.models.autoencoder import as_autoencoder, check_buckets, listed
+from opensora.models.build import build_on_meta, build_ready, check_weights
+from opensora.registry import DATASETS, build_module
+from opensora.utils.errors import UserError, check_least
 
 
 class RunningMoments:
@@ -47,3 +57,43 @@ class RunningMoments:
         mean = self.mean.mean()
         variance = (self.squares / self.count).mean() + (self.mean - mean).square().mean()
         return float(mean), float(variance.sqrt())
+
+
+@torch.no_grad()
+def latent_statistics(cfg: Any) -> str:
+    """Encode a dataset, and say what its raw latents are like and which config keys scale them to unit variance.
+
+    Args:
+        cfg: resolved config (``VaeStatsOptions``).
+
+    Returns:
+        Lines with the mean and standard deviation per channel and the config keys of the autoencoder.
+
+    Raises:
+        UserError: anything wrong with config, table or weights.
+    """
+    for key in ("model", "dataset"):
+        if not cfg.get(key):
+            raise UserError(f"{cfg.config_path}: '{key}' is missing")
+    check_least(cfg, {"max_batches": 1, "num_workers": 0})
+    device, dtype = pick_device(cfg.device), torch_dtype(cfg.dtype)
+    check_weights("model", cfg.model)
+    buckets = bucket_of(cfg.eval_setting) if cfg.eval_setting else cfg.bucket_config
+    spec = as_autoencoder(build_on_meta(cfg.model))
+    check_buckets(buckets or {}, spec)
+    dataset = build_module(dict(cfg.dataset), DATASETS, require_text=False)
+    loader, _ = build_train_loader(
+        dataset,
+        buckets,
+        multiple=max(SIZE_MULTIPLE, *spec.compression[1:]),
+        seed=cfg.seed,
+        num_workers=cfg.num_workers,
+        prefetch_factor=cfg.prefetch_factor,
+    )
+    model = as_autoencoder(build_ready(cfg.model, device, dtype))
+    torch.manual_seed(cfg.seed)  # of the posterior's noise, which a diffusion model is trained with as well
+    moments = RunningMoments()
+    batches = min(len(loader), cfg.max_batches or len(loader))
+    for batch in tqdm(islice(loader, batches), total=batches, unit="batch", disable=cfg.verbose == 0):
+        moments.add(model.denormalize(model.encode(batch["video"].to(device, dtype))))
+    return f"mean = {listed(moments.mean)}\nstd = {listed(moments.std)}\n{model.scale_text(moments)}"

@@ -20,6 +20,7 @@ from opensora.datasets.table import write_table
 from opensora.evaluation.clips import ClipReader, EvalClip, choose_clips
 from opensora.evaluation.latents import RunningMoments
 from opensora.evaluation.quality import flicker, psnr, ssim
+from opensora.models.autoencoder import as_autoencoder
 from opensora.models.build import build_on_meta, build_ready, check_weights
 from opensora.models.vae.lpips import LPIPSSource, build_lpips
 from opensora.utils.errors import UserError
@@ -152,7 +153,7 @@ def prepare(cfg: Any) -> tuple[list[EvalClip], Results, str]:
     check_weights("model", cfg.model)
     if cfg.lpips:
         LPIPSSource(**cfg.lpips).check()
-    clips = choose_clips(cfg, build_on_meta(cfg.model))
+    clips = choose_clips(cfg, as_autoencoder(build_on_meta(cfg.model)))
     results = Results(Path(cfg.save_dir))
     settings = {"model": cfg.model, "dtype": cfg.dtype, "lpips": cfg.lpips, "weights": _weights_stamp(cfg.model)}
     settings["fps"] = _played_fps(cfg)

@@ -12,6 +12,7 @@ from opensora.acceleration.devices import torch_dtype
 from opensora.diffusion.decode import decode_latents
 from opensora.diffusion.offload import on_device
 from opensora.generation import outputs
+from opensora.models.autoencoder import as_autoencoder
 from opensora.models.build import build_ready, check_weights
 from opensora.utils.errors import UserError
 
@@ -46,7 +47,7 @@ def decode_files(
     for path, latents, facts in kept:
         frames = slice(int(facts["first_frame"]), int(facts["end_frame"]))
         with on_device(ae, device, offload=False):
-            (video,) = decode_latents(ae, latents[None], frames, device, dtype)
+            (video,) = decode_latents(as_autoencoder(ae), latents[None], frames, device, dtype)
         made.append(outputs.save_sample(video, _stem_of(path), float(facts["fps"])))
         log(f"saved {made[-1]}")
     return made

@@ -1,13 +1,13 @@
 """From config sections to models: what can be known without weights, and what can be checked early."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from opensora.models.kinds import released_weights
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -27,8 +27,6 @@ def build_on_meta(section: Mapping[str, Any]) -> nn.Module:
         UserError: unknown type or argument, or sizes that do not fit together.
     """
     bare = {key: value for key, value in section.items() if key not in ("from_pretrained", "cache_dir")}
-    if bare.get("type") == "dc_ae":
-        bare["from_scratch"] = True  # else it would look on the hub
     with torch.device("meta"):
         return build_module(bare, MODELS, device_map="meta")
 
@@ -40,9 +38,9 @@ def build_ready(
 
     Without ``from_pretrained`` it starts from random weights, and the log says so.
     """
-    if not section.get("from_pretrained") and (section.get("type") != "dc_ae" or section.get("from_scratch")):
-        logger.warning("%s: random weights (%s.from_pretrained is not set), so its output means nothing", name, name)
     model = build_module(section, MODELS, device_map=device, torch_dtype=dtype).eval().requires_grad_(False)
+    if not section.get("from_pretrained") and not released_weights(section):
+        logger.warning("%s: random weights (%s.from_pretrained is not set), so its output means nothing", name, name)
     return model
 
 
@@ -89,18 +87,3 @@ def check_capacity(model: nn.Module, device: torch.device, asked_for: str | None
             f"no GPU found, and this config's model has {parameters / 1e9:.1f}B parameters; use "
             "a config of configs/diffusion/inference/demo/, which run on a CPU, or --device cpu to insist"
         )
-
-
-@contextmanager
-def tiled(ae: nn.Module) -> Iterator[None]:
-    """Have an autoencoder work in tiles, whatever its config says."""
-    owner: Any = ae.config if hasattr(ae, "config") else ae
-    names = [name for name in ("use_spatial_tiling", "use_temporal_tiling") if hasattr(owner, name)]
-    before = {name: getattr(owner, name) for name in names}
-    try:
-        for name in names:
-            object.__setattr__(owner, name, True)  # configs are frozen for everyone else
-        yield
-    finally:
-        for name, value in before.items():
-            object.__setattr__(owner, name, value)

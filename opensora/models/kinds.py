@@ -1,41 +1,79 @@
 """Which kind of model a weight file holds, told by the names of its tensors."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from opensora.registry import MODELS
+from opensora.utils.errors import UserError
 
 Shapes = Mapping[str, tuple[int, ...]]
+Factory = TypeVar("Factory", bound=Callable[..., Any])
 
-# a tensor that only this kind has -> its ``type`` in a config, its name for people
-KINDS = {
-    "img_in.weight": ("flux", "an MMDiT"),
-    "encoder.down_blocks.0.resnets.0.conv1.conv.weight": ("hunyuan_vae", "a causal video autoencoder"),
-    "encoder.project_in.conv.weight": ("dc_ae", "a deep-compression video autoencoder"),
-    "encoder.down.0.block.0.conv1.weight": ("autoencoder_2d", "an image autoencoder"),
-}
+
+@dataclass(frozen=True)
+class WeightKind:
+    """What tells the weight files of a registered model.
+
+    Args:
+        name: of the model, for people, with an article.
+        tensor: a tensor that only these files have.
+        section: of a config where the model stands.
+        released: weights that the model gets where its config section has no ``from_pretrained``; None for random ones.
+    """
+
+    name: str
+    tensor: str
+    section: str = "ae"
+    released: Callable[[Mapping[str, Any]], str | None] = lambda section: None
+
+    def __call__(self, factory: Factory) -> Factory:
+        """Declare, as a decorator, that a registered factory loads files of this kind."""
+        factory.weight_kind = self  # type: ignore[attr-defined]
+        return factory
+
+
+def kind_of(factory: Callable[..., Any]) -> WeightKind | None:
+    """What a registered factory declares; None for one that declares nothing."""
+    return getattr(factory, "weight_kind", None)
+
+
+def released_weights(section: Mapping[str, Any]) -> str | None:
+    """Weights that the model of a config section gets without ``from_pretrained``; None for random ones."""
+    kind = kind_of(MODELS.resolve(section["type"]))
+    return None if kind is None else kind.released(section)
+
+
+def known_kinds() -> Iterator[tuple[str, WeightKind]]:
+    """``type`` and kind of all models that declare one. Imports them all; those that cannot be imported are no help."""
+    for name in MODELS.names:
+        try:
+            kind = kind_of(MODELS.resolve(name))
+        except (ImportError, UserError):
+            continue
+        if kind is not None:
+            yield name, kind
 
 
 def explain_other_kind(model_type: str, shapes: Shapes) -> list[str]:
     """A sentence about a file that is not of the configured kind; none if it is.
 
     Args:
-        model_type: the kind that is configured, a ``type`` of `KINDS`.
+        model_type: the configured ``type``, which declares its :class:`WeightKind`.
         shapes: shape of every tensor in the file.
     """
-    section = "model" if model_type == "flux" else "ae"
-    found = [kind for key, kind in KINDS.items() if key in shapes]
-    if any(kind == model_type for kind, _ in found):
+    wanted = kind_of(MODELS.resolve(model_type))
+    assert wanted is not None, model_type
+    if wanted.tensor in shapes:
         return []
-    wanted = next(name for kind, name in KINDS.values() if kind == model_type)
-    if found:
-        kind, name = found[0]
-        return [
-            f"The file is {name} (type={kind!r}), not {wanted}: check {section}.from_pretrained and {section}.type."
-        ]
-    for key, (kind, _) in KINDS.items():
-        prefix = next((name.removesuffix(key) for name in shapes if name.endswith(f".{key}")), None)
-        if kind == model_type and prefix:
-            return [f"The names in the file begin with {prefix!r}: write it again without that prefix."]
-    return [f"The file is not {wanted}: check {section}.from_pretrained."]
+    where = f"check {wanted.section}.from_pretrained"
+    for found, kind in known_kinds():
+        if kind.tensor in shapes:
+            return [f"The file is {kind.name} (type={found!r}), not {wanted.name}: {where} and {wanted.section}.type."]
+    prefix = next((key.removesuffix(wanted.tensor) for key in shapes if key.endswith(f".{wanted.tensor}")), None)
+    if prefix:
+        return [f"The names in the file begin with {prefix!r}: write it again without that prefix."]
+    return [f"The file is not {wanted.name}: {where}."]
 
 
 def explain_autoencoder(

@@ -105,7 +105,7 @@ class CacheWriter:
                 raise UserError(f"{cfg.config_path}: '{section}' is missing")
         self.folder = Path(folder)
         self.device, self.dtype = pick_device(cfg.device), torch_dtype(cfg.dtype)
-        self.ae: Any = meta_autoencoder(cfg)
+        self.ae = meta_autoencoder(cfg)
         self.dataset = self._dataset()
         table = BucketTable(cfg.bucket_config, self.ae.compression[1] * cfg.patch_size)
         self.sampler = BucketBatchSampler(self.dataset, _single(table), cfg.seed)
@@ -238,14 +238,13 @@ class CacheWriter:
         """Moments of whole clips and of the runs of frames that conditions give, by name in the shard."""
         if not clips:
             return {}
-        encode = self.ae.encode_moments if hasattr(self.ae, "encode_moments") else self.ae.encode
         video = torch.stack([clip for _, clip in clips]).to(self.device, self.dtype)
         needed = condition_runs(self.cfg.condition_config, self.ae, video.shape[2])
         runs = {WHOLE: video, **condition_pixels(video, needed)}
         return {
             f"{key.row}.{name}": moments.clone()
             for name, pixels in runs.items()
-            for (key, _), moments in zip(clips, encode(pixels).cpu())
+            for (key, _), moments in zip(clips, self.ae.encode_stored(pixels).cpu())
         }
 
     def _write_index(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from opensora.acceleration.devices import torch_dtype
 from opensora.diffusion.conditions import Span, fits, get_spans
 from opensora.encoded.dataset import CachedVideoTextDataset, run_name
+from opensora.models.autoencoder import Autoencoder, as_autoencoder
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -18,9 +19,8 @@ from opensora.utils.weights import resolve_path
 
 logger = get_logger(__name__)
 
-# Keys of a section that say where its weights are or how they are scaled, not what the encoder computes.
+# Keys of a section that say where its weights are, not what the encoder computes.
 WHEREABOUTS = ("from_pretrained", "cache_dir", "strict_load", "shardformer")
-SCALING = ("scale_factor", "shift_factor")
 SAMPLED = 1 << 16  # bytes read at each of PLACES places of a large file
 PLACES = 64
 ABSENT = "weights that are not at hand"
@@ -82,9 +82,7 @@ def video_fingerprint(cfg: Any, must_exist: bool = True) -> dict[str, Any]:
         "dataset.fps_max": float(cfg.dataset.get("fps_max", 16)),
         "dataset.transform_name": cfg.dataset.get("transform_name") or "resize_crop",
     }
-    # The scale and shift of a posterior's latents are applied after the cache; others are part of what is stored.
-    ignored = SCALING if cfg.ae["type"] != "dc_ae" else ()
-    encoder = _encoder_fingerprint("ae", cfg.ae, must_exist, ignored)
+    encoder = _encoder_fingerprint("ae", cfg.ae, must_exist, ignored=meta_autoencoder(cfg).scaling_keys)
     return {**encoder, **rules, "dtype": str(torch_dtype(cfg.dtype))}
 
 
@@ -95,7 +93,7 @@ def text_fingerprint(cfg: Any, must_exist: bool = True) -> dict[str, Any]:
     return {**t5, **clip, "dtype": str(torch_dtype(cfg.dtype))}
 
 
-def condition_runs(weights: Mapping[str, float] | None, ae: Any, num_frames: int) -> list[tuple[str, int]]:
+def condition_runs(weights: Mapping[str, float] | None, ae: Autoencoder, num_frames: int) -> list[tuple[str, int]]:
     """Runs of frames, (end, pixel frames), that the conditions of a config may give in clips of this length."""
     latent_frames = ae.get_latent_size((num_frames, 64, 64))[0]
     runs = {
@@ -116,9 +114,9 @@ def condition_pixels(
     return {run_name(*run): torch.stack([cut[run](clip, run[1]) for clip in video]) for run in runs}
 
 
-def meta_autoencoder(cfg: Any) -> Any:
+def meta_autoencoder(cfg: Any) -> Autoencoder:
     """The autoencoder without weights: enough to know its sizes and to scale latents."""
-    return build_module({**cfg.ae, "from_pretrained": None}, MODELS, device_map="meta")
+    return as_autoencoder(build_module({**cfg.ae, "from_pretrained": None}, MODELS, device_map="meta"))
 
 
 def dataset_section(cfg: Any) -> dict[str, Any]:

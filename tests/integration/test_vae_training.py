@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from opensora.models.autoencoder import LatentSpec
 from opensora.models.vae.lpips import LPIPS
 from opensora.training.vae.loss import LengthMixer
 from opensora.training.vae.trainer import VAETrainer
@@ -253,5 +254,5 @@ def test_mixed_lengths():
     lengths, counts = np.unique(draw(LengthMixer("mixed_video_random")), return_counts=True)
     assert lengths.tolist() == [1, 5, 9, 13, 17]
     assert counts.min() > 300
-    assert LengthMixer("mixed_video_random", is_causal=False).lengths(17) == [1, 8, 12, 16]
-    assert LengthMixer("mixed_video_random", time_ratio=1, is_causal=False).lengths(4) == [1, 2, 3, 4]
+    assert LengthMixer("mixed_video_random", spec=LatentSpec((4, 32, 32), False)).lengths(17) == [1, 8, 12, 16]
+    assert LengthMixer("mixed_video_random", spec=LatentSpec((1, 8, 8), False)).lengths(4) == [1, 2, 3, 4]

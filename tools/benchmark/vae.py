@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opensora.models.autoencoder import Autoencoder
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
 from tools.benchmark.measuring import MIB, in_own_process, peak_of, seconds_of
@@ -52,10 +53,9 @@ VAE_SIZES = {
 }
 
 
-def frames_for(model: Any, frames: int) -> int:
-    """Nearest length from below that the autoencoder takes: 4k + 1 if it is causal, else 4k."""
-    ratio, lead = model.compression[0], int(model.is_causal)
-    fitting = (frames - lead) // ratio * ratio + lead
+def frames_for(model: Autoencoder, frames: int) -> int:
+    """Nearest length from below that the autoencoder takes."""
+    ratio, fitting = model.compression[0], model.nearest_frames(frames)[0]
     if fitting < 2 * ratio:
         raise UserError(f"--frames {frames}: at least {2 * ratio + 1}")
     return fitting

@@ -23,6 +23,7 @@ if __package__ in (None, ""):
 
 from opensora.config import load_config, parse_config
 from opensora.config.commands import InferenceOptions, VaeInferenceOptions
+from opensora.models.autoencoder import Autoencoder
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
 from opensora.utils.video import contact_sheet, read_video, to_uint8, write_text
@@ -66,10 +67,10 @@ def load_autoencoder(config: str, overrides: list[str], device: torch.device) ->
         section = parse_config(words, InferenceOptions).ae
     else:
         section = parse_config(words, VaeInferenceOptions).model
-    model = build_module(section, MODELS, device_map=device, torch_dtype=torch.float32)
-    if not (hasattr(model, "encode") and hasattr(model, "decode")):
+    model = build_module(section, MODELS, device_map=device, torch_dtype=torch.float32).eval().requires_grad_(False)
+    if not isinstance(model, Autoencoder):
         raise UserError(f"{config}: {section.get('type')!r} is no autoencoder")
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def _is_video_model(config: str) -> bool:

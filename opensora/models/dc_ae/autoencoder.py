@@ -1,6 +1,6 @@
 """The deep-compression video autoencoder (DC-AE, arXiv:2410.10733, with a time axis)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from opensora.models.autoencoder import Autoencoder, LatentMoments, LatentSpec
 from opensora.models.dc_ae.blocks import (
     ConvLayer,
     ConvPair,
@@ -22,8 +23,8 @@ from opensora.models.dc_ae.blocks import (
     repeat_channels,
 )
 from opensora.models.dc_ae.config import CoderConfig, DCAEConfig, named_layout, override_coder
-from opensora.models.kinds import Shapes, count, explain_autoencoder, size
-from opensora.models.vae.tiling import check_clip
+from opensora.models.kinds import Shapes, WeightKind, count, explain_autoencoder, size
+from opensora.models.vae.tiling import Tiling, check_clip
 from opensora.registry import MODELS
 from opensora.utils.errors import UserError
 from opensora.utils.hub import RELEASED
@@ -32,7 +33,8 @@ from opensora.utils.weights_loading import load_model
 
 logger = get_logger(__name__)
 
-WEIGHTS = {"dc-ae-f32t4c128": "F32T4C128_AE.safetensors"}  # released file of each layout
+DEFAULT_LAYOUT = "dc-ae-f32t4c128"
+WEIGHTS = {DEFAULT_LAYOUT: "F32T4C128_AE.safetensors"}  # released file of each layout
 
 
 def _blocks(kind: str, channels: int, depth: int) -> list[nn.Module]:
@@ -116,16 +118,20 @@ class Decoder(nn.Module):
         return self.project_out(x)
 
 
-class DCAE(nn.Module):
+class DCAE(nn.Module, Autoencoder):
     """Autoencoder of videos ``[B, 3, 4t, 32h, 32w]`` in [-1, 1] and latents ``[B, C, t, h, w]``, without a posterior.
 
     Images are videos of one frame and have one latent frame. So have videos of four frames: a latent of one frame
     always decodes to an image. State-dict keys are those of the released file.
     """
 
+    supports_grad_checkpoint = True
+    tiling: Tiling
+
     def __init__(self, config: DCAEConfig) -> None:
         super().__init__()
         self.config = config
+        self.tiling = config.tiling()
         self.encoder = Encoder(config.encoder, config.latent_channels)
         self.decoder = Decoder(config.decoder, config.latent_channels)
         for module in self.modules():
@@ -149,27 +155,50 @@ class DCAE(nn.Module):
         """Every latent frame stands for the same number of frames: frame counts are 4k."""
         return False
 
-    def get_latent_size(self, size: Sequence[int]) -> tuple[int, int, int]:
-        """Latent (t, h, w) of a video of (T, H, W)."""
-        (frames, height, width), (rt, rh, rw) = size, self.compression
-        return ((frames - 1) // rt + 1, (height - 1) // rh + 1, (width - 1) // rw + 1)
-
     def get_last_layer(self) -> Tensor:
         """Weight of the last convolution (where the adaptive GAN weight compares gradients)."""
         return self.decoder.project_out.op_list[2].conv.weight  # type: ignore[union-attr, return-value]
 
-    def set_grad_checkpoint(self, enabled: bool = True) -> None:
+    def set_grad_checkpoint(self, enabled: bool = True, last_layer: bool = True) -> None:
         """Recompute the activations of every block in the backward pass (see ``disc_off_grad_ckpt``)."""
+        last_layer = last_layer and not self.config.disc_off_grad_ckpt
         for stage in (*self.encoder.stages, *self.decoder.stages):
             stage.grad_checkpoint = enabled  # type: ignore[assignment]
-        self.decoder.grad_checkpoint_output = enabled and not self.config.disc_off_grad_ckpt
+        self.decoder.grad_checkpoint_output = enabled and last_layer
 
-    def encode(self, x: Tensor, sample_posterior: bool = True, generator: torch.Generator | None = None) -> Tensor:
-        """Video to latents.
+    @torch.no_grad()
+    def inflate_from_images(self) -> bool:
+        """Set all taps of the kernels but the middle one in time to zero, in place.
+
+        On a single frame only the middle tap sees anything, so training there leaves the others as they were drawn.
+        With them at zero, convolutions treat every frame as the picture they were trained on, and training on videos
+        begins from there ("centre inflation", as in I3D, arXiv:1705.07750). Attention and the shortcuts between stages
+        work across frames from the first step, so that clips are only coded about as well as pictures.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d) and module.kernel_size[0] > 1:
+                middle = module.kernel_size[0] // 2
+                module.weight[:, :, :middle] = 0
+                module.weight[:, :, middle + 1 :] = 0
+        return True
+
+    def normalize(self, raw: Tensor) -> Tensor:
+        """Raw latents divided by ``scaling_factor``."""
+        return raw / self._scale
+
+    def denormalize(self, z: Tensor) -> Tensor:
+        """Inverse of :meth:`normalize`."""
+        return z * self._scale
+
+    def scale_text(self, moments: LatentMoments) -> str:
+        """One number for all channels."""
+        return f"scaling_factor={moments.overall[1]:.4f},"
+
+    def encode_stored(self, x: Tensor) -> Tensor:
+        """Video to latents; the scaled ones, so ``scaling_factor`` is part of what is stored.
 
         Args:
             x: ``[B, 3, T, H, W]`` in [-1, 1]; T is 1 or a multiple of 4, H and W multiples of 32.
-            sample_posterior, generator: as other autoencoders have; there is no posterior here, so they do nothing.
 
         Returns:
             ``[B, C, T/4, H/32, W/32]``, divided by ``scaling_factor``.
@@ -178,8 +207,13 @@ class DCAE(nn.Module):
             UserError: sizes that do not fit; names the nearest.
         """
         self._check_pixels(x)
-        z = self._per_sample(x, lambda sample: self.config.tiling().encode(sample, self.encoder))
-        return z / self._scale
+        return self.normalize(self._per_sample(x, lambda sample: self.tiling.encode(sample, self.encoder)))
+
+    def from_stored(
+        self, stored: Tensor, generator: torch.Generator | None = None, sample_posterior: bool = True
+    ) -> Tensor:
+        """The stored latents themselves: there is no posterior to draw from."""
+        return stored
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents ``[B, C, t, h, w]`` (as `encode` gives) to video ``[B, 3, 4t, 32h, 32w]``, about [-1, 1].
@@ -187,7 +221,7 @@ class DCAE(nn.Module):
         One latent frame becomes one frame. In temporal tiling this holds for a last tile of one latent frame too, as
         in the original: with the default tiles, 6k + 1 latent frames (above 8) give 4 (t - 1) + 1 frames.
         """
-        video = self._per_sample(z * self._scale, lambda sample: self.config.tiling().decode(sample, self.decoder))
+        video = self._per_sample(self.denormalize(z), lambda sample: self.tiling.decode(sample, self.decoder))
         expected = z.shape[2] * self.compression[0]
         if z.shape[2] > 1 and video.shape[2] < expected:
             logger.warning(
@@ -219,12 +253,12 @@ class DCAE(nn.Module):
     def _check_pixels(self, x: Tensor) -> None:
         check_clip(x, 3)
         frames, height, width = x.shape[-3:]
-        ratio, rows, columns = self.compression
-        if frames != 1 and frames % ratio:
-            lower = frames // ratio * ratio
+        rows, columns = self.compression[1:]
+        nearest = self.nearest_frames(frames)
+        if frames not in nearest:
             raise UserError(
-                f"{frames} frames do not fit the deep-compression autoencoder, which takes 1 or a multiple of {ratio}: "
-                f"use {max(lower, 1)} or {lower + ratio}"
+                f"{frames} frames do not fit the deep-compression autoencoder, which takes 1 or "
+                f"{LatentSpec.of(self).rule}: use {' or '.join(map(str, nearest))}"
             )
         if height % rows or width % columns:
             raise UserError(
@@ -247,9 +281,35 @@ def fields_of_shapes(shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def released_weights(section: Mapping[str, Any]) -> str | None:
+    """Hub path of the weights released for the layout of a config section; None where it is changed or from scratch."""
+    name = section.get("model_name", DEFAULT_LAYOUT)
+    changes = (section.get(key) for key in ("latent_channels", "encoder", "decoder"))
+    if section.get("from_scratch") or _layout(name, *changes) != named_layout(name):
+        return None
+    return "/".join(RELEASED[WEIGHTS[name]])
+
+
+def _layout(
+    model_name: str,
+    latent_channels: int | None,
+    encoder: Mapping[str, Any] | None,
+    decoder: Mapping[str, Any] | None,
+) -> DCAEConfig:
+    """A named layout with the changes of a config."""
+    named = named_layout(model_name)
+    return replace(
+        named,
+        latent_channels=named.latent_channels if latent_channels is None else latent_channels,
+        encoder=override_coder(named.encoder, "encoder", encoder),
+        decoder=override_coder(named.decoder, "decoder", decoder),
+    )
+
+
 @MODELS.register_module("dc_ae")
+@WeightKind("a deep-compression video autoencoder", "encoder.project_in.conv.weight", released=released_weights)
 def build_dc_ae(
-    model_name: str = "dc-ae-f32t4c128",
+    model_name: str = DEFAULT_LAYOUT,
     from_pretrained: str | None = None,
     device_map: str | torch.device = "cpu",
     torch_dtype: torch.dtype = torch.float32,
@@ -278,16 +338,10 @@ def build_dc_ae(
     Raises:
         UserError: config or weights that do not fit; the message names the key.
     """
-    named = named_layout(model_name)
-    layout = replace(
-        named,
-        latent_channels=named.latent_channels if latent_channels is None else latent_channels,
-        encoder=override_coder(named.encoder, "encoder", encoder),
-        decoder=override_coder(named.decoder, "decoder", decoder),
-    )
+    layout = _layout(model_name, latent_channels, encoder, decoder)
     config = replace(layout, **options)
     device = torch.device(device_map)
-    if not from_pretrained and not from_scratch and layout == named and device.type != "meta":
+    if not from_pretrained and not from_scratch and layout == named_layout(model_name) and device.type != "meta":
         from_pretrained = "/".join(RELEASED[WEIGHTS[model_name]])
     return load_model(
         lambda: DCAE(config),

@@ -13,17 +13,20 @@ from opensora.models.hunyuan_vae.blocks import (
     UpBlockCausal3D,
     norm_silu,
 )
+from opensora.models.hunyuan_vae.config import HunyuanVAEConfig
 
 Factor = tuple[int, int, int]
 
 
-def level_factors(levels: int, time_ratio: int, space_ratio: int) -> list[Factor | None]:
+def level_factors(config: HunyuanVAEConfig) -> list[Factor | None]:
     """Resampling factor (time, height, width) after each encoder level, None where there is none.
 
     Space is halved at the first log2(space_ratio) levels; time at the last log2(time_ratio) levels before the final
     one, so early levels (which are the costly ones) keep every frame.
     """
-    n_space, n_time = round(math.log2(space_ratio)), round(math.log2(time_ratio))
+    levels = len(config.block_out_channels)
+    n_space = round(math.log2(config.spatial_compression_ratio))
+    n_time = round(math.log2(config.time_compression_ratio))
     factors: list[Factor | None] = []
     for i in range(levels):
         space = 2 if i < n_space else 1
@@ -49,27 +52,18 @@ class _CheckpointedStack(nn.Module):
 class EncoderCausal3D(_CheckpointedStack):
     """Pixels ``[B, 3, T, H, W]`` to moments ``[B, 2 C, (T-1)/4 + 1, H/8, W/8]`` (before ``quant_conv``)."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        latent_channels: int,
-        channels: Sequence[int],
-        layers_per_block: int,
-        groups: int,
-        factors: Sequence[Factor | None],
-        mid_attention: bool,
-        dropout: float,
-    ) -> None:
+    def __init__(self, config: HunyuanVAEConfig) -> None:
         super().__init__()
-        self.conv_in = CausalConv3d(in_channels, channels[0], 3)
+        channels, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = CausalConv3d(config.in_channels, channels[0], 3)
         inputs = [channels[0], *channels[:-1]]
         self.down_blocks = nn.ModuleList(
-            DownBlockCausal3D(c_in, c_out, layers_per_block, groups, factor, dropout)
-            for c_in, c_out, factor in zip(inputs, channels, factors)
+            DownBlockCausal3D(c_in, c_out, config.layers_per_block, groups, factor, config.dropout)
+            for c_in, c_out, factor in zip(inputs, channels, level_factors(config))
         )
-        self.mid_block = MidBlockCausal3D(channels[-1], groups, mid_attention, dropout)
+        self.mid_block = MidBlockCausal3D(channels[-1], groups, config.mid_block_add_attention, config.dropout)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
-        self.conv_out = CausalConv3d(channels[-1], 2 * latent_channels, 3)
+        self.conv_out = CausalConv3d(channels[-1], 2 * config.latent_channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
@@ -80,29 +74,19 @@ class EncoderCausal3D(_CheckpointedStack):
 class DecoderCausal3D(_CheckpointedStack):
     """Latents ``[B, C, t, h, w]`` (after ``post_quant_conv``) to pixels ``[B, 3, 4(t-1) + 1, 8h, 8w]``."""
 
-    def __init__(
-        self,
-        out_channels: int,
-        latent_channels: int,
-        channels: Sequence[int],
-        layers_per_block: int,
-        groups: int,
-        factors: Sequence[Factor | None],
-        mid_attention: bool,
-        dropout: float,
-    ) -> None:
+    def __init__(self, config: HunyuanVAEConfig) -> None:
         super().__init__()
-        outputs = list(reversed(channels))
+        outputs, groups = [*reversed(config.block_out_channels)], config.norm_num_groups
         inputs = [outputs[0], *outputs[:-1]]
-        self.conv_in = CausalConv3d(latent_channels, outputs[0], 3)
-        self.mid_block = MidBlockCausal3D(outputs[0], groups, mid_attention, dropout)
+        self.conv_in = CausalConv3d(config.latent_channels, outputs[0], 3)
+        self.mid_block = MidBlockCausal3D(outputs[0], groups, config.mid_block_add_attention, config.dropout)
         # Upsampling mirrors the encoder's counting (level 0 is the coarsest here), as in the released weights.
         self.up_blocks = nn.ModuleList(
-            UpBlockCausal3D(c_in, c_out, layers_per_block + 1, groups, factor, dropout)
-            for c_in, c_out, factor in zip(inputs, outputs, factors)
+            UpBlockCausal3D(c_in, c_out, config.layers_per_block + 1, groups, factor, config.dropout)
+            for c_in, c_out, factor in zip(inputs, outputs, level_factors(config))
         )
         self.conv_norm_out = nn.GroupNorm(groups, outputs[-1], eps=1e-6)
-        self.conv_out = CausalConv3d(outputs[-1], out_channels, 3)
+        self.conv_out = CausalConv3d(outputs[-1], config.out_channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""

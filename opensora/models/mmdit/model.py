@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from opensora.models.kinds import WeightKind
 from opensora.models.mmdit.attention import JointAttention, Rotary, resolve_attention, rotary_table
 from opensora.models.mmdit.config import MMDiTConfig
 from opensora.models.mmdit.layers import (
@@ -140,6 +141,7 @@ class MMDiTModel(nn.Module):
 
 
 @MODELS.register_module("flux")
+@WeightKind("an MMDiT", "img_in.weight", section="model")
 def Flux(
     config: MMDiTConfig | None = None,
     device_map: str | torch.device = "cpu",

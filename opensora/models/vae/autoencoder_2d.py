@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opensora.models.kinds import Shapes, count, explain_autoencoder, size
+from opensora.models.autoencoder import Autoencoder, LatentMoments
+from opensora.models.kinds import Shapes, WeightKind, count, explain_autoencoder, size
 from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.registry import MODELS
 from opensora.utils.errors import UserError
@@ -215,12 +216,14 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class AutoEncoder2D(nn.Module):
+class AutoEncoder2D(nn.Module, Autoencoder):
     """Variational autoencoder of images ``[B, 3, 8h, 8w]`` in [-1, 1] and latents ``[B, C, h, w]``.
 
-    Videos ``[B, 3, T, 8h, 8w]`` become latents ``[B, C, T, h, w]``, each frame on its own. State-dict keys are those
-    of the released file.
+    Videos ``[B, 3, T, 8h, 8w]`` become latents ``[B, C, T, h, w]``, each frame on its own: there is nothing to inflate.
+    It works neither in tiles nor with gradient checkpointing. State-dict keys are those of the released file.
     """
+
+    scaling_keys = ("scale_factor", "shift_factor")
 
     def __init__(self, config: AutoEncoder2DConfig) -> None:
         super().__init__()
@@ -244,11 +247,6 @@ class AutoEncoder2D(nn.Module):
         """Frames do not depend on one another: any frame count goes."""
         return False
 
-    def get_latent_size(self, size: Sequence[int]) -> tuple[int, int, int]:
-        """Latent (t, h, w) of a video of (T, H, W)."""
-        (frames, height, width), (_, rh, rw) = size, self.compression
-        return (frames, (height - 1) // rh + 1, (width - 1) // rw + 1)
-
     def get_last_layer(self) -> Tensor:
         """Weight of the last convolution (where the adaptive GAN weight compares gradients)."""
         return self.decoder.conv_out.weight
@@ -261,8 +259,19 @@ class AutoEncoder2D(nn.Module):
         """Inverse of :meth:`normalize`."""
         return z / self.config.scale_factor + self.config.shift_factor
 
+    def scale_text(self, moments: LatentMoments) -> str:
+        """One number for all channels for both keys."""
+        mean, std = moments.overall
+        return f"scale_factor={1 / std:.4f},\nshift_factor={mean:.4f},"
+
     def encode_moments(self, x: Tensor) -> Tensor:
-        """Raw posterior moments, mean and log-variance on the channel axis, of ``x`` (see :meth:`encode`).
+        """Raw posterior moments, mean and log-variance on the channel axis.
+
+        Args:
+            x: ``[B, 3, H, W]`` or ``[B, 3, T, H, W]`` in [-1, 1].
+
+        Returns:
+            ``[B, 2C, H/8, W/8]`` or ``[B, 2C, T, H/8, W/8]``.
 
         Raises:
             UserError: neither images nor videos, or H or W is not a multiple of the spatial ratio.
@@ -285,21 +294,19 @@ class AutoEncoder2D(nn.Module):
         """Posterior over *raw* latents."""
         return DiagonalGaussian(self.encode_moments(x))
 
+    def encode_stored(self, x: Tensor) -> Tensor:
+        """Posterior moments, see :meth:`encode_moments`."""
+        return self.encode_moments(x)
+
+    def from_stored(
+        self, stored: Tensor, generator: torch.Generator | None = None, sample_posterior: bool = True
+    ) -> Tensor:
+        """Normalised latents ``[B, C, ...]`` of posterior moments ``[B, 2C, ...]``; their mean if the config says
+        ``sample=False``."""
+        return self._latent(DiagonalGaussian(stored), sample_posterior, generator)
+
     def _latent(self, posterior: DiagonalGaussian, sample: bool, generator: torch.Generator | None) -> Tensor:
         return self.normalize(posterior.sample(generator) if sample and self.config.sample else posterior.mode())
-
-    def encode(self, x: Tensor, sample_posterior: bool = True, generator: torch.Generator | None = None) -> Tensor:
-        """Images or videos to normalised latents.
-
-        Args:
-            x: ``[B, 3, H, W]`` or ``[B, 3, T, H, W]`` in [-1, 1].
-            sample_posterior: draw from the posterior (unless the config says ``sample=False``), otherwise its mean.
-            generator: source of the posterior noise.
-
-        Returns:
-            ``[B, C, H/8, W/8]`` or ``[B, C, T, H/8, W/8]``.
-        """
-        return self._latent(self.encode_posterior(x), sample_posterior, generator)
 
     def decode(self, z: Tensor) -> Tensor:
         """Normalised latents ``[B, C, h, w]`` or ``[B, C, T, h, w]`` to pixels, 8 times as high and wide."""
@@ -334,6 +341,7 @@ def fields_of_shapes(shapes: Shapes) -> dict[str, Any]:
 
 
 @MODELS.register_module("autoencoder_2d")
+@WeightKind("an image autoencoder", "encoder.down.0.block.0.conv1.weight")
 def build_autoencoder_2d(
     from_pretrained: str | None = None,
     device_map: str | torch.device = "cpu",

@@ -12,11 +12,12 @@ from opensora.acceleration.devices import torch_dtype
 from opensora.config.options import OptimOptions
 from opensora.datasets.buckets import BucketTable
 from opensora.diffusion.conditions import CONDITIONS
+from opensora.models.autoencoder import Autoencoder, check_buckets
 from opensora.models.build import MAX_CPU_PARAMETERS, build_on_meta, check_weights, count_parameters
 from opensora.models.mmdit.loading import explain_mismatch, layout_metadata
 from opensora.registry import MODELS, build_module
 from opensora.training.cached import encoders_to_load
-from opensora.training.checks import check_frames, check_loop
+from opensora.training.checks import check_loop
 from opensora.training.diffusion.inputs import InputOptions
 from opensora.training.diffusion.samples import sampling_config
 from opensora.training.diffusion.validation import check_validation
@@ -48,7 +49,7 @@ def check_config(cfg: Any) -> InputOptions:
     model: Any = build_on_meta(cfg.model)
     ae = build_module({**cfg.ae, "from_pretrained": None}, MODELS, device_map="meta")
     _check_sizes(cfg, model, ae)
-    check_frames(cfg.bucket_config, ae)
+    check_buckets(cfg.bucket_config, ae)
     multiple = ae.compression[1] * cfg.patch_size
     BucketTable(cfg.bucket_config, multiple)
     _check_trained(cfg, model)
@@ -88,7 +89,7 @@ def _check_conditions(cfg: Any) -> None:
         )
 
 
-def _check_sizes(cfg: Any, model: Any, ae: Any) -> None:
+def _check_sizes(cfg: Any, model: Any, ae: Autoencoder) -> None:
     """Channels, patches and text widths of the sections against each other."""
     patch, channels = cfg.patch_size, ae.latent_channels
     expected = channels * patch**2

@@ -14,7 +14,7 @@ from opensora.diffusion.flow import flow_matching_loss, interpolate, sample_time
 from opensora.diffusion.latents import pack, prepare_ids
 from opensora.encoded.dataset import WHOLE, batch_key, run_name
 from opensora.encoded.memory import Kept, even_group
-from opensora.models.vae.posterior import DiagonalGaussian
+from opensora.models.autoencoder import Autoencoder
 from opensora.training.cached import condition_pixels, condition_runs
 
 TEXTS_AT_A_TIME = 8  # where embeddings are kept
@@ -38,7 +38,7 @@ class InputEncoder:
     """Frozen encoders of a diffusion training run.
 
     Args:
-        ae: autoencoder; one with a posterior has ``encode_moments`` and ``normalize``, another ``encode``.
+        ae: autoencoder.
         t5, clip: text encoders, ``list[str] -> [B, L, D]`` and ``[B, D]``.
         options: see :class:`InputOptions`.
         keep: remember encoder outputs in memory, row by row; for small datasets. Of a clip that :meth:`knows` knows,
@@ -47,12 +47,11 @@ class InputEncoder:
     """
 
     def __init__(
-        self, ae: Any, t5: nn.Module, clip: nn.Module, options: InputOptions, keep: bool = False,
+        self, ae: Autoencoder, t5: nn.Module, clip: nn.Module, options: InputOptions, keep: bool = False,
         micro_batch: int = 8,
     ) -> None:  # fmt: skip
         self.ae, self.t5, self.clip, self.options = ae, t5, clip, options
         self.micro_batch = micro_batch
-        self._has_posterior = hasattr(ae, "encode_moments")
         self._kept = (Kept(), Kept()) if keep else None  # of clips, of texts
         with torch.no_grad():
             self._null_txt, self._null_vec = t5([""]), clip([""])
@@ -139,18 +138,11 @@ class InputEncoder:
         stored = batch.get(batch_key(WHOLE))
         if stored is None:
             stored = self._encode(batch["video"])
-        return self._latent(stored, generator)
+        return self.ae.from_stored(stored, generator)
 
     def _encode(self, clips: Tensor) -> Tensor:
-        """What the autoencoder makes of clips before sampling: posterior moments ``[B, 2C, t, h, w]``, or latents."""
-        encode = self.ae.encode_moments if self._has_posterior else self.ae.encode
-        return torch.cat([encode(part) for part in clips.split(self.micro_batch)])
-
-    def _latent(self, encoded: Tensor, generator: torch.Generator) -> Tensor:
-        """Latents ``[B, C, t, h, w]`` of what :meth:`_encode` returned; sampled anew each time."""
-        if not self._has_posterior:
-            return encoded
-        return self.ae.normalize(DiagonalGaussian(encoded).sample(generator))
+        """What is to be stored of clips, a few at a time."""
+        return torch.cat([self.ae.encode_stored(part) for part in clips.split(self.micro_batch)])
 
     def _condition(self, x_0: Tensor, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor | None:
         """Mask and reference latents ``[B, 1 + C, t, h, w]``; the given frames are encoded on their own."""
@@ -171,7 +163,7 @@ class InputEncoder:
                 moments = self._encode(torch.stack([span.cut(batch["video"][i], run[1]) for i in rows]))
             else:
                 moments = stored[rows]
-            encoded = self._latent(moments, generator)
+            encoded = self.ae.from_stored(moments, generator)
             latents.update({(i, run): latent for i, latent in zip(rows, encoded)})
         refs = [[latents[i, run] for run in runs] or None for i, runs in enumerate(needs)]
         return build_condition(x_0, types, refs, causal)

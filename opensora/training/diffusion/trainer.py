@@ -260,7 +260,7 @@ class Trainer:
         held_out = validation.encoder(encoder) if validation is not None else None
         samples = None
         if self.cfg.samples:
-            models = {"model": model, "ae": encoder.ae, "t5": encoder.t5, "clip": encoder.clip}
+            models: dict[str, Any] = {"model": model, "ae": encoder.ae, "t5": encoder.t5, "clip": encoder.clip}
             if self.parallel.rank:  # all ranks take part, the first one keeps what they make
                 self._scratch = tempfile.TemporaryDirectory()
                 folder = Path(self._scratch.name)

@@ -11,10 +11,11 @@ from opensora.acceleration.parallel_context import Sizes
 from opensora.acceleration.plugins import plugin_name
 from opensora.config.options import OptimOptions
 from opensora.datasets.buckets import BucketTable
+from opensora.models.autoencoder import Autoencoder, LatentSpec, as_autoencoder, check_buckets
 from opensora.models.build import build_on_meta, check_weights
 from opensora.models.vae.losses import VAELoss
 from opensora.models.vae.lpips import LPIPSSource, build_lpips
-from opensora.training.checks import check_frames, check_loop
+from opensora.training.checks import check_loop
 from opensora.training.report.trackers import check_trackers
 from opensora.training.vae.adversarial import AdversarialOptions
 from opensora.training.vae.loss import LengthMixer
@@ -90,21 +91,19 @@ def check_config(cfg: Any, world_size: int = 1) -> VAEPlan:
     check_plugin(cfg, world_size)
     check_trackers(cfg)
     check_weights("model", cfg.model)
-    autoencoder: Any = build_on_meta(cfg.model)
+    autoencoder: Any = as_autoencoder(build_on_meta(cfg.model))
     multiple = max(SIZE_MULTIPLE, *autoencoder.compression[1:])
     tables = [BucketTable(config, multiple) for config in (cfg.bucket_config, cfg.image_bucket_config) if config]
     for config in (cfg.bucket_config, cfg.image_bucket_config):
         check_lengths(config or {}, autoencoder)
     check_loss(cfg.vae_loss_config)
-    if cfg.grad_checkpoint and not hasattr(autoencoder, "set_grad_checkpoint"):
+    if cfg.grad_checkpoint and not autoencoder.supports_grad_checkpoint:
         raise UserError(f"grad_checkpoint=True: {cfg.model['type']!r} does not recompute blocks; set False")
     adversarial = check_adversarial(cfg, tables) if cfg.discriminator else None
     check_freeze(cfg.freeze_layers, autoencoder, adversarial is not None)
     if not 0 <= cfg.mixed_image_ratio <= 1:
         raise UserError(f"mixed_image_ratio={cfg.mixed_image_ratio}: a share, from 0 to 1")
-    mixer = LengthMixer(
-        cfg.mixed_strategy, cfg.mixed_image_ratio, autoencoder.compression[0], bool(autoencoder.is_causal)
-    )
+    mixer = LengthMixer(cfg.mixed_strategy, cfg.mixed_image_ratio, LatentSpec.of(autoencoder))
     return VAEPlan(multiple, mixer, adversarial)
 
 
@@ -131,16 +130,16 @@ def check_plugin(cfg: Any, world_size: int) -> None:
         require_colossalai(on_cpu=False)
 
 
-def check_lengths(bucket_config: Mapping[str, Mapping[int, Any]], autoencoder: Any) -> None:
+def check_lengths(bucket_config: Mapping[str, Mapping[int, Any]], autoencoder: Autoencoder) -> None:
     """Refuse bucket lengths that do not come back from the autoencoder.
 
     Raises:
         UserError: names the length and the nearest valid one.
     """
-    check_frames(bucket_config, autoencoder)
+    check_buckets(bucket_config, autoencoder)
     for resolution, lengths in bucket_config.items():
         for frames in lengths:
-            if frames > 1 and autoencoder.get_latent_size((frames, 64, 64))[0] == 1:
+            if not autoencoder.keeps_length(frames):
                 raise UserError(
                     f"bucket_config[{resolution!r}]: {frames} frames have one latent frame, which this autoencoder "
                     f"decodes to a picture; use 1 or {2 * autoencoder.compression[0]}"

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from opensora.datasets.dataloader import to_device
+from opensora.models.autoencoder import LatentSpec
 from opensora.models.vae.losses import VAELoss
 from opensora.training.checkpoint.folder import RunningStates
 from opensora.training.vae.adversarial import AdversarialEngine
 
 VIDEO_IMAGE, VIDEO_RANDOM = "mixed_video_image", "mixed_video_random"
+CAUSAL = LatentSpec((4, 8, 8), is_causal=True)
 
 
 @dataclass(frozen=True)
@@ -24,15 +26,13 @@ class LengthMixer:
             cut to a length drawn from all that the autoencoder takes; None: left as they are.
         image_ratio: share of micro-batches that "mixed_video_image" cuts. With several ranks, the first always keeps
             its clips and the others make up for it.
-        time_ratio: frames per latent frame of the autoencoder.
-        is_causal: the first frame has a latent of its own.
+        spec: sizes of the autoencoder's latents.
         replicas, rank: data-parallel size and place.
     """
 
     strategy: str | None = None
     image_ratio: float = 0.0
-    time_ratio: int = 4
-    is_causal: bool = True
+    spec: LatentSpec = CAUSAL
     replicas: int = 1
     rank: int = 0
 
@@ -49,8 +49,7 @@ class LengthMixer:
 
     def lengths(self, frames: int) -> list[int]:
         """Lengths up to ``frames`` that come back from the autoencoder as they were."""
-        first = self.time_ratio + 1 if self.is_causal else 2 * self.time_ratio  # less is a picture once decoded
-        return [1, *range(first if self.time_ratio > 1 else 2, frames + 1, self.time_ratio)]
+        return [length for length in range(1, frames + 1) if self.spec.keeps_length(length)]
 
     def __call__(self, video: Tensor, generator: torch.Generator) -> Tensor:
         """``[B, 3, T, H, W]``, cut to its first frames where the generator says so."""

@@ -17,10 +17,6 @@ from opensora.acceleration.rank_zero import from_rank_zero
 from opensora.acceleration.sharding import WeightLayout
 from opensora.datasets.dataloader import build_train_loader, endless, prefetch
 from opensora.models.build import build_on_meta
-from opensora.models.dc_ae import DCAE
-from opensora.models.dc_ae import inflate as dc_ae_inflate
-from opensora.models.hunyuan_vae import AutoencoderKLCausal3D
-from opensora.models.hunyuan_vae import inflate as hunyuan_inflate
 from opensora.registry import DATASETS, MODELS, build_module
 from opensora.training.checkpoint.folder import RunningStates, find_checkpoint, load_states, load_weights
 from opensora.training.checks import check_unfinished
@@ -145,10 +141,7 @@ class VAETrainer:
         cfg = self.cfg
         model, dtype = self._build("model", cfg.seed)
         if cfg.grad_checkpoint:
-            model.set_grad_checkpoint()
-            if cfg.discriminator and hasattr(model.decoder, "grad_checkpoint_output"):
-                # The adaptive weight takes gradients of the last layer twice more: it would be recomputed each time.
-                model.decoder.grad_checkpoint_output = False
+            model.set_grad_checkpoint(last_layer=not cfg.discriminator)
         if self.resume:
             model.load_state_dict(load_weights(self.resume))
         if cfg.freeze_layers == "all":
@@ -265,11 +258,7 @@ class VAETrainer:
 
     def _inflate(self) -> None:
         """From pictures to videos: kernels then treat each frame as the picture they were trained on."""
-        if isinstance(self.model, AutoencoderKLCausal3D):
-            hunyuan_inflate.inflate_from_images(self.model)
-        elif isinstance(self.model, DCAE):
-            dc_ae_inflate.inflate_from_images(self.model)
-        else:
+        if not self.model.inflate_from_images():
             return
         if self.weights.masters is not None:
             self.weights.masters.load_state_dict({name: p.detach() for name, p in self.model.named_parameters()})

@@ -11,6 +11,7 @@ from opensora.config.commands import InferenceOptions
 from opensora.diffusion.decode import DecodeMemoryError
 from opensora.diffusion.offload import on_device
 from opensora.diffusion.pipeline import VideoPipeline
+from opensora.models.autoencoder import Autoencoder
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_image, save_video
@@ -156,10 +157,11 @@ def test_offload_is_undone_after_an_error():
         assert not module.weight.is_meta
 
 
-class PictureAutoencoder(nn.Module):
+class PictureAutoencoder(nn.Module, Autoencoder):
     """Stands in for an image autoencoder: latents [B, 4, 1, h, w] to pixels [B, 3, 1, 8h, 8w]."""
 
-    compression = (1, 8, 8)
+    compression, is_causal, latent_channels = (1, 8, 8), False, 4
+    encode_stored = get_last_layer = None  # not asked for
 
     def decode(self, z):
         return z[:, :3].repeat_interleave(8, -1).repeat_interleave(8, -2).tanh()
@@ -188,7 +190,7 @@ def test_latents_survive_a_failed_decode(tiny_config, monkeypatch):
     tilings = []
 
     def decode(z):
-        tilings.append(pipe.models["ae"].config.use_spatial_tiling)
+        tilings.append(pipe.models["ae"].tiling.use_spatial)
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(pipe.models["ae"], "decode", decode)
@@ -196,7 +198,7 @@ def test_latents_survive_a_failed_decode(tiny_config, monkeypatch):
         pipe("a", seed=0)
     assert caught.value.latents.shape == (1, 4, 3, 4, 4)
     assert tilings == [False, True], "tiles are tried"
-    assert pipe.models["ae"].config.use_spatial_tiling is False
+    assert pipe.models["ae"].tiling.use_spatial is False
 
 
 def test_loras_and_their_strength(tiny_config, tmp_path):
