@@ -1,0 +1,82 @@
+"""Tables of what a config key may name: solvers, attention kernels and the like, shipped ones and a user's own."""
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar, cast
+
+from opensora.utils.errors import UserError
+
+T = TypeVar("T")
+Registered = TypeVar("Registered")
+
+
+class Choices(Generic[T]):
+    """Names that a config key may hold, and what they stand for.
+
+    The names are known at once, for help texts and checks; what stands behind a shipped one is imported when it is
+    asked for. A user's own module adds to the table::
+
+        @SOLVERS.register("midpoint")
+        def midpoint(...): ...
+
+    Args:
+        kind: what the names are, for messages: ``solver``.
+        places: shipped names in the order of help texts, each with its place ``module:attribute``.
+    """
+
+    def __init__(self, kind: str, places: Mapping[str, str] | None = None) -> None:
+        self.kind = kind
+        self.places = MappingProxyType(dict(places or {}))
+        self._added: dict[str, T] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that can be chosen, imported or not: shipped ones first."""
+        return (*self.places, *self._added)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places or name in self._added
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def get(self, name: str) -> T:
+        """What a name stands for; imports its module first if need be.
+
+        Raises:
+            UserError: no such name; says the nearest one, or all.
+        """
+        self.check(name)
+        if name in self._added:
+            return self._added[name]
+        module, _, attribute = self.places[name].partition(":")
+        return cast(T, getattr(importlib.import_module(module), attribute))
+
+    def check(self, name: Any) -> None:
+        """Raise the UserError of :meth:`get` for a name that is not in the table; imports nothing."""
+        if name in self:
+            return
+        near = difflib.get_close_matches(str(name), self.names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(self.names) or 'none'}"
+        raise UserError(f"unknown {self.kind} {name!r}; {hint}")
+
+    def add(self, name: str, value: T) -> None:
+        """Add a choice.
+
+        Raises:
+            UserError: the name is taken.
+        """
+        if name in self:
+            raise UserError(f"the {self.kind} {name!r} is there already: register yours under another name")
+        self._added[name] = value
+
+    def register(self, name: str) -> Callable[[Registered], Registered]:
+        """Decorator that adds a function or class under a name, and leaves it as it is. Raises as :meth:`add`."""
+
+        def keep(value: Registered) -> Registered:
+            self.add(name, cast(T, value))
+            return value
+
+        return keep
