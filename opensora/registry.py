@@ -53,10 +53,11 @@ def build_module(
 def _build_typed(name: str, factory: Callable[..., Any], group: type[Component], arguments: Mapping[str, Any]) -> Any:
     """Call a factory with its option group and the arguments that are not of the group."""
     runtime = [*inspect.signature(factory).parameters][1:]
-    checked = _checked(name, group_options(group), runtime, arguments)
+    options = group_options(group)
+    checked = _checked(name, options, runtime, arguments)
     check_required(group, checked, f"'{name}'")
-    config = as_group(group, {"type": name, **{key: checked[key] for key in checked if key not in runtime}})
-    return factory(config, **{key: checked[key] for key in runtime if key in checked})
+    config = as_group(group, {"type": name, **{key: value for key, value in checked.items() if key in options}})
+    return factory(config, **{key: value for key, value in checked.items() if key not in options})
 
 
 def _checked_arguments(

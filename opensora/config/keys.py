@@ -160,6 +160,41 @@ def read_group(group: type[Group], data: Mapping[str, Any], path: str, where: st
     return as_group(group, check_value({k: v for k, v in data.items() if k != "type"}, option, path, where))
 
 
+def read_section(content: Mapping[str, Any], registry: LazyRegistry, path: str = "section") -> Any:
+    """A section with a ``type`` from plain values, as an instance of that type's option group.
+
+    Args:
+        content: ``type`` and its keys.
+        registry: where the type is looked up.
+        path: dotted name of the section, for messages.
+
+    Raises:
+        UserError: an unknown type or key, a value of another type or out of its bounds.
+    """
+    registry.resolve(content.get("type", ""))
+    group = registry.config_of(content["type"]) or registry.base
+    option = Option(path, group, {}, {"group": group, "open": group is registry.base})
+    checked = check_value({key: value for key, value in content.items() if key != "type"}, option, path, "config")
+    return as_group(group, {"type": content["type"], **checked})
+
+
+def given_config(group: type[Group], config: Group | str | None, keys: Mapping[str, Any], path: str) -> Group:
+    """The option group that a factory was called with: as it is, or as keys; a text is the value of its main key.
+
+    Args:
+        group: option group of the factory, with a ``main_key``.
+        config: first argument of the factory.
+        keys: its further ones.
+        path: name of the section, for messages.
+
+    Raises:
+        UserError: see :func:`read_group`.
+    """
+    if isinstance(config, group):
+        return dataclasses.replace(config, **keys) if keys else config
+    return read_group(group, {**({group.main_key: config} if config is not None else {}), **keys}, path)  # type: ignore[attr-defined]
+
+
 def check_required(group: type, data: Mapping[str, Any], path: str) -> None:
     """Raise a UserError if a model is to be built without a key that every config has to give."""
     missing = [key for key, option in group_options(group).items() if option.metadata.get("required")]

@@ -81,9 +81,10 @@ def check_bounds(value: Any, metadata: Mapping[str, Any], name: str) -> None:
             continue
         if not math.isfinite(number):
             raise UserError(f"{name}={value}: must be a finite number")
-        for bound, (holds, words) in BOUNDS.items():
-            if bound in metadata and not holds(number, metadata[bound]):
-                raise UserError(f"{name}={value}: must be {words} {metadata[bound]}")
+        bounds = [(*BOUNDS[bound], metadata[bound]) for bound in BOUNDS if bound in metadata]
+        if not all(holds(number, limit) for holds, _, limit in bounds):
+            expected = " and ".join(f"{words} {limit}" for _, words, limit in bounds)
+            raise UserError(f"{name}={value}: must be {expected}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,7 @@ class Options:
     """
 
     aliases: ClassVar[dict[str, str]] = {}
+    path: ClassVar[str] = ""  # where a config has these keys, with a dot, for messages
 
     given: tuple[str, ...] = field(default=(), repr=False, compare=False)
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -106,7 +108,12 @@ class Options:
     def __post_init__(self) -> None:
         for key in dataclasses.fields(self):
             if key.metadata:
-                check_bounds(getattr(self, key.name), key.metadata, key.name)
+                check_bounds(getattr(self, key.name), key.metadata, f"{self.path}{key.name}")
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all keys are given that every config has to give."""
+        return all(key.name in self.given for key in dataclasses.fields(self) if key.metadata.get("required"))
 
     def to_dict(self) -> dict[str, Any]:
         """What was given, in its order, and what differs from the defaults; sections as dicts, too."""
@@ -154,6 +161,8 @@ class Component(Options):
 class ModelOptions(Component):
     """A model; its weights are read from where ``from_pretrained`` says."""
 
+    main_key: ClassVar[str] = "from_pretrained"
+
     from_pretrained: str | None = opt(None, "weight file, folder or hub path")
     cache_dir: str | None = opt(None, "folder of hub downloads")
 
@@ -161,6 +170,8 @@ class ModelOptions(Component):
 @dataclass(frozen=True, kw_only=True)
 class DatasetOptions(Component):
     """A table."""
+
+    main_key: ClassVar[str] = "data_path"
 
     data_path: str | None = opt(None, "csv or parquet table")
 
@@ -316,103 +327,6 @@ class DiscriminatorLossOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DcAeCoderOptions(Options):
-    """Layout of one half of the DC-AE, where it differs from the named model."""
-
-    width_list: list[int] | None = opt(None, "channels per stage")
-    depth_list: list[int] | None = opt(None, "blocks per stage")
-    block_type: list[str] | str | None = opt(None, "block per stage: ResBlock, EViTS5_GLU")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DcAeEncoderOptions(DcAeCoderOptions):
-    """Layout of the encoder."""
-
-    temporal_downsample: list[bool] | None = opt(None, "per stage, whether frames are halved after it")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DcAeDecoderOptions(DcAeCoderOptions):
-    """Layout of the decoder."""
-
-    temporal_upsample: list[bool] | None = opt(None, "per stage, whether frames are doubled before it")
-
-
-# ------------------------------------------------------------------------------------------------ sections with `type`
-
-
-@dataclass(frozen=True, kw_only=True)
-class HunyuanVAEOptions(ModelOptions):
-    """Causal 3D autoencoder (`hunyuan_vae`)."""
-
-    act_fn: str = opt("silu", "activation")
-    in_channels: int = opt(3, "channels of the video")
-    out_channels: int = opt(3, "channels of the output")
-    latent_channels: int = opt(16, "channels of the latent")
-    layers_per_block: int = opt(2, "residual layers per stage")
-    norm_num_groups: int = opt(32, "groups of each GroupNorm")
-    scale_factor: float | list[float] = opt(0.476986, "latents are multiplied by it")
-    shift_factor: float | list[float] = opt(0.0, "subtracted from latents before scaling")
-    time_compression_ratio: int = opt(4, "frames per latent frame", "frames")
-    spatial_compression_ratio: int = opt(8, "pixels per latent pixel side", "px")
-    mid_block_add_attention: bool = opt(True, "attention in the middle block")
-    block_out_channels: list[int] = opt([128, 256, 512, 512], "channels per stage")
-    sample_size: int = opt(256, "side of a spatial tile", "px")
-    sample_tsize: int = opt(64, "length of a temporal tile", "frames")
-    tile_overlap_factor: float = opt(0.25, "share of a tile that overlaps the next")
-    use_slicing: bool = opt(False, "one batch item at a time")
-    use_spatial_tiling: bool = opt(False, "encode and decode in spatial tiles")
-    use_temporal_tiling: bool = opt(False, "encode and decode in temporal tiles")
-    dropout: float = opt(0.0, "dropout in residual layers")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DcAeOptions(ModelOptions):
-    """Deep-compression video autoencoder (`dc_ae`)."""
-
-    model_name: str = opt("dc-ae-f32t4c128", "named layout")
-    from_scratch: bool = opt(False, "build the layout instead of fetching it from the hub")
-    strict_load: bool = opt(True, "refuse weights with missing or unexpected keys")
-    is_training: bool = opt(False, "encode whole batches without scaling")
-    use_spatial_tiling: bool = opt(False, "encode and decode in spatial tiles")
-    use_temporal_tiling: bool = opt(False, "encode and decode in temporal tiles")
-    spatial_tile_size: int = opt(256, "side of a spatial tile", "px")
-    temporal_tile_size: int = opt(32, "length of a temporal tile", "frames")
-    tile_overlap_factor: float = opt(0.25, "share of a tile that overlaps the next")
-    scaling_factor: float | None = opt(None, "latents are divided by it")
-    disc_off_grad_ckpt: bool = opt(False, "do not recompute the last layer (adaptive GAN weight needs it)")
-    latent_channels: int | None = opt(None, "channels of the latent, if other than the layout's")
-    encoder: DcAeEncoderOptions | None = section(DcAeEncoderOptions, "changes to the encoder's layout", open=True)
-    decoder: DcAeDecoderOptions | None = section(DcAeDecoderOptions, "changes to the decoder's layout", open=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AutoEncoder2DOptions(ModelOptions):
-    """Image autoencoder (`autoencoder_2d`)."""
-
-    strict_load: bool = opt(True, "refuse weights with missing or unexpected keys")
-    resolution: int = opt(256, "side of the training images", "px")
-    in_channels: int = opt(3, "channels of the image")
-    ch: int = opt(128, "channels of the first stage")
-    out_ch: int = opt(3, "channels of the output")
-    ch_mult: list[int] = opt([1, 2, 4, 4], "channels per stage over ch")
-    num_res_blocks: int = opt(2, "residual blocks per stage")
-    z_channels: int = opt(16, "channels of the latent")
-    scale_factor: float = opt(0.3611, "latents are multiplied by it")
-    shift_factor: float = opt(0.1159, "subtracted from latents before scaling")
-    sample: bool = opt(True, "draw from the posterior instead of taking its mode")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextEmbedderOptions(ModelOptions):
-    """Frozen T5 or CLIP text encoder (`text_embedder`)."""
-
-    from_pretrained: str | None = opt(None, "folder or hub id")
-    max_length: int = opt(512, "length that texts are padded and cut to", "tokens")
-    shardformer: bool = opt(False, "ColossalAI's fused layers where present")
-
-
-@dataclass(frozen=True, kw_only=True)
 class TextDatasetOptions(DatasetOptions):
     """Table of texts (`text`)."""
 
@@ -439,14 +353,3 @@ class CachedVideoTextDatasetOptions(VideoTextDatasetOptions):
     cache_dir: str | None = opt(None, "folder that scripts/diffusion/cache.py wrote")
     return_latents_path: bool = opt(False, "samples name their latent file")
     load_original_video: bool | None = opt(None, "read the clip too; none does where its latents are not cached")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiscriminatorOptions(ModelOptions):
-    """Patch discriminator over clips (`N_Layer_discriminator_3D`)."""
-
-    input_nc: int = opt(3, "channels of the video")
-    ndf: int = opt(64, "channels of the first layer")
-    n_layers: int = opt(5, "layers")
-    conv_cls: str = opt("conv3d", "kind of convolution")
-    dropout: float = opt(0.3, "dropout after each layer")

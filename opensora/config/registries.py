@@ -113,18 +113,23 @@ class LazyRegistry(Registry):
 
 
 GROUPS = "opensora.config.options"
+PLACE = "opensora.models"
 MODELS = LazyRegistry(
     "model",
     {
-        "flux": Entry("opensora.models.mmdit.model", "opensora.models.mmdit.config:MMDiTConfig", ("diffusion",)),
-        "hunyuan_vae": Entry("opensora.models.hunyuan_vae", f"{GROUPS}:HunyuanVAEOptions", ("autoencoder",)),
-        "dc_ae": Entry("opensora.models.dc_ae", f"{GROUPS}:DcAeOptions", ("autoencoder",)),
-        "autoencoder_2d": Entry(
-            "opensora.models.vae.autoencoder_2d", f"{GROUPS}:AutoEncoder2DOptions", ("autoencoder", "image autoencoder")
+        "flux": Entry(f"{PLACE}.mmdit.model", f"{PLACE}.mmdit.config:MMDiTConfig", ("diffusion",)),
+        "hunyuan_vae": Entry(
+            f"{PLACE}.hunyuan_vae.autoencoder", f"{PLACE}.hunyuan_vae.config:HunyuanVAEConfig", ("autoencoder",)
         ),
-        "text_embedder": Entry("opensora.models.text", f"{GROUPS}:TextEmbedderOptions", ("text",)),
+        "dc_ae": Entry(f"{PLACE}.dc_ae.autoencoder", f"{PLACE}.dc_ae.config:DCAEConfig", ("autoencoder",)),
+        "autoencoder_2d": Entry(
+            f"{PLACE}.vae.autoencoder_2d",
+            f"{PLACE}.vae.config:AutoEncoder2DConfig",
+            ("autoencoder", "image autoencoder"),
+        ),
+        "text_embedder": Entry(f"{PLACE}.text.embedder", f"{PLACE}.text.config:TextEmbedderConfig", ("text",)),
         "N_Layer_discriminator_3D": Entry(
-            "opensora.models.vae.discriminator", f"{GROUPS}:DiscriminatorOptions", ("discriminator",)
+            f"{PLACE}.vae.discriminator", f"{PLACE}.vae.config:DiscriminatorConfig", ("discriminator",)
         ),
     },
     ModelOptions,

@@ -1,12 +1,12 @@
 """From config sections to models: what can be known without weights, and what can be checked early."""
 
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
+from opensora.config.options import ModelOptions
 from opensora.models.kinds import released_weights
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
@@ -20,31 +20,30 @@ logger = get_logger(__name__)
 MAX_CPU_PARAMETERS = 2e9
 
 
-def build_on_meta(section: Mapping[str, Any]) -> nn.Module:
+def build_on_meta(section: ModelOptions) -> nn.Module:
     """The model of a config section without weights or memory, to ask it for sizes and parameter counts.
 
     Raises:
         UserError: unknown type or argument, or sizes that do not fit together.
     """
-    bare = {key: value for key, value in section.items() if key not in ("from_pretrained", "cache_dir")}
     with torch.device("meta"):
-        return build_module(bare, MODELS, device_map="meta")
+        return build_module(replace(section, from_pretrained=None), MODELS, device_map="meta")
 
 
 def build_ready(
-    section: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype, name: str = "model"
+    section: ModelOptions, device: torch.device | str, dtype: torch.dtype, name: str = "model"
 ) -> nn.Module:
     """The model of a config section, loaded, frozen and in eval mode.
 
     Without ``from_pretrained`` it starts from random weights, and the log says so.
     """
     model = build_module(section, MODELS, device_map=device, torch_dtype=dtype).eval().requires_grad_(False)
-    if not section.get("from_pretrained") and not released_weights(section):
+    if not section.from_pretrained and not released_weights(section):
         logger.warning("%s: random weights (%s.from_pretrained is not set), so its output means nothing", name, name)
     return model
 
 
-def check_weights(name: str, section: Mapping[str, Any]) -> None:
+def check_weights(name: str, section: ModelOptions) -> None:
     """See that the weights of a section are there and readable, without loading them.
 
     Hub ids, which would have to be downloaded, pass; so does a model that is to have random weights.
@@ -52,8 +51,8 @@ def check_weights(name: str, section: Mapping[str, Any]) -> None:
     Raises:
         UserError: missing (with the command that downloads them) or damaged.
     """
-    path = section.get("from_pretrained")
-    if section.get("type") == "text_embedder":
+    path = section.from_pretrained
+    if section.type == "text_embedder":
         from opensora.models.text.embedder import encoder_kind
 
         if not path:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from opensora.config.options import ModelOptions
 from opensora.registry import MODELS
 from opensora.utils.errors import UserError
 
@@ -25,7 +26,7 @@ class WeightKind:
     name: str
     tensor: str
     section: str = "ae"
-    released: Callable[[Mapping[str, Any]], str | None] = lambda section: None
+    released: Callable[[Any], str | None] = lambda config: None
 
     def __call__(self, factory: Factory) -> Factory:
         """Declare, as a decorator, that a registered factory loads files of this kind."""
@@ -38,9 +39,9 @@ def kind_of(factory: Callable[..., Any]) -> WeightKind | None:
     return getattr(factory, "weight_kind", None)
 
 
-def released_weights(section: Mapping[str, Any]) -> str | None:
+def released_weights(section: ModelOptions) -> str | None:
     """Weights that the model of a config section gets without ``from_pretrained``; None for random ones."""
-    kind = kind_of(MODELS.resolve(section["type"]))
+    kind = kind_of(MODELS.resolve(section.type))
     return None if kind is None else kind.released(section)
 
 
@@ -77,13 +78,13 @@ def explain_other_kind(model_type: str, shapes: Shapes) -> list[str]:
 
 
 def explain_autoencoder(
-    model_type: str, config: Mapping[str, Any], fields_of: Callable[[Shapes], Mapping[str, Any]], shapes: Shapes
+    model_type: str, values: Mapping[str, Any], fields_of: Callable[[Shapes], Mapping[str, Any]], shapes: Shapes
 ) -> list[str]:
     """Sentences that say how the autoencoder of a file differs from the configured one, and which key to set.
 
     Args:
         model_type: as in `explain_other_kind`.
-        config: fields of the configured autoencoder, by their config keys.
+        values: those of the configured autoencoder, by their config keys.
         fields_of: those of the same fields that shapes reveal.
         shapes: shape of every tensor in the file.
     """
@@ -91,9 +92,9 @@ def explain_autoencoder(
     if other:
         return other
     return [
-        f"The file was made with {key}={value}, the config says {config[key]}: set ae.{key}={value}."
+        f"The file was made with {key}={value}, the config says {values[key]}: set ae.{key}={value}."
         for key, value in fields_of(shapes).items()
-        if value != config[key]
+        if value != values[key]
     ]
 
 

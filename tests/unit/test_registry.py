@@ -150,7 +150,7 @@ def test_shipped_names():
     assert set(DATASETS.names) >= {"text", "video_text", "cached_video_text"}
 
 
-@pytest.mark.parametrize("name", ["flux"])
+@pytest.mark.parametrize("name", sorted(MODELS.entries))
 def test_factories_take_their_option_group(name):
     registry = MODELS if name in MODELS.entries else DATASETS
     group = registry.config_of(name)

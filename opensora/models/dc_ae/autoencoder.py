@@ -1,7 +1,6 @@
 """The deep-compression video autoencoder (DC-AE, arXiv:2410.10733, with a time axis)."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from opensora.config.keys import given_config
 from opensora.models.autoencoder import Autoencoder, LatentMoments, LatentSpec
 from opensora.models.dc_ae.blocks import (
     ConvLayer,
@@ -22,7 +22,7 @@ from opensora.models.dc_ae.blocks import (
     average_channels,
     repeat_channels,
 )
-from opensora.models.dc_ae.config import CoderConfig, DCAEConfig, named_layout, override_coder
+from opensora.models.dc_ae.config import DEFAULT_LAYOUT, DCAEConfig, Stage
 from opensora.models.kinds import Shapes, WeightKind, count, explain_autoencoder, size
 from opensora.models.vae.tiling import Tiling, check_clip
 from opensora.registry import MODELS
@@ -33,14 +33,13 @@ from opensora.utils.weights_loading import load_model
 
 logger = get_logger(__name__)
 
-DEFAULT_LAYOUT = "dc-ae-f32t4c128"
 WEIGHTS = {DEFAULT_LAYOUT: "F32T4C128_AE.safetensors"}  # released file of each layout
 
 
-def _blocks(kind: str, channels: int, depth: int) -> list[nn.Module]:
-    if kind == "ResBlock":
-        return [Residual(ConvPair(channels)) for _ in range(depth)]
-    return [EfficientViTBlock(channels) for _ in range(depth)]
+def _blocks(stage: Stage) -> list[nn.Module]:
+    if stage.block == "ResBlock":
+        return [Residual(ConvPair(stage.width)) for _ in range(stage.depth)]
+    return [EfficientViTBlock(stage.width) for _ in range(stage.depth)]
 
 
 class ProjectToLatent(nn.Module):
@@ -72,17 +71,16 @@ class ProjectFromLatent(nn.Module):
 class Encoder(nn.Module):
     """Pixels ``[B, 3, T, H, W]`` to latents ``[B, C, T/4, H/32, W/32]``; a single frame stays one."""
 
-    def __init__(self, config: CoderConfig, latent_channels: int) -> None:
+    def __init__(self, stages: Sequence[Stage], latent_channels: int) -> None:
         super().__init__()
-        widths = config.width_list
-        self.project_in = ConvLayer(3, widths[0])
+        self.project_in = ConvLayer(3, stages[0].width)
         self.stages = nn.ModuleList()
-        for i, (width, depth, kind) in enumerate(zip(widths, config.depth_list, config.block_type)):
-            ops = _blocks(kind, width, depth)
-            if i < len(widths) - 1:
-                ops.append(Downsample(width, widths[i + 1], config.temporal[i]))
+        for stage, coarser in zip(stages, [*stages[1:], None]):
+            ops = _blocks(stage)
+            if coarser is not None:
+                ops.append(Downsample(stage.width, coarser.width, stage.temporal))
             self.stages.append(OpSequential(ops))
-        self.project_out = ProjectToLatent(widths[-1], latent_channels)
+        self.project_out = ProjectToLatent(stages[-1].width, latent_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
@@ -95,18 +93,18 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents ``[B, C, t, h, w]`` to pixels ``[B, 3, 4t, 32h, 32w]``; a single frame stays one."""
 
-    def __init__(self, config: CoderConfig, latent_channels: int) -> None:
+    def __init__(self, stages: Sequence[Stage], latent_channels: int) -> None:
         super().__init__()
-        widths = config.width_list
         self.grad_checkpoint_output = False
-        self.project_in = ProjectFromLatent(latent_channels, widths[-1])
+        self.project_in = ProjectFromLatent(latent_channels, stages[-1].width)
         self.stages = nn.ModuleList()  # numbered as in the encoder: run from the last to the first
-        for i, (width, depth, kind) in enumerate(zip(widths, config.depth_list, config.block_type)):
+        for stage, coarser in zip(stages, [*stages[1:], None]):
             ops: list[nn.Module] = []
-            if i < len(widths) - 1:
-                ops.append(Upsample(widths[i + 1], width, config.temporal[i]))
-            self.stages.append(OpSequential(ops + _blocks(kind, width, depth)))
-        self.project_out = OpSequential([RMSNorm3d(widths[0]), nn.ReLU(), ConvLayer(widths[0], 3)])
+            if coarser is not None:
+                ops.append(Upsample(coarser.width, stage.width, stage.temporal))
+            self.stages.append(OpSequential(ops + _blocks(stage)))
+        width = stages[0].width
+        self.project_out = OpSequential([RMSNorm3d(width), nn.ReLU(), ConvLayer(width, 3)])
 
     def forward(self, z: Tensor) -> Tensor:
         """See the class."""
@@ -132,8 +130,9 @@ class DCAE(nn.Module, Autoencoder):
         super().__init__()
         self.config = config
         self.tiling = config.tiling()
-        self.encoder = Encoder(config.encoder, config.latent_channels)
-        self.decoder = Decoder(config.decoder, config.latent_channels)
+        channels, encoder, decoder = config.layout
+        self.encoder = Encoder(encoder, channels)
+        self.decoder = Decoder(decoder, channels)
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -143,7 +142,7 @@ class DCAE(nn.Module, Autoencoder):
     @property
     def latent_channels(self) -> int:
         """Number of latent channels C."""
-        return self.config.latent_channels
+        return self.config.layout.latent_channels
 
     @property
     def compression(self) -> tuple[int, int, int]:
@@ -281,79 +280,43 @@ def fields_of_shapes(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def released_weights(section: Mapping[str, Any]) -> str | None:
-    """Hub path of the weights released for the layout of a config section; None where it is changed or from scratch."""
-    name = section.get("model_name", DEFAULT_LAYOUT)
-    changes = (section.get(key) for key in ("latent_channels", "encoder", "decoder"))
-    if section.get("from_scratch") or _layout(name, *changes) != named_layout(name):
-        return None
-    return "/".join(RELEASED[WEIGHTS[name]])
-
-
-def _layout(
-    model_name: str,
-    latent_channels: int | None,
-    encoder: Mapping[str, Any] | None,
-    decoder: Mapping[str, Any] | None,
-) -> DCAEConfig:
-    """A named layout with the changes of a config."""
-    named = named_layout(model_name)
-    return replace(
-        named,
-        latent_channels=named.latent_channels if latent_channels is None else latent_channels,
-        encoder=override_coder(named.encoder, "encoder", encoder),
-        decoder=override_coder(named.decoder, "decoder", decoder),
-    )
+def released_weights(config: DCAEConfig) -> str | None:
+    """Hub path of the weights released for a layout; None where it is changed or from scratch."""
+    return "/".join(RELEASED[WEIGHTS[config.model_name]]) if config.is_released else None
 
 
 @MODELS.register_module("dc_ae")
 @WeightKind("a deep-compression video autoencoder", "encoder.project_in.conv.weight", released=released_weights)
 def build_dc_ae(
-    model_name: str = DEFAULT_LAYOUT,
-    from_pretrained: str | None = None,
+    config: DCAEConfig | str | None = None,
     device_map: str | torch.device = "cpu",
     torch_dtype: torch.dtype = torch.float32,
-    from_scratch: bool = False,
-    cache_dir: str | None = None,
-    strict_load: bool = True,
-    latent_channels: int | None = None,
-    encoder: Mapping[str, Any] | None = None,
-    decoder: Mapping[str, Any] | None = None,
-    **options: Any,
+    **keys: Any,
 ) -> DCAE:
     """Build a deep-compression autoencoder, with weights from a file, from the hub, or freshly initialised.
 
     Args:
-        model_name: layout; the one released is dc-ae-f32t4c128.
-        from_pretrained: weights (see `opensora.utils.weights.resolve_path`).
+        config: layout, scaling, tiling, and the file of the weights (see `opensora.utils.weights.resolve_path`).
+            ``strict_load=False`` tolerates tensors of the file that the model does not have.
         device_map: device of the model; "meta" builds it without memory or weights.
         torch_dtype: dtype of the weights.
-        from_scratch: without ``from_pretrained``, a new model instead of the released weights from the hub. A layout
-            that is changed here, or the meta device, always means a new model.
-        cache_dir: cache of downloaded files.
-        strict_load: False tolerates tensors of the file that the model does not have.
-        latent_channels, encoder, decoder: changes to the layout; see `opensora.models.dc_ae.config.override_coder`.
-        **options: fields of `DCAEConfig` other than these.
+        **keys: those of `DCAEConfig` instead.
 
     Raises:
         UserError: config or weights that do not fit; the message names the key.
     """
-    layout = _layout(model_name, latent_channels, encoder, decoder)
-    config = replace(layout, **options)
-    device = torch.device(device_map)
-    if not from_pretrained and not from_scratch and layout == named_layout(model_name) and device.type != "meta":
-        from_pretrained = "/".join(RELEASED[WEIGHTS[model_name]])
+    own = given_config(DCAEConfig, config, keys, "ae")
+    device, layout = torch.device(device_map), own.layout
+    values = {
+        "latent_channels": layout.latent_channels,
+        "encoder.depth_list": [stage.depth for stage in layout.encoder],
+    }
     return load_model(
-        lambda: DCAE(config),
-        from_pretrained,
+        lambda: DCAE(own),
+        own.from_pretrained or (None if device.type == "meta" else released_weights(own)),
         device,
         torch_dtype,
-        explain=partial(
-            explain_autoencoder,
-            "dc_ae",
-            {"latent_channels": config.latent_channels, "encoder.depth_list": [*config.encoder.depth_list]},
-            fields_of_shapes,
-        ),
-        allow_unexpected=() if strict_load else ("",),
-        cache_dir=cache_dir,
+        explain=partial(explain_autoencoder, "dc_ae", values, fields_of_shapes),
+        allow_unexpected=() if own.strict_load else ("",),
+        cache_dir=own.cache_dir,
     )

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.amp.autocast_mode import is_autocast_available
 from torch.utils.checkpoint import checkpoint
 
+from opensora.models.dc_ae.config import HEAD_DIM
 from opensora.models.hunyuan_vae.blocks import INDEX_LIMIT, upsample_nearest
 
-HEAD_DIM = 32  # channels of an attention head
 Factor = tuple[int, int, int]
 
 

@@ -1,16 +1,23 @@
 """Layout and options of the deep-compression video autoencoder."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+# ruff: noqa: RUF009 - opt() and section() make dataclass fields
 
-from opensora.config.values import coerce, describe
-from opensora.models.dc_ae.blocks import HEAD_DIM
-from opensora.models.vae.tiling import Tiling
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from opensora.config.options import ModelOptions, Options, opt, section
 from opensora.utils.errors import UserError
 from opensora.utils.nearest import nearest_key
 
+if TYPE_CHECKING:
+    from opensora.models.vae.tiling import Tiling
+
 BLOCK_TYPES = ("ResBlock", "EViTS5_GLU")
+HEAD_DIM = 32  # channels of an attention head
+DEFAULT_LAYOUT = "dc-ae-f32t4c128"
 # What every layout of this family has in common; layout files may say it too.
 COMMON = {"is_video": True, "norm": "rms3d", "act": "silu"}
 FIXED = {
@@ -33,99 +40,174 @@ FIXED = {
         "out_act": "relu",
     },
 }
-TEMPORAL = {"encoder": "temporal_downsample", "decoder": "temporal_upsample"}
-FIELDS = dict.fromkeys(TEMPORAL.values(), "temporal")  # of `CoderConfig`, where they are not called like the key
 
 
-@dataclass(frozen=True)
-class CoderConfig:
-    """Layout of an encoder or decoder; lists have one entry per stage, finest first.
+class Stage(NamedTuple):
+    """One stage of an encoder or decoder.
 
-    Args:
-        width_list: channels.
-        depth_list: blocks.
-        block_type: "ResBlock" (convolutions) or "EViTS5_GLU" (linear attention and gated convolution).
+    Attributes:
+        width: channels.
+        depth: blocks.
+        block: "ResBlock" (convolutions) or "EViTS5_GLU" (linear attention and gated convolution).
         temporal: whether frames are halved (encoder: after the stage) or doubled (decoder: before it).
     """
 
-    width_list: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)
-    depth_list: tuple[int, ...] = (2, 2, 2, 3, 3, 3)
-    block_type: tuple[str, ...] = (*("ResBlock",) * 3, *("EViTS5_GLU",) * 3)
-    temporal: tuple[bool, ...] = (False, False, False, True, True, False)
+    width: int
+    depth: int
+    block: str
+    temporal: bool
 
-    def check(self, name: str) -> None:
-        """See that the lists fit together; ``name`` ("encoder", "decoder") is for the message.
+
+@dataclass(frozen=True, kw_only=True)
+class CoderConfig(Options):
+    """Layout of one half, where it differs from the named one; lists have one entry per stage, finest first."""
+
+    name: ClassVar[str]
+    temporal_key: ClassVar[str]
+
+    width_list: list[int] | None = opt(None, "channels per stage")
+    depth_list: list[int] | None = opt(None, "blocks per stage")
+    block_type: list[str] | str | None = opt(None, "block per stage: ResBlock, EViTS5_GLU")
+
+    def stages(self, named: tuple[Stage, ...]) -> tuple[Stage, ...]:
+        """The named layout with these changes; keys that are None change nothing.
 
         Raises:
-            UserError: they do not.
+            UserError: an unknown key, a value that does not exist here, or lists that do not fit together.
         """
-        where = f"ae.{name}"
-        lengths = {
-            "width_list": len(self.width_list),
-            "depth_list": len(self.depth_list),
-            "block_type": len(self.block_type),
-            TEMPORAL[name]: len(self.temporal),
+        self._check_fixed()
+        widths = self.width_list or [stage.width for stage in named]
+        blocks = [self.block_type] * len(widths) if isinstance(self.block_type, str) else self.block_type
+        temporal = getattr(self, self.temporal_key)
+        lists = {
+            "width_list": widths,
+            "depth_list": self.depth_list or [stage.depth for stage in named],
+            "block_type": blocks or [stage.block for stage in named],
+            self.temporal_key: [stage.temporal for stage in named] if temporal is None else temporal,
         }
-        if len(set(lengths.values())) != 1:
-            counts = ", ".join(f"{key} {count}" for key, count in lengths.items())
-            raise UserError(f"{where}: every list needs one entry per stage; found {counts}")
-        if min(self.depth_list, default=0) < 1:
-            raise UserError(f"{where}.depth_list={[*self.depth_list]}: every stage needs at least one block")
-        if min(self.width_list) < 1:
-            raise UserError(f"{where}.width_list={[*self.width_list]}: every stage needs at least one channel")
-        for width, block in zip(self.width_list, self.block_type):
-            if block not in BLOCK_TYPES:
-                raise UserError(f"{where}.block_type: {block!r} is not known; use {' or '.join(BLOCK_TYPES)}")
-            if block == "EViTS5_GLU" and width % HEAD_DIM:
-                raise UserError(f"{where}.width_list: {width} channels; attention stages need multiples of {HEAD_DIM}")
-        for fine, coarse in zip(self.width_list, self.width_list[1:]):
-            if 4 * fine % coarse:
+        if len({len(entries) for entries in lists.values()}) != 1:
+            counts = ", ".join(f"{key} {len(entries)}" for key, entries in lists.items())
+            raise UserError(f"ae.{self.name}: every list needs one entry per stage; found {counts}")
+        stages = tuple(Stage(*entries) for entries in zip(*lists.values()))
+        check_stages(stages, f"ae.{self.name}")
+        return stages
+
+    def _check_fixed(self) -> None:
+        """Other keys of the family may be there, with the one value that they have here."""
+        fixed, own = FIXED[self.name], ["width_list", "depth_list", "block_type", self.temporal_key]
+        for key, value in self.extra.items():
+            where = f"ae.{self.name}.{key}"
+            if key not in fixed:
+                near = nearest_key(key, own)
+                hint = f"did you mean {near!r}?" if near else f"changeable: {', '.join(own)}"
+                raise UserError(f"{where} is not known; {hint}")
+            if value != fixed[key]:
+                raise UserError(f"{where}={value!r} is not possible here; only {fixed[key]!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig(CoderConfig):
+    """Layout of the encoder."""
+
+    name: ClassVar[str] = "encoder"
+    temporal_key: ClassVar[str] = "temporal_downsample"
+
+    temporal_downsample: list[bool] | None = opt(None, "per stage, whether frames are halved after it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig(CoderConfig):
+    """Layout of the decoder."""
+
+    name: ClassVar[str] = "decoder"
+    temporal_key: ClassVar[str] = "temporal_upsample"
+
+    temporal_upsample: list[bool] | None = opt(None, "per stage, whether frames are doubled before it")
+
+
+def check_stages(stages: tuple[Stage, ...], where: str) -> None:
+    """Raise a UserError if stages do not fit together."""
+    for stage in stages:
+        if stage.depth < 1:
+            raise UserError(f"{where}.depth_list={[s.depth for s in stages]}: every stage needs at least one block")
+        if stage.width < 1:
+            raise UserError(f"{where}.width_list={[s.width for s in stages]}: every stage needs at least one channel")
+        if stage.block not in BLOCK_TYPES:
+            raise UserError(f"{where}.block_type: {stage.block!r} is not known; use {' or '.join(BLOCK_TYPES)}")
+        if stage.block == "EViTS5_GLU" and stage.width % HEAD_DIM:
+            raise UserError(
+                f"{where}.width_list: {stage.width} channels; attention stages need multiples of {HEAD_DIM}"
+            )
+    for fine, coarse in pairwise(stages):
+        if 4 * fine.width % coarse.width:
+            raise UserError(
+                f"{where}.width_list: {fine.width} then {coarse.width}; the shortcuts between stages need 4 times the "
+                "channels of a stage to be a multiple of the next one's"
+            )
+
+
+class Layout(NamedTuple):
+    """Both halves, and the channels of a latent, which divide the last width of both."""
+
+    latent_channels: int
+    encoder: tuple[Stage, ...]
+    decoder: tuple[Stage, ...]
+
+    def check(self) -> None:
+        """Raise a UserError if the halves do not fit together."""
+        for name, stages in (("encoder", self.encoder), ("decoder", self.decoder)):
+            if self.latent_channels < 1 or stages[-1].width % self.latent_channels:
                 raise UserError(
-                    f"{where}.width_list: {fine} then {coarse}; the shortcuts between stages need 4 times the "
-                    "channels of a stage to be a multiple of the next one's"
-                )
-
-
-@dataclass(frozen=True)
-class DCAEConfig:
-    """Layout, tiling and scaling; the defaults are those of dc-ae-f32t4c128.
-
-    Args:
-        latent_channels: channels of a latent; must divide the last width of encoder and decoder.
-        encoder, decoder: their layouts.
-        scaling_factor: latents are divided by it when encoding and multiplied when decoding; None for 1.
-        is_training: for training the autoencoder itself: whole batches at a time, no scaling.
-        use_spatial_tiling, use_temporal_tiling: work in tiles where a frame is larger, a video longer than one.
-        spatial_tile_size: side of a tile, in pixels.
-        temporal_tile_size: length of a tile, in frames.
-        tile_overlap_factor: share of a tile that overlaps the next one.
-        disc_off_grad_ckpt: never recompute the decoder's last layers in the backward pass.
-    """
-
-    latent_channels: int = 128
-    encoder: CoderConfig = CoderConfig()
-    decoder: CoderConfig = field(default_factory=lambda: CoderConfig(depth_list=(3,) * 6))
-    scaling_factor: float | None = None
-    is_training: bool = False
-    use_spatial_tiling: bool = False
-    use_temporal_tiling: bool = False
-    spatial_tile_size: int = 256
-    temporal_tile_size: int = 32
-    tile_overlap_factor: float = 0.25
-    disc_off_grad_ckpt: bool = False
-
-    def __post_init__(self) -> None:
-        for name, coder in (("encoder", self.encoder), ("decoder", self.decoder)):
-            coder.check(name)
-            if self.latent_channels < 1 or coder.width_list[-1] % self.latent_channels:
-                raise UserError(
-                    f"ae.latent_channels={self.latent_channels} does not divide {coder.width_list[-1]}, the last "
+                    f"ae.latent_channels={self.latent_channels} does not divide {stages[-1].width}, the last "
                     f"width of ae.{name}.width_list"
                 )
-        if self.encoder.temporal != self.decoder.temporal:
+        if [stage.temporal for stage in self.encoder] != [stage.temporal for stage in self.decoder]:
             raise UserError("ae.encoder.temporal_downsample and ae.decoder.temporal_upsample differ: make them equal")
-        if self.encoder.temporal[-1]:
+        if self.encoder[-1].temporal:
             raise UserError("ae.encoder.temporal_downsample: the last stage has no resampling: set False there")
+
+
+def _half(depths: tuple[int, ...]) -> tuple[Stage, ...]:
+    widths = (128, 256, 512, 512, 1024, 1024)
+    return tuple(
+        Stage(width, depth, BLOCK_TYPES[i > 2], i in (3, 4)) for i, (width, depth) in enumerate(zip(widths, depths))
+    )
+
+
+LAYOUTS = MappingProxyType({DEFAULT_LAYOUT: Layout(128, _half((2, 2, 2, 3, 3, 3)), _half((3,) * 6))})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCAEConfig(ModelOptions):
+    """Deep-compression video autoencoder (`dc_ae`).
+
+    Without ``from_pretrained`` the weights released for the layout come from the hub, unless it is changed here, or
+    built ``from_scratch``.
+
+    Raises:
+        UserError: an unknown layout, or parts that do not fit together.
+    """
+
+    path: ClassVar[str] = "ae."
+
+    model_name: str = opt(DEFAULT_LAYOUT, "named layout")
+    from_scratch: bool = opt(False, "build the layout instead of fetching it from the hub")
+    strict_load: bool = opt(True, "refuse weights with missing or unexpected keys")
+    is_training: bool = opt(False, "encode whole batches without scaling")
+    use_spatial_tiling: bool = opt(False, "encode and decode in spatial tiles")
+    use_temporal_tiling: bool = opt(False, "encode and decode in temporal tiles")
+    spatial_tile_size: int = opt(256, "side of a spatial tile", "px", least=1)
+    temporal_tile_size: int = opt(32, "length of a temporal tile", "frames", least=1)
+    tile_overlap_factor: float = opt(0.25, "share of a tile that overlaps the next", least=0, below=1)
+    scaling_factor: float | None = opt(None, "latents are divided by it")
+    disc_off_grad_ckpt: bool = opt(False, "do not recompute the last layer (adaptive GAN weight needs it)")
+    latent_channels: int | None = opt(None, "channels of the latent, if other than the layout's")
+    encoder: EncoderConfig | None = section(EncoderConfig, "changes to the encoder's layout", open=True)
+    decoder: DecoderConfig | None = section(DecoderConfig, "changes to the decoder's layout", open=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.layout.check()
         if self.scaling_factor == 0:
             raise UserError("ae.scaling_factor=0: latents cannot be divided by it; leave it out for no scaling")
         self.tiling()  # refuses sizes that cannot be tiled
@@ -135,14 +217,37 @@ class DCAEConfig:
                 f"frame; give {2 * self.compression[0]} or more"
             )
 
+    @cached_property
+    def layout(self) -> Layout:
+        """The named layout with the changes of ``latent_channels``, ``encoder`` and ``decoder``."""
+        named = self._named
+        return Layout(
+            named.latent_channels if self.latent_channels is None else self.latent_channels,
+            (self.encoder or EncoderConfig()).stages(named.encoder),
+            (self.decoder or DecoderConfig()).stages(named.decoder),
+        )
+
+    @property
+    def is_released(self) -> bool:
+        """Whether weights of this layout were released, and are wanted."""
+        return not self.from_scratch and self.layout == self._named
+
+    @property
+    def _named(self) -> Layout:
+        if self.model_name not in LAYOUTS:
+            raise UserError(f"ae.model_name={self.model_name!r} is not a known layout; known: {', '.join(LAYOUTS)}")
+        return LAYOUTS[self.model_name]
+
     @property
     def compression(self) -> tuple[int, int, int]:
         """Pixels per latent along (time, height, width)."""
-        space = 2 ** (len(self.encoder.width_list) - 1)
-        return (2 ** sum(self.encoder.temporal), space, space)
+        space = 2 ** (len(self.layout.encoder) - 1)
+        return (2 ** sum(stage.temporal for stage in self.layout.encoder), space, space)
 
-    def tiling(self) -> Tiling:
+    def tiling(self) -> "Tiling":
         """The tiles these fields ask for."""
+        from opensora.models.vae.tiling import Tiling  # needs torch, which reading a config does not
+
         return Tiling(
             compression=self.compression,
             is_causal=False,
@@ -152,55 +257,3 @@ class DCAEConfig:
             use_spatial=self.use_spatial_tiling,
             use_temporal=self.use_temporal_tiling,
         )
-
-
-LAYOUTS = {"dc-ae-f32t4c128": DCAEConfig()}
-
-
-def named_layout(model_name: str) -> DCAEConfig:
-    """Layout by name.
-
-    Raises:
-        UserError: no layout of that name.
-    """
-    if model_name not in LAYOUTS:
-        raise UserError(f"ae.model_name={model_name!r} is not a known layout; known: {', '.join(LAYOUTS)}")
-    return LAYOUTS[model_name]
-
-
-def override_coder(coder: CoderConfig, name: str, changes: Mapping[str, Any] | None) -> CoderConfig:
-    """The layout with the changes of a config section; keys that are None change nothing.
-
-    Args:
-        coder: layout to start from.
-        name: "encoder" or "decoder".
-        changes: ``width_list``, ``depth_list``, ``block_type`` (a list, or one name for all stages) and
-            ``temporal_downsample`` / ``temporal_upsample``. Other keys of the family may be there with the one value
-            they have here.
-
-    Raises:
-        UserError: unknown key, or a value that does not exist here.
-    """
-    hints = {"width_list": list[int], "depth_list": list[int], "block_type": list[str], TEMPORAL[name]: list[bool]}
-    values: dict[str, tuple] = {}
-    for key, value in (changes or {}).items():
-        where = f"ae.{name}.{key}"
-        if key in hints:
-            if value is not None:
-                stages = (changes or {}).get("width_list") or coder.width_list
-                every = [value] * len(stages) if key == "block_type" and isinstance(value, str) else value
-                values[FIELDS.get(key, key)] = _stages(where, every, hints[key])
-        elif key not in FIXED[name]:
-            near = nearest_key(key, hints)
-            hint = f"did you mean {near!r}?" if near else f"changeable: {', '.join(hints)}"
-            raise UserError(f"{where} is not known; {hint}")
-        elif value != FIXED[name][key]:
-            raise UserError(f"{where}={value!r} is not possible here; only {FIXED[name][key]!r}")
-    return replace(coder, **values)
-
-
-def _stages(where: str, value: Any, hint: Any) -> tuple:
-    try:
-        return tuple(coerce(value, hint))
-    except ValueError:
-        raise UserError(f"{where}={value!r}: give one entry per stage, a {describe(hint)}") from None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opensora.config.keys import given_config
 from opensora.models.autoencoder import Autoencoder, LatentMoments, LatentSpec, listed
 from opensora.models.hunyuan_vae.blocks import CausalConv3d
 from opensora.models.hunyuan_vae.config import HunyuanVAEConfig
@@ -182,28 +183,28 @@ def fields_of_shapes(shapes: Shapes) -> dict[str, Any]:
 @MODELS.register_module("hunyuan_vae")
 @WeightKind("a causal video autoencoder", "encoder.down_blocks.0.resnets.0.conv1.conv.weight")
 def build_hunyuan_vae(
-    from_pretrained: str | None = None,
+    config: HunyuanVAEConfig | str | None = None,
     device_map: str | torch.device = "cpu",
     torch_dtype: torch.dtype = torch.float32,
-    **config: Any,
+    **keys: Any,
 ) -> AutoencoderKLCausal3D:
     """Build a causal VAE, with weights from a file or freshly initialised.
 
     Args:
-        from_pretrained: weights (see `opensora.utils.weights.resolve_path`); empty for a new model.
+        config: layout, tiling, and the file of the weights (see `opensora.utils.weights.resolve_path`).
         device_map: device of the model; "meta" builds it without memory.
         torch_dtype: dtype of the weights.
-        **config: fields of `HunyuanVAEConfig`.
+        **keys: those of `HunyuanVAEConfig` instead.
 
     Raises:
         UserError: config or weights that do not fit; the message names the key.
     """
-    vae_config = HunyuanVAEConfig(**config)
-    fields = {**vars(vae_config), "block_out_channels": [*vae_config.block_out_channels]}
+    own = given_config(HunyuanVAEConfig, config, keys, "ae")
     return load_model(
-        lambda: AutoencoderKLCausal3D(vae_config),
-        from_pretrained,
+        lambda: AutoencoderKLCausal3D(own),
+        own.from_pretrained,
         device_map,
         torch_dtype,
-        explain=partial(explain_autoencoder, "hunyuan_vae", fields, fields_of_shapes),
+        explain=partial(explain_autoencoder, "hunyuan_vae", vars(own), fields_of_shapes),
+        cache_dir=own.cache_dir,
     )

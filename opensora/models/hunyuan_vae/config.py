@@ -1,48 +1,53 @@
 """Layout and options of the causal 3D video autoencoder."""
 
+# ruff: noqa: RUF009 - opt() makes dataclass fields
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from opensora.models.vae.tiling import Tiling
+from opensora.config.options import ModelOptions, opt
 from opensora.utils.errors import UserError
 
+if TYPE_CHECKING:
+    from opensora.models.vae.tiling import Tiling
 
-@dataclass(frozen=True)
-class HunyuanVAEConfig:
-    """Architecture and tiling of the causal VAE; the defaults are those of the released weights.
+
+@dataclass(frozen=True, kw_only=True)
+class HunyuanVAEConfig(ModelOptions):
+    """Causal 3D autoencoder (`hunyuan_vae`); the defaults are those of the released weights.
 
     ``scale_factor`` and ``shift_factor`` map raw latents to about unit variance, ``z = scale * (raw - shift)``; each is
     one number for all channels or a list with one per latent channel.
+
+    Raises:
+        UserError: sizes that do not fit together.
     """
 
-    in_channels: int = 3
-    out_channels: int = 3
-    latent_channels: int = 16
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
-    scale_factor: float | Sequence[float] = 0.476986
-    shift_factor: float | Sequence[float] = 0.0
-    time_compression_ratio: int = 4
-    spatial_compression_ratio: int = 8
-    mid_block_add_attention: bool = True
-    block_out_channels: Sequence[int] = (128, 256, 512, 512)
-    sample_size: int = 256
-    sample_tsize: int = 64
-    use_slicing: bool = False
-    use_spatial_tiling: bool = False
-    use_temporal_tiling: bool = False
-    tile_overlap_factor: float = 0.25
-    dropout: float = 0.0
-    act_fn: str = "silu"
+    path: ClassVar[str] = "ae."
+
+    act_fn: Literal["silu"] = opt("silu", "activation")
+    in_channels: int = opt(3, "channels of the video", least=1)
+    out_channels: int = opt(3, "channels of the output", least=1)
+    latent_channels: int = opt(16, "channels of the latent", least=1)
+    layers_per_block: int = opt(2, "residual layers per stage", least=1)
+    norm_num_groups: int = opt(32, "groups of each GroupNorm", least=1)
+    scale_factor: float | list[float] = opt(0.476986, "latents are multiplied by it")
+    shift_factor: float | list[float] = opt(0.0, "subtracted from latents before scaling")
+    time_compression_ratio: int = opt(4, "frames per latent frame", "frames", least=1)
+    spatial_compression_ratio: int = opt(8, "pixels per latent pixel side", "px", least=1)
+    mid_block_add_attention: bool = opt(True, "attention in the middle block")
+    block_out_channels: list[int] = opt([128, 256, 512, 512], "channels per stage")
+    sample_size: int = opt(256, "side of a spatial tile", "px", least=1)
+    sample_tsize: int = opt(64, "length of a temporal tile", "frames", least=1)
+    tile_overlap_factor: float = opt(0.25, "share of a tile that overlaps the next", least=0, below=1)
+    use_slicing: bool = opt(False, "one batch item at a time")
+    use_spatial_tiling: bool = opt(False, "encode and decode in spatial tiles")
+    use_temporal_tiling: bool = opt(False, "encode and decode in temporal tiles")
+    dropout: float = opt(0.0, "dropout in residual layers", least=0, below=1)
 
     def __post_init__(self) -> None:
-        if self.act_fn != "silu":
-            raise UserError(f"ae.act_fn={self.act_fn!r}: the causal VAE only has 'silu'")
-        for name in ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups"):
-            if getattr(self, name) < 1:
-                raise UserError(f"ae.{name}={getattr(self, name)}: must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"ae.dropout={self.dropout}: must be at least 0 and below 1")
+        super().__post_init__()
         for channels in self.block_out_channels:
             if channels < 1 or channels % self.norm_num_groups:
                 raise UserError(
@@ -73,8 +78,10 @@ class HunyuanVAEConfig:
                     f"ae.block_out_channels at most {2**halvings}"
                 )
 
-    def tiling(self) -> Tiling:
+    def tiling(self) -> "Tiling":
         """The tiles these fields ask for."""
+        from opensora.models.vae.tiling import Tiling  # needs torch, which reading a config does not
+
         space = self.spatial_compression_ratio
         return Tiling(
             compression=(self.time_compression_ratio, space, space),

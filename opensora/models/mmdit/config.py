@@ -13,7 +13,13 @@ from opensora.utils.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class MMDiTConfig(ModelOptions):
-    """Diffusion transformer (`flux`); the defaults are the sizes of the released 11B video model."""
+    """Diffusion transformer (`flux`); the defaults are the sizes of the released 11B video model.
+
+    Raises:
+        UserError: sizes that do not fit together; names the config key.
+    """
+
+    path: ClassVar[str] = "model."
 
     strict_load: bool = opt(True, "refuse weights with missing or unexpected keys")
     in_channels: int = opt(64, "channels of a packed token", least=1, required=True)
@@ -50,12 +56,10 @@ class MMDiTConfig(ModelOptions):
         """
         return read_group(cls, config, "model")
 
-    def check(self) -> None:
-        """See that the sizes fit together.
-
-        Raises:
-            UserError: they do not; names the config key.
-        """
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.given and not self.is_complete:  # of a section without all sizes, nothing can be said yet
+            return
         if self.hidden_size % self.num_heads:
             raise UserError(f"model.hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}.")
         impossible = any(dim % 2 or dim < 0 for dim in self.axes_dim)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from opensora.config.keys import given_config
 from opensora.models.kinds import WeightKind
 from opensora.models.mmdit.attention import JointAttention, Rotary, resolve_attention, rotary_table
 from opensora.models.mmdit.config import MMDiTConfig
@@ -33,14 +34,10 @@ class MMDiTModel(nn.Module):
 
     Args:
         config: sizes and layouts.
-
-    Raises:
-        UserError: sizes that do not fit together.
     """
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()
-        config.check()
         self.config = config
         self.grad_ckpt_settings = tuple(config.grad_ckpt_settings or (0, 0))
         self.recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
@@ -143,7 +140,7 @@ class MMDiTModel(nn.Module):
 @MODELS.register_module("flux")
 @WeightKind("an MMDiT", "img_in.weight", section="model")
 def Flux(
-    config: MMDiTConfig | None = None,
+    config: MMDiTConfig | str | None = None,
     device_map: str | torch.device = "cpu",
     torch_dtype: torch.dtype = torch.float32,
     **keys: Any,
@@ -162,15 +159,15 @@ def Flux(
     Raises:
         UserError: config or weights that do not fit; the message names the config key.
     """
-    config = config or MMDiTConfig.from_dict(keys)
+    own = given_config(MMDiTConfig, config, keys, "model")
     return load_model(
-        lambda: MMDiTModel(config),
-        config.from_pretrained,
+        lambda: MMDiTModel(own),
+        own.from_pretrained,
         device_map,
         torch_dtype,
-        explain=partial(explain_mismatch, config, strict=config.strict_load),
-        metadata=layout_metadata(config),
-        allow_missing={} if config.strict_load else {"cond_in.": 0.0},
-        allow_unexpected=() if config.strict_load else ("cond_in.", "guidance_in."),
-        cache_dir=config.cache_dir,
+        explain=partial(explain_mismatch, own, strict=own.strict_load),
+        metadata=layout_metadata(own),
+        allow_missing={} if own.strict_load else {"cond_in.": 0.0},
+        allow_unexpected=() if own.strict_load else ("cond_in.", "guidance_in."),
+        cache_dir=own.cache_dir,
     )

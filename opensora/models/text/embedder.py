@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from opensora.config.keys import given_config
+from opensora.models.text.config import TextEmbedderConfig
 from opensora.registry import MODELS
 from opensora.utils import hub
 from opensora.utils.errors import UserError, few
@@ -77,12 +79,13 @@ class HFEmbedder(nn.Module):
     No attention mask is passed: padding tokens attend and are attended to, as when the diffusion model was trained.
 
     Args:
-        from_pretrained: folder in Hugging Face format, or hub id.
-        max_length: tokens per text; longer texts are cut, shorter ones padded (512 for T5, 77 for CLIP).
-        shardformer: remembered for `opensora.acceleration.shardformer`, which may speed T5 up; results stay the same.
-        cache_dir: cache of downloads.
+        config: folder in Hugging Face format, or hub id, as text; or all options. Texts longer than ``max_length``
+            tokens are cut, shorter ones padded (512 for T5, 77 for CLIP). ``shardformer`` is remembered for
+            `opensora.acceleration.shardformer`, which may speed T5 up; results stay the same.
+        max_length: that option, where ``config`` is a folder.
         device_map: device of the encoder; None is the CPU.
         torch_dtype: dtype of the encoder; None is float32.
+        **keys: further keys of `TextEmbedderConfig`.
 
     Raises:
         UserError: no such folder, not a T5 / CLIP encoder, or one of which files or tensors are missing.
@@ -90,20 +93,23 @@ class HFEmbedder(nn.Module):
 
     def __init__(
         self,
-        from_pretrained: str,
-        max_length: int,
-        shardformer: bool = False,
-        cache_dir: str | None = None,
+        config: TextEmbedderConfig | str | None = None,
+        max_length: int | None = None,
         device_map: str | torch.device | None = None,
         torch_dtype: torch.dtype | None = None,
+        **keys: Any,
     ):
         super().__init__()
-        if max_length < 1:
-            raise UserError(f"max_length={max_length} of a text encoder: must be at least 1 (T5 takes 512, CLIP 77)")
+        if max_length is not None:
+            keys["max_length"] = max_length
+        own = given_config(TextEmbedderConfig, config, keys, "text_embedder")
+        from_pretrained, max_length = own.from_pretrained, own.max_length
+        if not from_pretrained:
+            raise UserError("a text encoder needs from_pretrained: the folder of one, or a hub id")
         self.is_clip = encoder_kind(from_pretrained) == "clip"
         self.max_length = max_length
-        self.shardformer = shardformer
-        self.tokenizer, self.model = self._load(from_pretrained, cache_dir, torch_dtype or torch.float32)
+        self.shardformer = own.shardformer
+        self.tokenizer, self.model = self._load(from_pretrained, own.cache_dir, torch_dtype or torch.float32)
         positions = self.model.config.max_position_embeddings if self.is_clip else max_length
         if max_length > positions:
             raise UserError(f"max_length={max_length}: the text encoder {from_pretrained} takes {positions} at most")

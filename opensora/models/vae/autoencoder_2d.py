@@ -4,8 +4,6 @@ A convolutional autoencoder with one attention layer, as in latent diffusion (ar
 by frame.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,57 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opensora.config.keys import given_config
 from opensora.models.autoencoder import Autoencoder, LatentMoments
 from opensora.models.kinds import Shapes, WeightKind, count, explain_autoencoder, size
+from opensora.models.vae.config import NUM_GROUPS, AutoEncoder2DConfig
 from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.registry import MODELS
 from opensora.utils.errors import UserError
 from opensora.utils.weights_loading import load_model
-
-NUM_GROUPS = 32
-
-
-@dataclass(frozen=True)
-class AutoEncoder2DConfig:
-    """Architecture of the image autoencoder; the defaults are those of the released weights.
-
-    ``scale_factor`` and ``shift_factor`` map raw latents to about unit variance, ``z = scale * (raw - shift)``.
-    ``sample=False`` makes encoding take the posterior's mean. ``resolution`` is the side of the images it was trained
-    on, in pixels; the network itself takes any size.
-    """
-
-    resolution: int = 256
-    in_channels: int = 3
-    ch: int = 128
-    out_ch: int = 3
-    ch_mult: Sequence[int] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    z_channels: int = 16
-    scale_factor: float = 0.3611
-    shift_factor: float = 0.1159
-    sample: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.ch_mult:
-            raise UserError(
-                "ch_mult of the image autoencoder is empty: give one number per level, such as [1, 2, 4, 4]"
-            )
-        if self.scale_factor == 0:
-            raise UserError("scale_factor=0 of the image autoencoder: latents cannot be divided by it when decoding")
-        for name in ("in_channels", "out_ch", "num_res_blocks", "z_channels"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} of the image autoencoder: must be at least 1")
-        for channels in (self.ch, *self.widths):
-            if channels < 1 or channels % NUM_GROUPS:
-                raise UserError(
-                    f"ch={self.ch}, ch_mult={[*self.ch_mult]} of the image autoencoder: a level of {channels} "
-                    f"channels; every level must be a multiple of {NUM_GROUPS}"
-                )
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of each level, finest first."""
-        return tuple(self.ch * factor for factor in self.ch_mult)
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -343,39 +298,31 @@ def fields_of_shapes(shapes: Shapes) -> dict[str, Any]:
 @MODELS.register_module("autoencoder_2d")
 @WeightKind("an image autoencoder", "encoder.down.0.block.0.conv1.weight")
 def build_autoencoder_2d(
-    from_pretrained: str | None = None,
+    config: AutoEncoder2DConfig | str | None = None,
     device_map: str | torch.device = "cpu",
     torch_dtype: torch.dtype = torch.float32,
-    strict_load: bool = True,
-    cache_dir: str | None = None,
-    **config: Any,
+    **keys: Any,
 ) -> AutoEncoder2D:
     """Build an image autoencoder, with weights from a file or freshly initialised.
 
     Args:
-        from_pretrained: weights (see `opensora.utils.weights.resolve_path`); empty for a new model.
+        config: layout, scaling, and the file of the weights (see `opensora.utils.weights.resolve_path`).
+            ``strict_load=False`` tolerates tensors of the file that the model does not have, such as those of a
+            discriminator saved with it.
         device_map: device of the model; "meta" builds it without memory.
         torch_dtype: dtype of the weights.
-        strict_load: False tolerates tensors of the file that the model does not have, such as those of a
-            discriminator saved beside it.
-        cache_dir: cache of downloaded files.
-        **config: fields of `AutoEncoder2DConfig`.
+        **keys: those of `AutoEncoder2DConfig` instead.
 
     Raises:
         UserError: config or weights that do not fit; the message names the key.
     """
-    ae_config = AutoEncoder2DConfig(**config)
+    own = given_config(AutoEncoder2DConfig, config, keys, "ae")
     return load_model(
-        lambda: AutoEncoder2D(ae_config),
-        from_pretrained,
+        lambda: AutoEncoder2D(own),
+        own.from_pretrained,
         device_map,
         torch_dtype,
-        explain=partial(
-            explain_autoencoder,
-            "autoencoder_2d",
-            {**vars(ae_config), "ch_mult": [*ae_config.ch_mult]},
-            fields_of_shapes,
-        ),
-        allow_unexpected=() if strict_load else ("",),
-        cache_dir=cache_dir,
+        explain=partial(explain_autoencoder, "autoencoder_2d", vars(own), fields_of_shapes),
+        allow_unexpected=() if own.strict_load else ("",),
+        cache_dir=own.cache_dir,
     )

@@ -1,12 +1,10 @@
 """Discriminator of clips that judges overlapping patches (PatchGAN, arXiv:1611.07004, with a time axis)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
+from opensora.models.vae.config import DiscriminatorConfig
 from opensora.registry import MODELS
-from opensora.utils.errors import UserError
 from opensora.utils.weights_loading import load_model
 
 MAX_FACTOR = 8  # widths grow to this many times the first one
@@ -19,20 +17,14 @@ class NLayerDiscriminator3D(nn.Module):
     both. All but the first and the last are followed by batch normalisation and dropout.
 
     Args:
-        input_nc: channels of the clip.
-        ndf: channels of the first layer.
-        n_layers: convolutions that halve the picture.
-        dropout: after every normalised layer, in [0, 1).
+        config: channels, layers (those that halve the picture) and dropout (after every normalised layer).
     """
 
-    def __init__(self, input_nc: int = 3, ndf: int = 64, n_layers: int = 5, dropout: float = 0.3) -> None:
+    def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
-        if n_layers < 1:
-            raise UserError(f"discriminator.n_layers={n_layers}: at least 1")
-        if not 0 <= dropout < 1:
-            raise UserError(f"discriminator.dropout={dropout}: at least 0 and below 1")
+        ndf, n_layers = config.ndf, config.n_layers
         self.n_layers = n_layers
-        layers: list[nn.Module] = [nn.Conv3d(input_nc, ndf, 3, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        layers: list[nn.Module] = [nn.Conv3d(config.input_nc, ndf, 3, stride=2, padding=1), nn.LeakyReLU(0.2)]
         width = ndf
         for n in range(1, n_layers + 1):
             stride = (1, 1, 1) if n == n_layers else (2, 2, 2) if n == 1 else (1, 2, 2)
@@ -41,7 +33,7 @@ class NLayerDiscriminator3D(nn.Module):
                 nn.Conv3d(previous, width, 3, stride=stride, padding=1, bias=False),
                 nn.BatchNorm3d(width),
                 nn.LeakyReLU(0.2),
-                nn.Dropout(dropout),
+                nn.Dropout(config.dropout),
             ]
         layers.append(nn.Conv3d(width, 1, 3, padding=1))
         self.main = nn.Sequential(*layers)
@@ -65,25 +57,21 @@ class NLayerDiscriminator3D(nn.Module):
 
 @MODELS.register_module("N_Layer_discriminator_3D")
 def build_discriminator(
-    from_pretrained: str | None = None,
+    config: DiscriminatorConfig,
     device_map: str | torch.device = "cpu",
     torch_dtype: torch.dtype = torch.float32,
-    conv_cls: str = "conv3d",
-    **config: Any,
 ) -> NLayerDiscriminator3D:
     """Build a patch discriminator, with weights from a file or freshly initialised.
 
     Args:
-        from_pretrained: weights (see `opensora.utils.weights.resolve_path`); empty for a new one.
+        config: layout, and the file of the weights (see `opensora.utils.weights.resolve_path`).
         device_map: device of the model; "meta" builds it without memory.
         torch_dtype: dtype of the weights.
-        conv_cls: "conv3d", the one kind there is.
-        **config: arguments of `NLayerDiscriminator3D`.
 
     Raises:
         UserError: config or weights that do not fit.
     """
-    if conv_cls != "conv3d":
-        raise UserError(f"discriminator.conv_cls={conv_cls!r}: only 'conv3d' is available")
-    source = None if torch.device(device_map).type == "meta" else from_pretrained
-    return load_model(lambda: NLayerDiscriminator3D(**config), source, device_map, torch_dtype)
+    source = None if torch.device(device_map).type == "meta" else config.from_pretrained
+    return load_model(
+        lambda: NLayerDiscriminator3D(config), source, device_map, torch_dtype, cache_dir=config.cache_dir
+    )

@@ -171,7 +171,7 @@ def test_tuples_and_alternatives(infer):
     assert infer("--pretrained_lora_path", "a,b").pretrained_lora_path == ["a", "b"]
     assert infer("--pretrained_lora_path", "[a, b]").pretrained_lora_path == ["a", "b"]
     assert infer("--ae.scale_factor", "0.5").ae.scale_factor == 0.5
-    assert infer("--ae.scale_factor", "0.5,1").ae.scale_factor == [0.5, 1.0]
+    assert infer("--ae.scale_factor", "0.5,1", "--ae.latent_channels", "2").ae.scale_factor == [0.5, 1.0]
     assert infer("--words", "c,d").extra["words"] == ["c", "d"]
 
 
@@ -345,8 +345,8 @@ def test_sections_made_by_the_command_line(write):
 
 def test_type_is_set_before_its_keys(infer):
     with pytest.raises(UserError, match=r"ae.use_slicing is not a known key"):
-        infer("--ae.use_slicing", "--ae.type", "dc_ae", "--ae.model_name", "x")
-    assert infer("--ae.model_name", "x", "--ae.type", "dc_ae").ae.model_name == "x"
+        infer("--ae.use_slicing", "--ae.type", "dc_ae", "--ae.strict_load", "no")
+    assert not infer("--ae.strict_load", "no", "--ae.type", "dc_ae").ae.strict_load
 
 
 # ------------------------------------------------------------------------------------------------------------- aliases

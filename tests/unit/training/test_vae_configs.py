@@ -8,6 +8,8 @@ import torch
 
 from opensora.config import load_config
 from opensora.config.commands import VaeInferenceOptions, VaeTrainOptions
+from opensora.config.keys import read_section
+from opensora.config.registries import MODELS
 from opensora.models.build import build_on_meta
 from opensora.training.vae.checks import check_adversarial, check_config, check_lengths
 from opensora.utils.errors import UserError
@@ -63,7 +65,7 @@ def test_demo_dc_ae_is_measured_as_it_was_trained():
 
 
 def test_benchmark_lengths():
-    causal, deep = (build_on_meta(section) for section in AUTOENCODERS.values())
+    causal, deep = (build_on_meta(read_section(section, MODELS)) for section in AUTOENCODERS.values())
     assert [frames_for(causal, n) for n in (33, 36)] == [33, 33]
     assert [frames_for(deep, n) for n in (33, 36)] == [32, 36]
     with pytest.raises(UserError, match="at least 9"):
@@ -75,7 +77,7 @@ def test_benchmark_lengths():
 def test_benchmark_sizes_fit_the_autoencoders(kind, name):
     changes = VAE_SIZES[kind].changes
     assert set(changes) <= set(AUTOENCODERS)
-    model = build_on_meta({**AUTOENCODERS[name], **changes.get(name, {})})
+    model = build_on_meta(read_section({**AUTOENCODERS[name], **changes.get(name, {})}, MODELS))
     assert frames_for(model, VAE_SIZES[kind].frames) > 0
 
 

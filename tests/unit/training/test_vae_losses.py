@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from opensora.models.vae.config import DiscriminatorConfig
 from opensora.models.vae.discriminator import NLayerDiscriminator3D
 from opensora.models.vae.losses import VAELoss, adaptive_weight, discriminator_loss, gradient_penalty
 from opensora.models.vae.lpips import CONVOLUTIONS, LPIPS, LPIPSSource, build_lpips
@@ -140,7 +141,7 @@ def test_discriminator_has_the_original_sizes_and_names():
     assert {"main.0.weight", "main.0.bias", "main.2.weight", "main.3.running_mean", "main.22.bias"} <= set(
         model.state_dict()
     )
-    small = NLayerDiscriminator3D(ndf=2, n_layers=2)
+    small = NLayerDiscriminator3D(DiscriminatorConfig(ndf=2, n_layers=2))
     for frames in (1, 2, 5, 9):
         assert small(torch.randn(2, 3, frames, 16, 8)).shape[2:].numel() == small.patches(frames, 16, 8)
     for wrong, message in ((dict(conv_cls="conv2d"), "conv_cls"), (dict(n_layers=0), "n_layers")):

@@ -1,0 +1,14 @@
+"""Options of the text encoders."""
+
+from dataclasses import dataclass
+
+from opensora.config.options import ModelOptions, opt
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEmbedderConfig(ModelOptions):
+    """Frozen T5 or CLIP text encoder (`text_embedder`)."""
+
+    from_pretrained: str | None = opt(None, "folder or hub id")
+    max_length: int = opt(512, "length that texts are padded and cut to", "tokens", least=1)
+    shardformer: bool = opt(False, "ColossalAI's fused layers where present")

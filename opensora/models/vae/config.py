@@ -1,0 +1,68 @@
+"""Options of the image autoencoder and of the discriminator."""
+
+# ruff: noqa: RUF009 - opt() makes dataclass fields
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from opensora.config.options import ModelOptions, opt
+from opensora.utils.errors import UserError
+
+NUM_GROUPS = 32  # of every GroupNorm of the image autoencoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoEncoder2DConfig(ModelOptions):
+    """Image autoencoder (`autoencoder_2d`); the defaults are those of the released weights.
+
+    ``scale_factor`` and ``shift_factor`` map raw latents to about unit variance, ``z = scale * (raw - shift)``. The
+    network takes any ``resolution``.
+
+    Raises:
+        UserError: sizes that do not fit together.
+    """
+
+    strict_load: bool = opt(True, "refuse weights with missing or unexpected keys")
+    resolution: int = opt(256, "side of the training images", "px", least=1)
+    in_channels: int = opt(3, "channels of the image", least=1)
+    ch: int = opt(128, "channels of the first stage", least=1)
+    out_ch: int = opt(3, "channels of the output", least=1)
+    ch_mult: list[int] = opt([1, 2, 4, 4], "channels per stage over ch")
+    num_res_blocks: int = opt(2, "residual blocks per stage", least=1)
+    z_channels: int = opt(16, "channels of the latent", least=1)
+    scale_factor: float = opt(0.3611, "latents are multiplied by it")
+    shift_factor: float = opt(0.1159, "subtracted from latents before scaling")
+    sample: bool = opt(True, "draw from the posterior instead of taking its mode")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.ch_mult:
+            raise UserError(
+                "ch_mult of the image autoencoder is empty: give one number per level, such as [1, 2, 4, 4]"
+            )
+        if self.scale_factor == 0:
+            raise UserError("scale_factor=0 of the image autoencoder: latents cannot be divided by it when decoding")
+        for channels in (self.ch, *self.widths):
+            if channels < 1 or channels % NUM_GROUPS:
+                raise UserError(
+                    f"ch={self.ch}, ch_mult={[*self.ch_mult]} of the image autoencoder: a level of {channels} "
+                    f"channels; every level must be a multiple of {NUM_GROUPS}"
+                )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, finest first."""
+        return tuple(self.ch * factor for factor in self.ch_mult)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorConfig(ModelOptions):
+    """Patch discriminator over clips (`N_Layer_discriminator_3D`)."""
+
+    path: ClassVar[str] = "discriminator."
+
+    input_nc: int = opt(3, "channels of the video", least=1)
+    ndf: int = opt(64, "channels of the first layer", least=1)
+    n_layers: int = opt(5, "layers", least=1)
+    conv_cls: Literal["conv3d"] = opt("conv3d", "kind of convolution")
+    dropout: float = opt(0.3, "dropout after each layer", least=0, below=1)
