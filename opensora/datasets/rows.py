@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 
 from opensora.datasets.table import check_table_name, locate, require_columns
 from opensora.utils.errors import UserError
+from opensora.utils.files import write_beside, write_text
 from opensora.utils.logging import get_logger
-from opensora.utils.video import write_beside, write_text
 
 logger = get_logger(__name__)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from opensora.utils.errors import UserError
-from opensora.utils.video import write_beside
+from opensora.utils.files import write_beside
 
 MEDIA_COLUMNS = ("path", "num_frames", "height", "width", "fps")
 TEXT_COLUMNS = ("path", "text")

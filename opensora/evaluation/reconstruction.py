@@ -24,8 +24,9 @@ from opensora.models.autoencoder import as_autoencoder
 from opensora.models.build import build_on_meta, build_ready, check_weights
 from opensora.models.vae.lpips import LPIPSSource, build_lpips
 from opensora.utils.errors import UserError
+from opensora.utils.files import write_text
 from opensora.utils.logging import get_logger
-from opensora.utils.video import contact_sheet, read_image, read_video, save_image, save_video, to_uint8, write_text
+from opensora.utils.video import contact_sheet, read_image, read_video, save_image, save_video, to_uint8
 
 logger = get_logger(__name__)
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from opensora.generation.requests import Request
 from opensora.utils.errors import UserError
-from opensora.utils.video import save_image, save_video, write_text
+from opensora.utils.files import write_text
+from opensora.utils.video import save_image, save_video
 from opensora.utils.weights_writing import save_safetensors
 
 # Longest file name without ending: file systems take 255 bytes.

@@ -35,8 +35,8 @@ from opensora.training.cached import (
     video_fingerprint,
 )
 from opensora.utils.errors import UserError
+from opensora.utils.files import remove_unfinished_files, write_text
 from opensora.utils.logging import get_logger
-from opensora.utils.video import remove_unfinished_files, write_text
 from opensora.utils.weights_writing import save_safetensors
 
 logger = get_logger(__name__)

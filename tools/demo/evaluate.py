@@ -25,7 +25,8 @@ from opensora.config import parse_config
 from opensora.config.commands import InferenceOptions
 from opensora.diffusion.pipeline import VideoPipeline
 from opensora.utils.errors import UserError
-from opensora.utils.video import save_image, write_text
+from opensora.utils.files import write_text
+from opensora.utils.video import save_image
 from tools.demo.analyse import psnr
 from tools.demo.captions import plain_caption
 from tools.demo.scoring import ATTRIBUTES, Verdict, format_table, judge, shares, verdict_sheet

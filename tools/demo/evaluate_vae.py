@@ -26,7 +26,8 @@ from opensora.config.commands import InferenceOptions, VaeInferenceOptions
 from opensora.models.autoencoder import Autoencoder
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
-from opensora.utils.video import contact_sheet, read_video, to_uint8, write_text
+from opensora.utils.files import write_text
+from opensora.utils.video import contact_sheet, read_video, to_uint8
 from tools.demo.analyse import psnr
 from tools.demo.scoring import ATTRIBUTES, SHEET_FRAMES, Verdict, format_table, judge, mark, shares
 from tools.demo.world import Combination

@@ -19,7 +19,8 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.utils.errors import UserError
-from opensora.utils.video import save_video, write_text
+from opensora.utils.files import write_text
+from opensora.utils.video import save_video
 from tools.demo.captions import random_caption
 from tools.demo.world import FPS, NUM_FRAMES, SIZE, SPLITS, Scene, combinations, draw_clip, sample_scene
 

@@ -25,7 +25,8 @@ from opensora.training.cached import cached_encoders, check_cache, dataset_secti
 from opensora.training.diffusion.inputs import InputEncoder, InputOptions
 from opensora.training.diffusion.trainer import Trainer
 from opensora.utils.errors import UserError
-from opensora.utils.video import save_image, save_video, write_beside
+from opensora.utils.files import write_beside
+from opensora.utils.video import save_image, save_video
 from opensora.utils.weights_writing import save_safetensors
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "diffusion" / "cache.py"
