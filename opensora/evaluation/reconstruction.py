@@ -27,6 +27,7 @@ from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
 from opensora.utils.logging import get_logger
 from opensora.utils.video import contact_sheet, read_image, read_video, save_image, save_video, to_uint8
+from opensora.utils.weights import fingerprint
 
 logger = get_logger(__name__)
 
@@ -156,11 +157,9 @@ def prepare(cfg: Any) -> tuple[list[EvalClip], Results, str]:
         LPIPSSource(**cfg.lpips).check()
     clips = choose_clips(cfg, as_autoencoder(build_on_meta(cfg.model)))
     results = Results(Path(cfg.save_dir))
-    settings = {"model": cfg.model, "dtype": cfg.dtype, "lpips": cfg.lpips, "weights": _weights_stamp(cfg.model)}
-    settings["fps"] = _played_fps(cfg)
-    text = json.dumps(settings, indent=4, default=str) + "\n"
+    text, older = (_settings_text(cfg, stamp) for stamp in (_fingerprint(cfg.model), _file_stamp(cfg.model)))
     path = results.settings
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
+    if path.is_file() and path.read_text(encoding="utf-8") not in (text, older):
         raise UserError(
             f"save_dir={cfg.save_dir} holds results of other weights or settings ({path}); give another --save-dir"
         )
@@ -172,8 +171,20 @@ def _played_fps(cfg: Any) -> int:
     return max(cfg.fps // cfg.frame_interval, 1)
 
 
-def _weights_stamp(section: Mapping[str, Any]) -> list[Any] | None:
-    """Size and time of the weight file, to notice that it was replaced; None where it is not a local file."""
+def _settings_text(cfg: Any, weights: Any) -> str:
+    """What results depend on besides the clip, as the folder's ``settings.json`` has it."""
+    settings = {"model": cfg.model, "dtype": cfg.dtype, "lpips": cfg.lpips, "weights": weights}
+    return json.dumps({**settings, "fps": _played_fps(cfg)}, indent=4, default=str) + "\n"
+
+
+def _fingerprint(section: Mapping[str, Any]) -> str | None:
+    """Identifies the weights, to notice that they were replaced; None for random ones."""
+    path = section.get("from_pretrained")
+    return fingerprint(path, section.get("cache_dir")) if path else None
+
+
+def _file_stamp(section: Mapping[str, Any]) -> list[Any] | None:
+    """What version 2.1.0 recorded in place of a fingerprint: size and time of the weight file."""
     path = Path(section.get("from_pretrained") or "")
     return [path.stat().st_size, path.stat().st_mtime] if path.is_file() else None
 

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opensora.diffusion.lora import as_list, split_lora
 from opensora.generation.requests import Request
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
 from opensora.utils.video import save_image, save_video
+from opensora.utils.weights import WeightFiles, index_of, open_weights
 from opensora.utils.weights_writing import save_safetensors
 
 # Longest file name without ending: file systems take 255 bytes.
@@ -151,31 +153,33 @@ def versions() -> dict[str, str]:
 
 
 def weight_records(cfg: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Per model: its weight path, and a SHA-256 of the headers of its safetensors files.
+    """Per model: its weight path, and a hash of the weights themselves (:meth:`WeightFiles.fingerprint`).
 
-    A model without a path has random weights, drawn from the run's seed; the record says so. A header lists names,
-    types, shapes and places of all tensors; hashing it takes no time even for a large file.
+    A model without a path has random weights, drawn from the run's seed; the record says so.
     """
     records: dict[str, dict[str, str]] = {}
     for name in ("model", "ae", "t5", "clip", "img_flux", "img_flux_ae"):
         if not cfg.get(name) or (name.startswith("img_") and not cfg["use_t2i2v"]):
             continue
         path = cfg[name].get("from_pretrained")
-        if not path:
-            records[name] = {"path": f"random weights of seed {cfg['seed']}"}
-            continue
-        records[name] = {"path": str(path)}
-        local = Path(path).expanduser()
-        files = [local] if local.is_file() else sorted(local.glob("*.safetensors"))
-        headers = [header for header in map(read_header, files) if header]
-        if headers:
-            records[name]["header_sha256"] = hashlib.sha256(b"".join(headers)).hexdigest()
+        records[name] = _weight_record(path) if path else {"path": f"random weights of seed {cfg['seed']}"}
+    for number, entry in enumerate(as_list(cfg.get("pretrained_lora_path"))):
+        records[f"lora_{number}"] = {**_weight_record(split_lora(entry)[0]), "path": entry}
     return records
 
 
-def read_header(path: Path) -> bytes:
-    """Header of a safetensors file (JSON), empty for other files."""
-    if path.suffix != ".safetensors":
-        return b""
-    with path.open("rb") as file:
-        return file.read(int.from_bytes(file.read(8), "little"))
+def _weight_record(path: str) -> dict[str, str]:
+    found = _stored(path)
+    return {"path": str(path), **({"sha256": found.fingerprint()} if found is not None else {})}
+
+
+def _stored(path: str) -> WeightFiles | None:
+    """The weights that a model was loaded from, None where they are not at hand as files that can be read."""
+    folder = Path(path).expanduser()
+    try:
+        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+        if (folder / "config.json").is_file() and files:  # of Hugging Face's, which prefers these to others beside them
+            return WeightFiles(folder, files)
+        return open_weights(path) if folder.exists() or index_of(folder).is_file() else None
+    except UserError:
+        return None

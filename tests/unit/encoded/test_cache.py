@@ -21,12 +21,13 @@ from opensora.diffusion.flow import flow_matching_loss
 from opensora.encoded.dataset import CachedVideoTextDataset, batch_key
 from opensora.registry import DATASETS, MODELS, build_module
 from opensora.training.cache_writer import CacheWriter
-from opensora.training.cached import cached_encoders, check_cache, dataset_section, weights_hash
+from opensora.training.cached import cached_encoders, check_cache, dataset_section
 from opensora.training.diffusion.inputs import InputEncoder, InputOptions
 from opensora.training.diffusion.trainer import Trainer
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_beside
 from opensora.utils.video import save_image, save_video
+from opensora.utils.weights import files_hash
 from opensora.utils.weights_writing import save_safetensors
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "diffusion" / "cache.py"
@@ -233,7 +234,7 @@ def test_other_weights_and_captions_are_noticed(written, tmp_path):
     other = bytearray(weights.read_bytes())
     other[-1] ^= 1  # one bit of one weight
     (tmp_path / "ae.safetensors").write_bytes(other)
-    assert weights_hash(weights) != weights_hash(tmp_path / "ae.safetensors")
+    assert files_hash(weights) != files_hash(tmp_path / "ae.safetensors")
     ae = {**written["ae"], "from_pretrained": str(tmp_path / "ae.safetensors")}
     with pytest.raises(UserError, match=r"(?s)ae.from_pretrained: weights .* --overwrite"):
         losses(config(written, ae=ae, cached_video=True), 1)
