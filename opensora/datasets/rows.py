@@ -17,7 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from opensora.datasets.table import check_table_name, locate, require_columns
+from opensora.datasets.table import locate, reading_table, require_columns, row_name
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_beside, write_text
 from opensora.utils.logging import get_logger
@@ -149,13 +149,8 @@ def read_numbers(path: str | Path, extra: Sequence[str] = (), scores: Sequence[s
     path = Path(path)
     if path.suffix == ".csv":
         raise UserError(f"{path}: memory_efficient needs a parquet table; scripts/cnv/meta.py writes one")
-    check_table_name(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file (expected a parquet table)")
-    try:
+    with reading_table(path, pa.ArrowException):
         file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a table ({error})") from error
     names = list(file.schema_arrow.names)
     require_columns(pd.DataFrame(columns=names), [*NUMBER_COLUMNS, *extra], path, hint="scripts/cnv/meta.py adds them.")
     columns: dict[str, np.ndarray] = {}
@@ -192,7 +187,7 @@ def _numbers(cells: pd.Series, name: str, path: str | Path) -> np.ndarray:
         shown = "empty" if pd.isna(cell) else repr(cell) if isinstance(cell, str) else f"{cell:g}"
         measured = "; scripts/cnv/meta.py measures it" if name in NUMBER_COLUMNS else ""
         raise UserError(
-            f"{path}, row {row + 2}: {name} is {shown}, expected {expected} ({int(bad.sum())} rows in all){measured}"
+            f"{row_name(path, row)}: {name} is {shown}, expected {expected} ({int(bad.sum())} rows in all){measured}"
         )
     return values.astype(np.int32) if expected.startswith("a whole") else values
 
@@ -214,10 +209,8 @@ def write_shards(path: str | Path, shards: int | None = None, overwrite: bool = 
     path = Path(path)
     if path.suffix != ".parquet" or not path.is_file():
         raise UserError(f"{path}: expected an existing .parquet table; scripts/cnv/meta.py writes one")
-    try:
+    with reading_table(path, pa.ArrowException):
         table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a table ({error})") from error
     count = math.ceil(len(table) / ROWS_PER_SHARD) if shards is None else shards
     if not 1 <= count <= len(table):
         raise UserError(f"{path}: {len(table)} rows cannot be split into {count} shards")

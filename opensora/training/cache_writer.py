@@ -20,7 +20,7 @@ from opensora.acceleration.devices import pick_device, torch_dtype
 from opensora.datasets.buckets import BucketTable
 from opensora.datasets.dataset import SampleKey, VideoTextDataset
 from opensora.datasets.sampler import BucketBatchSampler
-from opensora.datasets.table import write_table
+from opensora.datasets.table import row_name, row_number, write_table
 from opensora.datasets.video_io import BrokenMediaError
 from opensora.encoded.dataset import SIZE_COLUMN, WHOLE, CacheInfo, file_bytes, run_name, shard_path, text_hash
 from opensora.models.build import check_weights
@@ -215,7 +215,7 @@ class CacheWriter:
                 for key, clip in clips:
                     if isinstance(clip, str):
                         broken[key.row] = clip
-                        logger.warning("%s, row %d is left out: %s", self.dataset.data_path, key.row + 2, clip)
+                        logger.warning("%s is left out: %s", row_name(self.dataset.data_path, key.row), clip)
                 tensors |= self._encode([(key, clip) for key, clip in clips if torch.is_tensor(clip)])
                 bar.update(len(clips))
                 if place + 1 == len(groups) or groups[place + 1][0] != number:
@@ -265,7 +265,7 @@ class CacheWriter:
         table["path_hash"] = [text_hash(Path(path).name) for path in table["path"]]
         table[SIZE_COLUMN] = [file_bytes(path) for path in table["path"]]
         if broken:
-            lines = [(row + 2, why) for row, why in sorted(broken.items())]
+            lines = [(row_number(row), why) for row, why in sorted(broken.items())]
             write_table(pd.DataFrame(lines, columns=["row", "error"]), self.folder / "broken.csv")
         if table.empty:
             raise UserError(f"{self.dataset.data_path}: no clip could be read; see {self.folder / 'broken.csv'}")
