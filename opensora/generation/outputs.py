@@ -1,6 +1,7 @@
 """Where samples go and what is written beside them."""
 
 import hashlib
+import itertools
 import json
 import platform
 import re
@@ -24,6 +25,7 @@ from opensora.utils.weights_writing import save_safetensors
 # Longest file name without ending: file systems take 255 bytes.
 MAX_NAME_BYTES = 200
 LATENTS_ENDING = ".latents.safetensors"
+NOTES = (".json", ".txt")  # beside a sample
 VERSIONED = ("opensora", "torch", "transformers", "numpy", "av")
 
 
@@ -58,6 +60,8 @@ def file_stem(cfg: Mapping[str, Any], request: Request, epoch: int) -> str:
 def _safe_name(text: str) -> str:
     """The text as one path component."""
     text = re.sub(r"[/\\\x00-\x1f]", "_", text.strip()) or "_"
+    if not text.strip("."):  # names of folders
+        text = "_" * len(text)
     raw = text.encode()
     if len(raw) <= MAX_NAME_BYTES:
         return text
@@ -66,10 +70,14 @@ def _safe_name(text: str) -> str:
 
 
 def check_stems(cfg: Mapping[str, Any], requests: Sequence[Request]) -> None:
-    """Raises a UserError if two prompts would be written to the same file."""
+    """Raises a UserError if two samples would be written to the same file."""
     seen: dict[str, str] = {}
-    for request in requests:
-        stem = file_stem(cfg, request, 0)
+    for request, epoch in itertools.product(requests, range(cfg["num_sample"])):
+        stem = file_stem(cfg, request, epoch)
+        if seen.get(stem, request.where) != request.where and epoch:
+            raise UserError(
+                f"{request.where}: its repetition {epoch} would be written to {stem!r}, as {seen[stem]}; rename one"
+            )
         if stem in seen:
             column = "the same prompt" if cfg["prompt_as_path"] else f"the same name {stem!r}"
             raise UserError(f"{request.where}: has {column} as {seen[stem]}; one would overwrite the other")
@@ -82,8 +90,16 @@ def has_video(stem: Path) -> bool:
 
 
 def is_taken(stem: Path) -> bool:
-    """Whether there are files that took time to make: the sample, its latents, or the picture it starts from."""
-    return has_video(stem) or _with_ending(stem, LATENTS_ENDING).exists() or condition_path(stem).exists()
+    """Whether any file of a sample is there: itself, its latents, its notes, or the picture it starts from."""
+    beside = (LATENTS_ENDING, *NOTES)
+    return has_video(stem) or condition_path(stem).exists() or any(_with_ending(stem, e).exists() for e in beside)
+
+
+def foreign_note(stem: Path) -> Path | None:
+    """A file where a sample's notes belong that this program did not write: one without the sample's record."""
+    if has_video(stem) or recorded_prompt(stem) is not None:
+        return None
+    return next((path for ending in NOTES if (path := _with_ending(stem, ending)).exists()), None)
 
 
 def recorded_prompt(stem: Path) -> str | None:
