@@ -23,8 +23,9 @@ from opensora.evaluation.quality import flicker, psnr, ssim
 from opensora.models.autoencoder import as_autoencoder
 from opensora.models.build import build_on_meta, build_ready, check_weights
 from opensora.models.vae.lpips import LPIPSSource, build_lpips
-from opensora.utils.errors import UserError
-from opensora.utils.files import write_text
+from opensora.utils.claims import claimed
+from opensora.utils.errors import UserError, few
+from opensora.utils.files import remove_unfinished_files, write_text
 from opensora.utils.logging import get_logger
 from opensora.utils.video import contact_sheet, read_image, read_video, save_image, save_video, to_uint8
 from opensora.utils.weights import fingerprint
@@ -35,6 +36,7 @@ MEASURES = ("psnr", "ssim", "lpips", "flicker", "latent_mean", "latent_std")
 CRF = 17  # of the files: near to lossless, since they are there to judge fine differences
 LPIPS_FRAMES = 16  # at a time
 SHEET_FRAMES = 5
+RESULTS = ("clips", "orig", "recn", "side_by_side", "metrics.csv", "overall.csv", "latents.csv", "sheet.png")
 Frames = NDArray[np.uint8]
 
 
@@ -130,7 +132,13 @@ def reconstruct(cfg: Any) -> Path:
     Raises:
         UserError: anything wrong with config, weights, clips or folder, before the model is built.
     """
+    with claimed(Path(cfg.save_dir), wait=cfg.wait, advice="--wait True waits for it"):
+        return _reconstruct(cfg)
+
+
+def _reconstruct(cfg: Any) -> Path:
     clips, results, settings = prepare(cfg)
+    remove_unfinished_files(results.folder)
     waiting = [clip for clip in clips if results.read(clip) is None]
     logger.info("%d clips, %d of them done before, to %s", len(clips), len(clips) - len(waiting), results.folder)
     if waiting:
@@ -159,6 +167,11 @@ def prepare(cfg: Any) -> tuple[list[EvalClip], Results, str]:
     results = Results(Path(cfg.save_dir))
     text, older = (_settings_text(cfg, stamp) for stamp in (_fingerprint(cfg.model), _file_stamp(cfg.model)))
     path = results.settings
+    if not path.is_file() and (foreign := [name for name in RESULTS if (results.folder / name).exists()]):
+        raise UserError(
+            f"save_dir={cfg.save_dir} holds {few(foreign)}, but no results of this program ({path.name} is missing); "
+            "give another --save-dir"
+        )
     if path.is_file() and path.read_text(encoding="utf-8") not in (text, older):
         raise UserError(
             f"save_dir={cfg.save_dir} holds results of other weights or settings ({path}); give another --save-dir"
