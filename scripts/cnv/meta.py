@@ -1,7 +1,11 @@
 """Add length, size and frame rate of every file to a table: ``python scripts/cnv/meta.py --input A --output B``."""
 
 import argparse
+import sys
 from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.config import run_main
 from opensora.datasets.meta import write_meta

@@ -1,7 +1,11 @@
 """Split a parquet table into shards for ``memory_efficient`` datasets: ``python scripts/cnv/shard.py FILE [K]``."""
 
 import argparse
+import sys
 from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.config import run_main
 from opensora.datasets.rows import ROWS_PER_SHARD, shard_folder, write_shards

@@ -4,6 +4,11 @@ On several devices: ``torchrun --nproc_per_node N --standalone scripts/diffusion
 """
 
 import os
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.acceleration.failures import reported_once
 from opensora.acceleration.torchrun import Torchrun
