@@ -63,7 +63,7 @@ def read_table(path: str | Path, as_text: bool = False) -> pd.DataFrame:
 
 
 def _read_csv(path: Path, as_text: bool) -> pd.DataFrame:
-    words = {"dtype": str, "keep_default_na": False}
+    words: dict[str, Any] = {"dtype": str, "keep_default_na": False}
     _check_names(pd.read_csv(path, header=None, nrows=1, **words).iloc[0])  # pandas renames the second of two
     table = pd.read_csv(path, skip_blank_lines=False, **words) if as_text else pd.read_csv(path)
     if not isinstance(table.index, pd.RangeIndex):

@@ -46,7 +46,7 @@ class TextDataset(Dataset):
             require_columns(table, ["text"], data_path)
             empty = table["text"].isna()
             if empty.any():
-                raise UserError(f"{row_name(data_path, empty.to_numpy().argmax())}: column 'text' is empty")
+                raise UserError(f"{row_name(data_path, int(empty.to_numpy().argmax()))}: column 'text' is empty")
             self.rows = TableRows(table)
             if "fps" in table:
                 self._fps = pd.to_numeric(table["fps"], errors="coerce").to_numpy(dtype=np.float64)

@@ -103,7 +103,7 @@ class ApiModel:
     def __call__(self, instructions: str, text: str, picture: np.ndarray | None, max_tokens: int) -> str:
         """Ask; raises what :meth:`ChatClient.ask` does when all attempts failed."""
         pictures = [] if picture is None else [data_url(picture, IMAGE_SIDE)]
-        messages = [
+        messages: list[dict[str, Any]] = [
             {"role": "system", "content": instructions},
             {"role": "user", "content": content_of(text, pictures)},
         ]

@@ -128,7 +128,7 @@ def _tensor_digest(tensor: Tensor) -> str:
     content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     last = max(content.numel() - SAMPLED, 0)
     for place in sorted({last * i // (TENSOR_PLACES - 1) for i in range(TENSOR_PLACES)}):
-        digest.update(content[place : place + SAMPLED].numpy())
+        digest.update(content[place : place + SAMPLED].numpy().tobytes())
     return digest.hexdigest()
 
 
