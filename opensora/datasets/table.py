@@ -30,11 +30,12 @@ def reading_table(path: str | Path, *kinds: type[Exception]) -> Iterator[None]:
     if not path.is_file():
         raise UserError(f"{path}: no such file (expected a CSV or parquet table)")
     check_table_name(path)
+    expected: tuple[type[Exception], ...] = (ValueError, OSError, *kinds)  # pandas and pyarrow errors derive from these
     try:
         yield
     except UserError:
         raise
-    except (ValueError, OSError, *kinds) as error:  # pandas and pyarrow errors derive from these
+    except expected as error:
         raise UserError(f"{path}: cannot be read as a table ({error})") from error
 
 
