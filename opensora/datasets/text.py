@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from opensora.datasets.dataset import add_suffix, target_fps
 from opensora.datasets.rows import ShardedRows, TableRows, read_numbers
-from opensora.datasets.table import read_table, require_columns
+from opensora.datasets.table import read_table, require_columns, row_name
 from opensora.registry import DATASETS
 from opensora.utils.errors import UserError
 
@@ -46,7 +46,7 @@ class TextDataset(Dataset):
             require_columns(table, ["text"], data_path)
             empty = table["text"].isna()
             if empty.any():
-                raise UserError(f"{data_path}, row {int(empty.to_numpy().argmax()) + 2}: column 'text' is empty")
+                raise UserError(f"{row_name(data_path, int(empty.to_numpy().argmax()))}: column 'text' is empty")
             self.rows = TableRows(table)
             if "fps" in table:
                 self._fps = pd.to_numeric(table["fps"], errors="coerce").to_numpy(dtype=np.float64)

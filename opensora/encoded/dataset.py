@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from opensora.datasets.dataset import SampleKey, VideoTextDataset
+from opensora.datasets.table import row_name, row_number
 from opensora.datasets.video_io import BrokenMediaError
 from opensora.registry import DATASETS
 from opensora.utils.errors import UserError
@@ -125,8 +126,8 @@ class Cache:
         rows = table["row"].to_numpy()
         if len(rows) and rows.max() >= num_rows:
             raise UserError(
-                f"the cache {self.folder} knows row {rows.max() + 2}, the table ends at row {num_rows + 1}: it was "
-                f"made of another table; write it again: {self.info.config} --overwrite"
+                f"the cache {self.folder} knows row {row_number(rows.max())}, the table ends at row {num_rows + 1}: "
+                f"it was made of another table; write it again: {self.info.config} --overwrite"
             )
         self.rows = rows
         self._columns: dict[str, np.ndarray] = {}
@@ -273,7 +274,7 @@ class CachedVideoTextDataset(VideoTextDataset):
         else:
             return
         raise UserError(
-            f"{self.data_path}, row {index + 2}: {what}, not what the cache {self.cache.folder} holds; write it again: "
+            f"{row_name(self.data_path, index)}: {what}, not what the cache {self.cache.folder} holds; write it again: "
             f"{self.cache.info.config} --overwrite"
         )
 

@@ -23,9 +23,13 @@ from opensora.evaluation.quality import flicker, psnr, ssim
 from opensora.models.autoencoder import as_autoencoder
 from opensora.models.build import build_on_meta, build_ready, check_weights
 from opensora.models.vae.lpips import LPIPSSource, build_lpips
-from opensora.utils.errors import UserError
+from opensora.utils.claims import claimed
+from opensora.utils.errors import UserError, few
+from opensora.utils.files import remove_unfinished_files, write_text
 from opensora.utils.logging import get_logger
-from opensora.utils.video import contact_sheet, read_image, read_video, save_image, save_video, to_uint8, write_text
+from opensora.utils.main import doing
+from opensora.utils.video import contact_sheet, read_image, read_video, save_image, save_video, to_uint8
+from opensora.utils.weights import fingerprint
 
 logger = get_logger(__name__)
 
@@ -33,6 +37,7 @@ MEASURES = ("psnr", "ssim", "lpips", "flicker", "latent_mean", "latent_std")
 CRF = 17  # of the files: near to lossless, since they are there to judge fine differences
 LPIPS_FRAMES = 16  # at a time
 SHEET_FRAMES = 5
+RESULTS = ("clips", "orig", "recn", "side_by_side", "metrics.csv", "overall.csv", "latents.csv", "sheet.png")
 Frames = NDArray[np.uint8]
 
 
@@ -128,7 +133,13 @@ def reconstruct(cfg: Any) -> Path:
     Raises:
         UserError: anything wrong with config, weights, clips or folder, before the model is built.
     """
+    with claimed(Path(cfg.save_dir), wait=cfg.wait, advice="--wait True waits for it"):
+        return _reconstruct(cfg)
+
+
+def _reconstruct(cfg: Any) -> Path:
     clips, results, settings = prepare(cfg)
+    remove_unfinished_files(results.folder)
     waiting = [clip for clip in clips if results.read(clip) is None]
     logger.info("%d clips, %d of them done before, to %s", len(clips), len(clips) - len(waiting), results.folder)
     if waiting:
@@ -137,7 +148,8 @@ def reconstruct(cfg: Any) -> Path:
         lpips = build_lpips(cfg.lpips, device) if cfg.lpips else None
         write_text(settings, results.settings)  # only now: weights that cannot be loaded must not claim the folder
         for clip, video in _read_ahead(waiting, cfg):
-            _reconstruct_clip(clip, video.to(device), model, lpips, results, _played_fps(cfg))
+            with doing(f"clip {clip.path}"):
+                _reconstruct_clip(clip, video.to(device), model, lpips, results, _played_fps(cfg))
     summarise(clips, results, cfg.sheet_clips)
     return results.folder
 
@@ -155,11 +167,14 @@ def prepare(cfg: Any) -> tuple[list[EvalClip], Results, str]:
         LPIPSSource(**cfg.lpips).check()
     clips = choose_clips(cfg, as_autoencoder(build_on_meta(cfg.model)))
     results = Results(Path(cfg.save_dir))
-    settings = {"model": cfg.model, "dtype": cfg.dtype, "lpips": cfg.lpips, "weights": _weights_stamp(cfg.model)}
-    settings["fps"] = _played_fps(cfg)
-    text = json.dumps(settings, indent=4, default=str) + "\n"
+    text, older = (_settings_text(cfg, stamp) for stamp in (_fingerprint(cfg.model), _file_stamp(cfg.model)))
     path = results.settings
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
+    if not path.is_file() and (foreign := [name for name in RESULTS if (results.folder / name).exists()]):
+        raise UserError(
+            f"save_dir={cfg.save_dir} holds {few(foreign)}, but no results of this program ({path.name} is missing); "
+            "give another --save-dir"
+        )
+    if path.is_file() and path.read_text(encoding="utf-8") not in (text, older):
         raise UserError(
             f"save_dir={cfg.save_dir} holds results of other weights or settings ({path}); give another --save-dir"
         )
@@ -171,8 +186,20 @@ def _played_fps(cfg: Any) -> int:
     return max(cfg.fps // cfg.frame_interval, 1)
 
 
-def _weights_stamp(section: Mapping[str, Any]) -> list[Any] | None:
-    """Size and time of the weight file, to notice that it was replaced; None where it is not a local file."""
+def _settings_text(cfg: Any, weights: Any) -> str:
+    """What results depend on besides the clip, as the folder's ``settings.json`` has it."""
+    settings = {"model": cfg.model, "dtype": cfg.dtype, "lpips": cfg.lpips, "weights": weights}
+    return json.dumps({**settings, "fps": _played_fps(cfg)}, indent=4, default=str) + "\n"
+
+
+def _fingerprint(section: Mapping[str, Any]) -> str | None:
+    """Identifies the weights, to notice that they were replaced; None for random ones."""
+    path = section.get("from_pretrained")
+    return fingerprint(path, section.get("cache_dir")) if path else None
+
+
+def _file_stamp(section: Mapping[str, Any]) -> list[Any] | None:
+    """What version 2.1.0 recorded in place of a fingerprint: size and time of the weight file."""
     path = Path(section.get("from_pretrained") or "")
     return [path.stat().st_size, path.stat().st_mtime] if path.is_file() else None
 

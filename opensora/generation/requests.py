@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from opensora.datasets.table import require_columns
+from opensora.datasets.table import read_table, require_columns, row_name
 from opensora.diffusion.conditions import get_spans
 from opensora.diffusion.references import locate_references
 from opensora.diffusion.wording import check_motion_score, check_seed, final_text
@@ -75,7 +73,7 @@ def read_requests(cfg: Mapping[str, Any], downloads: Path) -> list[Request]:
     path = (cfg["dataset"] or {}).get("data_path")
     if not path:
         raise UserError('nothing to make: give --prompt "..." or --dataset.data-path prompts.csv')
-    table = _read_text_table(Path(path))
+    table = read_table(path, as_text=True)
     require_columns(table, ["text"], path)
     start = cfg["start_index"]
     end = cfg["end_index"]
@@ -86,31 +84,11 @@ def read_requests(cfg: Mapping[str, Any], downloads: Path) -> list[Request]:
         raise UserError(f"{path}: no rows from start_index={start} to end_index={end}; the table has {len(table)}")
     requests = []
     for index in chosen:
-        # rows are counted as a spreadsheet shows them: the header is row 1
-        where = f"{path}, row {index + 2}"
+        where = row_name(path, index)
         requests.append(
             _request(cfg, dict(zip(table.columns, table.iloc[index])), index, where, Path(path).parent, downloads)
         )
     return requests
-
-
-def _read_text_table(path: Path) -> pd.DataFrame:
-    """Table with every cell as text, "" where it is empty. Words such as ``none`` stay words."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file (expected a CSV or parquet table)")
-    if path.suffix not in (".csv", ".parquet"):
-        raise UserError(f"{path}: '{path.suffix}' is not a table format; use .csv or .parquet")
-    try:
-        if path.suffix == ".csv":
-            return pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False)
-        table = pd.read_parquet(path)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a table ({error})") from error
-    return table.astype(object).where(table.notna(), "").map(_as_text)
-
-
-def _as_text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _request(

@@ -3,6 +3,7 @@
 import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from opensora.diffusion.references import check_references
 from opensora.diffusion.timing import timed
 from opensora.generation import outputs
 from opensora.generation.dry_run import dry_run_report
-from opensora.generation.jobs import Job, left_to_make, list_jobs, settle_jobs, with_local_references
+from opensora.generation.jobs import Job, hold_jobs, left_to_make, list_jobs, settle_jobs, with_local_references
 from opensora.generation.refine import make_asker, wants_language_model
 from opensora.generation.requests import Request, read_requests, where_of_ref
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
+from opensora.utils.main import doing
 from opensora.utils.video import save_image
 
 logger = get_logger(__name__)
@@ -58,7 +60,7 @@ def generate(
     Raises:
         UserError: see :mod:`opensora.diffusion.checks`.
     """
-    with tempfile.TemporaryDirectory() as downloads:
+    with tempfile.TemporaryDirectory() as downloads, ExitStack() as held:
         requests = prepare(cfg, world_size, Path(downloads))
         if cfg["dry_run"]:
             jobs = list_jobs(cfg, requests)
@@ -69,11 +71,13 @@ def generate(
             return []
         check_resources(cfg, device)
         start = make_asker(cfg, environment or {}) if wants_language_model(cfg, requests) else None
-        jobs = from_rank_zero(lambda: settle_jobs(cfg, requests, start), device, rank, world_size)
+        jobs = from_rank_zero(lambda: settle_jobs(cfg, requests, start, held), device, rank, world_size)
         parallel = _ranks(cfg, device) if world_size > 1 else ParallelContext(device=device)
         jobs = with_local_references(jobs, requests)[parallel.dp.rank :: parallel.dp.size]
         if not jobs:
             return []
+        if rank:
+            hold_jobs(cfg, jobs, held)
         pipe = VideoPipeline.from_config(cfg, device, parallel)
         if not parallel.sample.first:  # the group's first rank writes what all of them make
             _take_part(pipe, jobs)
@@ -135,10 +139,12 @@ def _make_all(pipe: VideoPipeline, jobs: Sequence[Job], rank: int, log: Callable
     hidden = rank != 0
     with tqdm(total=len(jobs), desc="samples", unit="sample", disable=hidden) as bar:
         for batch in _batches(jobs, cfg["batch_size"]):
-            with tqdm(desc=batch[0].request.text[:40], unit="step", leave=False, disable=hidden) as steps:
+            shown = tqdm(desc=batch[0].request.text[:40], unit="step", leave=False, disable=hidden)
+            with doing(", ".join(job.request.where for job in batch)), shown as steps:
                 result = _make(pipe, batch, steps, log, common)
             for index, job in enumerate(batch):
-                path = _save(cfg, job, result, index, common)
+                with doing(f"writing {job.stem}"):
+                    path = _save(cfg, job, result, index, common)
                 log(f"saved {path}")
                 bar.update()
                 yield path
@@ -239,8 +245,8 @@ def _save_notes(job: Job, result: SampleResult, index: int, common: Mapping[str,
         "seconds": {stage: round(seconds, 3) for stage, seconds in result.timings.items()},
         **common,
     }
+    outputs.save_record(record, job.stem)  # first: what else is there without it is not of this program
     outputs.save_text(text, job.stem)
-    outputs.save_record(record, job.stem)
 
 
 def _plain(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch.distributed import is_torchelastic_launched
 
 from opensora.acceleration.engine import Engine
 from opensora.acceleration.sharding import Gathered
+from opensora.datasets.table import row_number
 from opensora.training.checkpoint.content import CheckpointContent
 from opensora.training.checkpoint.folder import RunningStates
 from opensora.training.checkpoint.writer import SHARD_BYTES, CheckpointWriter
@@ -24,6 +25,7 @@ from opensora.training.weights.ema import EMA
 from opensora.training.weights.optimizer import Schedule
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
+from opensora.utils.main import doing
 
 logger = get_logger(__name__)
 
@@ -135,7 +137,8 @@ class TrainLoop:
         try:
             with StopRequest(is_torchelastic_launched()) as stop:
                 while self.states.global_step < settings.stop_at:
-                    self._step(batches, loss_function)
+                    with doing(f"step {self.states.global_step + 1}"):
+                        self._step(batches, loss_function)
                     if on_step is not None:
                         on_step(self.states.global_step)
                     step = self.states.global_step
@@ -164,7 +167,8 @@ class TrainLoop:
         """Forward and backward of one batch; returns the names of its rows."""
         settings, states = self.settings, self.states
         generator = step_generator(settings.seed, states.micro_step, settings.rank)
-        loss, metrics = loss_function(batch, generator)
+        with doing(", ".join(row_names(batch)[:NAMED_ROWS])):
+            loss, metrics = loss_function(batch, generator)
         # A loss that is not finite makes every gradient NaN, on every rank, and so the step is skipped; a finite one
         # is multiplied by exactly 1. (Looking at the value here would wait for the GPU.)
         scaled = loss * (1 + 0 * loss.detach()) / settings.accumulation
@@ -239,5 +243,5 @@ class TrainLoop:
 def row_names(batch: Mapping[str, Any]) -> list[str]:
     """Rows of a batch as a user finds them: number in the table (the header is row 1) and file."""
     indices, paths = batch.get("index", []), batch.get("path", [])
-    names = [f"row {int(i) + 2}" for i in indices] or [""] * len(paths)
+    names = [f"row {row_number(i)}" for i in indices] or [""] * len(paths)
     return [f"{name} ({path})" if name else str(path) for name, path in zip(names, paths)] if paths else names
