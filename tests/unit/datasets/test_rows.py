@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from opensora.datasets.buckets import BucketTable
-from opensora.datasets.dataset import SampleKey, VideoTextDataset, frame_strides, target_fps
+from opensora.datasets.dataset import VideoTextDataset, frame_strides, target_fps
 from opensora.datasets.rows import ShardedRows, read_numbers, write_shards
 from opensora.datasets.sampler import BucketBatchSampler
+from opensora.datasets.source import SampleKey
 from opensora.datasets.text import TextDataset
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_video
