@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from opensora.acceleration.devices import pick_device, torch_dtype
 from opensora.datasets.table import write_table
-from opensora.evaluation.clips import ClipReader, EvalClip, choose_clips
+from opensora.evaluation.clips import ClipReader, EvalClip, choose_clips, own_source
 from opensora.evaluation.latents import RunningMoments
 from opensora.evaluation.quality import flicker, psnr, ssim
 from opensora.models.autoencoder import as_autoencoder
@@ -128,7 +128,8 @@ def reconstruct(cfg: Any) -> Path:
     Raises:
         UserError: anything wrong with config, weights, clips or folder, before the model is built.
     """
-    clips, results, settings = prepare(cfg)
+    reader, results, settings = prepare(cfg)
+    clips = reader.clips
     waiting = [clip for clip in clips if results.read(clip) is None]
     logger.info("%d clips, %d of them done before, to %s", len(clips), len(clips) - len(waiting), results.folder)
     if waiting:
@@ -136,13 +137,13 @@ def reconstruct(cfg: Any) -> Path:
         model: Any = build_ready(cfg.model, device, torch_dtype(cfg.dtype))
         lpips = build_lpips(cfg.lpips, device) if cfg.lpips else None
         write_text(settings, results.settings)  # only now: weights that cannot be loaded must not claim the folder
-        for clip, video in _read_ahead(waiting, cfg):
+        for clip, video in _read_ahead(ClipReader(waiting, reader.source), cfg):
             _reconstruct_clip(clip, video.to(device), model, lpips, results, _played_fps(cfg))
     summarise(clips, results, cfg.sheet_clips)
     return results.folder
 
 
-def prepare(cfg: Any) -> tuple[list[EvalClip], Results, str]:
+def prepare(cfg: Any) -> tuple[ClipReader, Results, str]:
     """Check everything that can be checked without a model.
 
     Returns:
@@ -153,17 +154,20 @@ def prepare(cfg: Any) -> tuple[list[EvalClip], Results, str]:
     check_weights("model", cfg.model)
     if cfg.lpips:
         LPIPSSource(**cfg.lpips).check()
-    clips = choose_clips(cfg, as_autoencoder(build_on_meta(cfg.model)))
+    source = own_source(cfg)
+    reader = ClipReader(choose_clips(cfg, as_autoencoder(build_on_meta(cfg.model)), source), source)
     results = Results(Path(cfg.save_dir))
     settings = {"model": cfg.model, "dtype": cfg.dtype, "lpips": cfg.lpips, "weights": _weights_stamp(cfg.model)}
     settings["fps"] = _played_fps(cfg)
+    if source is not None:
+        settings["dataset"] = cfg.dataset  # its clips need not be files, whose times would tell that they changed
     text = json.dumps(settings, indent=4, default=str) + "\n"
     path = results.settings
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         raise UserError(
             f"save_dir={cfg.save_dir} holds results of other weights or settings ({path}); give another --save-dir"
         )
-    return clips, results, text
+    return reader, results, text
 
 
 def _played_fps(cfg: Any) -> int:
@@ -177,16 +181,16 @@ def _weights_stamp(section: Mapping[str, Any]) -> list[Any] | None:
     return [path.stat().st_size, path.stat().st_mtime] if path.is_file() else None
 
 
-def _read_ahead(clips: list[EvalClip], cfg: Any) -> Iterator[tuple[EvalClip, Tensor]]:
+def _read_ahead(reader: ClipReader, cfg: Any) -> Iterator[tuple[EvalClip, Tensor]]:
     """Readable clips in order, with a progress bar; others are left out."""
     loader = DataLoader(
-        ClipReader(clips),
+        reader,
         batch_size=None,
         num_workers=cfg.num_workers,
         prefetch_factor=(cfg.prefetch_factor or 2) if cfg.num_workers else None,
     )
-    bar = tqdm(zip(clips, loader), total=len(clips), unit="clip", desc="reconstructing", disable=cfg.verbose == 0)
-    for clip, video in bar:
+    pairs = zip(reader.clips, loader)
+    for clip, video in tqdm(pairs, total=len(reader), unit="clip", desc="reconstructing", disable=cfg.verbose == 0):
         if video is not None:
             yield clip, video
 
