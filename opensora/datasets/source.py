@@ -9,6 +9,8 @@ import pandas as pd
 import torch
 from torch.utils.data import Dataset
 
+from opensora.config.keys import group_options
+from opensora.config.options import DatasetOptions
 from opensora.datasets.video_io import BrokenMediaError
 from opensora.registry import DATASETS, build_module
 from opensora.utils.errors import UserError
@@ -132,7 +134,7 @@ class ClipDataset(Dataset):
         return "" if pd.isna(text) else str(text)
 
 
-def build_source(section: Mapping[str, Any], **preferred: Any) -> ClipSource:
+def build_source(section: DatasetOptions | Mapping[str, Any], **preferred: Any) -> ClipSource:
     """The dataset of a config section.
 
     Args:
@@ -144,10 +146,10 @@ def build_source(section: Mapping[str, Any], **preferred: Any) -> ClipSource:
     """
     kind = section.get("type")
     if kind is not None:
-        parameters = inspect.signature(DATASETS.resolve(kind)).parameters
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        preferred = {key: value for key, value in preferred.items() if open_ended or key in parameters}
-    dataset = build_module(dict(section), DATASETS, **preferred)
+        group = DATASETS.config_of(kind)
+        taken = {*inspect.signature(DATASETS.resolve(kind)).parameters, *(group_options(group) if group else ())}
+        preferred = {key: value for key, value in preferred.items() if key in taken}
+    dataset = build_module(section, DATASETS, **preferred)
     missing = [name for name in MEMBERS if not hasattr(dataset, name)]
     if missing:
         raise UserError(f"dataset.type={kind}: no dataset of clips, it has no {', '.join(missing)}")

@@ -174,11 +174,12 @@ def cached_video_text(
     cache_dir: str | None = None,
     return_latents_path: bool = False,
     load_original_video: bool | None = None,
+    require_text: bool = True,
     **table: Any,
 ) -> CachedVideoTextDataset:
     """:class:`CachedVideoTextDataset` of the clips of a table; the other arguments are those of ``video_text``."""
     return CachedVideoTextDataset(
-        VideoTextDataset(**table),
+        VideoTextDataset(**table, require_text=require_text),
         cached_video=cached_video,
         cached_text=cached_text,
         cache_dir=cache_dir,

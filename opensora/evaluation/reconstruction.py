@@ -157,10 +157,11 @@ def prepare(cfg: Any) -> tuple[ClipReader, Results, str]:
     source = own_source(cfg)
     reader = ClipReader(choose_clips(cfg, as_autoencoder(build_on_meta(cfg.model)), source), source)
     results = Results(Path(cfg.save_dir))
-    settings = {"model": cfg.model, "dtype": cfg.dtype, "lpips": cfg.lpips, "weights": _weights_stamp(cfg.model)}
+    lpips = dict(cfg.lpips) if cfg.lpips else cfg.lpips
+    settings = {"model": dict(cfg.model), "dtype": cfg.dtype, "lpips": lpips, "weights": _weights_stamp(cfg.model)}
     settings["fps"] = _played_fps(cfg)
     if source is not None:
-        settings["dataset"] = cfg.dataset  # its clips need not be files, whose times would tell that they changed
+        settings["dataset"] = dict(cfg.dataset)  # its clips need not be files, whose times would tell that they changed
     text = json.dumps(settings, indent=4, default=str) + "\n"
     path = results.settings
     if path.is_file() and path.read_text(encoding="utf-8") != text:
