@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from opensora.datasets.table import require_columns
 from opensora.diffusion.conditions import get_spans
 from opensora.diffusion.references import locate_references
 from opensora.diffusion.wording import check_motion_score, check_seed, final_text
+from opensora.registry import DATASETS, build_module
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
@@ -58,7 +56,7 @@ class Request:
 
 
 def read_requests(cfg: Mapping[str, Any], downloads: Path) -> list[Request]:
-    """Requests of a run: the single ``prompt`` if there is one, else the chosen rows of ``dataset.data_path``.
+    """Requests of a run: the single ``prompt`` if there is one, else the chosen rows of ``dataset``.
 
     Args:
         cfg: resolved config (:class:`opensora.config.commands.InferenceOptions`).
@@ -72,11 +70,11 @@ def read_requests(cfg: Mapping[str, Any], downloads: Path) -> list[Request]:
             raise UserError("--prompt is empty")
         rows = {"text": cfg["prompt"], "ref": cfg["ref"] or ""}
         return [_request(cfg, rows, 0, "--prompt", None, downloads)]
-    path = (cfg["dataset"] or {}).get("data_path")
-    if not path:
+    section = {"type": "text", **(cfg["dataset"] or {})}
+    if section["type"] == "text" and not section.get("data_path"):
         raise UserError('nothing to make: give --prompt "..." or --dataset.data-path prompts.csv')
-    table = _read_text_table(Path(path))
-    require_columns(table, ["text"], path)
+    table = build_module(section, DATASETS)
+    path = table.data_path
     start = cfg["start_index"]
     end = cfg["end_index"]
     if end is None and cfg["num_samples"] is not None:
@@ -88,29 +86,8 @@ def read_requests(cfg: Mapping[str, Any], downloads: Path) -> list[Request]:
     for index in chosen:
         # rows are counted as a spreadsheet shows them: the header is row 1
         where = f"{path}, row {index + 2}"
-        requests.append(
-            _request(cfg, dict(zip(table.columns, table.iloc[index])), index, where, Path(path).parent, downloads)
-        )
+        requests.append(_request(cfg, table[index], index, where, Path(path).parent, downloads))
     return requests
-
-
-def _read_text_table(path: Path) -> pd.DataFrame:
-    """Table with every cell as text, "" where it is empty. Words such as ``none`` stay words."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file (expected a CSV or parquet table)")
-    if path.suffix not in (".csv", ".parquet"):
-        raise UserError(f"{path}: '{path.suffix}' is not a table format; use .csv or .parquet")
-    try:
-        if path.suffix == ".csv":
-            return pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False)
-        table = pd.read_parquet(path)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a table ({error})") from error
-    return table.astype(object).where(table.notna(), "").map(_as_text)
-
-
-def _as_text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _request(
