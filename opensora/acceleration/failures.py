@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
+from opensora.acceleration.torchrun import Torchrun
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
@@ -56,15 +57,16 @@ def lost_contact(error: BaseException) -> bool:
 
 def first_to_say(message: str, environment: Mapping[str, str]) -> bool:
     """Whether this process is the first of a run with this message; true where the others cannot be asked."""
-    if int(environment.get("WORLD_SIZE", "1")) == 1:
+    ours = Torchrun.read(environment)
+    if ours.world_size == 1:
         return True
     import torch.distributed as dist
 
-    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
-    key = f"opensora/said/{attempt}/{hashlib.sha256(message.encode()).hexdigest()}"
+    key = f"opensora/said/{ours.attempt}/{hashlib.sha256(message.encode()).hexdigest()}"
     try:
-        host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
+        store = dist.TCPStore(
+            ours.address, ours.port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False
+        )
         return store.add(key, 1) == 1
-    except (KeyError, RuntimeError):
+    except (RuntimeError, ValueError):
         return True

@@ -1,6 +1,5 @@
 """Process groups of a run, as a value that is handed to whoever needs it."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -169,20 +168,19 @@ def _axis(groups: Tensor) -> Axis:
     return mine
 
 
-def launch(device: torch.device, timeout: timedelta = TIMEOUT) -> bool:
-    """Join the processes that torchrun started; false where there is only this one.
+def launch(device: torch.device, timeout: timedelta = TIMEOUT) -> None:
+    """Join the processes that torchrun started, of which this is one; nothing where they are joined already.
 
     Args:
         device: where this process works; NCCL on GPUs, gloo on CPUs.
         timeout: how long an exchange may take before this process gives up on the others.
     """
-    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return dist.is_initialized()
+    if dist.is_initialized():
+        return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(backend, timeout=timeout)
-    return True
 
 
 def shutdown() -> None:

@@ -45,6 +45,7 @@ class RunOptions(Options):
     device: str | None = opt(None, "cpu or cuda; none takes cuda where there is one")
     dtype: DType = opt("bf16", "precision of the models")
     seed: int = opt(1024, "seed of everything random except a sample's noise")
+    wait: bool = opt(False, "wait while another process writes to the same place, instead of refusing")
     imports: list[str] | None = opt(None, "modules of your own to import first, for what they register")
     config_path: str = "config"  # where the values come from, for messages
 

@@ -10,7 +10,7 @@ import difflib
 import importlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -102,18 +102,6 @@ def load_config(path: str | Path | Mapping | Options, options: type[Group], over
 def config_to_text(cfg: Options) -> str:
     """The resolved config as JSON, indented by 4."""
     return json.dumps(cfg.to_dict(), indent=4, default=str, ensure_ascii=False)
-
-
-def run_main(main: Callable[[list[str] | None], Any]) -> None:
-    """Run a script's ``main``: a ``UserError`` becomes one line on stderr and exit status 2, Ctrl-C status 130."""
-    try:
-        main(None)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 # -------------------------------------------------------------------------------------------------------------- files

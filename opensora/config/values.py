@@ -32,11 +32,6 @@ def describe(hint: Any) -> str:
     return _SCALAR_NAMES.get(hint, str(hint))
 
 
-def is_optional(hint: Any) -> bool:
-    """Whether None is among the values of the hint."""
-    return get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
-
-
 def mapping_types(hint: Any) -> tuple[Any, Any] | None:
     """Key and value hints if the hint is (optionally) a dict with any keys, else None."""
     members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)

@@ -15,6 +15,7 @@ from opensora.datasets.buckets import BucketTable
 from opensora.datasets.dataset import collate
 from opensora.datasets.sampler import BucketBatchSampler
 from opensora.datasets.source import ClipSource, SampleKey
+from opensora.datasets.table import row_name, row_number
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
@@ -46,7 +47,7 @@ class BrokenRows:
             if row not in self.reasons:
                 self.reasons[row] = reason
                 logger.warning(
-                    "%s, row %d is left out: %s (%d so far)", self.data_path, row + 2, reason, len(self.reasons)
+                    "%s is left out: %s (%d so far)", row_name(self.data_path, row), reason, len(self.reasons)
                 )
         if len(self.reasons) > self.limit:
             raise UserError(
@@ -54,7 +55,7 @@ class BrokenRows:
                 f"{self.limit}.\n{self.summary()}"
             )
         if "failed" in batch:
-            rows = ", ".join(str(row + 2) for row in batch["failed"])
+            rows = ", ".join(str(row_number(row)) for row in batch["failed"])
             raise UserError(
                 f"{self.data_path}: row {rows} and everything drawn in its place is unreadable.\n{self.summary()}"
             )
@@ -62,7 +63,7 @@ class BrokenRows:
 
     def summary(self) -> str:
         """The first broken rows with their reasons."""
-        lines = [f"row {row + 2}: {reason}" for row, reason in sorted(self.reasons.items())[:SHOWN]]
+        lines = [f"row {row_number(row)}: {reason}" for row, reason in sorted(self.reasons.items())[:SHOWN]]
         more = len(self.reasons) - SHOWN
         return "\n".join(lines + ([f"and {more} more"] if more > 0 else []))
 

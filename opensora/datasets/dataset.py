@@ -9,7 +9,7 @@ import torch
 
 from opensora.datasets.rows import ShardedRows, TableRows, read_numbers, with_numbers
 from opensora.datasets.source import ClipDataset, SampleKey
-from opensora.datasets.table import MEDIA_COLUMNS, read_table, require_columns, resolve_media_paths
+from opensora.datasets.table import MEDIA_COLUMNS, read_table, require_columns, resolve_media_paths, row_number
 from opensora.datasets.transforms import TRANSFORMS, to_model_range
 from opensora.datasets.video_io import BrokenMediaError, read_frames
 from opensora.registry import DATASETS
@@ -187,6 +187,6 @@ def _join(name: str, values: list[Any], samples: list[dict[str, Any]]) -> Any:
         return values
     shapes = {tuple(value.shape) for value in values}
     if len(shapes) > 1:
-        sizes = ", ".join(f"row {sample['index'] + 2}: {list(v.shape)}" for sample, v in zip(samples, values))
+        sizes = ", ".join(f"row {row_number(sample['index'])}: {list(v.shape)}" for sample, v in zip(samples, values))
         raise UserError(f"{name}: the samples of one bucket differ in size ({sizes})")
     return torch.stack(values)

@@ -18,7 +18,7 @@ from av.error import FFmpegError
 from PIL import Image
 from tqdm import tqdm
 
-from opensora.datasets.table import check_table_name, locate, read_table, require_columns, write_table
+from opensora.datasets.table import check_table_name, locate, read_table, require_columns, row_number, write_table
 from opensora.datasets.video_io import BrokenMediaError
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -161,7 +161,9 @@ def add_media_columns(
         fps=[i.fps for i in infos],
     )
     bad = [(i, reason) for i, reason in enumerate(results) if isinstance(reason, str)]
-    broken = table.iloc[[i for i, _ in bad]].assign(row=[i + 2 for i, _ in bad], error=[reason for _, reason in bad])
+    broken = table.iloc[[i for i, _ in bad]].assign(
+        row=[row_number(i) for i, _ in bad], error=[reason for _, reason in bad]
+    )
     return good, broken
 
 

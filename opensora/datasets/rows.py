@@ -7,6 +7,8 @@ rows (to sort them into buckets), but paths and captions only of the rows at han
 
 import json
 import math
+import re
+import shutil
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +19,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from opensora.datasets.table import check_table_name, locate, require_columns
-from opensora.utils.errors import UserError
+from opensora.datasets.table import locate, reading_table, require_columns, row_name
+from opensora.utils.errors import UserError, few
+from opensora.utils.files import write_beside, write_text
 from opensora.utils.logging import get_logger
-from opensora.utils.video import write_beside, write_text
 
 logger = get_logger(__name__)
 
@@ -30,6 +32,8 @@ ROWS_PER_SHARD = 10_000  # default of scripts/cnv/shard.py
 ROW_GROUP = 128  # rows decoded at a time to get at one
 GROUPS_IN_MEMORY = 16  # of each loader worker
 SUMMARY = "shards.json"
+SHARD_NAME = re.compile(r"\d{5,}\.parquet")
+NEW = ".new"  # folder of shards that are being written
 
 
 class TableRows:
@@ -149,13 +153,8 @@ def read_numbers(path: str | Path, extra: Sequence[str] = (), scores: Sequence[s
     path = Path(path)
     if path.suffix == ".csv":
         raise UserError(f"{path}: memory_efficient needs a parquet table; scripts/cnv/meta.py writes one")
-    check_table_name(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file (expected a parquet table)")
-    try:
+    with reading_table(path, pa.ArrowException):
         file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a table ({error})") from error
     names = list(file.schema_arrow.names)
     require_columns(pd.DataFrame(columns=names), [*NUMBER_COLUMNS, *extra], path, hint="scripts/cnv/meta.py adds them.")
     columns: dict[str, np.ndarray] = {}
@@ -192,7 +191,7 @@ def _numbers(cells: pd.Series, name: str, path: str | Path) -> np.ndarray:
         shown = "empty" if pd.isna(cell) else repr(cell) if isinstance(cell, str) else f"{cell:g}"
         measured = "; scripts/cnv/meta.py measures it" if name in NUMBER_COLUMNS else ""
         raise UserError(
-            f"{path}, row {row + 2}: {name} is {shown}, expected {expected} ({int(bad.sum())} rows in all){measured}"
+            f"{row_name(path, row)}: {name} is {shown}, expected {expected} ({int(bad.sum())} rows in all){measured}"
         )
     return values.astype(np.int32) if expected.startswith("a whole") else values
 
@@ -214,10 +213,8 @@ def write_shards(path: str | Path, shards: int | None = None, overwrite: bool = 
     path = Path(path)
     if path.suffix != ".parquet" or not path.is_file():
         raise UserError(f"{path}: expected an existing .parquet table; scripts/cnv/meta.py writes one")
-    try:
+    with reading_table(path, pa.ArrowException):
         table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a table ({error})") from error
     count = math.ceil(len(table) / ROWS_PER_SHARD) if shards is None else shards
     if not 1 <= count <= len(table):
         raise UserError(f"{path}: {len(table)} rows cannot be split into {count} shards")
@@ -225,14 +222,33 @@ def write_shards(path: str | Path, shards: int | None = None, overwrite: bool = 
     old = sorted(folder.glob("[0-9]*.parquet"))
     if old and not overwrite:
         raise UserError(f"{folder} holds {len(old)} shards already; --overwrite replaces them")
-    for file in old:
-        file.unlink()
+    foreign = [file.name for file in old if not SHARD_NAME.fullmatch(file.name)]
+    if foreign:
+        raise UserError(f"{folder} holds {few(foreign)}, which would be read as shards; move them away")
     table = table.drop_columns([name for name in DROPPED_COLUMNS if name in table.column_names])
     size = math.ceil(len(table) / count)
-    for number, start in enumerate(range(0, len(table), size), start=1):
-        _write_part(table.slice(start, size), folder / f"{number:05d}.parquet")
+    new = folder / NEW
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        for number, start in enumerate(range(0, len(table), size), start=1):
+            _write_part(table.slice(start, size), new / f"{number:05d}.parquet")
+        _replace_shards(old, new)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     write_text(json.dumps({"rows": len(table), "table_bytes": path.stat().st_size}), folder / SUMMARY)
     return folder
+
+
+def _replace_shards(old: Sequence[Path], new: Path) -> None:
+    """Let new shards, all of them written, take the place of old ones; shards of a state in between are refused."""
+    if old:
+        write_text(json.dumps({"rows": 0, "table_bytes": -1}), new.parent / SUMMARY)
+    names = {file.name for file in new.iterdir()}
+    for name in sorted(names):
+        (new / name).replace(new.parent / name)
+    for file in old:
+        if file.name not in names:
+            file.unlink()
 
 
 def _write_part(part: pa.Table, path: Path) -> None:

@@ -1,45 +1,102 @@
 """Reading the table (CSV or parquet) that lists a dataset, and finding its mistakes before anything is built."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from opensora.utils.errors import UserError
-from opensora.utils.video import write_beside
+from opensora.utils.files import write_beside
 
 MEDIA_COLUMNS = ("path", "num_frames", "height", "width", "fps")
 TEXT_COLUMNS = ("path", "text")
 
 
-def read_table(path: str | Path) -> pd.DataFrame:
-    """Read ``.csv`` or ``.parquet``.
+@contextmanager
+def reading_table(path: str | Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Within it, a table is read: whatever is wrong with it is said in the same words.
 
-    Paths and captions of a CSV are taken letter by letter: ``7``, ``007`` and ``None`` are texts there; only an empty
-    cell is none.
+    Args:
+        path: of the table, ``.csv`` or ``.parquet``.
+        kinds: further errors of the library that reads it.
 
     Raises:
-        UserError: missing file, other format, or a file that cannot be parsed.
+        UserError: missing file, other format, or one of ``kinds``, ``ValueError`` or ``OSError``.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file (expected a CSV or parquet table)")
     check_table_name(path)
     try:
-        return _read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
-    except (ValueError, OSError) as error:  # pandas and pyarrow errors derive from these
+        yield
+    except UserError:
+        raise
+    except (ValueError, OSError, *kinds) as error:  # pandas and pyarrow errors derive from these
         raise UserError(f"{path}: cannot be read as a table ({error})") from error
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
-    table = pd.read_csv(path)
+def read_table(path: str | Path, as_text: bool = False) -> pd.DataFrame:
+    """Read ``.csv`` or ``.parquet``.
+
+    Paths and captions of a CSV are taken letter by letter: ``7``, ``007`` and ``None`` are texts there; only an empty
+    cell is none.
+
+    Args:
+        path: of the table.
+        as_text: every cell as text, "" where it is empty; words such as ``none`` stay words, blank lines stay rows.
+
+    Raises:
+        UserError: missing file, other format, a file that cannot be parsed, or two columns of one name.
+    """
+    path = Path(path)
+    with reading_table(path):
+        if path.suffix == ".csv":
+            table = _read_csv(path, as_text)
+        else:
+            table = pd.read_parquet(path)
+            table = table.astype(object).where(table.notna(), "").map(_cell_text) if as_text else table
+        _check_names(table.columns)
+    return table
+
+
+def _read_csv(path: Path, as_text: bool) -> pd.DataFrame:
+    words = {"dtype": str, "keep_default_na": False}
+    _check_names(pd.read_csv(path, header=None, nrows=1, **words).iloc[0])  # pandas renames the second of two
+    table = pd.read_csv(path, skip_blank_lines=False, **words) if as_text else pd.read_csv(path)
     if not isinstance(table.index, pd.RangeIndex):
         raise ValueError("its rows have more fields than its header; a text with commas must stand in quotes")
-    texts = [name for name in TEXT_COLUMNS if name in table]
+    texts = [name for name in TEXT_COLUMNS if name in table and not as_text]
     if texts:  # pandas knows one set of words for "nothing" only, and in numbers NA and null are what they say
-        table[texts] = pd.read_csv(path, usecols=texts, dtype=str, keep_default_na=False, na_values=[""])[texts]
+        table[texts] = pd.read_csv(path, usecols=texts, na_values=[""], **words)[texts]
     return table
+
+
+def _check_names(names: Iterable[Any]) -> None:
+    seen: set[str] = set()
+    for name in map(str, names):
+        if name in seen and name:
+            raise ValueError(f"two columns are named '{name}'")
+        seen.add(name)
+
+
+def _cell_text(value: Any) -> str:
+    """A cell of a parquet table as a CSV would have it; whole numbers keep all their digits."""
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else repr(value)
+    return str(value)
+
+
+def row_number(index: int) -> int:
+    """A row as spreadsheets count: the header is row 1."""
+    return int(index) + 2
+
+
+def row_name(path: str | Path, index: int) -> str:
+    """How messages name a row of a table, of which ``index`` is counted from 0."""
+    return f"{path}, row {row_number(index)}"
 
 
 def write_table(table: pd.DataFrame, path: str | Path) -> Path:
@@ -97,7 +154,7 @@ def resolve_media_paths(table: pd.DataFrame, table_path: str | Path, column: str
     for row, raw in enumerate(table[column]):
         path = locate(str(raw), folder)
         if not path.exists():
-            missing.append(f"row {row + 2}: {raw}")
+            missing.append(f"row {row_number(row)}: {raw}")
         resolved.append(str(path))
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""

@@ -1,12 +1,8 @@
 """Table of prompts."""
 
-from pathlib import Path
-from typing import Any
-
-import pandas as pd
 from torch.utils.data import Dataset
 
-from opensora.datasets.table import check_table_name, require_columns
+from opensora.datasets.table import read_table, require_columns
 from opensora.registry import DATASETS
 from opensora.utils.errors import UserError
 
@@ -32,7 +28,7 @@ class TextDataset(Dataset):
         if not data_path:
             raise UserError("dataset.data_path is not set: give a csv or parquet table of prompts")
         self.data_path = str(data_path)
-        self._table = _read_cells(Path(data_path))
+        self._table = read_table(data_path, as_text=True)
         require_columns(self._table, ["text"], data_path)
 
     def __len__(self) -> int:
@@ -41,20 +37,3 @@ class TextDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, str]:
         """Cells of a row by column, "" where one is empty. Words such as ``none`` stay words."""
         return dict(zip(self._table.columns, self._table.iloc[index]))
-
-
-def _read_cells(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file (expected a CSV or parquet table)")
-    check_table_name(path)
-    try:
-        if path.suffix == ".csv":
-            return pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False)
-        table = pd.read_parquet(path)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a table ({error})") from error
-    return table.astype(object).where(table.notna(), "").map(_as_text)
-
-
-def _as_text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opensora.datasets.dataset import VideoTextDataset
 from opensora.datasets.source import ClipDataset, ClipSource, SampleKey, Sizes
+from opensora.datasets.table import row_name
 from opensora.datasets.video_io import BrokenMediaError
 from opensora.encoded.store import SIZE_COLUMN, Cache, file_bytes, shard_path, text_hash
 from opensora.registry import DATASETS
@@ -101,7 +102,7 @@ class CachedVideoTextDataset(ClipDataset):
             first = int(wrong.argmax())
             kind = next(kind for kind, found in other.items() if found[first])
             raise UserError(
-                f"{self.data_path}, row {rows[first] + 2}: {_difference(kind, paths, captions, first)}, not what the "
+                f"{row_name(self.data_path, rows[first])}: {_difference(kind, paths, captions, first)}, not what the "
                 f"cache {self.cache.folder} holds; write it again: {self.cache.info.config} --overwrite"
             )
         self._checked[torch.from_numpy(rows.astype(np.int64))] = True

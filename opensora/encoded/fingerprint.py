@@ -1,6 +1,5 @@
 """What stored latents and embeddings depend on, so that a cache made with something else is refused."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from opensora.datasets.source import TABLE_TYPES
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
-from opensora.utils.weights import resolve_path
+from opensora.utils.weights import files_hash
 
 logger = get_logger(__name__)
 
@@ -19,32 +18,7 @@ logger = get_logger(__name__)
 WHEREABOUTS = ("from_pretrained", "cache_dir", "strict_load", "shardformer")
 # Keys of a dataset that change none of its clips.
 HANDLING = ("data_path", "max_broken", "keep_in_memory", "memory_efficient", "require_text")
-SAMPLED = 1 << 16  # bytes read at each of PLACES places of a large file
-PLACES = 64
 ABSENT = "weights that are not at hand"
-SMALL = 1 << 23  # files up to this many bytes are hashed whole
-
-
-def weights_hash(path: str | Path, cache_dir: str | None = None) -> str:
-    """Hash of a weight file or folder: names and sizes, all of small files, the header and samples of large ones.
-
-    Other weights of the same shapes give another hash, and 20 GB take no longer than a few megabytes.
-
-    Raises:
-        UserError: no weights there.
-    """
-    found = resolve_path(path, cache_dir)
-    files = [found] if found.is_file() else sorted(file for file in found.rglob("*") if file.is_file())
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(found) if file != found else ''}:{size};".encode())
-        with file.open("rb") as opened:
-            places = [0] if size <= SMALL else [size * i // PLACES for i in range(PLACES)]
-            for place in places:
-                opened.seek(place)
-                digest.update(opened.read(size if size <= SMALL else SAMPLED))
-    return digest.hexdigest()[:16]
 
 
 def _encoder_fingerprint(
@@ -60,7 +34,7 @@ def _encoder_fingerprint(
     if not must_exist and not Path(path).expanduser().exists():
         logger.warning("%s.from_pretrained %s is not here: not compared with the weights of the cache", name, path)
         return {**fingerprint, f"{name}.from_pretrained": ABSENT}
-    return {**fingerprint, f"{name}.from_pretrained": f"weights {weights_hash(path, section.get('cache_dir'))}"}
+    return {**fingerprint, f"{name}.from_pretrained": f"weights {files_hash(path, section.get('cache_dir'))}"}
 
 
 def source_fingerprint(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from opensora.datasets.table import row_number
 from opensora.utils.errors import UserError
 
 VERSION = 1
@@ -120,8 +121,8 @@ class Cache:
         rows = table["row"].to_numpy()
         if len(rows) and rows.max() >= num_rows:
             raise UserError(
-                f"the cache {self.folder} knows row {rows.max() + 2}, the table ends at row {num_rows + 1}: it was "
-                f"made of another table; write it again: {self.info.config} --overwrite"
+                f"the cache {self.folder} knows row {row_number(rows.max())}, the table ends at row {num_rows + 1}: "
+                f"it was made of another table; write it again: {self.info.config} --overwrite"
             )
         self.rows = rows
         self._columns: dict[str, np.ndarray] = {}

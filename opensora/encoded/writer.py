@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +19,14 @@ from opensora.datasets.buckets import BucketTable
 from opensora.datasets.runs import FrameRun
 from opensora.datasets.sampler import BucketBatchSampler
 from opensora.datasets.source import ClipSource, SampleKey
-from opensora.datasets.table import write_table
+from opensora.datasets.table import row_name, row_number, write_table
 from opensora.datasets.video_io import BrokenMediaError
+from opensora.encoded.replacing import BROKEN, DESCRIPTION, INDEX, NEW, check_ours, drop_new, finish_replacing
 from opensora.encoded.store import SIZE_COLUMN, WHOLE, CacheInfo, file_bytes, shard_path, text_hash
+from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
+from opensora.utils.files import remove_unfinished_files, write_text
 from opensora.utils.logging import get_logger
-from opensora.utils.video import remove_unfinished_files, write_text
 from opensora.utils.weights_writing import save_safetensors
 
 logger = get_logger(__name__)
@@ -86,6 +87,7 @@ class CacheWriter:
         runs: runs of frames to encode on their own, by the length of a clip.
         load_video_encoder, load_text_encoder: called where there is something left to encode.
         overwrite: replace a cache that was made with something else.
+        wait: wait while another process writes to the folder, instead of refusing.
         num_workers: processes that read clips.
         batch_size: clips of one size encoded at a time.
     """
@@ -101,51 +103,66 @@ class CacheWriter:
         load_text_encoder: Callable[[], TextEncoder],
         *,
         overwrite: bool = False,
+        wait: bool = False,
         num_workers: int = 0,
         batch_size: int = CLIP_BATCH,
     ) -> None:
         self.folder, self.source, self.plan, self.info, self.runs = folder, source, plan, info, runs
         self.load_video_encoder, self.load_text_encoder = load_video_encoder, load_text_encoder
-        self.overwrite, self.num_workers, self.batch_size = overwrite, num_workers, batch_size
+        self.overwrite, self.wait, self.num_workers, self.batch_size = overwrite, wait, num_workers, batch_size
         self.metadata = {"cache": info.to_json()}
 
     def run(self) -> Path:
         """Write what is not there yet; returns the folder.
 
         Raises:
-            UserError: a cache in the folder that was made with something else; no clip can be read.
+            UserError: a cache in the folder that was made with something else, or files that are no cache's; another
+                process that writes there; no clip can be read.
         """
-        self._start()
-        remove_unfinished_files(self.folder)
-        logger.info("%d clips, %d texts\n%s", len(self.plan.keys), len(self.plan.texts), self.plan.summary)
-        if self.info.text is not None:
-            self._write_texts()
-        if self.info.video is not None:
-            self._write_clips()
-        self._write_index()
+        place = self.folder
+        with claimed(place, wait=self.wait, advice="--wait True waits for it"):
+            finish_replacing(place)
+            check_ours(place)
+            self.folder = self._start()
+            remove_unfinished_files(self.folder, "[0-9]*.safetensors.partial")
+            logger.info("%d clips, %d texts\n%s", len(self.plan.keys), len(self.plan.texts), self.plan.summary)
+            if self.info.text is not None:
+                self._write_texts()
+            if self.info.video is not None:
+                self._write_clips()
+            self._write_index()
+            self.folder = place
+            finish_replacing(place)
+        return place
+
+    def _start(self) -> Path:
+        """Where to write: the folder, or, with ``overwrite``, ``.new`` in it as long as another cache is there."""
+        changed = self._changed(self.folder)
+        if changed is None:
+            write_text(self.info.to_json(), self.folder / DESCRIPTION)
+        elif self.overwrite:
+            new = self.folder / NEW
+            if self._changed(new) != []:
+                drop_new(self.folder)
+                write_text(self.info.to_json(), new / DESCRIPTION)
+            return new
+        elif changed:
+            raise UserError(
+                f"{self.folder} holds a cache made with another {', '.join(changed)}: give another --cache-dir, or "
+                "--overwrite to replace it"
+            )
         return self.folder
 
-    def _start(self) -> None:
-        """Leave the cache's description in the folder, or see that the one there is the same."""
-        file = self.folder / "cache.json"
-        if file.is_file() and not self.overwrite:
-            try:
-                there: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError:
-                there = {}
-            ours = json.loads(self.info.to_json())
-            changed = [key for key in ours if key != "config" and ours[key] != there.get(key)]
-            if changed:
-                raise UserError(
-                    f"{self.folder} holds a cache made with another {', '.join(changed)}: give another --cache-dir, or "
-                    "--overwrite to replace it"
-                )
-            return
-        for name in ("index.parquet", "cache.json", "broken.csv"):  # from here on, nobody takes it for a whole cache
-            (self.folder / name).unlink(missing_ok=True)
-        for old in ("video", "text"):
-            shutil.rmtree(self.folder / old, ignore_errors=True)
-        write_text(self.info.to_json(), file)
+    def _changed(self, folder: Path) -> list[str] | None:
+        """What the cache in a folder was made with that is something else now; None if there is no cache."""
+        try:
+            there: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            there = {}
+        ours = json.loads(self.info.to_json())
+        return [key for key in ours if key != "config" and ours[key] != there.get(key)]
 
     def _shards(self, count: int) -> Iterator[tuple[int, range]]:
         """Numbers of the shards of ``count`` things, and what each holds."""
@@ -197,7 +214,7 @@ class CacheWriter:
                 for key, clip in clips:
                     if isinstance(clip, str):
                         broken[key.row] = clip
-                        logger.warning("%s, row %d is left out: %s", self.source.data_path, key.row + 2, clip)
+                        logger.warning("%s is left out: %s", row_name(self.source.data_path, key.row), clip)
                 tensors |= self._encode([(key, clip) for key, clip in clips if torch.is_tensor(clip)], encode)
                 bar.update(len(clips))
                 if place + 1 == len(groups) or groups[place + 1][0] != number:
@@ -245,11 +262,11 @@ class CacheWriter:
         table["path_hash"] = [text_hash(Path(path).name) for path in table["path"]]
         table[SIZE_COLUMN] = file_bytes(table["path"].tolist())
         if broken:
-            lines = [(row + 2, why) for row, why in sorted(broken.items())]
-            write_table(pd.DataFrame(lines, columns=["row", "error"]), self.folder / "broken.csv")
+            lines = [(row_number(row), why) for row, why in sorted(broken.items())]
+            write_table(pd.DataFrame(lines, columns=["row", "error"]), self.folder / BROKEN)
         if table.empty:
-            raise UserError(f"{self.source.data_path}: no clip could be read; see {self.folder / 'broken.csv'}")
-        write_table(table, self.folder / "index.parquet")
+            raise UserError(f"{self.source.data_path}: no clip could be read; see {self.folder / BROKEN}")
+        write_table(table, self.folder / INDEX)
         logger.info("%d clips in %s, %d unreadable ones left out", len(table), self.folder, len(broken))
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from opensora.acceleration.devices import pick_device, torch_dtype
+from opensora.datasets.source import ClipSource
 from opensora.datasets.table import write_table
 from opensora.evaluation.clips import ClipReader, EvalClip, choose_clips, own_source
 from opensora.evaluation.latents import RunningMoments
@@ -23,9 +24,12 @@ from opensora.evaluation.quality import flicker, psnr, ssim
 from opensora.models.autoencoder import as_autoencoder
 from opensora.models.build import build_on_meta, build_ready, check_weights
 from opensora.models.vae.lpips import LPIPSSource, build_lpips
-from opensora.utils.errors import UserError
+from opensora.utils.claims import claimed
+from opensora.utils.errors import UserError, few
+from opensora.utils.files import remove_unfinished_files, write_text
 from opensora.utils.logging import get_logger
-from opensora.utils.video import contact_sheet, read_image, read_video, save_image, save_video, to_uint8, write_text
+from opensora.utils.video import contact_sheet, read_image, read_video, save_image, save_video, to_uint8
+from opensora.utils.weights import fingerprint
 
 logger = get_logger(__name__)
 
@@ -33,6 +37,7 @@ MEASURES = ("psnr", "ssim", "lpips", "flicker", "latent_mean", "latent_std")
 CRF = 17  # of the files: near to lossless, since they are there to judge fine differences
 LPIPS_FRAMES = 16  # at a time
 SHEET_FRAMES = 5
+RESULTS = ("clips", "orig", "recn", "side_by_side", "metrics.csv", "overall.csv", "latents.csv", "sheet.png")
 Frames = NDArray[np.uint8]
 
 
@@ -128,8 +133,14 @@ def reconstruct(cfg: Any) -> Path:
     Raises:
         UserError: anything wrong with config, weights, clips or folder, before the model is built.
     """
+    with claimed(Path(cfg.save_dir), wait=cfg.wait, advice="--wait True waits for it"):
+        return _reconstruct(cfg)
+
+
+def _reconstruct(cfg: Any) -> Path:
     reader, results, settings = prepare(cfg)
     clips = reader.clips
+    remove_unfinished_files(results.folder)
     waiting = [clip for clip in clips if results.read(clip) is None]
     logger.info("%d clips, %d of them done before, to %s", len(clips), len(clips) - len(waiting), results.folder)
     if waiting:
@@ -157,14 +168,14 @@ def prepare(cfg: Any) -> tuple[ClipReader, Results, str]:
     source = own_source(cfg)
     reader = ClipReader(choose_clips(cfg, as_autoencoder(build_on_meta(cfg.model)), source), source)
     results = Results(Path(cfg.save_dir))
-    lpips = dict(cfg.lpips) if cfg.lpips else cfg.lpips
-    settings = {"model": dict(cfg.model), "dtype": cfg.dtype, "lpips": lpips, "weights": _weights_stamp(cfg.model)}
-    settings["fps"] = _played_fps(cfg)
-    if source is not None:
-        settings["dataset"] = dict(cfg.dataset)  # its clips need not be files, whose times would tell that they changed
-    text = json.dumps(settings, indent=4, default=str) + "\n"
+    text, older = (_settings_text(cfg, stamp, source) for stamp in (_fingerprint(cfg.model), _file_stamp(cfg.model)))
     path = results.settings
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
+    if not path.is_file() and (foreign := [name for name in RESULTS if (results.folder / name).exists()]):
+        raise UserError(
+            f"save_dir={cfg.save_dir} holds {few(foreign)}, but no results of this program ({path.name} is missing); "
+            "give another --save-dir"
+        )
+    if path.is_file() and path.read_text(encoding="utf-8") not in (text, older):
         raise UserError(
             f"save_dir={cfg.save_dir} holds results of other weights or settings ({path}); give another --save-dir"
         )
@@ -176,8 +187,24 @@ def _played_fps(cfg: Any) -> int:
     return max(cfg.fps // cfg.frame_interval, 1)
 
 
-def _weights_stamp(section: Mapping[str, Any]) -> list[Any] | None:
-    """Size and time of the weight file, to notice that it was replaced; None where it is not a local file."""
+def _settings_text(cfg: Any, weights: Any, source: ClipSource | None) -> str:
+    """What results depend on besides the clip, as the folder's ``settings.json`` has it."""
+    lpips = dict(cfg.lpips) if cfg.lpips else cfg.lpips
+    settings = {"model": dict(cfg.model), "dtype": cfg.dtype, "lpips": lpips, "weights": weights}
+    settings["fps"] = _played_fps(cfg)
+    if source is not None:
+        settings["dataset"] = dict(cfg.dataset)  # its clips need not be files, whose times would tell that they changed
+    return json.dumps(settings, indent=4, default=str) + "\n"
+
+
+def _fingerprint(section: Mapping[str, Any]) -> str | None:
+    """Identifies the weights, to notice that they were replaced; None for random ones."""
+    path = section.get("from_pretrained")
+    return fingerprint(path, section.get("cache_dir")) if path else None
+
+
+def _file_stamp(section: Mapping[str, Any]) -> list[Any] | None:
+    """What version 2.1.0 recorded in place of a fingerprint: size and time of the weight file."""
     path = Path(section.get("from_pretrained") or "")
     return [path.stat().st_size, path.stat().st_mtime] if path.is_file() else None
 

@@ -1,6 +1,5 @@
 """The plan of a run in numbers, for ``--dry-run``: sizes, forwards, parameters, memory, FLOPs, files."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +11,9 @@ from opensora.acceleration.devices import torch_dtype
 from opensora.diffusion.checks import check_config
 from opensora.diffusion.denoise import MAX_TOKENS_AT_ONCE
 from opensora.diffusion.plan import LatentSpec, SamplePlan, image_plan
-from opensora.generation import outputs
 from opensora.models.build import build_on_meta, count_parameters
 from opensora.models.mmdit.flops import activation_bytes, forward_flops
+from opensora.utils.weights import read_header
 
 
 def dry_run_report(cfg: Mapping[str, Any], device: torch.device, stems: Sequence[Path]) -> str:
@@ -62,7 +61,7 @@ def dry_run_report(cfg: Mapping[str, Any], device: torch.device, stems: Sequence
 def encoder_parameters(path: str | None) -> int | None:
     """Parameters of a text encoder, from the headers of its safetensors files; None where there are none."""
     folder = Path(path or "").expanduser()
-    headers = [json.loads(outputs.read_header(file)) for file in folder.glob("*.safetensors")] if path else []
+    headers = [read_header(file) for file in folder.glob("*.safetensors")] if path else []
     shapes = [
         tensor["shape"]
         for header in headers

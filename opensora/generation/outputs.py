@@ -1,6 +1,7 @@
 """Where samples go and what is written beside them."""
 
 import hashlib
+import itertools
 import json
 import platform
 import re
@@ -13,14 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opensora.diffusion.lora import as_list, split_lora
 from opensora.generation.requests import Request
 from opensora.utils.errors import UserError
-from opensora.utils.video import save_image, save_video, write_text
+from opensora.utils.files import write_text
+from opensora.utils.video import save_image, save_video
+from opensora.utils.weights import WeightFiles, index_of, open_weights
 from opensora.utils.weights_writing import save_safetensors
 
 # Longest file name without ending: file systems take 255 bytes.
 MAX_NAME_BYTES = 200
 LATENTS_ENDING = ".latents.safetensors"
+NOTES = (".json", ".txt")  # beside a sample
 VERSIONED = ("opensora", "torch", "transformers", "numpy", "av")
 
 
@@ -55,6 +60,8 @@ def file_stem(cfg: Mapping[str, Any], request: Request, epoch: int) -> str:
 def _safe_name(text: str) -> str:
     """The text as one path component."""
     text = re.sub(r"[/\\\x00-\x1f]", "_", text.strip()) or "_"
+    if not text.strip("."):  # names of folders
+        text = "_" * len(text)
     raw = text.encode()
     if len(raw) <= MAX_NAME_BYTES:
         return text
@@ -63,10 +70,14 @@ def _safe_name(text: str) -> str:
 
 
 def check_stems(cfg: Mapping[str, Any], requests: Sequence[Request]) -> None:
-    """Raises a UserError if two prompts would be written to the same file."""
+    """Raises a UserError if two samples would be written to the same file."""
     seen: dict[str, str] = {}
-    for request in requests:
-        stem = file_stem(cfg, request, 0)
+    for request, epoch in itertools.product(requests, range(cfg["num_sample"])):
+        stem = file_stem(cfg, request, epoch)
+        if seen.get(stem, request.where) != request.where and epoch:
+            raise UserError(
+                f"{request.where}: its repetition {epoch} would be written to {stem!r}, as {seen[stem]}; rename one"
+            )
         if stem in seen:
             column = "the same prompt" if cfg["prompt_as_path"] else f"the same name {stem!r}"
             raise UserError(f"{request.where}: has {column} as {seen[stem]}; one would overwrite the other")
@@ -79,8 +90,16 @@ def has_video(stem: Path) -> bool:
 
 
 def is_taken(stem: Path) -> bool:
-    """Whether there are files that took time to make: the sample, its latents, or the picture it starts from."""
-    return has_video(stem) or _with_ending(stem, LATENTS_ENDING).exists() or condition_path(stem).exists()
+    """Whether any file of a sample is there: itself, its latents, its notes, or the picture it starts from."""
+    beside = (LATENTS_ENDING, *NOTES)
+    return has_video(stem) or condition_path(stem).exists() or any(_with_ending(stem, e).exists() for e in beside)
+
+
+def foreign_note(stem: Path) -> Path | None:
+    """A file where a sample's notes belong that this program did not write: one without the sample's record."""
+    if has_video(stem) or recorded_prompt(stem) is not None:
+        return None
+    return next((path for ending in NOTES if (path := _with_ending(stem, ending)).exists()), None)
 
 
 def recorded_prompt(stem: Path) -> str | None:
@@ -150,31 +169,33 @@ def versions() -> dict[str, str]:
 
 
 def weight_records(cfg: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Per model: its weight path, and a SHA-256 of the headers of its safetensors files.
+    """Per model: its weight path, and a hash of the weights themselves (:meth:`WeightFiles.fingerprint`).
 
-    A model without a path has random weights, drawn from the run's seed; the record says so. A header lists names,
-    types, shapes and places of all tensors; hashing it takes no time even for a large file.
+    A model without a path has random weights, drawn from the run's seed; the record says so.
     """
     records: dict[str, dict[str, str]] = {}
     for name in ("model", "ae", "t5", "clip", "img_flux", "img_flux_ae"):
         if not cfg.get(name) or (name.startswith("img_") and not cfg["use_t2i2v"]):
             continue
         path = cfg[name].get("from_pretrained")
-        if not path:
-            records[name] = {"path": f"random weights of seed {cfg['seed']}"}
-            continue
-        records[name] = {"path": str(path)}
-        local = Path(path).expanduser()
-        files = [local] if local.is_file() else sorted(local.glob("*.safetensors"))
-        headers = [header for header in map(read_header, files) if header]
-        if headers:
-            records[name]["header_sha256"] = hashlib.sha256(b"".join(headers)).hexdigest()
+        records[name] = _weight_record(path) if path else {"path": f"random weights of seed {cfg['seed']}"}
+    for number, entry in enumerate(as_list(cfg.get("pretrained_lora_path"))):
+        records[f"lora_{number}"] = {**_weight_record(split_lora(entry)[0]), "path": entry}
     return records
 
 
-def read_header(path: Path) -> bytes:
-    """Header of a safetensors file (JSON), empty for other files."""
-    if path.suffix != ".safetensors":
-        return b""
-    with path.open("rb") as file:
-        return file.read(int.from_bytes(file.read(8), "little"))
+def _weight_record(path: str) -> dict[str, str]:
+    found = _stored(path)
+    return {"path": str(path), **({"sha256": found.fingerprint()} if found is not None else {})}
+
+
+def _stored(path: str) -> WeightFiles | None:
+    """The weights that a model was loaded from, None where they are not at hand as files that can be read."""
+    folder = Path(path).expanduser()
+    try:
+        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+        if (folder / "config.json").is_file() and files:  # of Hugging Face's, which prefers these to others beside them
+            return WeightFiles(folder, files)
+        return open_weights(path) if folder.exists() or index_of(folder).is_file() else None
+    except UserError:
+        return None

@@ -4,23 +4,16 @@ Either any server that speaks the OpenAI chat protocol, or a local Hugging Face 
 logged and leaves the prompt as it was: a video never fails for want of a nicer text.
 """
 
-import base64
 import dataclasses
-import http.client
-import json
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from opensora.generation.requests import Request
+from opensora.utils.chat import ChatClient, content_of, data_url, require_openai
 from opensora.utils.errors import UserError
 from opensora.utils.hub import only_local
 from opensora.utils.logging import get_logger
@@ -87,6 +80,7 @@ def make_asker(cfg: Mapping[str, Any], environment: Mapping[str, str]) -> Callab
             "refine_prompt and motion_score=dynamic need a language model: set OPENAI_API_KEY, or give "
             "--refine-base-url URL of a server without key, or --refine-model PATH of a local model"
         )
+    require_openai("a language model behind a server")
     name = cfg["refine_api_model"] or environment.get("OPENAI_MODEL") or DEFAULT_MODEL
     return lambda: ApiModel(url or DEFAULT_URL, key, name)
 
@@ -98,52 +92,22 @@ class ApiModel:
         base_url: address before ``/chat/completions``.
         key: API key, empty if the server wants none.
         model: its name there.
-        timeout: seconds to wait for an answer.
-        attempts: how often to ask before giving up.
-        pause: seconds before the second attempt; doubles for each further one.
+        settings: further ones of :class:`opensora.utils.chat.ChatClient`.
     """
 
-    def __init__(
-        self, base_url: str, key: str, model: str, timeout: float = 60.0, attempts: int = 3, pause: float = 1.0
-    ) -> None:
+    def __init__(self, base_url: str, key: str, model: str, **settings: Any) -> None:
         self.url = base_url.rstrip("/") + "/chat/completions"
         self.key, self.model = key, model
-        self.timeout, self.attempts, self.pause = timeout, attempts, pause
+        self.client = ChatClient(base_url, key, model, **settings)
 
     def __call__(self, instructions: str, text: str, picture: np.ndarray | None, max_tokens: int) -> str:
-        """Ask; raises OSError or ValueError when all attempts failed."""
-        content: Any = text
-        if picture is not None:
-            content = [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": _data_url(picture)}}]
-        body = {
-            "model": self.model,
-            "messages": [{"role": "system", "content": instructions}, {"role": "user", "content": content}],
-            "temperature": 0.01,
-            "top_p": 0.7,
-            "max_tokens": max_tokens,
-        }
-        for attempt in range(self.attempts):
-            try:
-                return self._post(body)
-            except (OSError, ValueError, http.client.HTTPException) as error:
-                # a refused request will be refused again
-                final = isinstance(error, urllib.error.HTTPError) and error.code in (400, 401, 403, 404)
-                if final or attempt == self.attempts - 1:
-                    raise
-                time.sleep(self.pause * 2**attempt)
-        raise AssertionError("at least one attempt is made")
-
-    def _post(self, body: Mapping[str, Any]) -> str:
-        headers = {"Content-Type": "application/json", "User-Agent": "opensora"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=self.timeout) as response:
-            answer = json.load(response)
-        try:
-            return str(answer["choices"][0]["message"]["content"] or "")
-        except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"unexpected answer: {str(answer)[:200]}") from error
+        """Ask; raises what :meth:`ChatClient.ask` does when all attempts failed."""
+        pictures = [] if picture is None else [data_url(picture, IMAGE_SIDE)]
+        messages = [
+            {"role": "system", "content": instructions},
+            {"role": "user", "content": content_of(text, pictures)},
+        ]
+        return self.client.ask(messages, temperature=0.01, top_p=0.7, max_tokens=max_tokens).text
 
 
 class LocalModel:
@@ -215,11 +179,3 @@ def _first_picture(request: Request) -> np.ndarray | None:
         return None
     path = request.refs[0]
     return read_video(path, max_frames=1)[0][0] if is_video(path) else read_image(path)
-
-
-def _data_url(picture: np.ndarray) -> str:
-    image = Image.fromarray(picture)
-    image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
-    buffer = BytesIO()
-    image.save(buffer, "JPEG")
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

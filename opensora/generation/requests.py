@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opensora.datasets.table import row_name
 from opensora.diffusion.conditions import get_spans
 from opensora.diffusion.references import locate_references
 from opensora.diffusion.wording import check_motion_score, check_seed, final_text
@@ -84,8 +85,7 @@ def read_requests(cfg: Mapping[str, Any], downloads: Path) -> list[Request]:
         raise UserError(f"{path}: no rows from start_index={start} to end_index={end}; the table has {len(table)}")
     requests = []
     for index in chosen:
-        # rows are counted as a spreadsheet shows them: the header is row 1
-        where = f"{path}, row {index + 2}"
+        where = row_name(path, index)
         requests.append(_request(cfg, table[index], index, where, Path(path).parent, downloads))
     return requests
 

@@ -3,6 +3,7 @@
 import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from opensora.diffusion.references import check_references
 from opensora.diffusion.timing import timed
 from opensora.generation import outputs
 from opensora.generation.dry_run import dry_run_report
-from opensora.generation.jobs import Job, left_to_make, list_jobs, settle_jobs, with_local_references
+from opensora.generation.jobs import Job, hold_jobs, left_to_make, list_jobs, settle_jobs, with_local_references
 from opensora.generation.refine import make_asker, wants_language_model
 from opensora.generation.requests import Request, read_requests, where_of_ref
 from opensora.utils.errors import UserError
@@ -58,7 +59,7 @@ def generate(
     Raises:
         UserError: see :mod:`opensora.diffusion.checks`.
     """
-    with tempfile.TemporaryDirectory() as downloads:
+    with tempfile.TemporaryDirectory() as downloads, ExitStack() as held:
         requests = prepare(cfg, world_size, Path(downloads))
         if cfg["dry_run"]:
             jobs = list_jobs(cfg, requests)
@@ -69,11 +70,13 @@ def generate(
             return []
         check_resources(cfg, device)
         start = make_asker(cfg, environment or {}) if wants_language_model(cfg, requests) else None
-        jobs = from_rank_zero(lambda: settle_jobs(cfg, requests, start), device, rank, world_size)
+        jobs = from_rank_zero(lambda: settle_jobs(cfg, requests, start, held), device, rank, world_size)
         parallel = _ranks(cfg, device) if world_size > 1 else ParallelContext(device=device)
         jobs = with_local_references(jobs, requests)[parallel.dp.rank :: parallel.dp.size]
         if not jobs:
             return []
+        if rank:
+            hold_jobs(cfg, jobs, held)
         pipe = VideoPipeline.from_config(cfg, device, parallel)
         if not parallel.sample.first:  # the group's first rank writes what all of them make
             _take_part(pipe, jobs)
@@ -239,8 +242,8 @@ def _save_notes(job: Job, result: SampleResult, index: int, common: Mapping[str,
         "seconds": {stage: round(seconds, 3) for stage, seconds in result.timings.items()},
         **common,
     }
+    outputs.save_record(record, job.stem)  # first: what else is there without it is not of this program
     outputs.save_text(text, job.stem)
-    outputs.save_record(record, job.stem)
 
 
 def _plain(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,18 @@
 """What every training run sets up first: its folder, log, device and precision."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from opensora.acceleration.parallel_context import ParallelContext
+from opensora.acceleration.rank_zero import from_rank_zero
 from opensora.config import config_to_text
 from opensora.training.checkpoint.folder import load_states, remove_unfinished
+from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
+from opensora.utils.files import write_text
 from opensora.utils.logging import get_logger, setup_logging
 
 logger = get_logger(__name__)
@@ -29,29 +35,49 @@ def experiment_folder(cfg: Any, resume_from: Path | None) -> Path:
     if cfg.exp_name is None and resume_from is not None:
         return resume_from.resolve().parent
     folder = Path(cfg.outputs) / (cfg.exp_name or experiment_name(cfg.config_path))
+    _check_free(folder, resume_from)
+    return folder
+
+
+def _check_free(folder: Path, resume_from: Path | None) -> None:
     occupied = folder.is_dir() and any(folder.glob("epoch*-global_step*"))
     if occupied and (resume_from is None or resume_from.resolve().parent != folder.resolve()):
         raise UserError(f"{folder} already holds checkpoints: give another --exp-name, or go on with --load {folder}")
-    return folder
 
 
-def create_experiment(cfg: Any, resume_from: Path | None) -> Path:
-    """Make the run's folder, write ``config.txt`` and start ``log.txt``.
-
-    A ``config.txt`` that says something else is kept as ``config_to_stepN.txt``, N being where the run goes on.
+@contextmanager
+def claimed_experiment(cfg: Any, resume_from: Path | None, parallel: ParallelContext) -> Iterator[Path]:
+    """Within it, no other process writes into the run's folder, which it gives.
 
     Raises:
-        UserError: see :func:`experiment_folder`.
+        UserError: on every rank: another process does, or see :func:`experiment_folder`.
     """
-    folder = experiment_folder(cfg, resume_from)
+    with ExitStack() as held:
+
+        def take() -> Path:
+            folder = experiment_folder(cfg, resume_from)
+            advice = "--wait True waits for it, another --exp-name writes elsewhere"
+            held.enter_context(claimed(folder, wait=cfg.wait, advice=advice))
+            _check_free(folder, resume_from)  # again: the other one may have written what we waited for
+            return folder
+
+        yield from_rank_zero(take, parallel.device, parallel.rank, parallel.world_size)
+
+
+def create_experiment(cfg: Any, resume_from: Path | None, folder: Path) -> None:
+    """Write ``config.txt`` into the run's folder and start ``log.txt``.
+
+    A ``config.txt`` that says something else is kept as ``config_to_stepN.txt``, N being where the run goes on (0 for
+    one that begins).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder)
     text, config = config_to_text(cfg), folder / "config.txt"
-    if resume_from is not None and config.is_file() and config.read_text(encoding="utf-8") != text:
-        kept = folder / f"config_to_step{load_states(resume_from).global_step}.txt"
+    if config.is_file() and config.read_text(encoding="utf-8", errors="replace") != text:
+        step = load_states(resume_from).global_step if resume_from is not None else 0
+        kept = folder / f"config_to_step{step}.txt"
         if not kept.exists():  # otherwise it is the one of a second try from the same checkpoint
             config.rename(kept)
-    config.write_text(text, encoding="utf-8")
+    write_text(text, config)
     setup_logging(folder / "log.txt")
     logger.info("experiment folder: %s", folder)
-    return folder

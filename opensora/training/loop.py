@@ -14,6 +14,7 @@ from torch.distributed import is_torchelastic_launched
 
 from opensora.acceleration.engine import Engine
 from opensora.acceleration.sharding import Gathered
+from opensora.datasets.table import row_number
 from opensora.training.checkpoint.content import CheckpointContent
 from opensora.training.checkpoint.folder import RunningStates
 from opensora.training.checkpoint.writer import SHARD_BYTES, CheckpointWriter
@@ -239,5 +240,5 @@ class TrainLoop:
 def row_names(batch: Mapping[str, Any]) -> list[str]:
     """Rows of a batch as a user finds them: number in the table (the header is row 1) and file."""
     indices, paths = batch.get("index", []), batch.get("path", [])
-    names = [f"row {int(i) + 2}" for i in indices] or [""] * len(paths)
+    names = [f"row {row_number(i)}" for i in indices] or [""] * len(paths)
     return [f"{name} ({path})" if name else str(path) for name, path in zip(names, paths)] if paths else names

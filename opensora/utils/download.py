@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from opensora.utils.errors import UserError
-from opensora.utils.video import write_beside
+from opensora.utils.files import write_beside
 
 MAX_BYTES = 256 * 2**20
 MAX_SECONDS = 60.0

@@ -1,7 +1,6 @@
 """One rank-aware logger for the whole package."""
 
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -17,9 +16,7 @@ def get_logger(name: str = ROOT_LOGGER) -> logging.Logger:
     return logging.getLogger(name if name.startswith(ROOT_LOGGER) else f"{ROOT_LOGGER}.{name}")
 
 
-def setup_logging(
-    log_file: str | Path | None = None, level: int = logging.INFO, rank: int | None = None
-) -> logging.Logger:
+def setup_logging(log_file: str | Path | None = None, level: int = logging.INFO, rank: int = 0) -> logging.Logger:
     """Send the package's log to stderr and, if given, to ``log_file``; ranks other than 0 only show warnings.
 
     What other packages say stays as it is, except for needless warnings (`ONLY_ERRORS`).
@@ -27,10 +24,8 @@ def setup_logging(
     Args:
         log_file: file to append to (rank 0 only), its folder must exist.
         level: threshold on rank 0.
-        rank: global rank; None reads what torchrun says of this process (0 without torchrun).
+        rank: of this process among all.
     """
-    if rank is None:
-        rank = int(os.environ.get("RANK", "0"))
     logger = logging.getLogger(ROOT_LOGGER)
     for handler in list(logger.handlers):
         logger.removeHandler(handler)

@@ -1,9 +1,7 @@
 """Reading and writing of images and videos. PyAV is the only video codec in use, Pillow the only image one."""
 
-import os
-import tempfile
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -14,12 +12,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from opensora.utils.errors import UserError
+from opensora.utils.files import write_beside, write_text  # noqa: F401  (write_text was here once)
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 # x264 makes the same file of the same frames on every processor. Without it, its routines for AVX-512 read memory
 # that nobody wrote (core 165), and each run gave another file.
 SAME_EVERYWHERE = {"x264-params": "cpu-independent=1"}
-UNFINISHED = ".unfinished-"  # start of the names that files have while they are written
 VIDEO_EXTENSIONS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 
 
@@ -49,49 +47,6 @@ def to_uint8(video: Tensor) -> np.ndarray:
     """
     pixels = video.detach().float().clamp(-1, 1).add(1).mul(127.5).add(0.5)
     return pixels.byte().permute(1, 2, 3, 0).cpu().numpy()
-
-
-def write_beside(path: str | Path, write: Callable[[Path], None]) -> Path:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it, so that ``path`` is whole or absent.
-
-    The temporary name keeps the ending of ``path``, since codecs choose their container by it. Missing parent folders
-    are created. What a killed program leaves is for :func:`remove_unfinished_files`.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=UNFINISHED, suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
-
-
-def remove_unfinished_files(folder: Path) -> None:
-    """Delete what killed programs were writing with :func:`write_beside` in a folder or below it, where no other
-    program is at work."""
-    for path in folder.rglob(f"{UNFINISHED}*"):
-        path.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_text(text: str, path: str | Path) -> Path:
-    """Write a UTF-8 text file, whole or not at all."""
-    return write_beside(path, lambda temporary: _write_text(text, temporary))
-
-
-def _write_text(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _as_frames(frames: np.ndarray | Tensor, ndim: int) -> np.ndarray:

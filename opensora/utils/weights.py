@@ -4,6 +4,7 @@ Reads safetensors files, ``.pt`` / ``.pth`` / ``.bin`` files (tensors only), and
 written by Hugging Face or by a training run.
 """
 
+import hashlib
 import json
 import pickle
 import re
@@ -23,6 +24,9 @@ from opensora.utils.errors import UserError, few, first_line
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 INDEX_SUFFIX = ".index.json"  # after the name of the file that the shards stand for
+SAMPLED = 1 << 16  # bytes hashed at each place of a large file or tensor
+PLACES, TENSOR_PLACES = 64, 3
+SMALL = 1 << 23  # files up to this many bytes are hashed whole
 
 
 def index_of(file: str | Path) -> Path:
@@ -110,6 +114,56 @@ class WeightFiles:
                     del tensor
                     opened = _open_safetensors(file)
                 yield key, converted
+
+    def fingerprint(self) -> str:
+        """SHA-256 that equal weights share, whatever files they are in: names, types and shapes of all tensors, and
+        samples of every one of them, so that a large model takes seconds."""
+        digests = {key: _tensor_digest(tensor) for key, tensor in self.tensors()}
+        return hashlib.sha256("".join(f"{key}:{digests[key]};" for key in sorted(digests)).encode()).hexdigest()
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    """Hash of a tensor: its type, its shape, all of its bytes or those of its beginning, middle and end."""
+    digest = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
+    content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    last = max(content.numel() - SAMPLED, 0)
+    for place in sorted({last * i // (TENSOR_PLACES - 1) for i in range(TENSOR_PLACES)}):
+        digest.update(content[place : place + SAMPLED].numpy())
+    return digest.hexdigest()
+
+
+def fingerprint(path: str | Path, cache_dir: str | None = None) -> str:
+    """What identifies the weights that `open_weights` finds at ``path``, see :meth:`WeightFiles.fingerprint`."""
+    return open_weights(path, cache_dir).fingerprint()
+
+
+def files_hash(path: str | Path, cache_dir: str | None = None) -> str:
+    """Hash of a file or of a folder's files, with names and sizes: all of small files, samples of large ones.
+
+    20 GB take no longer than a few megabytes. Caches name the encoders that they were made with by it, so what it gives
+    stays as it is; what tells weights apart whatever files they are in is :func:`fingerprint`.
+
+    Raises:
+        UserError: no weights there.
+    """
+    found = resolve_path(path, cache_dir)
+    files = [found] if found.is_file() else sorted(file for file in found.rglob("*") if file.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(found) if file != found else ''}:{size};".encode())
+        with file.open("rb") as opened:
+            places = [0] if size <= SMALL else [size * i // PLACES for i in range(PLACES)]
+            for place in places:
+                opened.seek(place)
+                digest.update(opened.read(size if size <= SMALL else SAMPLED))
+    return digest.hexdigest()[:16]
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """Header of a safetensors file: types, shapes and places of its tensors by name, and ``__metadata__``."""
+    with file.open("rb") as opened:
+        return json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
 
 
 def _open_safetensors(file: Path):

@@ -127,23 +127,3 @@ def load_model(
             assert callable(reset), f"{name} has buffers outside its state dict and no reset_buffers(device)"
             reset(torch.device(device))
     return model
-
-
-def load_into(
-    model: nn.Module,
-    path: str | Path,
-    *,
-    explain: Explain | None = None,
-    metadata: Mapping[str, str] | None = None,
-    cache_dir: str | None = None,
-) -> None:
-    """Copy the weights at ``path`` into a model that exists, strictly; its devices and dtypes stay.
-
-    Arguments and errors as in `load_model`.
-    """
-    weights = open_weights(path, cache_dir)
-    check_match(model, weights, explain=explain, metadata=metadata)
-    own = model.state_dict()
-    with torch.no_grad():
-        for key, tensor in weights.tensors():
-            own[key].copy_(tensor)

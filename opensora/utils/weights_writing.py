@@ -6,6 +6,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from opensora.utils.files import write_beside
+
 
 def save_safetensors(
     state_dict: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
@@ -17,9 +19,6 @@ def save_safetensors(
         path: the file; its folder is made.
         metadata: text to record, such as the layouts that `load_model` checks.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.partial")
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for key, value in state_dict.items():
@@ -28,11 +27,4 @@ def save_safetensors(
             value = value.clone()
         seen.add(value.untyped_storage().data_ptr())
         tensors[key] = value
-    try:
-        beside.touch()
-        mode = beside.stat().st_mode  # what the user's umask gives; the library would make the file private
-        save_file(tensors, beside, metadata={"format": "pt", **(metadata or {})})
-        beside.chmod(mode)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_beside(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})}))

@@ -1,5 +1,11 @@
 """Compute latents and text embeddings beforehand: ``python scripts/diffusion/cache.py CONFIG --cache-dir DIR``."""
 
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from opensora.config import parse_config, run_main
 from opensora.config.commands import CacheOptions
 

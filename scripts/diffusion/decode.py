@@ -8,7 +8,8 @@ CONFIG and keys are those of ``inference.py``; ``--ae.use_spatial_tiling True`` 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout without being installed
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.acceleration.devices import pick_device
 from opensora.config import parse_config, run_main

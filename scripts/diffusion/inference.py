@@ -10,11 +10,13 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout without being installed
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.acceleration.devices import pick_device
 from opensora.acceleration.failures import reported_once
 from opensora.acceleration.parallel_context import shutdown
+from opensora.acceleration.torchrun import Torchrun
 from opensora.config import parse_config, run_main
 from opensora.config.commands import InferenceOptions
 from opensora.generation.run import generate
@@ -25,12 +27,11 @@ def main(argv: list[str] | None = None) -> list[Path]:
     """Run one command line; returns the files this process wrote."""
     with reported_once(os.environ):
         cfg = parse_config(argv, InferenceOptions)
-    setup_logging()
-    # what torchrun says of this process; a single one without it
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    processes = Torchrun.read(os.environ)
+    setup_logging(rank=processes.rank)
     with reported_once(os.environ):
-        device = pick_device(cfg.device, int(os.environ.get("LOCAL_RANK", "0")))
-        made = generate(cfg, device, rank, world_size, os.environ)
+        device = pick_device(cfg.device, processes.local_rank)
+        made = generate(cfg, device, processes.rank, processes.world_size, os.environ)
     shutdown()
     return made
 

@@ -5,6 +5,11 @@ goes on where it was. ``--help`` lists the keys.
 """
 
 import logging
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.config import parse_config, run_main
 from opensora.config.commands import VaeInferenceOptions

@@ -1,6 +1,11 @@
 """Latent statistics per channel, to paste into a config: ``python scripts/vae/stats.py CONFIG [--key value ...]``."""
 
 import logging
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.config import parse_config, run_main
 from opensora.config.commands import VaeStatsOptions

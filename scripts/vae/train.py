@@ -4,8 +4,14 @@ On several devices: ``torchrun --nproc_per_node N --standalone scripts/vae/train
 """
 
 import os
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.acceleration.failures import reported_once
+from opensora.acceleration.torchrun import Torchrun
 from opensora.config import parse_config, run_main
 from opensora.config.commands import VaeTrainOptions
 from opensora.utils.logging import setup_logging
@@ -19,10 +25,10 @@ def main(argv: list[str] | None = None) -> None:
     from opensora.acceleration.parallel_context import shutdown
     from opensora.training.vae.trainer import VAETrainer
 
-    setup_logging()
+    processes = Torchrun.read(os.environ)
+    setup_logging(rank=processes.rank)
     with reported_once(os.environ):
-        # what torchrun says of this process; a single one without it
-        trainer = VAETrainer(cfg, int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        trainer = VAETrainer(cfg, processes.local_rank, processes.world_size)
         folder = trainer.run()
     if trainer.parallel.rank == 0:
         print(folder)

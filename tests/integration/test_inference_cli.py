@@ -33,7 +33,7 @@ def test_prompt_to_video(run_tiny):
     assert record["seed"] == 42
     assert record["forwards"] == 8
     assert record["config"]["sampling_option"]["num_steps"] == 4
-    assert len(record["weights"]["t5"]["header_sha256"]) == 64
+    assert len(record["weights"]["t5"]["sha256"]) == 64
     assert record["weights"]["model"] == {"path": "random weights of seed 1"}
     assert set(record["seconds"]) == {"text", "references", "denoise", "decode"}
     assert "torch" in record["versions"]

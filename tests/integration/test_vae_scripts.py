@@ -15,6 +15,7 @@ from opensora.evaluation.reconstruction import reconstruct
 from opensora.models.vae.lpips import LPIPS
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
+from opensora.utils.files import write_text
 from opensora.utils.video import read_video, save_image, save_video
 from opensora.utils.weights_writing import save_safetensors
 from scripts.vae import inference, stats
@@ -181,3 +182,22 @@ def test_statistics_are_the_same_each_time_and_mistakes_named(config, clips, tmp
     ):
         with pytest.raises(UserError, match=message):
             stats.main([str(path), *words])
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "orig/mine.mp4"])
+def test_files_of_others_stay(config, name):
+    mine = write_text("mine", Path(config["save_dir"]) / name)
+    with pytest.raises(UserError, match=r"but no results of this program \(settings.json is missing\)"):
+        run(config)
+    assert mine.read_text() == "mine"
+
+
+def test_results_of_earlier_versions_are_gone_on_with(config):
+    """They record size and time of the weight file, in place of what is in it."""
+    folder = run(config)
+    settings = json.loads((folder / "settings.json").read_text())
+    weights = Path(config["model"]["from_pretrained"])
+    settings["weights"] = [weights.stat().st_size, weights.stat().st_mtime]
+    write_text(json.dumps(settings, indent=4) + "\n", folder / "settings.json")
+    before = (folder / "recn" / "long_recn.mp4").stat().st_mtime_ns
+    assert (run(config) / "recn" / "long_recn.mp4").stat().st_mtime_ns == before

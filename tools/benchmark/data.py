@@ -28,7 +28,8 @@ if __package__ in (None, ""):
 import polars as pl
 
 from opensora.config import run_main
-from opensora.utils.video import save_video, write_text
+from opensora.utils.files import write_text
+from opensora.utils.video import save_video
 from tools.data import table as table_tool
 from tools.data.camera import Camera
 from tools.data.cut import Cut

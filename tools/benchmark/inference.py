@@ -35,8 +35,8 @@ from opensora.diffusion.pipeline import SampleResult, VideoPipeline
 from opensora.models.build import build_ready
 from opensora.models.mmdit.flops import forward_flops
 from opensora.utils.errors import UserError
+from opensora.utils.files import write_text
 from opensora.utils.logging import setup_logging
-from opensora.utils.video import write_text
 from tools.benchmark.measuring import MIB, peak_of
 from tools.benchmark.models import markdown
 from tools.benchmark.sampler import compare_samplers

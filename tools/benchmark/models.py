@@ -28,7 +28,7 @@ if __package__ in (None, ""):
 
 from opensora.config import run_main
 from opensora.utils.errors import UserError
-from opensora.utils.video import write_text
+from opensora.utils.files import write_text
 from tools.benchmark.cases import BASELINE, CASES, SIZES, Build, Sizes, diffusers_module
 from tools.benchmark.measuring import MIB, in_own_process, peak_of, seconds_of, tensor_bytes
 from tools.benchmark.released import released

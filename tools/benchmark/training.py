@@ -37,7 +37,8 @@ from opensora.training.diffusion.trainer import Trainer
 from opensora.training.loop import step_generator
 from opensora.training.weights.optimizer import create_optimizer
 from opensora.utils.errors import UserError
-from opensora.utils.video import save_image, save_video, write_text
+from opensora.utils.files import write_text
+from opensora.utils.video import save_image, save_video
 
 CURVES = ("seconds_per_step", "tokens_per_s", "samples_per_s", "tflops_per_s", "mfu", "data_wait", "memory_gib")
 SYNTHETIC_FPS = 8

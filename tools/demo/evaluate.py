@@ -21,11 +21,12 @@ from tqdm import tqdm
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from opensora.config import parse_config
+from opensora.config import parse_config, run_main
 from opensora.config.commands import InferenceOptions
 from opensora.diffusion.pipeline import VideoPipeline
 from opensora.utils.errors import UserError
-from opensora.utils.video import save_image, write_text
+from opensora.utils.files import write_text
+from opensora.utils.video import save_image
 from tools.demo.analyse import psnr
 from tools.demo.captions import plain_caption
 from tools.demo.scoring import ATTRIBUTES, Verdict, format_table, judge, shares, verdict_sheet
@@ -187,16 +188,11 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     print(f"{seconds:.2f} s per video\n{args.out / 'results.json'}\n{args.out / 'sheet.png'}")
 
 
-def main() -> int:
-    """Measure a model; 2 for a mistake on the command line, in the config or its files."""
-    args, overrides = parse_args()
-    try:
-        evaluate(args, overrides)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: list[str] | None = None) -> None:
+    """Measure a model."""
+    args, overrides = parse_args(argv)
+    evaluate(args, overrides)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

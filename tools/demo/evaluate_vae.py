@@ -21,12 +21,13 @@ from tqdm import tqdm
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from opensora.config import load_config, parse_config
+from opensora.config import load_config, parse_config, run_main
 from opensora.config.commands import InferenceOptions, VaeInferenceOptions
 from opensora.models.autoencoder import Autoencoder
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
-from opensora.utils.video import contact_sheet, read_video, to_uint8, write_text
+from opensora.utils.files import write_text
+from opensora.utils.video import contact_sheet, read_video, to_uint8
 from tools.demo.analyse import psnr
 from tools.demo.scoring import ATTRIBUTES, SHEET_FRAMES, Verdict, format_table, judge, mark, shares
 from tools.demo.world import Combination
@@ -151,16 +152,11 @@ def draw_sheet(
     contact_sheet(pairs, path, frames=SHEET_FRAMES, labels=labels, columns=4, gap=6)
 
 
-def main() -> int:
-    """Measure an autoencoder; 2 for a mistake on the command line, in the config or its files."""
-    args, overrides = parse_args()
-    try:
-        evaluate(args, overrides)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: list[str] | None = None) -> None:
+    """Measure an autoencoder."""
+    args, overrides = parse_args(argv)
+    evaluate(args, overrides)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -18,8 +18,10 @@ from tqdm import tqdm
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from opensora.config import run_main
 from opensora.utils.errors import UserError
-from opensora.utils.video import save_video, write_text
+from opensora.utils.files import write_text
+from opensora.utils.video import save_video
 from tools.demo.captions import random_caption
 from tools.demo.world import FPS, NUM_FRAMES, SIZE, SPLITS, Scene, combinations, draw_clip, sample_scene
 
@@ -112,17 +114,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main() -> int:
-    """Draw the clips and print where the table is; 2 for a mistake on the command line."""
-    args = parse_args()
-    try:
-        table = make_clips(args.out, args.num, args.seed, args.split, args.workers)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def main(argv: list[str] | None = None) -> None:
+    """Draw the clips and print where the table is."""
+    args = parse_args(argv)
+    table = make_clips(args.out, args.num, args.seed, args.split, args.workers)
     print(f"{args.num} clips: {table}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -24,6 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from opensora.config import run_main
 from opensora.models.text.embedder import HFEmbedder
 from opensora.utils.errors import UserError
 from tools.demo.captions import random_caption
@@ -270,16 +271,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main() -> int:
-    """Build the encoders; 2 for a mistake on the command line."""
-    args = parse_args()
-    try:
-        train_text(args.out, args.seed, args.steps, args.batch_size, args.num_test, args.overwrite)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: list[str] | None = None) -> None:
+    """Build the encoders."""
+    args = parse_args(argv)
+    train_text(args.out, args.seed, args.steps, args.batch_size, args.num_test, args.overwrite)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

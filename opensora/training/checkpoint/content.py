@@ -5,8 +5,6 @@ than one. How many there are shows only at the end; until then they carry provis
 """
 
 import copy
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from opensora.acceleration.parallel_context import Axis
 from opensora.training.checkpoint.folder import STATES, RunningStates
+from opensora.utils.files import flush, write_json
 from opensora.utils.weights import index_of
 from opensora.utils.weights_writing import save_safetensors
 
@@ -175,14 +174,4 @@ class CheckpointFiles:
 
 
 def _write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=4), encoding="utf-8")
-    flush(file)
-
-
-def flush(file: Path) -> None:
-    """Have the system write a file out, so that a machine that goes down does not leave an empty one."""
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush(write_json(content, file))

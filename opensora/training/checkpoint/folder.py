@@ -6,7 +6,6 @@ whenever the run is killed.
 
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from opensora.utils.errors import UserError
-from opensora.utils.video import remove_unfinished_files
+from opensora.utils.files import remove_folder, remove_unfinished_files, remove_unfinished_folders
 from opensora.utils.weights import is_stored, load_state_dict, open_weights
 
 STATES = "running_states.json"  # the last file to be written into a checkpoint
@@ -65,17 +64,10 @@ class RunningStates:
         self.epoch, self.step = divmod(self.micro_step, epoch_length)
 
 
-def beside(checkpoint: Path, doing: str) -> Path:
-    """Where a checkpoint is while something is done to it: ``writing`` or ``removing``."""
-    return checkpoint.with_name(f".{checkpoint.name}.{doing}")
-
-
 def remove_unfinished(folder: Path) -> None:
     """Delete what a killed run was writing or deleting: checkpoints, sample videos."""
     remove_unfinished_files(folder)
-    for doing in ("writing", "removing"):
-        for path in folder.glob(f".epoch*-global_step*.{doing}"):
-            shutil.rmtree(path, ignore_errors=True)
+    remove_unfinished_folders(folder, "epoch*-global_step*")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -96,28 +88,12 @@ def _saved_at(checkpoint: Path) -> float:
         return 0.0
 
 
-def put_in_place(written: Path, checkpoint: Path) -> None:
-    """Give a written folder its checkpoint's name, in the place of one that has it already."""
-    removed = _set_aside(checkpoint) if checkpoint.exists() else None
-    written.rename(checkpoint)
-    if removed is not None:
-        shutil.rmtree(removed, ignore_errors=True)
-
-
-def _set_aside(checkpoint: Path) -> Path:
-    """Take a checkpoint's name from it, before its files are deleted one by one. What of these cannot be deleted (held
-    open on a network disk) lies there until a run goes on in this folder."""
-    removed = beside(checkpoint, "removing")
-    shutil.rmtree(removed, ignore_errors=True)
-    return checkpoint.rename(removed)
-
-
 def remove_old_checkpoints(folder: Path, keep_n_latest: int) -> None:
-    """Delete all but the newest ``keep_n_latest`` checkpoints; negative keeps everything."""
+    """Delete all but the newest ``keep_n_latest`` (at least one) checkpoints; negative keeps everything."""
     if keep_n_latest < 0:
         return
-    for path in list_checkpoints(folder)[: -keep_n_latest or None]:
-        shutil.rmtree(_set_aside(path), ignore_errors=True)
+    for path in list_checkpoints(folder)[: -max(keep_n_latest, 1)]:
+        remove_folder(path)
 
 
 def find_checkpoint(load: str, outputs: str | Path) -> Path:

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from opensora.acceleration.collectives import gather_values
 from opensora.acceleration.parallel_context import Axis
 from opensora.training.checkpoint.content import CheckpointContent, CheckpointFiles, Shard
-from opensora.training.checkpoint.folder import RunningStates, beside, put_in_place, remove_old_checkpoints
+from opensora.training.checkpoint.folder import RunningStates, remove_old_checkpoints
 from opensora.utils.errors import UserError
+from opensora.utils.files import put_in_place, temporary_path
 from opensora.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -104,13 +105,13 @@ class CheckpointWriter:
 
     def _begin(self, target: Path) -> None:
         if self.ranks.first:
-            shutil.rmtree(beside(target, "writing"), ignore_errors=True)
-            beside(target, "writing").mkdir(parents=True)
+            shutil.rmtree(temporary_path(target, "writing"), ignore_errors=True)
+            temporary_path(target, "writing").mkdir(parents=True)
 
     def _finish(self, target: Path, files: CheckpointFiles, shards: Iterable[Shard], states: RunningStates) -> None:
         """Write this rank's shards, and once all ranks have, put the checkpoint in its place."""
         try:
-            self._error = self._together(partial(_write, shards, beside(target, "writing")))
+            self._error = self._together(partial(_write, shards, temporary_path(target, "writing")))
             if self._error is None:
                 self._error = self._together(partial(self._publish, target, files, states))
         except RuntimeError:  # of the exchange: another process has gone, and it says why
@@ -121,13 +122,13 @@ class CheckpointWriter:
 
     def _discard(self, target: Path) -> None:
         if self.ranks.first:
-            shutil.rmtree(beside(target, "writing"), ignore_errors=True)
+            shutil.rmtree(temporary_path(target, "writing"), ignore_errors=True)
 
     def _publish(self, target: Path, files: CheckpointFiles, states: RunningStates) -> None:
         if not self.ranks.first:
             return
-        files.complete(beside(target, "writing"), states)
-        put_in_place(beside(target, "writing"), target)
+        files.complete(temporary_path(target, "writing"), states)
+        put_in_place(temporary_path(target, "writing"), target)
         remove_old_checkpoints(self.folder, self.keep_n_latest)
         logger.info("saved %s", target)
 

@@ -143,6 +143,7 @@ def cache_writer(cfg: Any) -> CacheWriter:
         partial(_load_autoencoder, cfg),
         partial(_load_text_encoders, cfg),
         overwrite=cfg.overwrite,
+        wait=cfg.wait,
         num_workers=cfg.num_workers,
         **({"batch_size": cfg.batch_size} if cfg.batch_size else {}),
     )

@@ -12,8 +12,9 @@ from opensora.diffusion.checks import check_config
 from opensora.diffusion.pipeline import VideoPipeline
 from opensora.training.report.metrics import MetricLog
 from opensora.utils.errors import UserError
+from opensora.utils.files import write_text
 from opensora.utils.logging import get_logger
-from opensora.utils.video import save_image, save_video, write_text
+from opensora.utils.video import save_image, save_video
 
 logger = get_logger(__name__)
 

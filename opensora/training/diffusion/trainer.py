@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from opensora.training.diffusion.inputs import InputEncoder
 from opensora.training.diffusion.loss import DiffusionLoss
 from opensora.training.diffusion.samples import TrainSamples
 from opensora.training.diffusion.validation import Validation
-from opensora.training.experiment import create_experiment, experiment_folder
+from opensora.training.experiment import claimed_experiment, create_experiment, experiment_folder
 from opensora.training.loop import LoopSettings, TrainLoop
 from opensora.training.report.metrics import MetricLog, StageTimer
 from opensora.training.report.profiling import NsightWindow
@@ -203,6 +204,11 @@ class Trainer:
             UserError: the run cannot go on, see :class:`opensora.training.loop.TrainLoop`.
             SystemExit: status 143, after SIGTERM and a checkpoint.
         """
+        with claimed_experiment(self.cfg, self.resume, self.parallel) as folder:
+            self._run(folder)
+        return folder
+
+    def _run(self, folder: Path) -> None:
         cfg = self.cfg
         encoder = self._encoder()
         weights = self._model()
@@ -211,7 +217,7 @@ class Trainer:
         engine = self._engine(weights)
         ema = self._ema(weights, engine)
         schedule = self._schedule(engine)
-        folder = from_rank_zero(lambda: create_experiment(cfg, self.resume), self.device, rank, processes)
+        from_rank_zero(partial(create_experiment, cfg, self.resume, folder), self.device, rank, processes)
         logger.info("steps %d to %d\n%s", self.states.global_step, self.total_steps, self.sampler.describe())
         log = MetricLog(
             folder,
@@ -235,7 +241,6 @@ class Trainer:
             loop.run(batches, loss, self._on_step(weights, encoder, ema, log, folder))
         finally:
             log.close()
-        return folder
 
     def _settings(self) -> LoopSettings:
         cfg = self.cfg

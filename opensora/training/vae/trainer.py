@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from opensora.models.build import build_on_meta
 from opensora.registry import MODELS, build_module
 from opensora.training.checkpoint.folder import RunningStates, find_checkpoint, load_states, load_weights
 from opensora.training.checks import check_unfinished
-from opensora.training.experiment import create_experiment, experiment_folder
+from opensora.training.experiment import claimed_experiment, create_experiment, experiment_folder
 from opensora.training.loop import LoopSettings, TrainLoop
 from opensora.training.report.metrics import MetricLog
 from opensora.training.report.trackers import create_trackers
@@ -101,6 +102,11 @@ class VAETrainer:
             UserError: the run cannot go on, see :class:`opensora.training.loop.TrainLoop`.
             SystemExit: status 143, after SIGTERM and a checkpoint.
         """
+        with claimed_experiment(self.cfg, self.resume, self.parallel) as folder:
+            self._run(folder)
+        return folder
+
+    def _run(self, folder: Path) -> None:
         cfg, rank = self.cfg, self.parallel.rank
         self.weights = self._build_model()
         self.model: Any = self.weights.model
@@ -109,9 +115,8 @@ class VAETrainer:
         if self.ema and self.resume:
             self.ema.load_state_dict(load_weights(self.resume, "ema"), self.states.ema_updates)
         self.adversary = self._build_adversary() if cfg.discriminator else None
-        folder = from_rank_zero(
-            lambda: create_experiment(cfg, self.resume), self.device, rank, self.parallel.world_size
-        )
+        start = partial(create_experiment, cfg, self.resume, folder)
+        from_rank_zero(start, self.device, rank, self.parallel.world_size)
         log = MetricLog(
             folder,
             self.stages[-1].end,
@@ -128,7 +133,6 @@ class VAETrainer:
                         self._run_stage(stage, folder, log, on_step)
         finally:
             log.close()
-        return folder
 
     def _build(self, section: str, seed: int) -> tuple[Any, torch.dtype]:
         """A new model in training mode, and the dtype of its weights: fp32 if the plugin rounds them itself."""

@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 from mmengine.config import Config
 
-from opensora.config import config_to_text, load_config, parse_config, run_main
+from opensora.config import config_to_text, load_config, parse_config
 from opensora.config.commands import (
     ConditionType,
     InferenceOptions,
@@ -551,23 +551,6 @@ def test_mistakes_exit_with_status_2(write):
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == "error: --promt is not a known key; did you mean --prompt?"
     assert "Traceback" not in done.stderr
-
-
-def test_interrupt_exits_with_status_130():
-    def main(argv):
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as status:
-        run_main(main)
-    assert status.value.code == 130
-
-
-def test_other_errors_keep_their_traceback():
-    def main(argv):
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        run_main(main)
 
 
 # ------------------------------------------------------------------------------------------------------ shipped configs

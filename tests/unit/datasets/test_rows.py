@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
+from opensora.datasets import rows
 from opensora.datasets.buckets import BucketTable
 from opensora.datasets.dataset import VideoTextDataset, frame_strides, target_fps
 from opensora.datasets.rows import ShardedRows, read_numbers, write_shards
@@ -135,3 +136,59 @@ def test_text_dataset(tmp_path, ending):
     (tmp_path / "q.csv").write_text("txt\na cat\n")
     with pytest.raises(UserError, match="missing column 'text' .is 'txt' meant"):
         build_module({"type": "text", "data_path": str(tmp_path / "q.csv")}, DATASETS)
+
+
+@pytest.mark.parametrize("full_at", ["00001.parquet", "00003.parquet"])
+def test_old_shards_stay_until_the_new_ones_are_written(tmp_path, monkeypatch, full_at):
+    path = tmp_path / "clips.parquet"
+    table_of(30).to_parquet(path)
+    folder = write_shards(path, 2)
+    (folder / "clip.mp4").write_text("mine")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    real = rows._write_part
+
+    def full(part, target):
+        if target.name == full_at:
+            raise OSError(28, "No space left on device")
+        real(part, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "_write_part", full)
+        with pytest.raises(OSError, match="No space"):
+            write_shards(path, 3, overwrite=True)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    write_shards(path, 1, overwrite=True)
+    assert sorted(file.name for file in folder.iterdir()) == ["00001.parquet", "clip.mp4", "shards.json"]
+
+
+def test_killed_between_old_and_new_shards(tmp_path, monkeypatch):
+    """What is there then is no set of shards."""
+    path = tmp_path / "clips.parquet"
+    table_of(30).to_parquet(path)
+    folder = write_shards(path, 2)
+    table_of(30, "other.mp4").to_parquet(path)
+    replace = Path.replace
+
+    def killed(self, target):
+        if self.name == "00002.parquet" and self.parent.name == ".new":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_shards(path, 2, overwrite=True)
+    with pytest.raises(UserError, match="write them again"):
+        ShardedRows(path, 30)
+    write_shards(path, 2, overwrite=True)
+    assert ShardedRows(path, 30)[29]["path"].endswith("other.mp4")
+    assert not list(folder.glob(".*"))
+
+
+def test_tables_of_the_users_are_no_shards(tmp_path):
+    path = tmp_path / "clips.parquet"
+    table_of(30).to_parquet(path)
+    (tmp_path / "clips").mkdir()
+    table_of(3).to_parquet(tmp_path / "clips" / "2024.parquet")
+    with pytest.raises(UserError, match=r"holds 2024\.parquet, which would be read as shards"):
+        write_shards(path, 2, overwrite=True)

@@ -5,7 +5,7 @@ import pprint
 import runpy
 import shutil
 import sys
-from functools import lru_cache
+from functools import lru_cache, partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from opensora.config import load_config
 from opensora.config.commands import CacheOptions, TrainOptions
 from opensora.datasets.dataloader import build_train_loader, endless
+from opensora.datasets.dataset import VideoTextDataset
 from opensora.datasets.runs import FrameRun
+from opensora.datasets.video_io import BrokenMediaError
 from opensora.diffusion.flow import flow_matching_loss
 from opensora.encoded.dataset import CachedVideoTextDataset
-from opensora.encoded.fingerprint import weights_hash
 from opensora.encoded.store import batch_key
 from opensora.encoded.writer import CacheWriter
 from opensora.registry import DATASETS, MODELS, build_module
@@ -29,7 +30,9 @@ from opensora.training.diffusion.encoders import cached_encoders
 from opensora.training.diffusion.inputs import InputEncoder, InputOptions
 from opensora.training.diffusion.trainer import Trainer
 from opensora.utils.errors import UserError
-from opensora.utils.video import save_image, save_video, write_beside
+from opensora.utils.files import write_beside
+from opensora.utils.video import save_image, save_video
+from opensora.utils.weights import files_hash
 from opensora.utils.weights_writing import save_safetensors
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "diffusion" / "cache.py"
@@ -195,21 +198,61 @@ def test_a_stopped_writer_goes_on(written, tmp_path, monkeypatch):
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("stopped_at", ["video", "text"])
+@pytest.mark.parametrize("stopped_at", ["video", "text", "cache.json"])
 def test_a_cache_that_is_being_replaced_is_not_taken_for_a_whole_one(written, tmp_path, monkeypatch, stopped_at):
+    """Until the new one is whole the old one stays; between the two there is none; a further run ends it."""
     folder = shutil.copytree(written["cache_dir"], tmp_path / "cache")
-    real = shutil.rmtree
+    cfg = config(written, cache_dir=str(folder), overwrite=True, **{"cache_shard_size": 1})
+    read = config(written, cache_dir=str(folder), cached_video=True)
+    moved = {"rename": Path.rename, "replace": Path.replace}
 
-    def rmtree(path, **options):
-        if Path(path).name == stopped_at:
+    def killed(self, target, how):
+        if self.parent.name == ".new" and self.name == stopped_at:
             raise KeyboardInterrupt
-        real(path, **options)
+        return moved[how](self, target)
 
-    monkeypatch.setattr(shutil, "rmtree", rmtree)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
+        for how in moved:
+            patch.setattr(Path, how, partialmethod(killed, how=how))
+        with pytest.raises(KeyboardInterrupt):
+            cache_writer(cfg).run()
+    with pytest.raises(UserError, match="holds no cache|not finished"):
+        build_dataset(read)
+    cache_writer(config(written, cache_dir=str(folder), cache_shard_size=1)).run()
+    assert build_dataset(read).cache.info.shard_size == 1
+    assert not list(folder.rglob(".*"))
+
+
+def test_an_old_cache_stays_if_no_clip_can_be_read(written, tmp_path, monkeypatch):
+    folder = shutil.copytree(written["cache_dir"], tmp_path / "cache")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    writer = cache_writer(config(written, cache_dir=str(folder), overwrite=True))
+
+    def broken(*_):
+        raise BrokenMediaError("gone")
+
+    monkeypatch.setattr(VideoTextDataset, "clip", broken)
+    with pytest.raises(UserError, match="no clip could be read"):
+        writer.run()
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("files", [["video/mine.mp4"], ["text/00000.safetensors"], ["index.parquet"]])
+def test_what_is_no_cache_is_left_alone(written, tmp_path, files, overwrite):
+    for name in files:
+        write_beside(tmp_path / "work" / name, lambda path: path.write_text("mine"))
+    with pytest.raises(UserError, match=r"but no cache \(cache.json is missing\)"):
+        cache_writer(config(written, cache_dir=str(tmp_path / "work"), overwrite=overwrite)).run()
+    assert [p.read_text() for p in (tmp_path / "work").rglob("*") if p.is_file()] == ["mine"]
+
+
+def test_a_file_of_the_users_among_the_shards_stays(written, tmp_path):
+    folder = shutil.copytree(written["cache_dir"], tmp_path / "cache")
+    write_beside(folder / "video" / "mine.mp4", lambda path: path.write_text("mine"))
+    with pytest.raises(UserError, match=r"no cache's: video/mine\.mp4"):
         cache_writer(config(written, cache_dir=str(folder), overwrite=True)).run()
-    with pytest.raises(UserError, match="holds no cache"):
-        build_dataset(config(written, cache_dir=str(folder), cached_video=True))
+    assert (folder / "video" / "mine.mp4").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -239,7 +282,7 @@ def test_other_weights_and_captions_are_noticed(written, tmp_path):
     other = bytearray(weights.read_bytes())
     other[-1] ^= 1  # one bit of one weight
     (tmp_path / "ae.safetensors").write_bytes(other)
-    assert weights_hash(weights) != weights_hash(tmp_path / "ae.safetensors")
+    assert files_hash(weights) != files_hash(tmp_path / "ae.safetensors")
     ae = {**written["ae"], "from_pretrained": str(tmp_path / "ae.safetensors")}
     with pytest.raises(UserError, match=r"(?s)ae.from_pretrained: weights .* --overwrite"):
         losses(config(written, ae=ae, cached_video=True), 1)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -10,7 +11,6 @@ import pytest
 import torch
 
 from opensora.training.checkpoint import content as checkpoint_files
-from opensora.training.checkpoint import folder as checkpoint
 from opensora.training.checkpoint.content import CheckpointContent
 from opensora.training.checkpoint.folder import (
     RunningStates,
@@ -25,7 +25,7 @@ from opensora.training.checkpoint.writer import CheckpointWriter
 from opensora.training.loop import row_names
 from opensora.training.stopping import StopRequest
 from opensora.utils.errors import UserError
-from opensora.utils.video import write_beside
+from opensora.utils.files import write_beside
 from opensora.utils.weights import load_state_dict, open_weights
 from tools.convert.checkpoint import main as convert_main
 
@@ -136,12 +136,12 @@ def test_killed_while_an_old_one_is_deleted(tmp_path, monkeypatch, step):
     writer.save(content(1))
 
     def killed(folder, **_):
-        if folder.is_dir() and folder.name.endswith(".removing"):
+        if folder.is_dir() and folder.name.endswith((".removing", ".replacing")):
             (folder / "running_states.json").unlink()
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             writer.save(content(step), last=True)
     assert find_checkpoint("latest", tmp_path) == run / f"epoch0-global_step{step}"
@@ -149,6 +149,34 @@ def test_killed_while_an_old_one_is_deleted(tmp_path, monkeypatch, step):
     assert len(list(run.glob(".*"))) == 1
     remove_unfinished(run)
     assert names(run) == [f"epoch0-global_step{step}"] == [p.name for p in run.iterdir()]
+
+
+def test_killed_while_one_is_replaced(tmp_path, monkeypatch):
+    """Between the two renamings the old one has no name; it gets it back."""
+    writer = CheckpointWriter(tmp_path)
+    path = writer.save(content(1))
+    rename = Path.rename
+
+    def killed(self, target):
+        if self.name.endswith(".writing"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            writer.save(content(1, torch.zeros(4)), last=True)
+    assert names(tmp_path) == []
+    remove_unfinished(tmp_path)
+    assert load_weights(path)["w"].tolist() == [1.0] * 4
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+def test_the_checkpoint_just_written_stays(tmp_path, keep):
+    for step in (1, 2):
+        CheckpointWriter(tmp_path, keep_n_latest=keep).save(content(step))
+    assert names(tmp_path) == ["epoch0-global_step2"]
 
 
 def test_going_on_from_an_older_one(tmp_path):

@@ -1,0 +1,130 @@
+"""Files and folders that are written whole or not at all, and what killed programs leave of them.
+
+While a file is written it is called ``.unfinished-*`` and lies beside its place; a folder is called
+``.<name>.writing``. Both are renamed once they are complete.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from opensora.utils.errors import UserError
+
+UNFINISHED = ".unfinished-"  # start of the names that files have while they are written
+NAME_BYTES = 255  # longest name that file systems take
+
+
+def check_name(path: str | Path) -> None:
+    """Raise a UserError if the last part of a path is longer than file systems allow."""
+    length = len(os.fsencode(Path(path).name))
+    if length > NAME_BYTES:
+        raise UserError(f"{path}: the name has {length} bytes, file systems take {NAME_BYTES}; choose a shorter one")
+
+
+def write_beside(path: str | Path, write: Callable[[Path], Any]) -> Path:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it, so that ``path`` is whole or absent.
+
+    The temporary name keeps the ending of ``path``, since codecs choose their container by it. Missing parent folders
+    are created. What a killed program leaves is for :func:`remove_unfinished_files`.
+
+    Raises:
+        UserError: the name is too long.
+    """
+    path = Path(path)
+    check_name(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=UNFINISHED, suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(text: str, path: str | Path) -> Path:
+    """Write a UTF-8 text file, whole or not at all."""
+    return write_beside(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(content: Any, path: str | Path) -> Path:
+    """Write a JSON file, indented by 4, whole or not at all."""
+    return write_text(json.dumps(content, indent=4), path)
+
+
+def flush(file: Path) -> None:
+    """Have the system write a file out, so that a machine that goes down does not leave an empty one."""
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_unfinished_files(folder: Path, *further: str) -> None:
+    """Delete what killed programs were writing with :func:`write_beside` in a folder or below it, where no other
+    program is at work (see :mod:`opensora.utils.claims`); ``further`` are patterns of what is to go as well."""
+    for pattern in (f"{UNFINISHED}*", *further):
+        for path in folder.rglob(pattern):
+            path.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- folders
+
+
+def temporary_path(folder: Path, doing: str) -> Path:
+    """Where a folder is while something is done to it: ``writing``, ``replacing`` or ``removing``."""
+    return folder.with_name(f".{folder.name}.{doing}")
+
+
+def put_in_place(written: Path, folder: Path) -> None:
+    """Give a written folder its name, in the place of one that has it already, which is deleted last."""
+    old = _set_aside(folder, "replacing") if folder.exists() else None
+    try:
+        written.rename(folder)
+    except OSError:
+        if old is not None:
+            old.rename(folder)
+        raise
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Take a folder's name from it, then delete its files one by one: one that has its name is whole.
+
+    What of these cannot be deleted (held open on a network disk) is left to :func:`remove_unfinished_folders`.
+    """
+    shutil.rmtree(_set_aside(folder, "removing"), ignore_errors=True)
+
+
+def _set_aside(folder: Path, doing: str) -> Path:
+    aside = temporary_path(folder, doing)
+    shutil.rmtree(aside, ignore_errors=True)
+    return folder.rename(aside)
+
+
+def remove_unfinished_folders(parent: Path, pattern: str) -> None:
+    """Finish what a killed program was doing to the folders of ``parent`` whose names match ``pattern``: what was being
+    written or removed is deleted; what was about to be replaced gets its name back if nothing has taken it."""
+    for old in parent.glob(f".{pattern}.replacing"):
+        folder = old.with_name(old.name[1:].removesuffix(".replacing"))
+        if not folder.exists():
+            old.rename(folder)
+    for doing in ("writing", "removing", "replacing"):
+        for path in parent.glob(f".{pattern}.{doing}"):
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,129 @@
+"""How a command ends: with one line for its user, whatever happens, and an exit status that tells the kind of end.
+
+2 is the user's mistake (or a place that cannot be read or written), 70 an error nobody foresaw, 74 a standard output
+that takes nothing more, 130 Ctrl-C, 141 a reader of the output that has gone.
+"""
+
+import errno
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from opensora.utils.errors import UserError
+
+MISTAKE, UNFORESEEN, OUTPUT_FULL, INTERRUPTED, NO_READER = 2, 70, 74, 130, 141
+DEBUG_FLAG = "--debug"
+# what the system says of a place that a user chose: not there, not allowed, not a folder, too long a name, full
+PLACES = (
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def run_main(main: Callable[[list[str] | None], Any]) -> None:
+    """Run a script's ``main``; no traceback reaches the user.
+
+    An error nobody foresaw becomes a line that says what was being done (see :func:`doing`) and where its traceback
+    lies; the word ``--debug`` on the command line shows it instead.
+
+    Raises:
+        SystemExit: unless all went well; see the module for its statuses.
+    """
+    debug = DEBUG_FLAG in sys.argv[1:]
+    sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word != DEBUG_FLAG)]
+    try:
+        try:
+            main(None)
+        finally:
+            sys.stdout.flush()  # what is left in it would fail after the last line here
+    except KeyboardInterrupt:
+        _end("interrupted", INTERRUPTED)
+    except Exception as error:
+        if debug:
+            traceback.print_exception(error)
+        _end(*_ending(error, debug))
+
+
+def _ending(error: Exception, debug: bool) -> tuple[str | None, int]:
+    """The last line of a command (None: nothing to say) and its exit status."""
+    if _is_of_stdout(error):
+        gone = isinstance(error, BrokenPipeError)
+        return (None, NO_READER) if gone else (f"error: standard output: {os.strerror(_number(error))}", OUTPUT_FULL)
+    if isinstance(error, UserError):
+        return f"error: {_message(error)}", MISTAKE
+    told = "".join(f"{what}: " for what in _doing_of(error))
+    if isinstance(error, OSError) and error.errno in PLACES and (error.filename or error.errno in FULL):
+        place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes | os.PathLike) else ""
+        return f"error: {told}{place}{error.strerror}", MISTAKE
+    kept = "" if debug else f"; the traceback is in {_keep_traceback(error)}, {DEBUG_FLAG} shows it"
+    return f"error: {told}{type(error).__name__}: {_message(error).splitlines()[0]}{kept}", UNFORESEEN
+
+
+def _message(error: Exception) -> str:
+    """What an error says; of one that torch carried over from a reader of clips, what it said there."""
+    text = str(error)
+    if text.startswith("Caught ") and "Original Traceback" in text:
+        text = text.rstrip().splitlines()[-1].partition(": ")[2]
+    return text or "no reason given"
+
+
+def _number(error: Exception) -> int:
+    return getattr(error, "errno", None) or errno.EIO
+
+
+def _is_of_stdout(error: Exception) -> bool:
+    """Whether an error is one of writing to standard output: a further line cannot be written either."""
+    if not isinstance(error, OSError) or error.filename or error.errno not in (*FULL, errno.EPIPE, errno.EIO):
+        return False
+    try:
+        print(flush=True)
+    except OSError:
+        with suppress(OSError), Path(os.devnull).open("w") as nowhere:  # for the interpreter's own last flush
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _end(line: str | None, status: int) -> None:
+    with suppress(OSError):
+        if line is not None:
+            print(line, file=sys.stderr, flush=True)
+    raise SystemExit(status) from None
+
+
+def _keep_traceback(error: Exception) -> Path | str:
+    """Write the traceback to a file of the temporary folder."""
+    try:
+        handle, name = tempfile.mkstemp(prefix="opensora-", suffix=".traceback.txt")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{' '.join(sys.argv)}\n\n")
+            traceback.print_exception(error, file=file)
+    except OSError as reason:
+        return f"no file ({reason.strerror})"
+    return Path(name)
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Within it, errors that nobody foresees remember what was being done, for the last line of the command.
+
+    Args:
+        what: in words, with the file or row, e.g. ``"clips.csv, row 7"``.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, UserError):
+            with suppress(AttributeError):  # an error without room for it
+                error.opensora_doing = (what, *_doing_of(error))  # type: ignore[attr-defined]
+        raise
+
+
+def _doing_of(error: BaseException) -> tuple[str, ...]:
+    return getattr(error, "opensora_doing", ())

@@ -1,0 +1,58 @@
+"""Tables as every reader takes them."""
+
+import pandas as pd
+import pytest
+
+from opensora.datasets.rows import read_numbers, write_shards
+from opensora.datasets.table import read_table, row_name
+from opensora.utils.errors import UserError
+
+READERS = {
+    "rows": read_table,
+    "prompts": lambda path: read_table(path, as_text=True),
+    "numbers": read_numbers,
+    "shards": write_shards,
+}
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text\na red circle, moving right\n", "more fields than its header"),
+        ("text\na\nb, c\n", "cannot be read as a table"),
+        ("text,seed,text\na,1,b\n", "two columns are named 'text'"),
+        ("", "cannot be read as a table"),
+    ],
+)
+def test_mistakes_in_csv(tmp_path, content, message, as_text):
+    (tmp_path / "t.csv").write_text(content)
+    with pytest.raises(UserError, match=rf"t\.csv: .*{message}"):
+        read_table(tmp_path / "t.csv", as_text)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_damaged_parquet(tmp_path, reader):
+    path = tmp_path / "t.parquet"
+    pd.DataFrame({"text": ["a"] * 50}).to_parquet(path)
+    content = bytearray(path.read_bytes())
+    content[-6] ^= 0xFF  # the length of the footer
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"t\.parquet: cannot be read as a table"):
+        READERS[reader](path)
+
+
+def test_cells_as_text(tmp_path):
+    """Whole numbers keep all their digits, words stay words, and nothing is nothing."""
+    table = pd.DataFrame({"seed": [12345678.0, None, 2.5], "text": ["none", "NA", None], "n": [2**60, 1, 0]})
+    table.to_parquet(tmp_path / "t.parquet")
+    found = read_table(tmp_path / "t.parquet", as_text=True)
+    assert found["seed"].tolist() == ["12345678", "", "2.5"]
+    assert found["text"].tolist() == ["none", "NA", ""]
+    assert found["n"].tolist() == [str(2**60), "1", "0"]
+    (tmp_path / "t.csv").write_text("text\nnone\n\n007\n")
+    assert read_table(tmp_path / "t.csv", as_text=True)["text"].tolist() == ["none", "", "007"]
+
+
+def test_rows_are_counted_as_spreadsheets_do():
+    assert row_name("t.csv", 0) == "t.csv, row 2"

@@ -1,0 +1,33 @@
+"""Every command finds the package from any folder, installed or not, and ends as `run_main` has it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+COMMANDS = sorted(
+    path for folder in ("scripts", "tools") for path in (ROOT / folder).rglob("*.py") if "__main__" in path.read_text()
+)
+FIND = 'if __package__ in (None, ""):\n    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))\n'
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_one_way(path):
+    text = path.read_text()
+    assert FIND in text.partition("from opensora")[0]
+    assert re.search(r'if __name__ == "__main__":\n    run_main\(main\)\n$', text)
+
+
+@pytest.mark.parametrize("name", ["scripts/cnv/shard.py", "scripts/diffusion/train.py", "tools/demo/draw_picture.py"])
+def test_from_another_folder(tmp_path, name):
+    """The package beside the script is taken, whatever is installed."""
+    code = f"import runpy; runpy.run_path({str(ROOT / name)!r}); import opensora; print(opensora.__file__)"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert Path(done.stdout.strip().splitlines()[-1]).parents[1] == ROOT

@@ -1,0 +1,101 @@
+"""Claims on places, by processes that wait, end and are killed."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from opensora.utils.claims import NameClaims, TakenError, claimed, take
+from opensora.utils.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from opensora.utils.claims import NameClaims, take
+claim = take(Path(sys.argv[1]), is_folder=sys.argv[2] == "folder")
+if sys.argv[2] == "folder":
+    names = NameClaims(Path(sys.argv[1])).take(["a", "b"])
+if "fork" in sys.argv and os.fork() == 0:
+    time.sleep(60)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holding(tmp_path):
+    """Starts a process that holds a place."""
+    started = []
+
+    def start(place, *words):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(place), *words],
+            env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        started.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_the_second_is_told_who_holds_it(tmp_path, holding, kind):
+    place = tmp_path / "a.csv"
+    process = holding(place, kind)
+    with pytest.raises(TakenError, match=rf"a\.csv is in use by process {process.pid} on .* since .*; do that"):
+        take(place, kind == "folder", advice="do that")
+
+
+@pytest.mark.parametrize("words", [("folder",), ("file",), ("folder", "fork")])
+def test_a_killed_holder_holds_nothing(tmp_path, holding, words):
+    """Nor do the processes that were forked from it."""
+    place = tmp_path / "a"
+    process = holding(place, *words)
+    process.kill()
+    process.wait()
+    with claimed(place, words[0] == "folder"):
+        if words[0] == "folder":
+            assert NameClaims(place).holders == {}
+    assert [path for path in tmp_path.rglob("*") if path != place] == []
+
+
+def test_waiting(tmp_path, holding):
+    process = holding(tmp_path, "folder")
+    begun = time.monotonic()
+    subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {process.pid}"])
+    with claimed(tmp_path, wait=True):
+        assert time.monotonic() - begun > 0.4
+    process.wait()
+
+
+def test_names_of_running_processes(tmp_path, holding):
+    process = holding(tmp_path / "folder", "folder")
+    holders = NameClaims(tmp_path / "folder").holders
+    assert {name: holder.pid for name, holder in holders.items()} == dict.fromkeys("ab", process.pid)
+
+
+def test_nothing_is_left(tmp_path):
+    with claimed(tmp_path / "new" / "folder"), claimed(tmp_path / "table.csv", is_folder=False):
+        assert (tmp_path / "new" / "folder").is_dir()
+    assert not list(tmp_path.iterdir())
+    with claimed(tmp_path / "new"):
+        (tmp_path / "new" / "file").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "file"]
+
+
+def test_names_that_no_file_system_takes(tmp_path):
+    with pytest.raises(UserError, match="300 bytes"):
+        take(tmp_path / ("x" * 300))

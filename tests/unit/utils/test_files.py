@@ -1,0 +1,61 @@
+"""Files and folders that are whole or absent."""
+
+import pytest
+
+from opensora.utils.errors import UserError
+from opensora.utils.files import (
+    put_in_place,
+    remove_unfinished_files,
+    remove_unfinished_folders,
+    temporary_path,
+    write_beside,
+    write_json,
+    write_text,
+)
+
+
+def folder(path, text):
+    write_text(text, path / "file")
+    return path
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    write_text("old", tmp_path / "a.txt")
+
+    def fail(path):
+        path.write_text("half")
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        write_beside(tmp_path / "a.txt", fail)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.txt": "old"}
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "é" * 128])
+def test_names_that_no_file_system_takes(tmp_path, name):
+    with pytest.raises(UserError, match="256 bytes"):
+        write_json({}, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path):
+    old = folder(tmp_path / "a", "old")
+    with pytest.raises(OSError):
+        put_in_place(tmp_path / "absent", old)
+    assert (old / "file").read_text() == "old"
+    put_in_place(folder(temporary_path(old, "writing"), "new"), old)
+    assert [(p.name, (p / "file").read_text()) for p in tmp_path.iterdir()] == [("a", "new")]
+
+
+def test_leftovers(tmp_path):
+    """Of every kind and age; what has other names stays."""
+    for doing in ("writing", "removing", "replacing"):
+        folder(tmp_path / f".a1.{doing}", doing)
+    folder(tmp_path / "a2", "whole")
+    folder(tmp_path / ".a2.replacing", "older")
+    for name in (".unfinished-1.mp4", "below/.unfinished-2.json", "00001.safetensors.partial", "mine.partial"):
+        write_text("", tmp_path / name)
+    remove_unfinished_folders(tmp_path, "a*")
+    remove_unfinished_files(tmp_path, "[0-9]*.safetensors.partial")
+    left = {str(p.relative_to(tmp_path)): p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
+    assert left == {"a1/file": "replacing", "a2/file": "whole", "mine.partial": ""}
