@@ -69,7 +69,7 @@ def make_plan(source: ClipSource, table: BucketTable, seed: int) -> CachePlan:
         key, row = sampler.sample_key(index, int(assigned[index])), source.row(index)
         entries.append((key, numbers.setdefault(source.caption(key, row), len(numbers)), str(row["path"])))
     entries.sort(key=lambda entry: assigned[entry[0].row])  # stable: by row within a bucket
-    keys, texts, paths = ([entry[i] for entry in entries] for i in range(3))
+    keys, texts, paths = [e[0] for e in entries], [e[1] for e in entries], [e[2] for e in entries]
     return CachePlan(keys, list(numbers), texts, paths, sampler.describe(0))
 
 
