@@ -45,7 +45,6 @@ class RunOptions(Options):
     device: str | None = opt(None, "cpu or cuda; none takes cuda where there is one")
     dtype: DType = opt("bf16", "precision of the models")
     seed: int = opt(1024, "seed of everything random except a sample's noise")
-    wait: bool = opt(False, "wait while another process writes to the same place, instead of refusing")
     imports: list[str] | None = opt(None, "modules of your own to import first, for what they register")
     config_path: str = "config"  # where the values come from, for messages
 
@@ -116,6 +115,7 @@ class InferenceOptions(RunOptions):
     skip_existing: bool = opt(False, "leave out what is already there")
     overwrite: bool = opt(False, "replace what is already there")
     save_latents: bool = opt(False, "keep latents beside the videos")
+    wait: bool = opt(False, "wait while another process writes to the same place, instead of refusing")
     dry_run: bool = opt(False, "check everything and print the plan, without loading weights")
     plugin: str | None = opt(None, "parallelism of the diffusion model: hybrid, or none")
     plugin_config: PluginOptions = section(PluginOptions, "its settings", {}, open=True)
@@ -134,6 +134,7 @@ class LoopOptions(Options):
 
     outputs: str = opt("./outputs", "folder of the experiments")
     exp_name: str | None = opt(None, "name of the experiment's folder; none makes one of time and config name")
+    wait: bool = opt(False, "wait while another process writes to the same place, instead of refusing")
     load: str | None = opt(None, "checkpoint folder to go on from")
     start_epoch: int | None = opt(None, "epoch to go on at, instead of the checkpoint's")
     start_step: int | None = opt(None, "step to go on at, instead of the checkpoint's", "steps")
@@ -258,6 +259,7 @@ class VaeInferenceOptions(LoaderOptions, RunOptions):
     model: ModelOptions | None = component("model", "autoencoder", "autoencoder")
     dtype: DType = opt("fp32", "precision of the model")
     save_dir: str = opt("samples", "folder for the results")
+    wait: bool = opt(False, "wait while another process writes to the same place, instead of refusing")
     eval_setting: str | None = opt(None, "frames x side (17x256) or frames x height x width, instead of bucket_config")
     fps: int = opt(16, "frame rate of the clips", "frames/s")
     frame_interval: int = opt(1, "distance of sampled frames; files play at fps // frame_interval", "frames")

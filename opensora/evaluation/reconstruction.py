@@ -28,6 +28,7 @@ from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError, few
 from opensora.utils.files import remove_unfinished_files, write_text
 from opensora.utils.logging import get_logger
+from opensora.utils.main import doing
 from opensora.utils.video import contact_sheet, read_image, read_video, save_image, save_video, to_uint8
 from opensora.utils.weights import fingerprint
 
@@ -149,7 +150,8 @@ def _reconstruct(cfg: Any) -> Path:
         lpips = build_lpips(cfg.lpips, device) if cfg.lpips else None
         write_text(settings, results.settings)  # only now: weights that cannot be loaded must not claim the folder
         for clip, video in _read_ahead(ClipReader(waiting, reader.source), cfg):
-            _reconstruct_clip(clip, video.to(device), model, lpips, results, _played_fps(cfg))
+            with doing(f"clip {clip.path}"):
+                _reconstruct_clip(clip, video.to(device), model, lpips, results, _played_fps(cfg))
     summarise(clips, results, cfg.sheet_clips)
     return results.folder
 

@@ -14,7 +14,9 @@ from opensora.diffusion.offload import on_device
 from opensora.generation import outputs
 from opensora.models.autoencoder import as_autoencoder
 from opensora.models.build import build_ready, check_weights
+from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
+from opensora.utils.main import doing
 
 
 def decode_files(
@@ -46,9 +48,15 @@ def decode_files(
     made = []
     for path, latents, facts in kept:
         frames = slice(int(facts["first_frame"]), int(facts["end_frame"]))
-        with on_device(ae, device, offload=False):
-            (video,) = decode_latents(as_autoencoder(ae), latents[None], frames, device, dtype)
-        made.append(outputs.save_sample(video, _stem_of(path), float(facts["fps"])))
+        with (
+            claimed(_stem_of(path), is_folder=False, wait=cfg["wait"], advice="--wait True waits for it"),
+            doing(str(path)),
+        ):
+            if not _is_wanted(cfg, _stem_of(path)):  # another process was quicker
+                continue
+            with on_device(ae, device, offload=False):
+                (video,) = decode_latents(as_autoencoder(ae), latents[None], frames, device, dtype)
+            made.append(outputs.save_sample(video, _stem_of(path), float(facts["fps"])))
         log(f"saved {made[-1]}")
     return made
 

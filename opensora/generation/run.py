@@ -27,6 +27,7 @@ from opensora.generation.refine import make_asker, wants_language_model
 from opensora.generation.requests import Request, read_requests, where_of_ref
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
+from opensora.utils.main import doing
 from opensora.utils.video import save_image
 
 logger = get_logger(__name__)
@@ -138,10 +139,12 @@ def _make_all(pipe: VideoPipeline, jobs: Sequence[Job], rank: int, log: Callable
     hidden = rank != 0
     with tqdm(total=len(jobs), desc="samples", unit="sample", disable=hidden) as bar:
         for batch in _batches(jobs, cfg["batch_size"]):
-            with tqdm(desc=batch[0].request.text[:40], unit="step", leave=False, disable=hidden) as steps:
+            shown = tqdm(desc=batch[0].request.text[:40], unit="step", leave=False, disable=hidden)
+            with doing(", ".join(job.request.where for job in batch)), shown as steps:
                 result = _make(pipe, batch, steps, log, common)
             for index, job in enumerate(batch):
-                path = _save(cfg, job, result, index, common)
+                with doing(f"writing {job.stem}"):
+                    path = _save(cfg, job, result, index, common)
                 log(f"saved {path}")
                 bar.update()
                 yield path

@@ -25,6 +25,7 @@ from opensora.training.weights.ema import EMA
 from opensora.training.weights.optimizer import Schedule
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
+from opensora.utils.main import doing
 
 logger = get_logger(__name__)
 
@@ -136,7 +137,8 @@ class TrainLoop:
         try:
             with StopRequest(is_torchelastic_launched()) as stop:
                 while self.states.global_step < settings.stop_at:
-                    self._step(batches, loss_function)
+                    with doing(f"step {self.states.global_step + 1}"):
+                        self._step(batches, loss_function)
                     if on_step is not None:
                         on_step(self.states.global_step)
                     step = self.states.global_step
@@ -165,7 +167,8 @@ class TrainLoop:
         """Forward and backward of one batch; returns the names of its rows."""
         settings, states = self.settings, self.states
         generator = step_generator(settings.seed, states.micro_step, settings.rank)
-        loss, metrics = loss_function(batch, generator)
+        with doing(", ".join(row_names(batch)[:NAMED_ROWS])):
+            loss, metrics = loss_function(batch, generator)
         # A loss that is not finite makes every gradient NaN, on every rank, and so the step is skipped; a finite one
         # is multiplied by exactly 1. (Looking at the value here would wait for the GPU.)
         scaled = loss * (1 + 0 * loss.detach()) / settings.accumulation

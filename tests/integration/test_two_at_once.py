@@ -11,6 +11,7 @@ import pytest
 
 from opensora.config import load_config
 from opensora.config.commands import TrainOptions
+from opensora.diffusion.pipeline import VideoPipeline
 from opensora.training.checkpoint.folder import list_checkpoints
 from opensora.training.diffusion.trainer import Trainer
 from opensora.utils.claims import FOLDER_LOCK, NameClaims, TakenError, claimed
@@ -115,6 +116,18 @@ def test_names_stay_in_the_folder(run_tiny, name):
     videos = [path for path in made if path.endswith(".mp4")]
     assert len(videos) == 2
     assert {str(Path(path).parent) for path in videos} == {"samples/video_32px"}
+
+
+def test_what_nobody_foresaw_names_the_row(run_tiny, monkeypatch):
+    def fail(*_, **__):
+        raise ZeroDivisionError("nobody foresaw it")
+
+    monkeypatch.setattr(VideoPipeline, "make", fail)
+    table = write_csv("t.csv", {"text": "a"})
+    with pytest.raises(ZeroDivisionError) as raised:
+        run_tiny("--dataset.data-path", table)
+    assert raised.value.opensora_doing == ("t.csv, row 2",)
+    assert not Path("samples").exists(), "no folder is left without a sample"
 
 
 def test_two_runs_into_one_experiment(tmp_path):

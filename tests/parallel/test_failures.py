@@ -48,6 +48,20 @@ def test_one_process_fails():
     assert "Connection closed" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "status", "lines"),
+    [
+        ((), 2, {"a mistake of all", "error: a mistake of one"}),
+        (("killed",), 137, {"a mistake of all", "error: process 1 was ended by SIGKILL"}),
+    ],
+)
+def test_the_package_s_launcher_adds_nothing(words, status, lines):
+    launch = [sys.executable, "-m", "opensora.acceleration.launch", *TORCHRUN[3:]]
+    program = str(ROOT / "tests/parallel/failing.py")
+    done = subprocess.run([*launch, program, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=WAITED)
+    assert (done.returncode, set(done.stderr.splitlines())) == (status, lines)
+
+
 def test_autoencoder_training_says_a_mistake_once():
     done = run("configs/vae/train/demo.py", program="scripts/vae/train.py")
     assert done.returncode != 0
