@@ -4,16 +4,17 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from opensora.datasets.buckets import BucketTable
-from opensora.datasets.dataset import VideoTextDataset, collate
+from opensora.datasets.dataset import collate
 from opensora.datasets.sampler import BucketBatchSampler
+from opensora.datasets.source import ClipSource, SampleKey
 from opensora.datasets.table import row_name, row_number
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -30,7 +31,7 @@ class BrokenRows:
         dataset: ``max_broken`` of its rows (one at least, unless it is 0) are tolerated.
     """
 
-    def __init__(self, dataset: VideoTextDataset) -> None:
+    def __init__(self, dataset: ClipSource) -> None:
         self.data_path, self.total = dataset.data_path, len(dataset)
         share = dataset.max_broken
         self.limit = max(int(share * self.total), 1) if share > 0 else 0
@@ -104,8 +105,8 @@ def sigterm_held() -> Iterator[None]:
 class BucketLoader(DataLoader):
     """Loader of micro-batches that keeps count of unreadable rows in ``broken``."""
 
-    def __init__(self, dataset: VideoTextDataset, **options: Any) -> None:
-        super().__init__(dataset, **options)
+    def __init__(self, dataset: ClipSource, **options: Any) -> None:
+        super().__init__(cast(Dataset, dataset), **options)
         self.broken = BrokenRows(dataset)
 
     def __iter__(self) -> Any:
@@ -115,7 +116,7 @@ class BucketLoader(DataLoader):
 
 
 def build_train_loader(
-    dataset: VideoTextDataset,
+    dataset: ClipSource,
     bucket_config: Mapping[str, Mapping],
     *,
     multiple: int = 16,
@@ -126,6 +127,7 @@ def build_train_loader(
     num_replicas: int = 1,
     rank: int = 0,
     same_windows: bool = False,
+    is_encoded: Callable[[SampleKey], bool] | None = None,
 ) -> tuple[BucketLoader, BucketBatchSampler]:
     """Loader of bucketed micro-batches and its sampler (to set the epoch and the place to resume at).
 
@@ -139,12 +141,13 @@ def build_train_loader(
         pin_memory: page-locked memory, from which a GPU copies while it computes.
         num_replicas, rank: data-parallel size and place.
         same_windows: show each clip at the frames of the first epoch, in all epochs.
+        is_encoded: see :class:`opensora.datasets.sampler.BucketBatchSampler`.
 
     Raises:
         UserError: malformed buckets, or no full batch.
     """
     table = BucketTable(bucket_config, multiple)
-    sampler = BucketBatchSampler(dataset, table, seed, num_replicas, rank, same_windows)
+    sampler = BucketBatchSampler(dataset, table, seed, num_replicas, rank, same_windows, is_encoded)
     loader = BucketLoader(
         dataset,
         batch_sampler=sampler,

@@ -2,37 +2,19 @@
 
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
-from torch.utils.data import Dataset
 
 from opensora.datasets.rows import ShardedRows, TableRows, read_numbers, with_numbers
+from opensora.datasets.source import ClipDataset, SampleKey
 from opensora.datasets.table import MEDIA_COLUMNS, read_table, require_columns, resolve_media_paths, row_number
 from opensora.datasets.transforms import TRANSFORMS, to_model_range
 from opensora.datasets.video_io import BrokenMediaError, read_frames
 from opensora.registry import DATASETS
 from opensora.utils.errors import UserError
 from opensora.utils.video import is_video, read_image
-
-
-class SampleKey(NamedTuple):
-    """What the sampler asks of the dataset: a row at a size, and the seed of the epoch's random choices.
-
-    The seed travels with the key, so a sample is the same whichever worker loads it and however often training was
-    resumed. So do the rows of the same bucket that take its place, in turn, if it turns out to be broken. ``read`` is
-    false where the pixels are not needed, because what an encoder makes of them is at hand.
-    """
-
-    row: int
-    num_frames: int
-    height: int
-    width: int
-    seed: int
-    spares: tuple[int, ...] = ()
-    read: bool = True
 
 
 def target_fps(fps: float, fps_max: float) -> tuple[float, int]:
@@ -78,7 +60,7 @@ def frame_strides(fps: np.ndarray, fps_max: float) -> np.ndarray:
 
 
 @DATASETS.register_module("video_text")
-class VideoTextDataset(Dataset):
+class VideoTextDataset(ClipDataset):
     """Clips and pictures with captions, listed in a CSV or parquet table.
 
     Args:
@@ -135,48 +117,13 @@ class VideoTextDataset(Dataset):
         self._numbers = {name: self.data[name].to_numpy() for name in ("num_frames", "fps")}
         self._decoded: dict[int, np.ndarray] | None = {} if keep_in_memory else None
 
-    def __len__(self) -> int:
-        return len(self.data)
-
     def strides(self) -> np.ndarray:
         """Distance between the frames taken of each row: int32 ``[N]``."""
         return frame_strides(self.data["fps"].to_numpy(dtype=np.float64), self.fps_max)
 
-    def fixed_sizes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Frames, height and width that each row must be trained at, where the dataset leaves no choice."""
-        return None
-
-    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        """One row at the size in the key.
-
-        Returns:
-            ``{"index", "size" (T, H, W), "text", "path", "video" [3, T, H, W] in [-1, 1], "broken"}``; no ``video`` if
-            the key says that it is not to be read. ``broken`` lists (row, reason) of the rows that could not be read
-            and whose place this one took. If the spares are broken, too, there is nothing but ``index`` and ``broken``.
-
-        Raises:
-            BrokenMediaError: the row cannot be read and the key names no spares.
-        """
-        broken: list[tuple[int, str]] = []
-        for row in (key.row, *key.spares):
-            try:
-                wanted = key._replace(row=row, read=key.read or row != key.row)
-                return {**self.load(wanted), "broken": broken}
-            except BrokenMediaError as error:
-                if not key.spares:
-                    raise
-                broken.append((row, str(error)))
-        return {"index": key.row, "broken": broken}
-
     def row(self, index: int) -> dict[str, Any]:
         """Values of a row by column, wherever they are kept."""
         return {**self.rows[index], **{name: values[index] for name, values in self._numbers.items()}}
-
-    def load(self, key: SampleKey) -> dict[str, Any]:
-        """The row of the key, without regard to its spares; see :meth:`__getitem__`."""
-        row = self.row(key.row)
-        sample = {"index": key.row, "size": key[1:4], "text": self.caption(key, row), "path": row["path"]}
-        return {**sample, "video": self.clip(key, row)} if key.read else sample
 
     def clip(self, key: SampleKey, row: dict[str, Any]) -> torch.Tensor:
         """Pixels ``[3, T, H, W]`` in [-1, 1]."""
@@ -188,8 +135,7 @@ class VideoTextDataset(Dataset):
         """Text as the encoders get it, frame rate and motion score included."""
         fps = target_fps(_number(row["fps"]), self.fps_max)[0] if key.num_frames > 1 else 0
         motion = _number(row["score_vmafmotion"]) if self.vmaf else None
-        text = row.get("text")
-        return add_suffix("" if pd.isna(text) else str(text), fps, self.fps_max, motion)
+        return add_suffix(super().caption(key, row), fps, self.fps_max, motion)
 
     def _frames(self, key: SampleKey, row: dict[str, Any], stride: int, rng: np.random.Generator) -> np.ndarray:
         if not is_video(row["path"]):
@@ -217,7 +163,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack the tensors of samples and list everything else.
 
     ``video`` holds the clips that were read, ``read`` their positions in the batch; without any there is neither.
-    What was broken is gathered in ``broken``. Where a sample failed (see :meth:`VideoTextDataset.__getitem__`) there
+    What was broken is gathered in ``broken``. Where a sample failed (see :meth:`ClipDataset.__getitem__`) there
     is no batch, only ``broken`` and ``failed``, the rows asked for.
 
     Raises:

@@ -7,7 +7,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from opensora.datasets.buckets import BucketTable
-from opensora.datasets.dataset import SampleKey, VideoTextDataset
+from opensora.datasets.source import ClipSource, SampleKey
 from opensora.utils.errors import UserError
 
 SPARES = 8  # rows that may take the place of a broken one, tried in turn
@@ -39,23 +39,21 @@ class BucketBatchSampler(Sampler[list[SampleKey]]):
         seed: of bucket choice, order and crops.
         num_replicas, rank: data-parallel size and place.
         same_windows: show each clip at the frames of the first epoch, in all epochs.
-
-    Attributes:
-        known: tells of which keys nobody needs the pixels; asked when a batch is drawn up, which may be some batches
-            before it is used. Which batches are drawn does not depend on it.
+        is_encoded: tells of which keys nobody needs the pixels; asked when a batch is drawn up, which may be some
+            batches before it is used. Which batches are drawn does not depend on it.
 
     Raises:
         UserError: no bucket holds a full micro-batch for every rank; says why.
     """
 
     def __init__(
-        self, dataset: VideoTextDataset, table: BucketTable, seed: int = 0, num_replicas: int = 1, rank: int = 0,
-        same_windows: bool = False,
+        self, dataset: ClipSource, table: BucketTable, seed: int = 0, num_replicas: int = 1, rank: int = 0,
+        same_windows: bool = False, is_encoded: Callable[[SampleKey], bool] | None = None,
     ) -> None:  # fmt: skip
         self.dataset, self.table, self.seed = dataset, table, seed
         self.num_replicas, self.rank = num_replicas, rank
         self.same_windows = same_windows
-        self.known: Callable[[SampleKey], bool] = _nothing_known
+        self.is_encoded = is_encoded
         self.epoch, self.start, self.endless = 0, 0, False
         self._strides = dataset.strides()
         self._first = self._assign(0)
@@ -144,17 +142,12 @@ class BucketBatchSampler(Sampler[list[SampleKey]]):
             draws = np.random.SeedSequence([self.seed, epoch, row]).generate_state(SPARES)
             spares = tuple(plan.rows[first + draws % (behind - first)].tolist())
             key = SampleKey(row, bucket.num_frames, bucket.height, bucket.width, seed, spares)
-            keys.append(key._replace(read=not self.known(key)))
+            keys.append(key._replace(read=self.is_encoded is None or not self.is_encoded(key)))
         return keys
 
     def _epoch_seed(self, epoch: int) -> int:
         """Seed of the windows of an epoch; the dataset draws each row's from it and the row."""
         return int(np.random.SeedSequence([self.seed, 0 if self.same_windows else epoch]).generate_state(1)[0])
-
-
-def _nothing_known(key: SampleKey) -> bool:
-    del key
-    return False
 
 
 def _explain_fixed(sizes: tuple[np.ndarray, np.ndarray, np.ndarray], assigned: np.ndarray) -> str:

@@ -12,6 +12,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from opensora.datasets.runs import FrameRun
+from opensora.models.autoencoder import Autoencoder
 from opensora.utils.errors import UserError
 
 
@@ -39,13 +41,13 @@ class Span:
         """Pixel frames to read and encode for them."""
         return 1 if self.groups is None else self.groups * time_compression + int(is_causal)
 
-    def cut(self, x: Tensor, count: int) -> Tensor:
-        """The first or last ``count`` frames of ``x`` [C, T, H, W]."""
-        return x[:, :count] if self.at == "head" else x[:, x.shape[1] - count :]
+    def latent_run(self, is_causal: bool) -> FrameRun:
+        """The run among latent frames."""
+        return FrameRun(self.at, self.latent_frames(is_causal))
 
-    def place(self, frames: int, count: int) -> slice:
-        """Where the run lies among ``frames`` latent frames."""
-        return slice(0, count) if self.at == "head" else slice(frames - count, frames)
+    def pixel_run(self, is_causal: bool, time_compression: int = 4) -> FrameRun:
+        """The run among pixel frames."""
+        return FrameRun(self.at, self.pixel_frames(is_causal, time_compression))
 
 
 CONDITIONS: Mapping[str, tuple[Span, ...]] = {
@@ -111,16 +113,16 @@ def build_condition(
         if not references or frames == 1:
             continue
         for span in spans:
-            count = span.latent_frames(is_causal)
+            run = span.latent_run(is_causal)
             reference = references[span.reference]
-            if reference.shape[1] < count or frames < count:
+            if reference.shape[1] < run.frames or frames < run.frames:
                 raise UserError(
-                    f"{cond_type} needs {count} latent frames; the reference has {reference.shape[1]}, "
+                    f"{cond_type} needs {run.frames} latent frames; the reference has {reference.shape[1]}, "
                     f"the video {frames}"
                 )
-            place = span.place(frames, count)
+            place = run.place(frames)
             cond[sample, 0, place] = 1
-            cond[sample, 1:, place] = span.cut(reference, count).to(cond)
+            cond[sample, 1:, place] = run.cut(reference).to(cond)
     return cond
 
 
@@ -141,7 +143,8 @@ def restore_references(
             continue
         for span in get_spans(cond_type):
             if span.groups is None:
-                z[sample, :, span.place(frames, 1)] = span.cut(references[span.reference], 1).to(z)
+                run = FrameRun(span.at, 1)
+                z[sample, :, run.place(frames)] = run.cut(references[span.reference]).to(z)
     return z
 
 
@@ -170,58 +173,25 @@ def choose_conditions(
     return rng.choices(names, [weights[name] for name in names], k=batch)
 
 
-def condition_clips(
-    video: Tensor,  # [3, T, H, W]
-    cond_type: str,
-    is_causal: bool = True,
-    time_compression: int = 4,
-) -> list[Tensor]:
-    """Pixel clips to encode on their own as references, one per given run, for :func:`build_condition`.
+def condition_runs(weights: Mapping[str, float] | None, ae: Autoencoder, num_frames: int) -> list[FrameRun]:
+    """Runs of pixel frames that the conditions of a config may give in clips of this length, in order.
 
-    They are cut from the pixels, never from the encoded video: latents of the whole video have seen other frames and
-    would tell the model more than it gets when sampling.
+    They are cut from the pixels and encoded on their own, never cut from the encoded video: latents of the whole video
+    have seen other frames and would tell the model more than it gets when sampling.
 
     Args:
-        video: pixels of one training sample.
-        cond_type: see :data:`CONDITIONS`.
-        is_causal: whether the autoencoder is causal in time.
-        time_compression: pixel frames per latent frame.
-
-    Raises:
-        UserError: the video has fewer frames than the condition needs.
+        weights: relative weight by condition type.
+        ae: autoencoder, on the meta device will do.
+        num_frames: pixel frames of the clips.
     """
-    clips = []
-    for span in get_spans(cond_type):
-        count = span.pixel_frames(is_causal, time_compression)
-        if video.shape[1] < count:
-            raise UserError(f"{cond_type} needs {count} frames, the video has {video.shape[1]}")
-        clips.append(span.cut(video, count))
-    return clips
-
-
-def cached_references(cond_type: str, first: Tensor | None, last: Tensor | None) -> list[Tensor] | None:
-    """References from cached latents of a clip's first and last frame, each encoded as a picture of its own.
-
-    Args:
-        cond_type: see :data:`CONDITIONS`.
-        first: latent [C, 1, h, w] of the first frame, if cached.
-        last: latent [C, 1, h, w] of the last frame, if cached.
-
-    Returns:
-        References for :func:`build_condition`, None for ``t2v``.
-
-    Raises:
-        UserError: the needed frame is not cached, or the type needs whole clips (``v2v_*``).
-    """
-    spans = get_spans(cond_type)
-    found: list[Tensor] = []
-    for span in spans:
-        latent = first if span.at == "head" else last
-        if span.groups is not None or latent is None:
-            what = "clips" if span.groups is not None else f"{'first' if span.at == 'head' else 'last'}-frame latents"
-            raise UserError(f"{cond_type} needs {what} that the latent cache does not hold")
-        found.append(latent)
-    return found or None
+    latent_frames = ae.get_latent_size((num_frames, 64, 64))[0]
+    runs = {
+        span.pixel_run(ae.is_causal, ae.compression[0])
+        for name, weight in (weights or {}).items()
+        if weight > 0 and latent_frames > 1 and fits(name, latent_frames, ae.is_causal)
+        for span in get_spans(name)
+    }
+    return sorted(runs)
 
 
 def is_image_condition(cond_type: str) -> bool:

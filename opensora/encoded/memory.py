@@ -6,8 +6,10 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from opensora.datasets.source import SampleKey
 
-class Kept:
+
+class EncodedMemory:
     """Named tensors by key, computed when a key is first asked for.
 
     They are computed in groups of a fixed size. The last bits of an encoder's output may depend on how many samples it
@@ -20,6 +22,10 @@ class Kept:
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._kept
+
+    def is_encoded(self, key: SampleKey) -> bool:
+        """Whether the clip of a key is kept, by (row, frames, height, width)."""
+        return key[:4] in self._kept
 
     def __call__(
         self, keys: Sequence[Hashable], compute: Callable[[list[int]], dict[str, Tensor]], group: int

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from opensora.encoded.dataset import CacheInfo
+from opensora.encoded.store import CacheInfo
 from opensora.utils.errors import UserError, few
 from opensora.utils.files import UNFINISHED, put_in_place, remove_folder, remove_unfinished_folders
 

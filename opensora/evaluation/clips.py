@@ -17,6 +17,7 @@ from opensora.datasets.buckets import BucketTable
 from opensora.datasets.dataset import target_fps
 from opensora.datasets.meta import probe_media
 from opensora.datasets.rows import with_numbers
+from opensora.datasets.source import TABLE_TYPES, ClipSource, SampleKey, build_source
 from opensora.datasets.table import MEDIA_COLUMNS, read_table, require_columns, resolve_media_paths
 from opensora.datasets.transforms import resize_crop, to_model_range
 from opensora.datasets.video_io import BrokenMediaError, read_frames
@@ -46,6 +47,7 @@ class EvalClip:
         fps: of the file, NaN for pictures.
         keep_scale: cut the size out of the middle; otherwise the frames are scaled to it first.
         modified: when the file was last written, in seconds of the system's clock; NaN if that does not matter.
+        row: of the user's own dataset that makes the clip; None where it is read from the file.
     """
 
     name: str
@@ -57,6 +59,7 @@ class EvalClip:
     fps: float
     keep_scale: bool = False
     modified: float = math.nan
+    row: int | None = None
 
 
 def parse_eval_setting(text: str) -> tuple[int, int, int]:
@@ -103,23 +106,28 @@ def list_media(data_path: str | Path, save_dir: str | Path | None = None) -> pd.
     return pd.DataFrame(rows, columns=list(MEDIA_COLUMNS))
 
 
-def choose_clips(cfg: Any, autoencoder: Autoencoder) -> list[EvalClip]:
+def own_source(cfg: Any) -> ClipSource | None:
+    """The config's ``dataset`` if it is of a type of the user's own; None for clips in a folder or a table of files."""
+    section = cfg.dataset or {}
+    if not section.get("type") or section["type"] in TABLE_TYPES:
+        return None
+    return build_source(section, require_text=False)
+
+
+def choose_clips(cfg: Any, autoencoder: Autoencoder, source: ClipSource | None = None) -> list[EvalClip]:
     """The clips of a config at the sizes it asks for: ``eval_setting``, else ``bucket_config``, else their own.
 
     Args:
         cfg: resolved config (``VaeInferenceOptions``).
         autoencoder: its model, on the meta device will do.
+        source: of :func:`own_source`.
 
     Raises:
         UserError: sizes that the autoencoder does not take, or no clip is large and long enough.
     """
-    section = cfg.dataset or {}
-    if not section.get("data_path"):
-        raise UserError("dataset.data_path is not set: give a table of clips, or a folder of videos and pictures")
     check_least(cfg, LEAST)
-    table = list_media(section["data_path"], cfg.save_dir)
-    fps_max = section.get("fps_max") or float("inf")
-    strides = np.array([target_fps(float(fps), fps_max)[1] * cfg.frame_interval for fps in table["fps"]])
+    table, strides = _listed_clips(cfg) if source is None else _clips_of(source)
+    strides = strides * cfg.frame_interval
     sizes, asked = _sizes(cfg, autoencoder, table, strides)
     names = _names(table["path"])
     clips = [
@@ -130,15 +138,15 @@ def choose_clips(cfg: Any, autoencoder: Autoencoder) -> list[EvalClip]:
             int(strides[i]),
             float(table["fps"].iloc[i]),
             keep_scale=asked is None,
-            modified=Path(table["path"].iloc[i]).stat().st_mtime,
+            modified=_modified(table["path"].iloc[i]),
+            row=None if source is None else i,
         )
         for i, size in enumerate(sizes)
         if size is not None
     ]
     if not clips:
-        raise UserError(
-            f"{section['data_path']}: none of {len(table)} clips is large and long enough for {asked or 'it'}"
-        )
+        where = cfg.dataset["data_path"] if source is None else source.data_path
+        raise UserError(f"{where}: none of {len(table)} clips is large and long enough for {asked or 'it'}")
     if len(clips) < len(table):
         left_out = [names[i] for i, size in enumerate(sizes) if size is None]
         logger.warning(
@@ -149,6 +157,28 @@ def choose_clips(cfg: Any, autoencoder: Autoencoder) -> list[EvalClip]:
             " ..." if len(left_out) > NAMED else "",
         )
     return clips[: cfg.max_clips]
+
+
+def _listed_clips(cfg: Any) -> tuple[pd.DataFrame, np.ndarray]:
+    """Files of the config's folder or table, and the distance between the frames taken of each."""
+    section = cfg.dataset or {}
+    if not section.get("data_path"):
+        raise UserError("dataset.data_path is not set: give a table of clips, or a folder of videos and pictures")
+    table = list_media(section["data_path"], cfg.save_dir)
+    fps_max = section.get("fps_max") or float("inf")
+    return table, np.array([target_fps(float(fps), fps_max)[1] for fps in table["fps"]])
+
+
+def _clips_of(source: ClipSource) -> tuple[pd.DataFrame, np.ndarray]:
+    """The same of a user's own dataset, which need not have rates, nor files at its paths."""
+    paths = [str(source.row(i)["path"]) for i in range(len(source))]
+    fps = source.data.get("fps", math.nan)
+    return source.data[["num_frames", "height", "width"]].assign(path=paths, fps=fps), source.strides()
+
+
+def _modified(path: str) -> float:
+    """When a file was last written; NaN where a path is the name of a clip and no more."""
+    return Path(path).stat().st_mtime if Path(path).exists() else math.nan
 
 
 def _sizes(
@@ -216,10 +246,16 @@ def _names(paths: pd.Series) -> list[str]:
 
 
 class ClipReader(Dataset):
-    """Clips as tensors ``[3, T, H, W]`` in [-1, 1]; None for one that turns out to be unreadable, which is logged."""
+    """Clips as tensors ``[3, T, H, W]`` in [-1, 1]; None for one that turns out to be unreadable, which is logged.
 
-    def __init__(self, clips: list[EvalClip]) -> None:
-        self.clips = clips
+    Args:
+        clips: what to read.
+        source: dataset of those that have a ``row``.
+    """
+
+    def __init__(self, clips: list[EvalClip], source: ClipSource | None = None) -> None:
+        self.clips, self.source = clips, source
+        self._strides = source.strides() if source is not None else None
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -227,10 +263,28 @@ class ClipReader(Dataset):
     def __getitem__(self, index: int) -> Tensor | None:
         clip = self.clips[index]
         try:
-            return read_clip(clip)
+            if self.source is None or self._strides is None or clip.row is None:
+                return read_clip(clip)
+            return read_row(self.source, clip, clip.row, clip.stride // int(self._strides[clip.row]))
         except (BrokenMediaError, UserError) as error:
             logger.warning("left out: %s", error)
             return None
+
+
+def read_row(source: ClipSource, clip: EvalClip, row: int, interval: int) -> Tensor:
+    """``[3, T, H, W]`` in [-1, 1] of a row of a user's own dataset, which fits it to the size itself.
+
+    Args:
+        source: the dataset.
+        clip: gives the size.
+        row: number of the row.
+        interval: distance of the frames, counted in those that the dataset gives.
+
+    Raises:
+        BrokenMediaError, UserError: it cannot be read.
+    """
+    key = SampleKey(row, (clip.num_frames - 1) * interval + 1, clip.height, clip.width, seed=0)
+    return source.clip(key, source.row(row))[:, ::interval]
 
 
 def read_clip(clip: EvalClip) -> Tensor:

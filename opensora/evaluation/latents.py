@@ -9,10 +9,10 @@ from tqdm import tqdm
 
 from opensora.acceleration.devices import pick_device, torch_dtype
 from opensora.datasets.dataloader import build_train_loader
+from opensora.datasets.source import build_source
 from opensora.evaluation.clips import SIZE_MULTIPLE, bucket_of
 from opensora.models.autoencoder import as_autoencoder, check_buckets, listed
 from opensora.models.build import build_on_meta, build_ready, check_weights
-from opensora.registry import DATASETS, build_module
 from opensora.utils.errors import UserError, check_least
 
 
@@ -81,7 +81,7 @@ def latent_statistics(cfg: Any) -> str:
     buckets = bucket_of(cfg.eval_setting) if cfg.eval_setting else cfg.bucket_config
     spec = as_autoencoder(build_on_meta(cfg.model))
     check_buckets(buckets or {}, spec)
-    dataset = build_module(dict(cfg.dataset), DATASETS, require_text=False)
+    dataset = build_source(cfg.dataset, require_text=False)
     loader, _ = build_train_loader(
         dataset,
         buckets,

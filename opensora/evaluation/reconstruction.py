@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from opensora.acceleration.devices import pick_device, torch_dtype
+from opensora.datasets.source import ClipSource
 from opensora.datasets.table import write_table
-from opensora.evaluation.clips import ClipReader, EvalClip, choose_clips
+from opensora.evaluation.clips import ClipReader, EvalClip, choose_clips, own_source
 from opensora.evaluation.latents import RunningMoments
 from opensora.evaluation.quality import flicker, psnr, ssim
 from opensora.models.autoencoder import as_autoencoder
@@ -138,7 +139,8 @@ def reconstruct(cfg: Any) -> Path:
 
 
 def _reconstruct(cfg: Any) -> Path:
-    clips, results, settings = prepare(cfg)
+    reader, results, settings = prepare(cfg)
+    clips = reader.clips
     remove_unfinished_files(results.folder)
     waiting = [clip for clip in clips if results.read(clip) is None]
     logger.info("%d clips, %d of them done before, to %s", len(clips), len(clips) - len(waiting), results.folder)
@@ -147,14 +149,14 @@ def _reconstruct(cfg: Any) -> Path:
         model: Any = build_ready(cfg.model, device, torch_dtype(cfg.dtype))
         lpips = build_lpips(cfg.lpips, device) if cfg.lpips else None
         write_text(settings, results.settings)  # only now: weights that cannot be loaded must not claim the folder
-        for clip, video in _read_ahead(waiting, cfg):
+        for clip, video in _read_ahead(ClipReader(waiting, reader.source), cfg):
             with doing(f"clip {clip.path}"):
                 _reconstruct_clip(clip, video.to(device), model, lpips, results, _played_fps(cfg))
     summarise(clips, results, cfg.sheet_clips)
     return results.folder
 
 
-def prepare(cfg: Any) -> tuple[list[EvalClip], Results, str]:
+def prepare(cfg: Any) -> tuple[ClipReader, Results, str]:
     """Check everything that can be checked without a model.
 
     Returns:
@@ -165,9 +167,10 @@ def prepare(cfg: Any) -> tuple[list[EvalClip], Results, str]:
     check_weights("model", cfg.model)
     if cfg.lpips:
         LPIPSSource(**cfg.lpips).check()
-    clips = choose_clips(cfg, as_autoencoder(build_on_meta(cfg.model)))
+    source = own_source(cfg)
+    reader = ClipReader(choose_clips(cfg, as_autoencoder(build_on_meta(cfg.model)), source), source)
     results = Results(Path(cfg.save_dir))
-    text, older = (_settings_text(cfg, stamp) for stamp in (_fingerprint(cfg.model), _file_stamp(cfg.model)))
+    text, older = (_settings_text(cfg, stamp, source) for stamp in (_fingerprint(cfg.model), _file_stamp(cfg.model)))
     path = results.settings
     if not path.is_file() and (foreign := [name for name in RESULTS if (results.folder / name).exists()]):
         raise UserError(
@@ -178,7 +181,7 @@ def prepare(cfg: Any) -> tuple[list[EvalClip], Results, str]:
         raise UserError(
             f"save_dir={cfg.save_dir} holds results of other weights or settings ({path}); give another --save-dir"
         )
-    return clips, results, text
+    return reader, results, text
 
 
 def _played_fps(cfg: Any) -> int:
@@ -186,10 +189,14 @@ def _played_fps(cfg: Any) -> int:
     return max(cfg.fps // cfg.frame_interval, 1)
 
 
-def _settings_text(cfg: Any, weights: Any) -> str:
+def _settings_text(cfg: Any, weights: Any, source: ClipSource | None) -> str:
     """What results depend on besides the clip, as the folder's ``settings.json`` has it."""
-    settings = {"model": cfg.model, "dtype": cfg.dtype, "lpips": cfg.lpips, "weights": weights}
-    return json.dumps({**settings, "fps": _played_fps(cfg)}, indent=4, default=str) + "\n"
+    lpips = dict(cfg.lpips) if cfg.lpips else cfg.lpips
+    settings = {"model": dict(cfg.model), "dtype": cfg.dtype, "lpips": lpips, "weights": weights}
+    settings["fps"] = _played_fps(cfg)
+    if source is not None:
+        settings["dataset"] = dict(cfg.dataset)  # its clips need not be files, whose times would tell that they changed
+    return json.dumps(settings, indent=4, default=str) + "\n"
 
 
 def _fingerprint(section: Mapping[str, Any]) -> str | None:
@@ -204,16 +211,16 @@ def _file_stamp(section: Mapping[str, Any]) -> list[Any] | None:
     return [path.stat().st_size, path.stat().st_mtime] if path.is_file() else None
 
 
-def _read_ahead(clips: list[EvalClip], cfg: Any) -> Iterator[tuple[EvalClip, Tensor]]:
+def _read_ahead(reader: ClipReader, cfg: Any) -> Iterator[tuple[EvalClip, Tensor]]:
     """Readable clips in order, with a progress bar; others are left out."""
     loader = DataLoader(
-        ClipReader(clips),
+        reader,
         batch_size=None,
         num_workers=cfg.num_workers,
         prefetch_factor=(cfg.prefetch_factor or 2) if cfg.num_workers else None,
     )
-    bar = tqdm(zip(clips, loader), total=len(clips), unit="clip", desc="reconstructing", disable=cfg.verbose == 0)
-    for clip, video in bar:
+    pairs = zip(reader.clips, loader)
+    for clip, video in tqdm(pairs, total=len(reader), unit="clip", desc="reconstructing", disable=cfg.verbose == 0):
         if video is not None:
             yield clip, video
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opensora.datasets.table import read_table, require_columns, row_name
+from opensora.datasets.table import row_name
 from opensora.diffusion.conditions import get_spans
 from opensora.diffusion.references import locate_references
 from opensora.diffusion.wording import check_motion_score, check_seed, final_text
+from opensora.registry import DATASETS, build_module
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
@@ -56,7 +57,7 @@ class Request:
 
 
 def read_requests(cfg: Mapping[str, Any], downloads: Path) -> list[Request]:
-    """Requests of a run: the single ``prompt`` if there is one, else the chosen rows of ``dataset.data_path``.
+    """Requests of a run: the single ``prompt`` if there is one, else the chosen rows of ``dataset``.
 
     Args:
         cfg: resolved config (:class:`opensora.config.commands.InferenceOptions`).
@@ -70,11 +71,11 @@ def read_requests(cfg: Mapping[str, Any], downloads: Path) -> list[Request]:
             raise UserError("--prompt is empty")
         rows = {"text": cfg["prompt"], "ref": cfg["ref"] or ""}
         return [_request(cfg, rows, 0, "--prompt", None, downloads)]
-    path = (cfg["dataset"] or {}).get("data_path")
-    if not path:
+    section = {"type": "text", **(cfg["dataset"] or {})}
+    if section["type"] == "text" and not section.get("data_path"):
         raise UserError('nothing to make: give --prompt "..." or --dataset.data-path prompts.csv')
-    table = read_table(path, as_text=True)
-    require_columns(table, ["text"], path)
+    table = build_module(section, DATASETS)
+    path = table.data_path
     start = cfg["start_index"]
     end = cfg["end_index"]
     if end is None and cfg["num_samples"] is not None:
@@ -85,9 +86,7 @@ def read_requests(cfg: Mapping[str, Any], downloads: Path) -> list[Request]:
     requests = []
     for index in chosen:
         where = row_name(path, index)
-        requests.append(
-            _request(cfg, dict(zip(table.columns, table.iloc[index])), index, where, Path(path).parent, downloads)
-        )
+        requests.append(_request(cfg, table[index], index, where, Path(path).parent, downloads))
     return requests
 
 

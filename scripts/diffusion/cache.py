@@ -13,11 +13,11 @@ from opensora.config.commands import CacheOptions
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and write the cache."""
     cfg = parse_config(argv, CacheOptions)
-    from opensora.training.cache_writer import CacheWriter  # after parsing: --help and typos answer at once
+    from opensora.training.diffusion.cache import cache_writer  # after parsing: --help and typos answer at once
     from opensora.utils.logging import setup_logging
 
     setup_logging()
-    print(CacheWriter(cfg).run())
+    print(cache_writer(cfg).run())
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from opensora.config import load_config, parse_config
 from opensora.config.commands import CacheOptions, TrainOptions
 from opensora.diffusion.pipeline import VideoPipeline
 from opensora.registry import MODELS, build_module
-from opensora.training.cache_writer import CacheWriter
 from opensora.training.checkpoint.folder import list_checkpoints, load_states
+from opensora.training.diffusion.cache import cache_writer
 from opensora.training.diffusion.trainer import Trainer
 from opensora.training.loop import TrainLoop
 from opensora.utils.errors import UserError
@@ -293,7 +293,7 @@ def test_cached_latents_and_texts_train_the_same(train, diffusion_content, tmp_p
     ae = {**diffusion_content["ae"], "from_pretrained": str(tmp_path / "ae.safetensors")}
     save_safetensors(build_module(dict(diffusion_content["ae"]), MODELS).state_dict(), ae["from_pretrained"])
     config = write_config(tmp_path / "cached.py", {**diffusion_content, "ae": ae})
-    cache = CacheWriter(parse_config([config, "--cache-dir", str(tmp_path / "cache")], CacheOptions)).run()
+    cache = cache_writer(parse_config([config, "--cache-dir", str(tmp_path / "cache")], CacheOptions)).run()
     plain = train("plain", ae=ae)
     cached = train("cached_run", ae=ae, cached_video=True, cached_text=True, cache_dir=str(cache))
     losses = scalars(plain, "loss")

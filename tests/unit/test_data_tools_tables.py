@@ -137,7 +137,8 @@ def run_folder(tmp_path):
 
 
 def test_training_table_is_what_training_reads(run_folder):
-    from opensora.datasets.dataset import SampleKey, VideoTextDataset
+    from opensora.datasets.dataset import VideoTextDataset
+    from opensora.datasets.source import SampleKey
 
     export.main([str(run_folder)])
     frame = pl.read_csv(run_folder / "train.csv")

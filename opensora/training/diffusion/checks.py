@@ -16,8 +16,8 @@ from opensora.models.autoencoder import Autoencoder, check_buckets
 from opensora.models.build import MAX_CPU_PARAMETERS, build_on_meta, check_weights, count_parameters
 from opensora.models.mmdit.loading import explain_mismatch, layout_metadata
 from opensora.registry import MODELS, build_module
-from opensora.training.cached import encoders_to_load
 from opensora.training.checks import check_loop
+from opensora.training.diffusion.encoders import encoders_to_load
 from opensora.training.diffusion.inputs import InputOptions
 from opensora.training.diffusion.samples import sampling_config
 from opensora.training.diffusion.validation import check_validation

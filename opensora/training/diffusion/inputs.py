@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora.datasets.dataset import SampleKey
-from opensora.diffusion.conditions import build_condition, choose_conditions, get_spans
+from opensora.datasets.runs import FrameRun
+from opensora.diffusion.conditions import build_condition, choose_conditions, condition_runs, get_spans
 from opensora.diffusion.flow import flow_matching_loss, interpolate, sample_timesteps, unconditioned_tokens, velocity
 from opensora.diffusion.latents import pack, prepare_ids
-from opensora.encoded.dataset import WHOLE, batch_key, run_name
-from opensora.encoded.memory import Kept, even_group
+from opensora.encoded.memory import EncodedMemory, even_group
+from opensora.encoded.store import WHOLE, batch_key
 from opensora.models.autoencoder import Autoencoder
-from opensora.training.cached import condition_pixels, condition_runs
 
 TEXTS_AT_A_TIME = 8  # where embeddings are kept
 
@@ -41,24 +40,21 @@ class InputEncoder:
         ae: autoencoder.
         t5, clip: text encoders, ``list[str] -> [B, L, D]`` and ``[B, D]``.
         options: see :class:`InputOptions`.
-        keep: remember encoder outputs in memory, row by row; for small datasets. Of a clip that :meth:`knows` knows,
-            the batch need not hold the pixels. A clip longer than its bucket must come with the same frames each time.
+        memory: remembers encoder outputs of clips, row by row, and so does one of texts; for small datasets. Of a clip
+            that it holds, the batch need not hold the pixels. A clip longer than its bucket must come with the same
+            frames each time.
         micro_batch: clips encoded at a time, which bounds the memory of the autoencoder.
     """
 
     def __init__(
-        self, ae: Autoencoder, t5: nn.Module, clip: nn.Module, options: InputOptions, keep: bool = False,
-        micro_batch: int = 8,
+        self, ae: Autoencoder, t5: nn.Module, clip: nn.Module, options: InputOptions,
+        memory: EncodedMemory | None = None, micro_batch: int = 8,
     ) -> None:  # fmt: skip
         self.ae, self.t5, self.clip, self.options = ae, t5, clip, options
         self.micro_batch = micro_batch
-        self._kept = (Kept(), Kept()) if keep else None  # of clips, of texts
+        self._memory, self._text_memory = memory, EncodedMemory()
         with torch.no_grad():
             self._null_txt, self._null_vec = t5([""]), clip([""])
-
-    def knows(self, key: SampleKey) -> bool:
-        """Whether all that training needs of a clip is kept in memory."""
-        return self._kept is not None and key[:4] in self._kept[0]
 
     @torch.no_grad()
     def __call__(
@@ -68,7 +64,7 @@ class InputEncoder:
 
         Args:
             batch: ``video [B, 3, T, H, W]`` in [-1, 1], ``text``, ``index``, ``size``; or, instead of pixels and
-                texts, what :class:`opensora.encoded.dataset.CachedVideoTextDataset` gives for them. With ``keep``,
+                texts, what :class:`opensora.encoded.dataset.CachedVideoTextDataset` gives for them. With a memory,
                 ``video`` holds the clips at the positions ``read`` (all, if not given) and may be absent.
             generator: source of everything random.
             timesteps: these ``[B]`` instead of random ones, as they are.
@@ -108,16 +104,16 @@ class InputEncoder:
 
     def _with_kept(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with what is kept of its clips and texts, in the form a cache gives it; what is new is encoded."""
-        if self._kept is None:
+        if self._memory is None:
             return batch
-        clips, texts = self._kept
         found = dict(batch)
         if "video_latents" not in batch and batch_key(WHOLE) not in batch:
             keys = [(row, *size) for row, size in zip(batch["index"], batch["size"])]
             group = even_group(len(keys), self.micro_batch)
-            found |= clips(keys, lambda rows: self._encode_all_runs(batch, rows), group)
+            found |= self._memory(keys, lambda rows: self._encode_all_runs(batch, rows), group)
         if "text_t5" not in batch:
-            found |= texts(batch["text"], lambda rows: self._embed([batch["text"][i] for i in rows]), TEXTS_AT_A_TIME)
+            texts = batch["text"]
+            found |= self._text_memory(texts, lambda rows: self._embed([texts[i] for i in rows]), TEXTS_AT_A_TIME)
         return found
 
     def _encode_all_runs(self, batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Tensor]:
@@ -125,7 +121,7 @@ class InputEncoder:
         place = {row: i for i, row in enumerate(batch.get("read", range(len(batch["index"]))))}
         video = batch["video"][[place[row] for row in rows]]
         runs = condition_runs(self.options.condition_weights, self.ae, video.shape[2])
-        pixels = {WHOLE: video, **condition_pixels(video, runs)}
+        pixels = {WHOLE: video, **{run.name: run.cut(video).contiguous() for run in runs}}
         return {batch_key(name): self._encode(clips) for name, clips in pixels.items()}
 
     def _embed(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -153,14 +149,13 @@ class InputEncoder:
         causal, ratio = self.ae.is_causal, self.ae.compression[0]
         types = choose_conditions(weights, len(x_0), x_0.shape[2], rng, causal)
         # Runs of frames that the samples need; one run is encoded for all its samples together.
-        needs = [[(s.at, s.pixel_frames(causal, ratio)) for s in get_spans(cond_type)] for cond_type in types]
-        spans = {(s.at, s.pixel_frames(causal, ratio)): s for cond_type in types for s in get_spans(cond_type)}
-        latents: dict[tuple, Tensor] = {}
-        for run, span in spans.items():
+        needs = [[span.pixel_run(causal, ratio) for span in get_spans(cond_type)] for cond_type in types]
+        latents: dict[tuple[int, FrameRun], Tensor] = {}
+        for run in dict.fromkeys(run for runs in needs for run in runs):
             rows = [i for i, runs in enumerate(needs) if run in runs]
-            stored = batch.get(batch_key(run_name(*run)))
+            stored = batch.get(batch_key(run.name))
             if stored is None:
-                moments = self._encode(torch.stack([span.cut(batch["video"][i], run[1]) for i in rows]))
+                moments = self._encode(torch.stack([run.cut(batch["video"][i]) for i in rows]))
             else:
                 moments = stored[rows]
             encoded = self.ae.from_stored(moments, generator)

@@ -16,13 +16,15 @@ from opensora.acceleration.plugins import check_training, create_context, create
 from opensora.acceleration.rank_zero import from_rank_zero
 from opensora.acceleration.shardformer import use_shardformer
 from opensora.datasets.dataloader import build_train_loader, endless, prefetch
+from opensora.encoded.memory import EncodedMemory
 from opensora.models.build import build_on_meta
 from opensora.models.mmdit.loading import layout_metadata
-from opensora.registry import DATASETS, MODELS, build_module
-from opensora.training.cached import cached_encoders, check_cache, dataset_section
+from opensora.registry import MODELS, build_module
 from opensora.training.checkpoint.folder import RunningStates, find_checkpoint, load_states, load_weights
 from opensora.training.checks import check_unfinished
+from opensora.training.diffusion.cache import build_dataset, check_cache
 from opensora.training.diffusion.checks import check_config, check_resources
+from opensora.training.diffusion.encoders import cached_encoders
 from opensora.training.diffusion.inputs import InputEncoder
 from opensora.training.diffusion.loss import DiffusionLoss
 from opensora.training.diffusion.samples import TrainSamples
@@ -72,8 +74,9 @@ class Trainer:
         check_resources(cfg, self.device, self.resume)
         self.states = load_states(self.resume) if self.resume else RunningStates(0, 0, 0, 0)
         self.states.move_to(self.parallel.dp.size)
-        self.dataset = build_module(dataset_section(cfg), DATASETS)
+        self.dataset = build_dataset(cfg)
         check_cache(cfg, self.dataset)
+        self.memory = EncodedMemory() if cfg.keep_encoded else None
         self.loader, self.sampler = build_train_loader(
             self.dataset,
             cfg.bucket_config,
@@ -85,6 +88,7 @@ class Trainer:
             num_replicas=self.parallel.dp.size,
             rank=self.parallel.dp.rank,
             same_windows=cfg.keep_encoded,
+            is_encoded=self.memory.is_encoded if self.memory is not None else None,
         )
         self.validation = Validation(cfg, self.options) if cfg.validation else None
         self.total_steps = cfg.max_steps or cfg.epochs * len(self.sampler) // cfg.accumulation_steps
@@ -101,8 +105,7 @@ class Trainer:
         use_shardformer(t5)
         if not self.cfg.samples:
             del ae.decoder  # training only encodes
-        encoder = InputEncoder(ae.eval().requires_grad_(False), t5, clip, self.options, self.cfg.keep_encoded)
-        self.sampler.known = encoder.knows
+        encoder = InputEncoder(ae.eval().requires_grad_(False), t5, clip, self.options, self.memory)
         if self.cfg.warmup_ae and "ae" not in known:
             self._warm_up(ae)
         return encoder

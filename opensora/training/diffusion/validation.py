@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from opensora.datasets.dataloader import build_train_loader, to_device
+from opensora.datasets.source import build_source
 from opensora.diffusion.flow import flow_matching_loss
-from opensora.registry import DATASETS, build_module
-from opensora.training.cached import plain_section
+from opensora.training.diffusion.cache import source_section
 from opensora.training.diffusion.inputs import InputEncoder, InputOptions
 from opensora.training.loop import step_generator
 from opensora.utils.errors import UserError
@@ -59,8 +59,8 @@ class Validation:
     def __init__(self, cfg: Any, options: InputOptions) -> None:
         section = cfg.validation
         self.every, self.times, self.seed = section["every"], list(section["timesteps"]), section["seed"]
-        table = {**plain_section(cfg), "data_path": section["data_path"], "keep_in_memory": False}
-        dataset = build_module(table, DATASETS)
+        source = source_section(cfg)
+        dataset = build_source({**source, "data_path": section["data_path"]}, keep_in_memory=False)
         self.loader, sampler = build_train_loader(
             dataset, single_clip_buckets(cfg.bucket_config), multiple=options.spatial_multiple, seed=self.seed
         )

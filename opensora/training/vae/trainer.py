@@ -17,8 +17,9 @@ from opensora.acceleration.plugins import create_context, create_engine, keeps_m
 from opensora.acceleration.rank_zero import from_rank_zero
 from opensora.acceleration.sharding import WeightLayout
 from opensora.datasets.dataloader import build_train_loader, endless, prefetch
+from opensora.datasets.source import build_source
 from opensora.models.build import build_on_meta
-from opensora.registry import DATASETS, MODELS, build_module
+from opensora.registry import MODELS, build_module
 from opensora.training.checkpoint.folder import RunningStates, find_checkpoint, load_states, load_weights
 from opensora.training.checks import check_unfinished
 from opensora.training.experiment import claimed_experiment, create_experiment, experiment_folder
@@ -66,7 +67,7 @@ class VAETrainer:
         experiment_folder(cfg, self.resume)  # refuses one that is taken
         if self.resume:
             check_match(build_on_meta(cfg.model), open_weights(self.resume / "model"))
-        self.dataset = build_module(dict(cfg.dataset), DATASETS, require_text=False)
+        self.dataset = build_source(cfg.dataset, require_text=False)
         _, sampler = self._loader(cfg.bucket_config)
         self.stages = plan_stages(cfg, len(sampler) // cfg.accumulation_steps)
         self.states = load_states(self.resume) if self.resume else RunningStates(0, 0, 0, 0)

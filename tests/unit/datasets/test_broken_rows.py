@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from opensora.datasets.dataloader import build_train_loader, endless, prefetch
-from opensora.datasets.dataset import SampleKey, VideoTextDataset, frame_strides
+from opensora.datasets.dataset import VideoTextDataset, frame_strides
 from opensora.datasets.rows import read_numbers
+from opensora.datasets.source import SampleKey
 from opensora.datasets.video_io import BrokenMediaError
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_image, save_video

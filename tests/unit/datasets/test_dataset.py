@@ -11,8 +11,9 @@ import torch
 
 from opensora.datasets.buckets import BucketTable
 from opensora.datasets.dataloader import build_train_loader, endless
-from opensora.datasets.dataset import SampleKey, VideoTextDataset, add_suffix, choose_frames, target_fps
+from opensora.datasets.dataset import VideoTextDataset, add_suffix, choose_frames, target_fps
 from opensora.datasets.sampler import BucketBatchSampler
+from opensora.datasets.source import SampleKey
 from opensora.datasets.table import read_table
 from opensora.datasets.transforms import resize_crop, to_model_range
 from opensora.datasets.video_io import BrokenMediaError, read_frames

@@ -14,10 +14,11 @@ import torch
 
 from opensora.datasets import rows
 from opensora.datasets.buckets import BucketTable
-from opensora.datasets.dataset import SampleKey, VideoTextDataset, frame_strides, target_fps
+from opensora.datasets.dataset import VideoTextDataset, frame_strides, target_fps
 from opensora.datasets.rows import ShardedRows, read_numbers, write_shards
 from opensora.datasets.sampler import BucketBatchSampler
-from opensora.datasets.text import TextDataset
+from opensora.datasets.source import SampleKey
+from opensora.registry import DATASETS, build_module
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_video
 
@@ -64,8 +65,6 @@ def test_datasets_read_from_shards(parquet):
     config = BucketTable({"32px": {9: (1.0, 4)}})
     orders = [list(BucketBatchSampler(dataset, config, seed=3)) for dataset in (lean, plain)]
     assert orders[0] == orders[1]
-    text = TextDataset(str(parquet), memory_efficient=True)
-    assert (len(text), text[5]["text"]) == (1000, "caption 5. 8 FPS.")
 
 
 def test_mistakes_are_named(parquet, tmp_path):
@@ -125,16 +124,18 @@ def test_strides_of_many_rates():
     assert frame_strides(rates, 24).tolist() == [target_fps(float(rate), 24)[1] for rate in rates]
 
 
-def test_text_dataset(tmp_path):
-    pd.DataFrame({"text": ["a cat", "a dog."], "neg": ["blur", None]}).to_csv(tmp_path / "p.csv", index=False)
-    dataset = TextDataset(str(tmp_path / "p.csv"))
-    assert [dataset[i] for i in range(2)] == [
-        {"index": 0, "text": "a cat", "neg": "blur"},
-        {"index": 1, "text": "a dog.", "neg": ""},
-    ]
-    pd.DataFrame({"text": ["a cat", None], "fps": [8, 8]}).to_csv(tmp_path / "q.csv", index=False)
-    with pytest.raises(UserError, match="row 3: column 'text' is empty"):
-        TextDataset(str(tmp_path / "q.csv"))
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_text_dataset(tmp_path, ending):
+    table = pd.DataFrame({"text": ["a cat", "none"], "neg": ["blur", None], "fps": [8.0, None]})
+    path = tmp_path / f"p.{ending}"
+    table.to_csv(path, index=False) if ending == "csv" else table.to_parquet(path)
+    dataset = build_module({"type": "text", "data_path": str(path)}, DATASETS)
+    first, second = (dataset[i] for i in range(len(dataset)))
+    assert (first["text"], first["neg"], float(first["fps"])) == ("a cat", "blur", 8)
+    assert second == {"text": "none", "neg": "", "fps": ""}
+    (tmp_path / "q.csv").write_text("txt\na cat\n")
+    with pytest.raises(UserError, match="missing column 'text' .is 'txt' meant"):
+        build_module({"type": "text", "data_path": str(tmp_path / "q.csv")}, DATASETS)
 
 
 @pytest.mark.parametrize("full_at", ["00001.parquet", "00003.parquet"])

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,26 +57,24 @@ def test_choice_follows_the_weights_and_images_stay_free():
     assert conditions.choose_conditions({"i2v_head": 1}, 3, 1, random.Random(0)) == ["t2v"] * 3
 
 
-def test_clips_are_cut_from_pixels():
+def test_runs_are_cut_from_both_ends():
     video = torch.arange(77.0).view(1, 77, 1, 1).expand(3, 77, 2, 2)
-    head, tail = conditions.condition_clips(video, "i2v_loop")
-    assert (head[0, :, 0, 0].tolist(), tail[0, :, 0, 0].tolist()) == ([0], [76])
-    (clip,) = conditions.condition_clips(video, "v2v_tail")
-    assert clip[0, :, 0, 0].tolist() == list(range(44, 77))
-    (clip,) = conditions.condition_clips(video, "v2v_head_easy", is_causal=False)
-    assert clip.shape[1] == 64
-    with pytest.raises(UserError, match="needs 65 frames"):
-        conditions.condition_clips(video[:, :50], "v2v_head_easy")
+    (head, tail), (clip,) = (conditions.get_spans(name) for name in ("i2v_loop", "v2v_tail"))
+    assert head.pixel_run(True).cut(video)[0, :, 0, 0].tolist() == [0]
+    assert tail.pixel_run(True).cut(video)[0, :, 0, 0].tolist() == [76]
+    assert clip.pixel_run(True).cut(video)[0, :, 0, 0].tolist() == list(range(44, 77))
+    assert clip.pixel_run(True).cut(video[None])[0, 0, :, 0, 0].tolist() == list(range(44, 77))
+    assert clip.latent_run(True).place(20) == slice(11, 20)
 
 
-def test_cached_pictures():
-    first, last = torch.zeros(2, 1, 2, 2), torch.ones(2, 1, 2, 2)
-    assert conditions.cached_references("t2v", first, last) is None
-    assert [x.mean().item() for x in conditions.cached_references("i2v_loop", first, last)] == [0, 1]
-    with pytest.raises(UserError, match="last-frame"):
-        conditions.cached_references("i2v_tail", first, None)
-    with pytest.raises(UserError, match="clips"):
-        conditions.cached_references("v2v_head", first, last)
+def test_runs_of_a_config_in_clips_of_a_length():
+    ae = SimpleNamespace(
+        is_causal=True, compression=(4, 8, 8), get_latent_size=lambda size: ((size[0] - 1) // 4 + 1, 8, 8)
+    )
+    weights = {"t2v": 1, "i2v_loop": 1, "v2v_head": 1, "v2v_tail_easy": 0}
+    assert [run.name for run in conditions.condition_runs(weights, ae, 65)] == ["head_1", "head_33", "tail_1"]
+    assert [run.name for run in conditions.condition_runs(weights, ae, 33)] == ["head_1", "tail_1"]  # none left to make
+    assert conditions.condition_runs(weights, ae, 1) == conditions.condition_runs(None, ae, 65) == []
 
 
 def test_unknown_type_and_short_reference():

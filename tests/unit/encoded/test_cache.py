@@ -18,12 +18,15 @@ from opensora.config import load_config
 from opensora.config.commands import CacheOptions, TrainOptions
 from opensora.datasets.dataloader import build_train_loader, endless
 from opensora.datasets.dataset import VideoTextDataset
+from opensora.datasets.runs import FrameRun
 from opensora.datasets.video_io import BrokenMediaError
 from opensora.diffusion.flow import flow_matching_loss
-from opensora.encoded.dataset import CachedVideoTextDataset, batch_key
+from opensora.encoded.dataset import CachedVideoTextDataset
+from opensora.encoded.store import batch_key
+from opensora.encoded.writer import CacheWriter
 from opensora.registry import DATASETS, MODELS, build_module
-from opensora.training.cache_writer import CacheWriter
-from opensora.training.cached import cached_encoders, check_cache, dataset_section
+from opensora.training.diffusion.cache import build_dataset, cache_writer, check_cache
+from opensora.training.diffusion.encoders import cached_encoders
 from opensora.training.diffusion.inputs import InputEncoder, InputOptions
 from opensora.training.diffusion.trainer import Trainer
 from opensora.utils.errors import UserError
@@ -72,7 +75,7 @@ def written(base, tmp_path_factory):
     """The config with its cache."""
     folder = tmp_path_factory.mktemp("written") / "cache"
     content = {**base, "cache_dir": str(folder)}
-    CacheWriter(load_config(content, CacheOptions)).run()
+    cache_writer(load_config(content, CacheOptions)).run()
     return content
 
 
@@ -88,7 +91,7 @@ def encoder(section):
 
 def losses(cfg, count):
     """Losses of the first micro-batches, as a training run would compute them."""
-    dataset = build_module(dataset_section(cfg), DATASETS)
+    dataset = build_dataset(cfg)
     check_cache(cfg, dataset)
     device, dtype = torch.device("cpu"), torch.float32
     stand_ins = cached_encoders(cfg, dataset, device, dtype)
@@ -120,7 +123,7 @@ def test_losses_are_those_without_a_cache(base, tmp_path):
     content = without_broken(base, tmp_path)
     plain, plain_rows, none = losses(config(content), 4)  # the four batches of the first epoch
     content["cache_dir"] = str(tmp_path / "cache")
-    CacheWriter(config(content)).run()
+    cache_writer(config(content)).run()
     assert not none
     for parts in ({"cached_video": True}, {"cached_text": True}, {"cached_video": True, "cached_text": True}):
         cached, rows, stand_ins = losses(config(content, **parts), 4)
@@ -132,7 +135,7 @@ def test_losses_are_those_without_a_cache(base, tmp_path):
 def test_training_with_a_cache_gives_the_same_weights(base, tmp_path):
     content = without_broken(base, tmp_path)
     cache = {"cache_dir": str(tmp_path / "cache"), "cached_video": True, "cached_text": True}
-    CacheWriter(config(content, cache_dir=cache["cache_dir"])).run()
+    cache_writer(config(content, cache_dir=cache["cache_dir"])).run()
     run = dict(outputs=str(tmp_path), max_steps=3, optim={"cls": "AdamW", "lr": 1e-3}, plugin="none")
     run |= dict(is_causal_vae=True, dropout_ratio={"t5": 0.3, "clip": 0.3}, grad_checkpoint=False)
     found = []
@@ -144,7 +147,7 @@ def test_training_with_a_cache_gives_the_same_weights(base, tmp_path):
 
 def test_what_is_stored(written):
     cfg = config(written, cached_video=True, cached_text=True)
-    dataset = build_module(dataset_section(cfg), DATASETS)
+    dataset = build_dataset(cfg)
     assert isinstance(dataset, CachedVideoTextDataset)
     folder = Path(written["cache_dir"])
     assert len(list((folder / "video").iterdir())) == 3  # nine rows by three
@@ -164,33 +167,34 @@ def test_what_is_stored(written):
 def test_a_stopped_writer_goes_on(written, tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     cfg = config(written, cache_dir=str(folder))
-    writer, encoded = CacheWriter(cfg), []
+    writer, encoded = cache_writer(cfg), []
     real = CacheWriter._encode
 
-    def encode(self, clips):
+    def encode(self, clips, encoder):
         encoded.append([key.row for key, _ in clips])
         if len(encoded) == 2 and not folder.joinpath("index.parquet").exists():
             raise KeyboardInterrupt
-        return real(self, clips)
+        return real(self, clips, encoder)
 
     monkeypatch.setattr(CacheWriter, "_encode", encode)
     with pytest.raises(KeyboardInterrupt):
         writer.run()
-    dataset = dataset_section(config(written, cache_dir=str(folder), cached_video=True))
     with pytest.raises(UserError, match="not finished; go on with: python scripts/diffusion/cache.py"):
-        build_module(dataset, DATASETS)
+        build_dataset(config(written, cache_dir=str(folder), cached_video=True))
     assert [p.name for p in (folder / "video").iterdir()] == ["00000.safetensors"]
     monkeypatch.setattr(CacheWriter, "_encode", real)
     left = []
     write_beside(folder / "cache.json.2", lambda path: left.append(path) or path.touch()).unlink()
     left[0].touch()  # as a kill before the renaming leaves it
-    CacheWriter(cfg).run()
+    cache_writer(cfg).run()
     assert not left[0].exists()
     theirs = Path(written["cache_dir"])
     for file in ("video/00000", "video/00001", "text/00000"):
         name = f"{file}.safetensors"
         assert (folder / name).stat().st_size > 0
-        a, b = (build_module(dict(dataset, cache_dir=str(c)), DATASETS).cache.clip(1) for c in (folder, theirs))
+        a, b = (
+            build_dataset(config(written, cache_dir=str(c), cached_video=True)).cache.clip(1) for c in (folder, theirs)
+        )
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -199,7 +203,7 @@ def test_a_cache_that_is_being_replaced_is_not_taken_for_a_whole_one(written, tm
     """Until the new one is whole the old one stays; between the two there is none; a further run ends it."""
     folder = shutil.copytree(written["cache_dir"], tmp_path / "cache")
     cfg = config(written, cache_dir=str(folder), overwrite=True, **{"cache_shard_size": 1})
-    dataset = dataset_section(config(written, cache_dir=str(folder), cached_video=True))
+    read = config(written, cache_dir=str(folder), cached_video=True)
     moved = {"rename": Path.rename, "replace": Path.replace}
 
     def killed(self, target, how):
@@ -211,18 +215,18 @@ def test_a_cache_that_is_being_replaced_is_not_taken_for_a_whole_one(written, tm
         for how in moved:
             patch.setattr(Path, how, partialmethod(killed, how=how))
         with pytest.raises(KeyboardInterrupt):
-            CacheWriter(cfg).run()
+            cache_writer(cfg).run()
     with pytest.raises(UserError, match="holds no cache|not finished"):
-        build_module(dataset, DATASETS)
-    CacheWriter(config(written, cache_dir=str(folder), cache_shard_size=1)).run()
-    assert build_module(dataset, DATASETS).cache.info.shard_size == 1
+        build_dataset(read)
+    cache_writer(config(written, cache_dir=str(folder), cache_shard_size=1)).run()
+    assert build_dataset(read).cache.info.shard_size == 1
     assert not list(folder.rglob(".*"))
 
 
 def test_an_old_cache_stays_if_no_clip_can_be_read(written, tmp_path, monkeypatch):
     folder = shutil.copytree(written["cache_dir"], tmp_path / "cache")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    writer = CacheWriter(config(written, cache_dir=str(folder), overwrite=True))
+    writer = cache_writer(config(written, cache_dir=str(folder), overwrite=True))
 
     def broken(*_):
         raise BrokenMediaError("gone")
@@ -239,7 +243,7 @@ def test_what_is_no_cache_is_left_alone(written, tmp_path, files, overwrite):
     for name in files:
         write_beside(tmp_path / "work" / name, lambda path: path.write_text("mine"))
     with pytest.raises(UserError, match=r"but no cache \(cache.json is missing\)"):
-        CacheWriter(config(written, cache_dir=str(tmp_path / "work"), overwrite=overwrite)).run()
+        cache_writer(config(written, cache_dir=str(tmp_path / "work"), overwrite=overwrite)).run()
     assert [p.read_text() for p in (tmp_path / "work").rglob("*") if p.is_file()] == ["mine"]
 
 
@@ -247,7 +251,7 @@ def test_a_file_of_the_users_among_the_shards_stays(written, tmp_path):
     folder = shutil.copytree(written["cache_dir"], tmp_path / "cache")
     write_beside(folder / "video" / "mine.mp4", lambda path: path.write_text("mine"))
     with pytest.raises(UserError, match=r"no cache's: video/mine\.mp4"):
-        CacheWriter(config(written, cache_dir=str(folder), overwrite=True)).run()
+        cache_writer(config(written, cache_dir=str(folder), overwrite=True)).run()
     assert (folder / "video" / "mine.mp4").read_text() == "mine"
 
 
@@ -266,7 +270,9 @@ def test_a_stale_cache_is_refused(written, changes, message, monkeypatch):
     merged = {key: {**written[key], **changes[key]} for key in ("ae", "t5", "dataset") if key in changes}
     content = {**changes, **merged}
     if content.pop("longer", False):  # as if the cached clips had 65 frames, of which a condition gives 33
-        monkeypatch.setattr("opensora.training.cached.condition_runs", lambda *_: [("head", 1), ("head", 33)])
+        monkeypatch.setattr(
+            "opensora.training.diffusion.cache.condition_runs", lambda *_: [FrameRun("head", 1), FrameRun("head", 33)]
+        )
     with pytest.raises(UserError, match=message):
         losses(config({**written, **content}, cached_video=True, cached_text=True), 1)
 
@@ -281,7 +287,7 @@ def test_other_weights_and_captions_are_noticed(written, tmp_path):
     with pytest.raises(UserError, match=r"(?s)ae.from_pretrained: weights .* --overwrite"):
         losses(config(written, ae=ae, cached_video=True), 1)
     with pytest.raises(UserError, match="made with another video"):
-        CacheWriter(config(written, ae=ae)).run()
+        cache_writer(config(written, ae=ae)).run()
     path = Path(written["dataset"]["data_path"])
     table = pd.read_csv(path)
     table["path"] = [str(path.parent / name) for name in table["path"]]
@@ -304,7 +310,7 @@ def test_another_folder_of_clips_with_the_same_names_is_noticed(written, tmp_pat
     def build(cached, **changes):
         table = {**written["dataset"], "data_path": str(tmp_path / "clips.csv")}
         cfg = config({**written, "dataset": table, cached: True, **changes})
-        return build_module(dataset_section(cfg), DATASETS)
+        return build_dataset(cfg)
 
     assert len(build("cached_video")) == 9  # the same files elsewhere
     clip = np.random.default_rng(1).integers(0, 255, (13, 32, 32, 3), dtype=np.uint8)
@@ -354,7 +360,7 @@ def test_the_command(base, tmp_path, monkeypatch, capsys):
     assert info["video"] is None
     assert not (tmp_path / "out" / "video").exists()
     with pytest.raises(UserError, match="cached_video: the cache .* holds no video"):
-        build_module(dataset_section(config(base, cache_dir=str(tmp_path / "out"), cached_video=True)), DATASETS)
+        build_dataset(config(base, cache_dir=str(tmp_path / "out"), cached_video=True))
     monkeypatch.setattr(sys, "argv", ["cache.py", str(path)])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -7,7 +7,7 @@ import torch
 
 from opensora.datasets.dataloader import build_train_loader, endless
 from opensora.datasets.dataset import VideoTextDataset
-from opensora.encoded.memory import Kept, even_group, fixed_groups
+from opensora.encoded.memory import EncodedMemory, even_group, fixed_groups
 from opensora.registry import MODELS, build_module
 from opensora.training.diffusion.inputs import InputEncoder, InputOptions
 from opensora.utils.video import save_video
@@ -40,11 +40,13 @@ def encoders(tiny_config):
 def prepared(clips, encoders, first=0, workers=0, skip=True, keep=True):
     """What the model would be given at the steps from ``first`` on, and how many clips were read at each."""
     options = InputOptions(t5_dropout=0.3, clip_dropout=0.3, condition_weights=CONDITIONS)
-    encode = InputEncoder(*encoders, options, keep)
+    memory = EncodedMemory() if keep else None
+    encode = InputEncoder(*encoders, options, memory)
     dataset = VideoTextDataset(clips, max_broken=0.5)
-    loader, sampler = build_train_loader(dataset, BUCKETS, seed=1, num_workers=workers, same_windows=True)
-    if skip:
-        sampler.known = encode.knows
+    is_encoded = memory.is_encoded if memory is not None and skip else None
+    loader, sampler = build_train_loader(
+        dataset, BUCKETS, seed=1, num_workers=workers, same_windows=True, is_encoded=is_encoded
+    )
     found, read = [], []
     for step, batch in zip(range(first, STEPS), endless(loader, sampler, first)):
         read.append(len(batch.get("read", ())))
@@ -86,7 +88,7 @@ def test_groups_have_one_size():
     assert list(fixed_groups([4, 5, 6, 7, 8], 2)) == [[4, 5], [6, 7], [8, 8]]
     assert list(fixed_groups([], 3)) == []
     assert [even_group(count, 8) for count in (1, 8, 9, 12, 48)] == [1, 8, 5, 6, 8]
-    kept, asked = Kept(), []
+    kept, asked = EncodedMemory(), []
 
     def compute(positions):
         asked.append(positions)

@@ -1,0 +1,87 @@
+"""What stored latents and embeddings depend on, so that a cache made with something else is refused."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opensora.datasets.source import TABLE_TYPES
+from opensora.utils.errors import UserError
+from opensora.utils.logging import get_logger
+from opensora.utils.weights import files_hash
+
+logger = get_logger(__name__)
+
+# Keys of a section that say where its weights are, not what the encoder computes.
+WHEREABOUTS = ("from_pretrained", "cache_dir", "strict_load", "shardformer")
+# Keys of a dataset that change none of its clips.
+HANDLING = ("data_path", "max_broken", "keep_in_memory", "memory_efficient", "require_text")
+ABSENT = "weights that are not at hand"
+
+
+def _encoder_fingerprint(
+    name: str, section: Mapping[str, Any], must_exist: bool, ignored: Sequence[str] = ()
+) -> dict[str, Any]:
+    if not section.get("from_pretrained"):
+        raise UserError(
+            f"{name}.from_pretrained is not set: what an encoder with random weights makes is of no use later"
+        )
+    kept = {k: v for k, v in sorted(section.items()) if k not in (*WHEREABOUTS, *ignored) and v is not None}
+    fingerprint = {f"{name}.{key}": list(v) if isinstance(v, tuple) else v for key, v in kept.items()}
+    path = section["from_pretrained"]
+    if not must_exist and not Path(path).expanduser().exists():
+        logger.warning("%s.from_pretrained %s is not here: not compared with the weights of the cache", name, path)
+        return {**fingerprint, f"{name}.from_pretrained": ABSENT}
+    return {**fingerprint, f"{name}.from_pretrained": f"weights {files_hash(path, section.get('cache_dir'))}"}
+
+
+def source_fingerprint(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The rules by which a dataset chooses and fits frames.
+
+    Args:
+        section: ``type`` and arguments of the clips' dataset. Of one of the user's own, all that might matter counts.
+    """
+    if section.get("type") in TABLE_TYPES:
+        return {
+            "dataset.fps_max": float(section.get("fps_max", 16)),
+            "dataset.transform_name": section.get("transform_name") or "resize_crop",
+        }
+    rules = {f"dataset.{key}": value for key, value in sorted(section.items()) if key not in HANDLING}
+    return json.loads(json.dumps(rules, default=str))  # as it will be read from cache.json
+
+
+def video_fingerprint(
+    ae: Mapping[str, Any],
+    scaling_keys: Sequence[str],
+    source: Mapping[str, Any],
+    dtype: torch.dtype,
+    must_exist: bool = True,
+) -> dict[str, Any]:
+    """What latents depend on: autoencoder and weights, precision, and the rules that choose and fit frames.
+
+    Args:
+        ae: section of the autoencoder.
+        scaling_keys: those of its keys that change nothing of what is stored.
+        source: section of the clips' dataset.
+        dtype: precision that clips are encoded in.
+        must_exist: refuse weights that are not at hand, instead of leaving them uncompared.
+    """
+    encoder = _encoder_fingerprint("ae", ae, must_exist, ignored=scaling_keys)
+    return {**encoder, **source_fingerprint(source), "dtype": str(dtype)}
+
+
+def text_fingerprint(
+    t5: Mapping[str, Any], clip: Mapping[str, Any], dtype: torch.dtype, must_exist: bool = True
+) -> dict[str, Any]:
+    """What text embeddings depend on besides the text: both encoders and the precision; see
+    :func:`video_fingerprint`."""
+    encoders = [_encoder_fingerprint(name, section, must_exist) for name, section in (("t5", t5), ("clip", clip))]
+    return {**encoders[0], **encoders[1], "dtype": str(dtype)}
+
+
+def describe_changes(made_with: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """A line per key in which two fingerprints differ; weights that are not at hand are not compared."""
+    differing = [key for key in {**made_with, **now} if made_with.get(key) != now.get(key) and now.get(key) != ABSENT]
+    return "\n".join(f"  {k}: {made_with.get(k, 'unset')} then, {now.get(k, 'unset')} now" for k in differing)

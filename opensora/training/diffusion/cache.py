@@ -1,0 +1,183 @@
+"""Training on latents and text embeddings computed beforehand: the cache of a training config."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from opensora.acceleration.devices import pick_device, torch_dtype
+from opensora.datasets.buckets import BucketTable
+from opensora.datasets.source import TABLE_TYPES, ClipSource, build_source
+from opensora.diffusion.conditions import condition_runs
+from opensora.encoded.dataset import CachedVideoTextDataset
+from opensora.encoded.fingerprint import describe_changes, text_fingerprint, video_fingerprint
+from opensora.encoded.store import WHOLE, CacheInfo
+from opensora.encoded.writer import CacheWriter, make_plan
+from opensora.models.build import check_weights
+from opensora.registry import MODELS, build_module
+from opensora.training.diffusion.encoders import cache_folder, meta_autoencoder
+from opensora.utils.errors import UserError
+
+# Keys of the ``dataset`` section that are about reading a cache, not about the clips.
+READER_KEYS = ("cached_video", "cached_text", "cache_dir", "return_latents_path", "load_original_video")
+
+
+def source_section(cfg: Any) -> dict[str, Any]:
+    """The config's ``dataset`` as clips and captions themselves, whatever is cached of them."""
+    section = {key: value for key, value in cfg.dataset.items() if key not in READER_KEYS}
+    return {**section, "type": "video_text"} if section.get("type") in TABLE_TYPES else section
+
+
+def build_dataset(cfg: Any) -> ClipSource:
+    """The config's ``dataset``, read from its cache as far as ``cached_video`` and ``cached_text`` say.
+
+    Raises:
+        UserError: a cache is asked for at the top of the config and refused in its section, or the reverse; whatever is
+            wrong with the dataset or the cache.
+    """
+    section = dict(cfg.dataset)
+    for key in ("cached_video", "cached_text"):
+        if section.get(key) and not cfg[key]:
+            raise UserError(f"dataset.{key} is set, {key} is not: set both, or neither")
+    if not (cfg.cached_video or cfg.cached_text):
+        return build_source(section)
+    return CachedVideoTextDataset(
+        build_source(source_section(cfg)),
+        cached_video=cfg.cached_video,
+        cached_text=cfg.cached_text,
+        cache_dir=cache_folder(cfg),
+        return_latents_path=bool(section.get("return_latents_path")),
+        load_original_video=section.get("load_original_video"),
+    )
+
+
+def check_cache(cfg: Any, dataset: ClipSource) -> None:
+    """Refuse a cache that was not made with this config's encoders, sizes and conditions.
+
+    Args:
+        cfg: resolved config (``TrainOptions``).
+        dataset: of :func:`build_dataset`; one without a cache passes.
+
+    Raises:
+        UserError: says what differs, or what is not cached, and how to write the cache anew.
+    """
+    if not isinstance(dataset, CachedVideoTextDataset):
+        return
+    if dataset.cache is None:
+        if cfg.cached_video and cfg.condition_config and not dataset.load_original_video:
+            raise UserError("condition_config: single latent files hold no conditions; set dataset.load_original_video")
+        return
+    info = dataset.cache.info
+    if cfg.cached_video:
+        _compare(dataset, info.video or {}, _video_fingerprint(cfg, must_exist=False))
+        _check_runs(cfg, dataset)
+    if cfg.cached_text:
+        _compare(dataset, info.text or {}, _text_fingerprint(cfg, must_exist=False))
+
+
+def _video_fingerprint(cfg: Any, must_exist: bool = True) -> dict[str, Any]:
+    scaling_keys = meta_autoencoder(cfg).scaling_keys
+    return video_fingerprint(cfg.ae, scaling_keys, source_section(cfg), torch_dtype(cfg.dtype), must_exist)
+
+
+def _text_fingerprint(cfg: Any, must_exist: bool = True) -> dict[str, Any]:
+    return text_fingerprint(cfg.t5, cfg.clip, torch_dtype(cfg.dtype), must_exist)
+
+
+def _compare(dataset: CachedVideoTextDataset, made_with: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    assert dataset.cache is not None
+    changes = describe_changes(made_with, now)
+    if changes:
+        raise UserError(
+            f"the cache {dataset.cache.folder} does not fit this config:\n{changes}\n"
+            f"Write it again: {dataset.cache.info.config} --overwrite"
+        )
+
+
+def _check_runs(cfg: Any, dataset: CachedVideoTextDataset) -> None:
+    assert dataset.cache is not None
+    if dataset.load_original_video:
+        return
+    ae = meta_autoencoder(cfg)
+    frames = {int(n) for n in dataset.cache.column("num_frames") if n > 0}
+    needed = {run.name for n in frames for run in condition_runs(cfg.condition_config, ae, n)}
+    missing = sorted(needed - set(dataset.cache.info.runs))
+    if missing:
+        raise UserError(
+            f"condition_config: the cache {dataset.cache.folder} lacks the frames {', '.join(missing)}; "
+            f"write it again: {dataset.cache.info.config} --overwrite"
+        )
+
+
+def cache_writer(cfg: Any) -> CacheWriter:
+    """What computes the latents and text embeddings of a training config's clips.
+
+    Args:
+        cfg: resolved config (``CacheOptions``).
+
+    Raises:
+        UserError: anything wrong with config or table.
+    """
+    folder, parts = _check_writing(cfg)
+    ae = meta_autoencoder(cfg)
+    source = build_source(source_section(cfg), keep_in_memory=False)  # each clip is read once
+    plan = make_plan(source, BucketTable(cfg.bucket_config, ae.compression[1] * cfg.patch_size), cfg.seed)
+    runs = {n: condition_runs(cfg.condition_config, ae, n) for n in {key.num_frames for key in plan.keys}}
+    info = CacheInfo(
+        video=_video_fingerprint(cfg) if "video" in parts else None,
+        text=_text_fingerprint(cfg) if "text" in parts else None,
+        runs=[WHOLE, *(run.name for run in sorted({run for found in runs.values() for run in found}))],
+        plan=plan.digest(),
+        clips=len(plan.keys),
+        shard_size=cfg.cache_shard_size,
+        config=f"python scripts/diffusion/cache.py {cfg.config_path} --cache-dir {folder}",
+    )
+    return CacheWriter(
+        folder,
+        source,
+        plan,
+        info,
+        runs,
+        partial(_load_autoencoder, cfg),
+        partial(_load_text_encoders, cfg),
+        overwrite=cfg.overwrite,
+        wait=cfg.wait,
+        num_workers=cfg.num_workers,
+        **({"batch_size": cfg.batch_size} if cfg.batch_size else {}),
+    )
+
+
+def _check_writing(cfg: Any) -> tuple[Path, Sequence[str]]:
+    """Folder of the cache to write, and what it is to hold: ``video``, ``text``."""
+    for key in ("dataset", "bucket_config"):
+        if not cfg.get(key):
+            raise UserError(f"{cfg.config_path}: '{key}' is missing; a cache needs dataset and bucket_config")
+    folder = cache_folder(cfg)
+    if not folder:
+        raise UserError("cache_dir is not set: say where to write, e.g. --cache-dir caches/clips")
+    if cfg.cache_shard_size < 1:
+        raise UserError(f"cache_shard_size={cfg.cache_shard_size}: must be at least 1")
+    parts = ("video", "text") if cfg.cache_parts == "both" else (cfg.cache_parts,)
+    for section in ("ae", *(("t5", "clip") if "text" in parts else ())):
+        if not cfg.get(section):
+            raise UserError(f"{cfg.config_path}: '{section}' is missing")
+    return Path(folder), parts
+
+
+def _load(cfg: Any, section: str) -> Any:
+    check_weights(section, cfg[section])
+    device, dtype = pick_device(cfg.device), torch_dtype(cfg.dtype)
+    model = build_module(dict(cfg[section]), MODELS, device_map=str(device), torch_dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _load_autoencoder(cfg: Any) -> Callable[[Tensor], Tensor]:
+    ae, device, dtype = _load(cfg, "ae"), pick_device(cfg.device), torch_dtype(cfg.dtype)
+    return lambda clips: ae.encode_stored(clips.to(device, dtype)).cpu()
+
+
+def _load_text_encoders(cfg: Any) -> Callable[[Sequence[str]], tuple[Tensor, Tensor]]:
+    t5, clip = _load(cfg, "t5"), _load(cfg, "clip")
+    return lambda texts: (t5(texts).cpu(), clip(texts).cpu())
