@@ -324,32 +324,3 @@ class DiscriminatorLossOptions(Options):
     disc_start: int = opt(0, "first step with this loss", "optimizer steps")
     disc_factor: float = opt(1.0, "constant factor")
     disc_loss_type: Literal["hinge", "vanilla", "wgan-gp"] = opt("hinge", "form of the loss")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextDatasetOptions(DatasetOptions):
-    """Table of texts (`text`)."""
-
-    fps_max: float = opt(16.0, "frame rate above which frames are skipped", "frames/s")
-    vmaf: bool = opt(False, "append the motion score of column score_vmafmotion to texts")
-    memory_efficient: bool = opt(False, "read rows from parquet shards instead of holding the table")
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoTextDatasetOptions(TextDatasetOptions):
-    """Table of clips or images with texts (`video_text`)."""
-
-    transform_name: Literal["resize_crop", "center", "rand_size_crop"] | None = opt(None, "how frames are fitted")
-    keep_in_memory: bool = opt(False, "keep decoded clips in memory; for small tables read many times")
-    max_broken: float = opt(0.05, "share of rows that may be unreadable before the run stops (one at least)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CachedVideoTextDatasetOptions(VideoTextDatasetOptions):
-    """Table of clips with stored latents and text embeddings (`cached_video_text`)."""
-
-    cached_video: bool = opt(False, "read latents from cache_dir, or of column latents_path")
-    cached_text: bool = opt(False, "read embeddings from cache_dir, or of columns text_t5_path and text_clip_path")
-    cache_dir: str | None = opt(None, "folder that scripts/diffusion/cache.py wrote")
-    return_latents_path: bool = opt(False, "samples name their latent file")
-    load_original_video: bool | None = opt(None, "read the clip too; none does where its latents are not cached")

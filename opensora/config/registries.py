@@ -112,7 +112,6 @@ class LazyRegistry(Registry):
                 raise
 
 
-GROUPS = "opensora.config.options"
 PLACE = "opensora.models"
 MODELS = LazyRegistry(
     "model",
@@ -137,9 +136,11 @@ MODELS = LazyRegistry(
 DATASETS = LazyRegistry(
     "dataset",
     {
-        "text": Entry("opensora.datasets.text", f"{GROUPS}:TextDatasetOptions", ("prompts",)),
-        "video_text": Entry("opensora.datasets.dataset", f"{GROUPS}:VideoTextDatasetOptions", ("clips",)),
-        "cached_video_text": Entry("opensora.encoded.dataset", f"{GROUPS}:CachedVideoTextDatasetOptions", ("clips",)),
+        "text": Entry("opensora.datasets.text", "opensora.datasets.config:TextConfig", ("prompts",)),
+        "video_text": Entry("opensora.datasets.dataset", "opensora.datasets.config:VideoTextConfig", ("clips",)),
+        "cached_video_text": Entry(
+            "opensora.encoded.dataset", "opensora.encoded.config:CachedVideoTextConfig", ("clips",)
+        ),
     },
     DatasetOptions,
 )

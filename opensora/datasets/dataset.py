@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from opensora.config.keys import given_config
+from opensora.datasets.config import VideoTextConfig
 from opensora.datasets.rows import ShardedRows, TableRows, read_numbers, with_numbers
 from opensora.datasets.source import ClipDataset, SampleKey
 from opensora.datasets.table import MEDIA_COLUMNS, read_table, require_columns, resolve_media_paths, row_number
@@ -64,47 +66,32 @@ class VideoTextDataset(ClipDataset):
     """Clips and pictures with captions, listed in a CSV or parquet table.
 
     Args:
-        data_path: table with columns ``path,text,num_frames,height,width,fps`` (and ``score_vmafmotion`` if ``vmaf``).
-        transform_name: "resize_crop" (cover the size, cut the centre) or "center" (the same for square sizes, pictures
-            halved by averaging before they are scaled).
-        fps_max: clips of a higher rate are strided down to it.
-        vmaf: append the motion score to the caption.
-        memory_efficient: keep only the numbers of the (parquet) table in memory and read paths and captions from the
-            shards beside it; clips that are missing are then found when they are read.
-        max_broken: share of the rows that may turn out to be unreadable before loading stops (one row at least).
-        keep_in_memory: keep decoded clips (uint8) in memory; for small datasets that are read many times.
+        config: the table, with columns ``path,text,num_frames,height,width,fps`` (and ``score_vmafmotion`` if
+            ``vmaf``), and how it is read. ``transform_name`` is "resize_crop" (cover the size, cut the centre) or
+            "center" (the same for square sizes, pictures halved by averaging before they are scaled). With
+            ``memory_efficient`` only the numbers of the (parquet) table are in memory, and clips that are missing are
+            found when they are read.
         require_text: refuse a table without captions (VAE training does not need them).
+        **keys: those of `VideoTextConfig` instead.
 
     Raises:
-        UserError: missing file or column, a length, size or rate that is none, or clips that are not where the table
-            says.
+        UserError: missing file or column, a length, size or rate that is not a number, or clips that are not where the
+            table says.
     """
 
-    def __init__(
-        self,
-        data_path: str | None = None,
-        transform_name: str | None = "resize_crop",
-        fps_max: float = 16,
-        vmaf: bool = False,
-        memory_efficient: bool = False,
-        max_broken: float = 0.05,
-        keep_in_memory: bool = False,
-        require_text: bool = True,
-    ) -> None:
+    def __init__(self, config: VideoTextConfig | str | None = None, *, require_text: bool = True, **keys: Any) -> None:
+        own = given_config(VideoTextConfig, config, keys, "dataset")
+        data_path, vmaf = own.data_path, own.vmaf
         if not data_path:
             raise UserError("dataset.data_path is not set: give a csv or parquet table of clips")
-        if (transform_name or "resize_crop") not in TRANSFORMS:
-            raise UserError(f"dataset.transform_name={transform_name!r}: choose from {', '.join(TRANSFORMS)}")
-        if not fps_max > 0:
-            raise UserError(f"dataset.fps_max={fps_max:g}: must be more than 0 frames per second")
-        if not 0 <= max_broken <= 1:
-            raise UserError(f"dataset.max_broken={max_broken:g}: a share of the rows, from 0 to 1")
-        self.data_path, self.fps_max, self.max_broken = str(data_path), fps_max, max_broken
-        self.transform_name = transform_name or "resize_crop"
+        self.data_path, self.fps_max, self.max_broken = data_path, own.fps_max, own.max_broken
+        self.transform_name = own.transform_name or "resize_crop"
+        if self.transform_name not in TRANSFORMS:
+            raise UserError(f"dataset.transform_name={self.transform_name!r}: choose from {', '.join(TRANSFORMS)}")
         texts = ("text",) if require_text else ()
         scores = ("score_vmafmotion",) if vmaf else ()
         self.rows: TableRows | ShardedRows
-        if memory_efficient:
+        if own.memory_efficient:
             self.data = read_numbers(data_path, ("path", *texts), scores)
             self.rows = ShardedRows(data_path, len(self.data))
         else:
@@ -115,7 +102,7 @@ class VideoTextDataset(ClipDataset):
             self.rows = TableRows(self.data)
         self.vmaf = vmaf and "score_vmafmotion" in self.rows.columns
         self._numbers = {name: self.data[name].to_numpy() for name in ("num_frames", "fps")}
-        self._decoded: dict[int, np.ndarray] | None = {} if keep_in_memory else None
+        self._decoded: dict[int, np.ndarray] | None = {} if own.keep_in_memory else None
 
     def strides(self) -> np.ndarray:
         """Distance between the frames taken of each row: int32 ``[N]``."""

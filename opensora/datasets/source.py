@@ -1,7 +1,6 @@
 """What bucket sampling, loading, caching and evaluation ask of a dataset of captioned clips."""
 
 import inspect
-from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -15,7 +14,6 @@ from opensora.datasets.video_io import BrokenMediaError
 from opensora.registry import DATASETS, build_module
 from opensora.utils.errors import UserError
 
-TABLE_TYPES = ("video_text", "cached_video_text")  # datasets that read media files listed in a table
 Sizes = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -134,23 +132,20 @@ class ClipDataset(Dataset):
         return "" if pd.isna(text) else str(text)
 
 
-def build_source(section: DatasetOptions | Mapping[str, Any], **preferred: Any) -> ClipSource:
+def build_source(section: DatasetOptions, **preferred: Any) -> ClipSource:
     """The dataset of a config section.
 
     Args:
-        section: ``type`` and arguments.
-        preferred: arguments for those types that take them.
+        section: its options.
+        preferred: further arguments for those types that take them.
 
     Raises:
         UserError: as :func:`opensora.registry.build_module`; a type that is no :class:`ClipSource`.
     """
-    kind = section.get("type")
-    if kind is not None:
-        group = DATASETS.config_of(kind)
-        taken = {*inspect.signature(DATASETS.resolve(kind)).parameters, *(group_options(group) if group else ())}
-        preferred = {key: value for key, value in preferred.items() if key in taken}
-    dataset = build_module(section, DATASETS, **preferred)
+    group, factory = DATASETS.config_of(section.type), DATASETS.resolve(section.type)
+    taken = {*inspect.signature(factory).parameters, *group_options(group)}
+    dataset = build_module(section, DATASETS, **{key: value for key, value in preferred.items() if key in taken})
     missing = [name for name in MEMBERS if not hasattr(dataset, name)]
     if missing:
-        raise UserError(f"dataset.type={kind}: no dataset of clips, it has no {', '.join(missing)}")
+        raise UserError(f"dataset.type={section.type}: no dataset of clips, it has no {', '.join(missing)}")
     return cast(ClipSource, dataset)

@@ -1,7 +1,11 @@
 """Table of prompts."""
 
+from typing import Any
+
 from torch.utils.data import Dataset
 
+from opensora.config.keys import given_config
+from opensora.datasets.config import TextConfig
 from opensora.datasets.table import read_table, require_columns
 from opensora.registry import DATASETS
 from opensora.utils.errors import UserError
@@ -14,20 +18,18 @@ class TextDataset(Dataset):
     A dataset of the user's own that is to give prompts has ``data_path``, a length, and the same rows.
 
     Args:
-        data_path: CSV or parquet table with a column ``text``.
-        fps_max, vmaf, memory_efficient: of training; they change no prompt.
+        config: with the CSV or parquet table, which has a column ``text``.
+        **keys: those of `TextConfig` instead.
 
     Raises:
         UserError: missing file or column, or a file that cannot be parsed.
     """
 
-    def __init__(
-        self, data_path: str | None = None, fps_max: float = 16.0, vmaf: bool = False, memory_efficient: bool = False
-    ) -> None:
-        del fps_max, vmaf, memory_efficient
+    def __init__(self, config: TextConfig | str | None = None, **keys: Any) -> None:
+        data_path = given_config(TextConfig, config, keys, "dataset").data_path
         if not data_path:
             raise UserError("dataset.data_path is not set: give a csv or parquet table of prompts")
-        self.data_path = str(data_path)
+        self.data_path = data_path
         self._table = read_table(data_path, as_text=True)
         require_columns(self._table, ["text"], data_path)
 

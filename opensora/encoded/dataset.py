@@ -1,6 +1,7 @@
 """The dataset that reads latents and text embeddings computed beforehand, whatever the clips come from."""
 
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from opensora.config.keys import given_config
+from opensora.datasets.config import VideoTextConfig
 from opensora.datasets.dataset import VideoTextDataset
 from opensora.datasets.source import ClipDataset, ClipSource, SampleKey, Sizes
 from opensora.datasets.table import row_name
 from opensora.datasets.video_io import BrokenMediaError
+from opensora.encoded.config import CachedVideoTextConfig
 from opensora.encoded.store import SIZE_COLUMN, Cache, file_bytes, shard_path, text_hash
 from opensora.registry import DATASETS
 from opensora.utils.errors import UserError
@@ -32,31 +36,21 @@ class CachedVideoTextDataset(ClipDataset):
 
     Args:
         source: the clips and captions themselves.
-        cached_video, cached_text: what is taken from the cache.
-        cache_dir: folder of the cache.
-        return_latents_path: samples name their latent file.
-        load_original_video: read the clip too; None does where its latents are not cached.
+        config: the cache, what is taken from it and what beside it.
 
     Raises:
         UserError: no cache, an unfinished one, or one of other paths or captions.
     """
 
-    def __init__(
-        self,
-        source: ClipSource,
-        *,
-        cached_video: bool = False,
-        cached_text: bool = False,
-        cache_dir: str | None = None,
-        return_latents_path: bool = False,
-        load_original_video: bool | None = None,
-    ) -> None:
+    def __init__(self, source: ClipSource, config: CachedVideoTextConfig) -> None:
         self.source = source
         self.data, self.data_path, self.max_broken = source.data, source.data_path, source.max_broken
-        self.cached_video, self.cached_text = cached_video, cached_text
-        self.return_latents_path = return_latents_path
-        self.load_original_video = not cached_video if load_original_video is None else load_original_video
-        self.cache = Cache(cache_dir, len(self)) if cache_dir and (cached_video or cached_text) else None
+        self.cached_video, self.cached_text = config.cached_video, config.cached_text
+        self.return_latents_path = config.return_latents_path
+        original = config.load_original_video
+        self.load_original_video = not config.cached_video if original is None else original
+        wanted = config.cached_video or config.cached_text
+        self.cache = Cache(config.cache_dir, len(self)) if config.cache_dir and wanted else None
         self._check_parts()
         if self.cache is not None:
             # Of all loader workers together, so that a row is checked once in a run.
@@ -170,23 +164,18 @@ class CachedVideoTextDataset(ClipDataset):
 
 @DATASETS.register_module("cached_video_text")
 def cached_video_text(
-    cached_video: bool = False,
-    cached_text: bool = False,
-    cache_dir: str | None = None,
-    return_latents_path: bool = False,
-    load_original_video: bool | None = None,
-    require_text: bool = True,
-    **table: Any,
+    config: CachedVideoTextConfig | str | None = None, *, require_text: bool = True, **keys: Any
 ) -> CachedVideoTextDataset:
-    """:class:`CachedVideoTextDataset` of the clips of a table; the other arguments are those of ``video_text``."""
-    return CachedVideoTextDataset(
-        VideoTextDataset(**table, require_text=require_text),
-        cached_video=cached_video,
-        cached_text=cached_text,
-        cache_dir=cache_dir,
-        return_latents_path=return_latents_path,
-        load_original_video=load_original_video,
-    )
+    """:class:`CachedVideoTextDataset` of the clips of a table; arguments as of ``VideoTextDataset``."""
+    own = given_config(CachedVideoTextConfig, config, keys, "dataset")
+    return CachedVideoTextDataset(VideoTextDataset(table_of(own), require_text=require_text), own)
+
+
+def table_of(config: VideoTextConfig) -> VideoTextConfig:
+    """The part of a section that is about the table itself."""
+    names = [key.name for key in fields(VideoTextConfig) if key.metadata]
+    given = tuple(key for key in config.given if key in names)
+    return VideoTextConfig(type="video_text", given=given, **{name: getattr(config, name) for name in names})
 
 
 def _hashes(texts: list[str]) -> np.ndarray:

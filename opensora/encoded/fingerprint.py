@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from opensora.datasets.source import TABLE_TYPES
+from opensora.config.options import DatasetOptions, ModelOptions
+from opensora.datasets.config import VideoTextConfig
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from opensora.utils.weights import files_hash
@@ -22,40 +23,40 @@ ABSENT = "weights that are not at hand"
 
 
 def _encoder_fingerprint(
-    name: str, section: Mapping[str, Any], must_exist: bool, ignored: Sequence[str] = ()
+    name: str, section: ModelOptions, must_exist: bool, ignored: Sequence[str] = ()
 ) -> dict[str, Any]:
-    if not section.get("from_pretrained"):
+    path = section.from_pretrained
+    if not path:
         raise UserError(
             f"{name}.from_pretrained is not set: what an encoder with random weights makes is of no use later"
         )
-    kept = {k: v for k, v in sorted(section.items()) if k not in (*WHEREABOUTS, *ignored) and v is not None}
+    kept = {k: v for k, v in sorted(section.to_dict().items()) if k not in (*WHEREABOUTS, *ignored) and v is not None}
     fingerprint = {f"{name}.{key}": list(v) if isinstance(v, tuple) else v for key, v in kept.items()}
-    path = section["from_pretrained"]
     if not must_exist and not Path(path).expanduser().exists():
         logger.warning("%s.from_pretrained %s is not here: not compared with the weights of the cache", name, path)
         return {**fingerprint, f"{name}.from_pretrained": ABSENT}
-    return {**fingerprint, f"{name}.from_pretrained": f"weights {files_hash(path, section.get('cache_dir'))}"}
+    return {**fingerprint, f"{name}.from_pretrained": f"weights {files_hash(path, section.cache_dir)}"}
 
 
-def source_fingerprint(section: Mapping[str, Any]) -> dict[str, Any]:
+def source_fingerprint(section: DatasetOptions) -> dict[str, Any]:
     """The rules by which a dataset chooses and fits frames.
 
     Args:
         section: ``type`` and arguments of the clips' dataset. Of one of the user's own, all that might matter counts.
     """
-    if section.get("type") in TABLE_TYPES:
+    if isinstance(section, VideoTextConfig):
         return {
-            "dataset.fps_max": float(section.get("fps_max", 16)),
-            "dataset.transform_name": section.get("transform_name") or "resize_crop",
+            "dataset.fps_max": section.fps_max,
+            "dataset.transform_name": section.transform_name or "resize_crop",
         }
-    rules = {f"dataset.{key}": value for key, value in sorted(section.items()) if key not in HANDLING}
+    rules = {f"dataset.{key}": value for key, value in sorted(section.to_dict().items()) if key not in HANDLING}
     return json.loads(json.dumps(rules, default=str))  # as it will be read from cache.json
 
 
 def video_fingerprint(
-    ae: Mapping[str, Any],
+    ae: ModelOptions,
     scaling_keys: Sequence[str],
-    source: Mapping[str, Any],
+    source: DatasetOptions,
     dtype: torch.dtype,
     must_exist: bool = True,
 ) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def video_fingerprint(
 
 
 def text_fingerprint(
-    t5: Mapping[str, Any], clip: Mapping[str, Any], dtype: torch.dtype, must_exist: bool = True
+    t5: ModelOptions, clip: ModelOptions, dtype: torch.dtype, must_exist: bool = True
 ) -> dict[str, Any]:
     """What text embeddings depend on besides the text: both encoders and the precision; see
     :func:`video_fingerprint`."""

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from opensora.datasets.buckets import BucketTable
+from opensora.datasets.config import VideoTextConfig
 from opensora.datasets.dataset import target_fps
 from opensora.datasets.meta import probe_media
 from opensora.datasets.rows import with_numbers
-from opensora.datasets.source import TABLE_TYPES, ClipSource, SampleKey, build_source
+from opensora.datasets.source import ClipSource, SampleKey, build_source
 from opensora.datasets.table import MEDIA_COLUMNS, read_table, require_columns, resolve_media_paths
 from opensora.datasets.transforms import resize_crop, to_model_range
 from opensora.datasets.video_io import BrokenMediaError, read_frames
@@ -108,10 +109,9 @@ def list_media(data_path: str | Path, save_dir: str | Path | None = None) -> pd.
 
 def own_source(cfg: Any) -> ClipSource | None:
     """The config's ``dataset`` if it is of a type of the user's own; None for clips in a folder or a table of files."""
-    section = cfg.dataset or {}
-    if not section.get("type") or section["type"] in TABLE_TYPES:
+    if cfg.dataset is None or isinstance(cfg.dataset, VideoTextConfig):
         return None
-    return build_source(section, require_text=False)
+    return build_source(cfg.dataset, require_text=False)
 
 
 def choose_clips(cfg: Any, autoencoder: Autoencoder, source: ClipSource | None = None) -> list[EvalClip]:

@@ -1,6 +1,7 @@
 """Training on latents and text embeddings computed beforehand: the cache of a training config."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from opensora.acceleration.devices import pick_device, torch_dtype
+from opensora.config.options import DatasetOptions
 from opensora.datasets.buckets import BucketTable
-from opensora.datasets.source import TABLE_TYPES, ClipSource, build_source
+from opensora.datasets.config import VideoTextConfig
+from opensora.datasets.source import ClipSource, build_source
 from opensora.diffusion.conditions import condition_runs
-from opensora.encoded.dataset import CachedVideoTextDataset
+from opensora.encoded.config import CachedVideoTextConfig
+from opensora.encoded.dataset import CachedVideoTextDataset, table_of
 from opensora.encoded.fingerprint import describe_changes, text_fingerprint, video_fingerprint
 from opensora.encoded.store import WHOLE, CacheInfo
 from opensora.encoded.writer import CacheWriter, make_plan
@@ -20,14 +24,10 @@ from opensora.registry import MODELS, build_module
 from opensora.training.diffusion.encoders import cache_folder, meta_autoencoder
 from opensora.utils.errors import UserError
 
-# Keys of the ``dataset`` section that are about reading a cache, not about the clips.
-READER_KEYS = ("cached_video", "cached_text", "cache_dir", "return_latents_path", "load_original_video")
 
-
-def source_section(cfg: Any) -> dict[str, Any]:
+def source_section(cfg: Any) -> DatasetOptions:
     """The config's ``dataset`` as clips and captions themselves, whatever is cached of them."""
-    section = {key: value for key, value in cfg.dataset.items() if key not in READER_KEYS}
-    return {**section, "type": "video_text"} if section.get("type") in TABLE_TYPES else section
+    return table_of(cfg.dataset) if isinstance(cfg.dataset, VideoTextConfig) else cfg.dataset
 
 
 def build_dataset(cfg: Any) -> ClipSource:
@@ -37,20 +37,15 @@ def build_dataset(cfg: Any) -> ClipSource:
         UserError: a cache is asked for at the top of the config and refused in its section, or the reverse; whatever is
             wrong with the dataset or the cache.
     """
-    section = dict(cfg.dataset)
+    section = cfg.dataset
+    reader = section if isinstance(section, CachedVideoTextConfig) else CachedVideoTextConfig()
     for key in ("cached_video", "cached_text"):
-        if section.get(key) and not cfg[key]:
+        if getattr(reader, key) and not getattr(cfg, key):
             raise UserError(f"dataset.{key} is set, {key} is not: set both, or neither")
     if not (cfg.cached_video or cfg.cached_text):
         return build_source(section)
-    return CachedVideoTextDataset(
-        build_source(source_section(cfg)),
-        cached_video=cfg.cached_video,
-        cached_text=cfg.cached_text,
-        cache_dir=cache_folder(cfg),
-        return_latents_path=bool(section.get("return_latents_path")),
-        load_original_video=section.get("load_original_video"),
-    )
+    config = replace(reader, cached_video=cfg.cached_video, cached_text=cfg.cached_text, cache_dir=cache_folder(cfg))
+    return CachedVideoTextDataset(build_source(source_section(cfg)), config)
 
 
 def check_cache(cfg: Any, dataset: ClipSource) -> None:

@@ -13,7 +13,7 @@ from opensora.registry import MODELS, build_module
 
 def cache_folder(cfg: Any) -> str | None:
     """The config's ``cache_dir``, or that of its ``dataset``."""
-    return cfg.cache_dir or cfg.dataset.get("cache_dir")
+    return cfg.cache_dir or getattr(cfg.dataset, "cache_dir", None)
 
 
 def meta_autoencoder(cfg: Any) -> Autoencoder:

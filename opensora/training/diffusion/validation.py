@@ -59,8 +59,8 @@ class Validation:
     def __init__(self, cfg: Any, options: InputOptions) -> None:
         section = cfg.validation
         self.every, self.times, self.seed = section["every"], list(section["timesteps"]), section["seed"]
-        source = source_section(cfg)
-        dataset = build_source({**source, "data_path": section["data_path"]}, keep_in_memory=False)
+        source = replace(source_section(cfg), data_path=section["data_path"])
+        dataset = build_source(source, keep_in_memory=False)
         self.loader, sampler = build_train_loader(
             dataset, single_clip_buckets(cfg.bucket_config), multiple=options.spatial_multiple, seed=self.seed
         )

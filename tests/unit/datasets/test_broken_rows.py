@@ -129,7 +129,7 @@ def test_numbers_may_be_written_as_text(clips, tmp_path):
 
 def test_a_rate_beyond_reason_makes_a_clip_too_short():
     assert frame_strides(np.array([8.0, 1e12, np.nan]), 24).tolist() == [1, 2**31 - 1, 1]
-    with pytest.raises(UserError, match="dataset.fps_max=0: must be more than 0"):
+    with pytest.raises(UserError, match="dataset.fps_max=0.0: must be above 0"):
         VideoTextDataset("clips.csv", fps_max=0)
 
 

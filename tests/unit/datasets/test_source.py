@@ -9,6 +9,7 @@ import torch
 
 from opensora.config import load_config
 from opensora.config.commands import CacheOptions, TrainOptions, VaeInferenceOptions
+from opensora.config.keys import read_section
 from opensora.datasets.dataloader import build_train_loader
 from opensora.datasets.source import ClipDataset, SampleKey, build_source
 from opensora.datasets.video_io import BrokenMediaError
@@ -77,7 +78,9 @@ def written(base, tmp_path_factory):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches(workers):
-    source = build_source({"type": "moving_bars", "brightness": 0.5}, require_text=False, keep_in_memory=False)
+    source = build_source(
+        read_section({"type": "moving_bars", "brightness": 0.5}, DATASETS), require_text=False, keep_in_memory=False
+    )
     loader, sampler = build_train_loader(source, BUCKETS, num_workers=workers)
     batches = list(loader)
     assert len(batches) == len(sampler) == 4
@@ -94,9 +97,9 @@ def test_batches(workers):
 def test_what_is_no_source_of_clips_is_refused(tmp_path):
     pd.DataFrame({"text": ["a"]}).to_csv(tmp_path / "prompts.csv", index=False)
     with pytest.raises(UserError, match="dataset.type=text: no dataset of clips, it has no data, .*fixed_sizes"):
-        build_source({"type": "text", "data_path": str(tmp_path / "prompts.csv")})
+        build_source(read_section({"type": "text", "data_path": str(tmp_path / "prompts.csv")}, DATASETS))
     with pytest.raises(UserError, match="'moving_bars' takes no argument 'brightnes'; did you mean 'brightness'"):
-        build_source({"type": "moving_bars", "brightnes": 1.0})
+        build_source(read_section({"type": "moving_bars", "brightnes": 1.0}, DATASETS))
 
 
 def test_cached_and_read_back(written):
@@ -106,7 +109,10 @@ def test_cached_and_read_back(written):
     assert sorted(dataset.cache.rows) == [0, 1, 2, 4, 5, 6, 7]
     assert dataset.cache.info.runs == ["all", "tail_1"]
     ae = build_module(dict(cfg.ae), MODELS, torch_dtype=torch.float32)
-    (batch, *_), source = list(build_train_loader(dataset, BUCKETS)[0]), build_source({"type": "moving_bars"})
+    (batch, *_), source = (
+        list(build_train_loader(dataset, BUCKETS)[0]),
+        build_source(read_section({"type": "moving_bars"}, DATASETS)),
+    )
     assert "video" not in batch
     for place, row in enumerate(batch["index"]):
         clip = source.clip(SampleKey(row, 9, 32, 32, 0), {})

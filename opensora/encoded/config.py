@@ -1,0 +1,17 @@
+"""Options of the dataset that reads a cache."""
+
+from dataclasses import dataclass
+
+from opensora.config.options import opt
+from opensora.datasets.config import VideoTextConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedVideoTextConfig(VideoTextConfig):
+    """Table of clips with stored latents and text embeddings (`cached_video_text`)."""
+
+    cached_video: bool = opt(False, "read latents from cache_dir, or of column latents_path")
+    cached_text: bool = opt(False, "read embeddings from cache_dir, or of columns text_t5_path and text_clip_path")
+    cache_dir: str | None = opt(None, "folder that scripts/diffusion/cache.py wrote")
+    return_latents_path: bool = opt(False, "samples name their latent file")
+    load_original_video: bool | None = opt(None, "read the clip too; none does where its latents are not cached")
