@@ -57,5 +57,5 @@ def progressive(container: "av.container.InputContainer", stream: "av.VideoStrea
 
 def _parity(stream: "av.VideoStream") -> str:
     """Which field is shown first, by the header: frames have a flag for it that does not reach the filter."""
-    order = getattr(stream.codec_context, "field_order", 0)  # not known to older releases of PyAV
-    return "bff" if order in BOTTOM_FIRST or stream.codec_context.name == "dvvideo" else "tff"
+    context = stream.codec_context
+    return "bff" if context.field_order in BOTTOM_FIRST or context.name == "dvvideo" else "tff"

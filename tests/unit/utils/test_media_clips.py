@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.video.reformatter import Colorspace
 from PIL import Image
 
 from opensora.utils import video
@@ -279,3 +280,24 @@ def _refusal(read: Callable[[Path], object], path: Path) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def test_what_an_interlaced_clip_says_of_itself_is_kept(tmp_path):
+    tags = {"colorspace": 1, "color_range": 2, "color_primaries": 1, "color_trc": 1}
+    still = scene(1).repeat(6, axis=0)
+    options = {"x264-params": "tff=1:cpu-independent=1", "crf": "5"}
+    path = write_clip(
+        tmp_path / "a.mp4",
+        still,
+        matrix=Colorspace.ITU709,
+        full=True,
+        tags=tags,
+        options=options,
+        turned=(-90, True, False),
+    )
+    assert probe(path).interlaced
+    expected = np.rot90(still, -1, axes=(1, 2))[:, :, ::-1]
+    frames, _ = read_clip(path)
+    assert np.abs(frames.astype(int) - expected).mean() < 3
+    inner = np.abs(frames.astype(int) - expected)[:, 10:-10, 10:-10].max(axis=(0, 3))
+    assert np.median(inner) < 4
