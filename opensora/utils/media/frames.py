@@ -136,8 +136,10 @@ class _Search:
             if not stamps:
                 return found, False
             if self.wanted[0] > 0:
-                lead = 4 * tolerance * deinterlace  # the frame before is needed, too
-                container.seek(stamps[0] - lead, stream=stream, backward=True)
+                target = stamps[0]
+                if deinterlace and stream.average_rate and stream.time_base:  # the frame before is needed, too
+                    target -= round(1.5 / float(stream.average_rate * stream.time_base))
+                container.seek(max(target, stream.start_time or 0), stream=stream, backward=True)
             lookup = _Nearest(stamps, tolerance)
             frames = progressive(container, stream) if deinterlace else _needed(container, stream, lookup)
             for frame in frames:
