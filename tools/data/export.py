@@ -12,8 +12,8 @@ if __package__ in (None, ""):
 
 from opensora.config import run_main
 from opensora.utils.errors import UserError
-from tools.data.pipeline import TABLE_FILE, is_active
-from tools.data.table_files import write_table
+from tools.data.engine.pipeline import TABLE_FILE, is_active
+from tools.data.engine.tables import write_table
 
 TRAIN_COLUMNS = ("path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps")
 EXTRA_COLUMNS = ("score_vmafmotion", "aesthetic", "match", "camera_motion", "tier")

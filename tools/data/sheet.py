@@ -17,9 +17,9 @@ if __package__ in (None, ""):
 from opensora.config import run_main
 from opensora.utils.errors import UserError
 from opensora.utils.video import contact_sheet, is_video, read_image, read_video
-from tools.data.counts import check_count
+from tools.arguments import Bounded
+from tools.data.engine.stage import shrink
 from tools.data.export import read_result
-from tools.data.stage import shrink
 
 SCORES = ("score_vmafmotion", "sharpness", "text_area", "aesthetic", "match", "camera_motion")
 SIDE = 200  # px of a frame on the sheet
@@ -73,12 +73,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("output", type=Path, help="folder of a run of tools/data/run.py")
     parser.add_argument("--out", type=Path, help="folder for the pictures (default: OUTPUT/report)")
-    parser.add_argument("--rows", type=int, default=6, help="clips per sheet")
-    parser.add_argument("--frames", type=int, default=4, help="frames per clip")
+    parser.add_argument("--rows", type=int, action=Bounded, least=1, most=1000, default=6, help="clips per sheet")
+    parser.add_argument("--frames", type=int, action=Bounded, least=1, most=1000, default=4, help="frames per clip")
     parser.add_argument("--seed", type=int, default=0, help="of the random choice")
     args = parser.parse_args(argv)
-    check_count("--rows", args.rows, 1)
-    check_count("--frames", args.frames, 1)
     for path in make_sheets(args.output, args.out or args.output / "report", args.rows, args.frames, args.seed):
         print(path)
 

@@ -10,14 +10,13 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from opensora.config import parse_config, run_main
+from opensora.config import run_main
 from opensora.utils.errors import UserError
 from opensora.utils.logging import setup_logging
-from tools.data.chain import STAGES, chain_for, make_pipeline, read_input
-from tools.data.options import DataOptions
+from tools.data.chain import STAGES, chain_for, make_pipeline, parse, read_input
+from tools.data.engine.tables import write_table
 from tools.data.run import print_plan
 from tools.data.status import error_text
-from tools.data.table_files import write_table
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,12 +25,12 @@ def main(argv: list[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0].startswith("-"):
         raise UserError(f"usage: stage_run.py STAGE CONFIG --input DIR --output DIR; stages: {', '.join(STAGES)}")
-    cfg = parse_config(words[1:], DataOptions)
+    cfg = parse(words[1:])
     files = read_input(cfg)
     chain = chain_for(words[0], cfg, files.columns)
     pipeline = make_pipeline(chain, cfg)
-    if cfg["dry_run"]:
-        print_plan(pipeline, files.height, files)
+    if cfg.dry_run:
+        print_plan(pipeline, files)
         return
     table = pipeline.run(files)
     out = pipeline.root / f"{words[0]}.csv"

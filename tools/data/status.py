@@ -13,7 +13,7 @@ if __package__ in (None, ""):
 
 from opensora.config import run_main
 from opensora.utils.errors import UserError
-from tools.data.pipeline import FUNNEL_FILE, TABLE_FILE
+from tools.data.engine.pipeline import FUNNEL_FILE, TABLE_FILE
 
 MOST_ERRORS = 10
 

@@ -17,8 +17,8 @@ if __package__ in (None, ""):
 
 from opensora.config import run_main
 from opensora.utils.errors import UserError
-from tools.data.counts import check_count
-from tools.data.table_files import check_format, read_table, write_table
+from tools.arguments import Bounded
+from tools.data.engine.tables import check_format, read_table, write_table
 
 
 def read_all(patterns: Sequence[str]) -> pl.DataFrame:
@@ -144,10 +144,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sort", type=_names, metavar="A,B", help="largest first")
     parser.add_argument("--sort-ascending", type=_names, metavar="A,B", help="smallest first")
     parser.add_argument("--shuffle", action="store_true", help="random order")
-    parser.add_argument("--sample", type=int, metavar="N", help="keep so many at random, in their order")
-    parser.add_argument("--head", type=int, metavar="N", help="keep the first")
+    count: dict[str, Any] = {"type": int, "action": Bounded, "metavar": "N"}
+    parser.add_argument("--sample", **count, least=0, help="keep so many at random, in their order")
+    parser.add_argument("--head", **count, least=0, help="keep the first")
     parser.add_argument("--columns", type=_names, metavar="A,B", help="keep these columns, in this order")
-    parser.add_argument("--split", type=int, default=1, metavar="N", help="write so many files")
+    parser.add_argument("--split", **count, least=1, most=10_000, default=1, help="write so many files")
     parser.add_argument("--seed", type=int, default=0, help="of --shuffle and --sample")
     return parser.parse_args(argv)
 
@@ -156,8 +157,6 @@ def main(argv: list[str] | None = None) -> None:
     """Read, change, write; print what came of it."""
     args = parse_args(argv)
     check_format(args.out)
-    for flag, value, least in (("--sample", args.sample, 0), ("--head", args.head, 0), ("--split", args.split, 1)):
-        check_count(flag, value, least)
     table = read_all(args.inputs)
     before = table.height
     table = transform(table, args)

@@ -10,19 +10,15 @@ import pytest
 
 from opensora.utils.errors import UserError
 from opensora.utils.video import read_image, read_video, save_image, save_video
-from tools.data.cut import Cut, Whole, content_box, split_scenes
-from tools.data.ingest import Ingest, list_files, raw_reason, read_list
-from tools.data.options import CutOptions, IngestOptions, ScenesOptions
-from tools.data.pipeline import Pipeline
-from tools.data.runners import LocalRunner
+from tools.data.engine.pipeline import Pipeline
+from tools.data.engine.runners import LocalRunner
+from tools.data.engine.stage import NoOptions
 from tools.data.sample_footage import dissolve, letterbox, pan, shake, still, texture, view
-from tools.data.scenes import Scenes
+from tools.data.stages.cut import Cut, CutOptions, Whole, content_box, split_scenes
+from tools.data.stages.ingest import Ingest, IngestOptions, list_files, raw_reason, read_list
+from tools.data.stages.scenes import Scenes, ScenesOptions
 
 SIZE = (72, 128)
-
-
-def settings(options, **changes) -> dict:
-    return {**vars(options()), **changes}
 
 
 def numbered(frames: int, size=SIZE) -> np.ndarray:
@@ -44,15 +40,15 @@ def run(tmp_path: Path, *stages, files=None) -> pl.DataFrame:
 
 
 def ingest(tmp_path: Path, **changes) -> Ingest:
-    return Ingest(settings(IngestOptions, **{"min_bpp": 0.0, "min_seconds": 0.0, **changes}), tmp_path / "out")
+    return Ingest(IngestOptions(**{"min_bpp": 0.0, "min_seconds": 0.0, **changes}), tmp_path / "out")
 
 
 def cut(tmp_path: Path, **changes) -> Cut:
-    return Cut(settings(CutOptions, **{"min_seconds": 0.1, "crf": 8, **changes}), tmp_path / "out")
+    return Cut(CutOptions(**{"min_seconds": 0.1, "crf": 8, **changes}), tmp_path / "out")
 
 
 def scenes(tmp_path: Path, **changes) -> Scenes:
-    return Scenes(settings(ScenesOptions, **changes), tmp_path / "out")
+    return Scenes(ScenesOptions(**changes), tmp_path / "out")
 
 
 def write_audio(path: Path) -> None:
@@ -190,7 +186,7 @@ def test_raw_filters():
         "too tall": {"source_height": 49},
     }
     for reason, change in reasons.items():
-        assert raw_reason({**good, **change}, settings(IngestOptions)) == reason
+        assert raw_reason({**good, **change}, IngestOptions()) == reason
 
 
 def test_same_file_twice_stays_in_once(tmp_path):
@@ -345,7 +341,7 @@ def test_phone_video_stands_upright(tmp_path):
     assert frame.shape[:2] == SIZE[::-1]
     assert frame[4:16, -16:-4, 0].min() > 200
     assert frame[4:16, -16:-4, 1].max() < 60
-    whole = Whole({}, tmp_path / "out").worker()
+    whole = Whole(NoOptions(), tmp_path / "out").worker()
     with pytest.raises(UserError, match="rotated by its header"):
         whole({"path": str(path), "kind": "video", "source_id": "a", "source_seconds": 0.25})
 

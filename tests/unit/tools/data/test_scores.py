@@ -13,17 +13,24 @@ from PIL import Image
 
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_image, save_video
-from tools.data.caption import Caption, LocalModel, clean_caption
-from tools.data.clip_scores import Aesthetic, ClipFeatures, Match, load_head
-from tools.data.decode import PixelWorker
-from tools.data.duplicates import Duplicates, close_features, close_hashes
-from tools.data.filters import Filter
-from tools.data.frames import FrameSamples
-from tools.data.ocr import Ocr
-from tools.data.options import CaptionOptions, FramesOptions, OcrOptions
+from tools.data.engine.decode import PixelWorker
 from tools.data.sample_footage import pan, texture, titled
+from tools.data.stages.caption import Caption, CaptionOptions, LocalModel, clean_caption
+from tools.data.stages.clip_scores import (
+    Aesthetic,
+    AestheticOptions,
+    ClipFeatures,
+    ClipOptions,
+    Match,
+    MatchOptions,
+    load_head,
+)
+from tools.data.stages.duplicates import Duplicates, DuplicatesOptions, close_features, close_hashes
+from tools.data.stages.filters import Filter, FilterOptions
+from tools.data.stages.frames import FrameSamples, FramesOptions
+from tools.data.stages.ocr import Ocr, OcrOptions
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 
 
 # --------------------------------------------------------------------------------------------------------------- text
@@ -34,7 +41,7 @@ def test_text_is_read_and_texture_is_not(tmp_path):
     plain = texture(120, 240, 1)
     save_image(plain, tmp_path / "plain.png")
     save_image(titled(plain[None], "SUBSCRIBE NOW")[0], tmp_path / "text.png")
-    stage = Ocr(vars(OcrOptions()), tmp_path)
+    stage = Ocr(OcrOptions(), tmp_path)
     stage.check()
     work = stage.worker()
     (without,) = work({"frame_paths": ["plain.png"]})
@@ -72,7 +79,7 @@ def clip_folder(tmp_path_factory):
 def test_features_aesthetic_and_match(tmp_path, clip_folder):
     for number in range(2):
         save_image(texture(40, 60, number), tmp_path / f"{number}.png")
-    stage = ClipFeatures({"path": str(clip_folder), "device": "cpu"}, tmp_path)
+    stage = ClipFeatures(ClipOptions(path=str(clip_folder)), tmp_path)
     stage.check()
     work = stage.worker()
     (one,), (two,), (both,) = (work({"frame_paths": paths}) for paths in (["0.png"], ["1.png"], ["0.png", "1.png"]))
@@ -84,14 +91,14 @@ def test_features_aesthetic_and_match(tmp_path, clip_folder):
     head = {"layers.0.weight": torch.randn(4, 8), "layers.0.bias": torch.randn(4)}
     head |= {"layers.2.weight": torch.randn(1, 4), "layers.2.bias": torch.randn(1)}
     torch.save(head, tmp_path / "head.pth")
-    scores = Aesthetic({"head": str(tmp_path / "head.pth")}, tmp_path).worker()
+    scores = Aesthetic(AestheticOptions(head=str(tmp_path / "head.pth")), tmp_path).worker()
     middle = head["layers.0.weight"] @ torch.tensor(one["clip_features"]) + head["layers.0.bias"]
     expected = head["layers.2.weight"] @ middle + head["layers.2.bias"]
     assert scores(one)[0]["aesthetic"] == pytest.approx(float(expected), abs=1e-4)
     with pytest.raises(UserError, match="takes 8 features, the CLIP model of clip.path gives 3"):
         load_head(tmp_path / "head.pth")(np.zeros(3))
 
-    match = Match({"path": str(clip_folder), "device": "cpu"}, tmp_path).worker()
+    match = Match(MatchOptions(path=str(clip_folder)), tmp_path).worker()
     values = [match({**one, "text": text})[0]["match"] for text in ("a red circle", "a blue square moving up")]
     assert all(-100 <= value <= 100 for value in values)
     assert values[0] != values[1]
@@ -101,11 +108,11 @@ def test_features_aesthetic_and_match(tmp_path, clip_folder):
 
 def test_missing_weights_say_how_to_get_them(tmp_path):
     with pytest.raises(UserError, match=r"no CLIP weights: hf download openai/clip-vit-large-patch14"):
-        ClipFeatures({"path": None, "device": "cpu"}, tmp_path).check()
+        ClipFeatures(ClipOptions(), tmp_path).check()
     with pytest.raises(UserError, match=r"--match.path nowhere: no model there"):
-        Match({"path": "nowhere", "device": "cpu"}, tmp_path).check()
+        Match(MatchOptions(path="nowhere"), tmp_path).check()
     with pytest.raises(UserError, match=r"no weights: download sac\+logos"):
-        Aesthetic({"head": None}, tmp_path).check()
+        Aesthetic(AestheticOptions(), tmp_path).check()
     (tmp_path / "head.pth").write_text("no head")
     with pytest.raises(UserError, match="is not an aesthetic head"):
         load_head(tmp_path / "head.pth")
@@ -119,7 +126,7 @@ def test_reencoded_clips_are_duplicates(tmp_path):
     save_video(big[:, ::2, ::2], tmp_path / "a.mp4", 24, crf=34)
     save_video(big, tmp_path / "b.mp4", 24, crf=20)
     save_video(small, tmp_path / "c.mp4", 24, crf=20)
-    worker = PixelWorker([FrameSamples(vars(FramesOptions()), tmp_path)])
+    worker = PixelWorker([FrameSamples(FramesOptions(), tmp_path)])
     rows = [worker({"clip_id": name, "clip_path": f"{name}.mp4"}, ["frames"])["frames"] for name in "abc"]
     table = pl.DataFrame(
         {
@@ -129,7 +136,7 @@ def test_reencoded_clips_are_duplicates(tmp_path):
             "width": [100, 200, 200],
         }
     )
-    found = Duplicates({"max_distance": 6.0, "min_cosine": 0.98}, tmp_path).run_table(table)
+    found = Duplicates(DuplicatesOptions(), tmp_path).run_table(table)
     assert found["duplicate_of"].to_list() == ["b", None, None]
     assert found["keep"].to_list() == [False, True, True]
     assert found["reason"].to_list() == ["duplicate", "", ""]
@@ -139,7 +146,7 @@ def test_no_clip_is_no_duplicate(tmp_path):
     """A run in which every clip failed before, with features asked for."""
     kinds = {"clip_id": pl.String, "phash": pl.List(pl.String), "height": pl.Int32, "width": pl.Int32}
     table = pl.DataFrame(schema={**kinds, "clip_features": pl.List(pl.Float32)})
-    assert Duplicates({"max_distance": 6.0, "min_cosine": 0.98}, tmp_path).run_table(table).height == 0
+    assert Duplicates(DuplicatesOptions(), tmp_path).run_table(table).height == 0
 
 
 @pytest.mark.parametrize("distance", [3.0, 6.0, 7.0, 10.0])
@@ -167,7 +174,7 @@ def test_close_features():
 
 def judge(tiers, keep=None) -> pl.DataFrame:
     table = pl.DataFrame({"x": [0.0, 5.0, 9.0, None], "y": [1.0, 1.0, 2.0, 1.0]})
-    stage = Filter({"tiers": tiers, "keep": keep}, Path())
+    stage = Filter(FilterOptions(tiers=tiers, keep=keep), Path())
     stage.check()
     return stage.run_table(table)
 
@@ -193,7 +200,7 @@ def test_wrong_thresholds_are_named():
         judge({})
     words = pl.DataFrame({"codec": ["h264"]})
     with pytest.raises(UserError, match=r"filter.tiers: column 'codec' is String; thresholds are for numbers"):
-        Filter({"tiers": {"base": {"codec": [1, 2]}}, "keep": None}, Path()).run_table(words)
+        Filter(FilterOptions(tiers={"base": {"codec": [1, 2]}}), Path()).run_table(words)
 
 
 # ------------------------------------------------------------------------------------------------------------ caption
@@ -238,7 +245,7 @@ def server():
 def caption(tmp_path, **settings) -> Caption:
     for number in range(4):
         save_image(texture(20, 30, number), tmp_path / f"{number}.png")
-    stage = Caption({**vars(CaptionOptions()), "timeout": 5.0, **settings}, tmp_path)
+    stage = Caption(CaptionOptions(**{"timeout": 5.0, **settings}), tmp_path)
     stage.check()
     return stage
 
@@ -249,7 +256,7 @@ ROW = {"frame_paths": [f"{number}.png" for number in range(4)], "camera_motion":
 @pytest.mark.parametrize("kind", [Ocr, ClipFeatures, Caption])
 def test_pictures_of_other_settings_are_looked_at_anew(tmp_path, kind):
     """Larger pictures of the same frames have the same hashes."""
-    stage = kind(vars(CaptionOptions()), tmp_path)
+    stage = kind(kind.options()(), tmp_path)
     small, large = ({"clip_id": "a", "phash": ["f" * 16], "frame_paths": [path]} for path in ("s.jpg", "l.jpg"))
     assert stage.key(small) != stage.key(large)
 
@@ -265,7 +272,7 @@ def test_caption_from_an_endpoint(tmp_path, server):
     assert len(pictures) == 2
     assert pictures[0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
     assert (asked["model"], asked["max_tokens"]) == ("m", 300)
-    assert stage.needs() == stage.deciding() == ("clip_id", "frame_paths", "camera_motion")
+    assert stage.reads == stage.identity == ("clip_id", "frame_paths", "camera_motion")
 
 
 def test_caption_is_tried_again_and_then_fails(tmp_path, server):
@@ -321,9 +328,9 @@ def vision_model(tmp_path):
 
 def test_caption_from_a_local_model(tmp_path, vision_model):
     stage = caption(tmp_path, local=vision_model, max_tokens=3)
-    assert not stage.io_bound
+    assert stage.concurrency == 0
     pictures = [Image.fromarray(texture(20, 30, number)) for number in range(2)]
-    text, tokens_in, tokens_out = LocalModel(stage.settings)("a cat walks", pictures)
+    text, tokens_in, tokens_out = LocalModel(vision_model, "cpu", max_tokens=3)("a cat walks", pictures)
     assert tokens_in == 2 * 4 + 3  # four patches per picture, three words
     assert 1 <= tokens_out <= 3
     assert set(text.split()) <= {"a", "cat", "dog", "walks"}

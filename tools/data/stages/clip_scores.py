@@ -1,6 +1,7 @@
 """Scores from CLIP features: aesthetic, and how well a caption matches."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -8,9 +9,10 @@ import numpy as np
 import polars as pl
 from PIL import Image
 
+from opensora.config.options import Options, opt
 from opensora.utils.errors import UserError
 from opensora.utils.video import read_image
-from tools.data.stage import Row, Stage, Worker
+from tools.data.engine.stage import Row, Stage, Worker
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -51,32 +53,43 @@ def image_input(image: np.ndarray, side: int) -> np.ndarray:
     return ((pixels - np.asarray(MEAN, np.float32)) / np.asarray(STD, np.float32)).transpose(2, 0, 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClipOptions(Options):
+    """Features of the pictures, for aesthetic, match and duplicates."""
+
+    path: str | None = opt(
+        None, "folder of a CLIP model; the scores of others are of openai/clip-vit-large-patch14", neutral=True
+    )
+    device: str = opt("cpu", "cpu or cuda", neutral=True)
+
+
 class ClipFeatures(Stage):
     """Mean over the sampled frames of their normalised CLIP features."""
 
+    settings: ClipOptions
+
     name = "clip"
     reads = ("clip_id", "frame_paths")
-    identity = ("clip_id", "frame_paths")
     adds: ClassVar = {"clip_features": pl.List(pl.Float32)}
-    neutral = ("device", "path")
 
     def weights(self) -> Sequence[Path]:
         """The model's folder."""
-        return [check_clip(self.settings["path"], "clip.path")]
+        return [check_clip(self.settings.path, "clip.path")]
 
     def check(self) -> None:
         """The model is there."""
         self.weights()
 
-    def most_workers(self) -> int | None:
-        """A GPU holds one model."""
-        return None if self.settings["device"] == "cpu" else 1
+    @property
+    def device(self) -> str:
+        """Where the model is."""
+        return self.settings.device
 
     def worker(self) -> Worker:
         """Features of one clip."""
         import torch
 
-        device = self.settings["device"]
+        device = self.settings.device
         model = _load(self.weights()[0], device)
         side = int(model.config.vision_config.image_size)
 
@@ -90,18 +103,25 @@ class ClipFeatures(Stage):
         return work
 
 
+@dataclass(frozen=True, kw_only=True)
+class AestheticOptions(Options):
+    """Aesthetic score: CLIP features through a small head."""
+
+    head: str | None = opt(None, "weights of the head (sac+logos+ava1-l14-linearMSE.pth)", neutral=True)
+
+
 class Aesthetic(Stage):
     """LAION's aesthetic score, about 1 to 10; 5.5 is fair, 6.5 high. The head is linear, so the mean may come first."""
 
+    settings: AestheticOptions
+
     name = "aesthetic"
     reads = ("clip_features",)
-    identity = ("clip_features",)
     adds: ClassVar = {"aesthetic": pl.Float64}
-    neutral = ("head",)
 
     def weights(self) -> Sequence[Path]:
         """The head's file."""
-        head = self.settings["head"]
+        head = self.settings.head
         if not head:
             raise UserError(f"stage 'aesthetic' has no weights: {HEAD_HELP}, then --aesthetic.head {HEAD}")
         if not Path(head).is_file():
@@ -148,26 +168,35 @@ def load_head(path: Path) -> Callable[[np.ndarray], float]:
     return score
 
 
+@dataclass(frozen=True, kw_only=True)
+class MatchOptions(Options):
+    """How well caption and picture match: 100 x cosine of CLIP features."""
+
+    path: str | None = opt(None, "folder of the CLIP model that clip.path names", neutral=True)
+    device: str = opt("cpu", "cpu or cuda", neutral=True)
+
+
 class Match(Stage):
     """100 x cosine between the features of the caption and of the pictures; about 20 to 35 where they match."""
 
+    settings: MatchOptions
+
     name = "match"
     reads = ("clip_features", "text")
-    identity = ("clip_features", "text")
     adds: ClassVar = {"match": pl.Float64}
-    neutral = ("device", "path")
 
     def weights(self) -> Sequence[Path]:
         """The model's folder."""
-        return [check_clip(self.settings["path"], "match.path")]
+        return [check_clip(self.settings.path, "match.path")]
 
     def check(self) -> None:
         """The model is there."""
         self.weights()
 
-    def most_workers(self) -> int | None:
-        """A GPU holds one model."""
-        return None if self.settings["device"] == "cpu" else 1
+    @property
+    def device(self) -> str:
+        """Where the model is."""
+        return self.settings.device
 
     def worker(self) -> Worker:
         """Match one clip."""
@@ -175,7 +204,7 @@ class Match(Stage):
         import torch
         from transformers import CLIPTokenizer
 
-        folder, device = self.weights()[0], self.settings["device"]
+        folder, device = self.weights()[0], self.settings.device
         model, tokenizer = _load(folder, device), CLIPTokenizer.from_pretrained(folder)
 
         @torch.no_grad()

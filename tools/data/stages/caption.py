@@ -4,7 +4,8 @@ import base64
 import os
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,11 +13,12 @@ from typing import Any, ClassVar
 import polars as pl
 from PIL import Image
 
+from opensora.config.options import Options, opt
 from opensora.utils.errors import UserError
 from opensora.utils.hub import only_local
 from opensora.utils.logging import get_logger
 from opensora.utils.video import read_image
-from tools.data.stage import Row, Stage, Worker, shrink
+from tools.data.engine.stage import LARGEST_SIDE, SMALLEST_SIDE, Row, Stage, Worker, shrink
 
 logger = get_logger(__name__)
 
@@ -54,39 +56,61 @@ def clean_caption(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+@dataclass(frozen=True, kw_only=True)
+class CaptionOptions(Options):
+    """Captions by a vision-language model."""
+
+    base_url: str | None = opt(None, "OpenAI-compatible endpoint (none: OPENAI_BASE_URL, or OpenAI's)", neutral=True)
+    model: str = opt("gpt-4o", "its model there")
+    local: str | None = opt(None, "folder or hub name of a transformers vision-language model, instead of an endpoint")
+    template: str = opt("long", "short, long, motion, or your own text; {columns} of the table are filled in")
+    frames: int = opt(3, "frames shown at most", least=1, most=1000)
+    side: int = opt(512, "their long side", "px", least=SMALLEST_SIDE, most=LARGEST_SIDE)
+    max_tokens: int = opt(300, "length of an answer", least=1, most=100_000)
+    temperature: float = opt(0.01, "of sampling", least=0, most=100)
+    clean: bool = opt(True, "strip markup and openings like 'The video shows'")
+    concurrency: int = opt(8, "requests at a time", least=1, most=1000, neutral=True)
+    attempts: int = opt(4, "tries before a row fails", least=1, most=1000, neutral=True)
+    timeout: float = opt(60.0, "for an answer", "s", above=0, most=1e5, neutral=True)
+    price_in: float = opt(0.0, "for the cost count", "per million input tokens", least=0, most=1e6, neutral=True)
+    price_out: float = opt(0.0, "for the cost count", "per million output tokens", least=0, most=1e6, neutral=True)
+    device: str = opt("cpu", "of a local model", neutral=True)
+
+
 class Caption(Stage):
     """``text`` of a clip. The tokens are counted, so that the cost is known."""
 
+    settings: CaptionOptions
+
     name = "caption"
-    identity = ("clip_id", "frame_paths")
-    reads = ("clip_id", "frame_paths")
     adds: ClassVar = {"text": pl.String, "tokens_in": pl.Int64, "tokens_out": pl.Int64}
-    neutral = ("base_url", "concurrency", "attempts", "timeout", "price_in", "price_out", "device")
 
     @property
-    def io_bound(self) -> bool:  # type: ignore[override]
+    def concurrency(self) -> int:
         """An endpoint is waited for; a local model computes."""
-        return not self.settings["local"]
+        return 0 if self.settings.local else self.settings.concurrency
+
+    @property
+    def device(self) -> str:
+        """Of a local model."""
+        return self.settings.device if self.settings.local else "cpu"
 
     def prompt(self) -> str:
         """Template with its {columns}."""
-        return TEMPLATES.get(self.settings["template"], self.settings["template"])
+        return TEMPLATES.get(self.settings.template, self.settings.template)
 
     def fields(self) -> tuple[str, ...]:
         """Columns that the template names."""
         return tuple(dict.fromkeys(n for _, n, _, _ in string.Formatter().parse(self.prompt()) if n is not None))
 
-    def needs(self) -> tuple[str, ...]:
+    @property
+    def reads(self) -> tuple[str, ...]:
         """Frames, and what the template names."""
-        return (*self.reads, *self.fields())
-
-    def deciding(self) -> tuple[str, ...]:
-        """Frames, and what the template names."""
-        return (*self.identity, *self.fields())
+        return ("clip_id", "frame_paths", *self.fields())
 
     def weights(self) -> Sequence[Path]:
         """The folder of a local model."""
-        return [Path(self.settings["local"])] if self.settings["local"] else []
+        return [Path(self.settings.local)] if self.settings.local else []
 
     def most_workers(self) -> int | None:
         """A local model is large: one at a time."""
@@ -100,10 +124,10 @@ class Caption(Stage):
             raise UserError(f"caption.template: {error}; write braces that are no column as {{{{ and }}}}") from error
         if empty:
             raise UserError("caption.template: {} names no column; write braces that are no column as {{ and }}")
-        template = self.settings["template"]
+        template = self.settings.template
         if template not in TEMPLATES and " " not in template:
             raise UserError(f"caption.template {template!r} is none of {', '.join(TEMPLATES)}, nor a prompt")
-        local = self.settings["local"]
+        local = self.settings.local
         if local and not (Path(local) / "config.json").is_file():
             raise UserError(
                 f"--caption.local {local}: no model there (config.json is missing); e.g. hf download "
@@ -114,15 +138,16 @@ class Caption(Stage):
 
     def worker(self) -> Worker:
         """Caption one clip."""
-        ask = LocalModel(self.settings) if self.settings["local"] else Endpoint(self.settings, os.environ)
+        local, device, max_tokens = self.settings.local, self.settings.device, self.settings.max_tokens
+        ask = LocalModel(local, device, max_tokens) if local else Endpoint(self.settings, os.environ)
 
         def caption(row: Row) -> list[Row]:
             paths = row["frame_paths"]
-            step = max(len(paths) / self.settings["frames"], 1)
-            chosen = [paths[int((i + 0.5) * step)] for i in range(min(self.settings["frames"], len(paths)))]
-            images = [Image.fromarray(shrink(read_image(self.root / p), self.settings["side"])) for p in chosen]
+            step = max(len(paths) / self.settings.frames, 1)
+            chosen = [paths[int((i + 0.5) * step)] for i in range(min(self.settings.frames, len(paths)))]
+            images = [Image.fromarray(shrink(read_image(self.root / p), self.settings.side)) for p in chosen]
             answer, tokens_in, tokens_out = ask(self.prompt().format_map(row), images)
-            text = clean_caption(answer) if self.settings["clean"] else answer.strip()
+            text = clean_caption(answer) if self.settings.clean else answer.strip()
             if not text:
                 raise UserError("the model gave no caption")
             return [{"text": text, "tokens_in": tokens_in, "tokens_out": tokens_out}]
@@ -132,19 +157,19 @@ class Caption(Stage):
     def finish(self, table: pl.DataFrame) -> pl.DataFrame:
         """Say what it took."""
         read, written = int(table["tokens_in"].sum()), int(table["tokens_out"].sum())
-        cost = (read * self.settings["price_in"] + written * self.settings["price_out"]) / 1e6
+        cost = (read * self.settings.price_in + written * self.settings.price_out) / 1e6
         price = f", cost {cost:.2f}" if cost else ""
         logger.info("caption: %d texts, %d tokens read, %d written%s", table["tokens_in"].count(), read, written, price)
         return table
 
 
-def endpoint_of(settings: Any, environment: Any) -> tuple[str | None, str | None]:
+def endpoint_of(settings: CaptionOptions, environment: Mapping[str, str]) -> tuple[str | None, str | None]:
     """URL and key of the endpoint, None where OpenAI's own or none is meant.
 
     Raises:
         UserError: neither is given, so there is no model to ask, or what is given is no address.
     """
-    url = settings["base_url"] or environment.get("OPENAI_BASE_URL")
+    url = settings.base_url or environment.get("OPENAI_BASE_URL")
     key = environment.get("OPENAI_API_KEY")
     if not key and not url:
         raise UserError(
@@ -167,12 +192,12 @@ class Endpoint:
         UserError: no key for OpenAI's own, or nobody answers.
     """
 
-    def __init__(self, settings: Any, environment: Any) -> None:
+    def __init__(self, settings: CaptionOptions, environment: Mapping[str, str]) -> None:
         import openai
 
         url, key = endpoint_of(settings, environment)
         self.settings = settings
-        retries, timeout = settings["attempts"] - 1, settings["timeout"]
+        retries, timeout = settings.attempts - 1, settings.timeout
         # repeats with growing pauses what fails for the moment: no connection, 408, 409, 429, 5xx
         self.client = openai.OpenAI(base_url=url, api_key=key or "none", max_retries=retries, timeout=timeout)
         try:
@@ -192,10 +217,10 @@ class Endpoint:
         content: list[Any] = [{"type": "text", "text": prompt}]
         content += [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
         answer = self.client.chat.completions.create(
-            model=self.settings["model"],
+            model=self.settings.model,
             messages=[{"role": "user", "content": content}],
-            max_tokens=self.settings["max_tokens"],
-            temperature=self.settings["temperature"],
+            max_tokens=self.settings.max_tokens,
+            temperature=self.settings.temperature,
         )
         if not answer.choices:
             raise UserError("the endpoint's answer holds no choices")
@@ -214,22 +239,26 @@ def data_url(image: Image.Image) -> str:
 class LocalModel:
     """A Hugging Face image-text-to-text model; takes the most likely words.
 
+    Args:
+        path: its folder, or a hub name.
+        device: where it computes.
+        max_tokens: length of an answer.
+
     Raises:
         UserError: the folder holds no such model.
     """
 
-    def __init__(self, settings: Any) -> None:
+    def __init__(self, path: str, device: str, max_tokens: int) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        self.settings = settings
-        path = settings["local"]
+        self.max_tokens = max_tokens
         local = only_local(path)
         try:
             self.processor = AutoProcessor.from_pretrained(path, local_files_only=local)
             model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", local_files_only=local)
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"--caption.local {path}: cannot be loaded ({error})") from error
-        self.model = model.to(settings["device"]).eval()
+        self.model = model.to(device).eval()
 
     def __call__(self, prompt: str, images: Sequence[Image.Image]) -> tuple[str, int, int]:
         """Ask."""
@@ -241,7 +270,7 @@ class LocalModel:
             return_dict=True,
             return_tensors="pt",
         ).to(self.model.device)
-        out = self.model.generate(**inputs, max_new_tokens=self.settings["max_tokens"], do_sample=False)
+        out = self.model.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False)
         read = inputs["input_ids"].shape[1]
         written = out[0, read:]
         return self.processor.decode(written, skip_special_tokens=True), int(read), len(written)

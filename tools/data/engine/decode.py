@@ -10,7 +10,7 @@ import numpy as np
 
 from opensora.utils.errors import UserError
 from opensora.utils.video import is_video, read_image
-from tools.data.stage import Analyser, ClipInfo, Picture, PixelStage, Row
+from tools.data.engine.stage import Analyser, ClipInfo, Picture, PixelStage, Row
 
 LUMA_FORMATS = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "nv12", "gray")
 # A file whose tail is damaged is still good for what comes before.

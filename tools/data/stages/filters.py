@@ -1,12 +1,26 @@
 """Named sets of thresholds. Nothing is deleted: rows get ``keep``, ``reason`` and ``tier``."""
 
+# ruff: noqa: RUF009 - opt() makes dataclass fields
+
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import polars as pl
 
+from opensora.config.options import Options, opt
 from opensora.utils.errors import UserError
-from tools.data.stage import TableStage
+from tools.data.engine.stage import TableStage
+
+Bounds = dict[str, list[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterOptions(Options):
+    """Named sets of thresholds, from lenient to strict."""
+
+    tiers: dict[str, Bounds] = opt({}, "{tier: {column: [lowest or none, highest or none]}}")
+    keep: str | None = opt(None, "tier that a clip must reach; none takes the first")
 
 
 class Filter(TableStage):
@@ -15,16 +29,19 @@ class Filter(TableStage):
     ``tier`` is the last one of the tiers, in the order of the config, that a row reaches together with all before it.
     """
 
+    settings: FilterOptions
+
     name = "filter"
     adds: ClassVar = {"tier": pl.String, "keep": pl.Boolean, "reason": pl.String}
 
-    def needs(self) -> tuple[str, ...]:
+    @property
+    def reads(self) -> tuple[str, ...]:
         """Columns with a threshold."""
-        return tuple(dict.fromkeys(column for bounds in self.settings["tiers"].values() for column in bounds))
+        return tuple(dict.fromkeys(column for bounds in self.settings.tiers.values() for column in bounds))
 
     def check(self) -> None:
         """Tiers are complete and ``keep`` is one of them."""
-        tiers, keep = self.settings["tiers"], self.settings["keep"]
+        tiers, keep = self.settings.tiers, self.settings.keep
         if not tiers:
             raise UserError(
                 f"stage '{self.name}' has no {self.name}.tiers, e.g. {{'base': {{'sharpness': [3, None]}}}}"
@@ -45,13 +62,13 @@ class Filter(TableStage):
         Raises:
             UserError: a threshold on a column that holds no numbers.
         """
-        tiers = self.settings["tiers"]
-        for column in self.needs():
+        tiers = self.settings.tiers
+        for column in self.reads:
             kind = table[column].dtype
             if not kind.is_numeric() and kind != pl.Null:
                 raise UserError(f"{self.name}.tiers: column '{column}' is {kind}; thresholds are for numbers")
         names = list(tiers)
-        wanted = names.index(self.settings["keep"] or names[0])
+        wanted = names.index(self.settings.keep or names[0])
         reached = pl.lit(None, pl.String)
         passed, reason = pl.lit(True), pl.lit("")
         for number, name in enumerate(names):

@@ -1,20 +1,36 @@
 """Clips that show the same thing, whatever their size and compression."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import combinations
 from typing import ClassVar
 
 import numpy as np
 import polars as pl
 
-from tools.data.stage import TableStage
+from opensora.config.options import Options, opt
+from tools.data.engine.stage import TableStage
 
 BANDS, BAND_BITS = 8, 8
 BLOCK = 2048  # rows of a block of similarities
 
 
+@dataclass(frozen=True, kw_only=True)
+class DuplicatesOptions(Options):
+    """Clips that show the same."""
+
+    max_distance: float = opt(
+        6.0, "mean distance of perceptual hashes up to which clips are the same", "bits of 64", least=0, most=64
+    )
+    min_cosine: float = opt(
+        0.98, "cosine of CLIP features from which they are, where the chain has stage clip", least=-1, most=1
+    )
+
+
 class Duplicates(TableStage):
     """The largest clip of every group of equal ones stays in; ``duplicate_of`` of the others names it."""
+
+    settings: DuplicatesOptions
 
     name = "duplicates"
     version = 1
@@ -28,12 +44,12 @@ class Duplicates(TableStage):
         for count in {len(h) for h in hashes}:
             rows = np.array([i for i, h in enumerate(hashes) if len(h) == count])
             values = np.array([[int(h, 16) for h in hashes[i]] for i in rows], np.uint64)
-            for a, b in close_hashes(values, self.settings["max_distance"]):
+            for a, b in close_hashes(values, self.settings.max_distance):
                 groups.unite(int(rows[a]), int(rows[b]))
         if "clip_features" in table.columns and table.height:
             features = np.array(table["clip_features"].to_list(), np.float32)
             ratio = (table["height"] / table["width"]).to_numpy()
-            for a, b in close_features(features, self.settings["min_cosine"]):
+            for a, b in close_features(features, self.settings.min_cosine):
                 if abs(ratio[a] / ratio[b] - 1) < 0.02:
                     groups.unite(a, b)
         best = self._best(table, groups)

@@ -1,14 +1,15 @@
 """How much moves: the VMAF motion feature, optical flow, camera motion, and how sharp it all is."""
 
 import math
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import cv2
 import numpy as np
 import polars as pl
 
-from tools.data.stage import Analyser, ClipInfo, Picture, PixelStage, Row
+from opensora.config.options import Options, opt
+from tools.data.engine.stage import LARGEST_SIDE, SMALLEST_SIDE, Analyser, ClipInfo, Picture, PixelStage, Row
 
 # libvmaf's 5-tap Gaussian, in 1/65536 (libvmaf/src/feature/integer_motion.h)
 VMAF_FILTER = np.array([3571, 16004, 26386, 16004, 3571], np.float64) / 65536
@@ -35,6 +36,13 @@ class Clock:
 # ---------------------------------------------------------------------------------------------------------------- VMAF
 
 
+@dataclass(frozen=True, kw_only=True)
+class MotionOptions(Options):
+    """The VMAF motion feature, which training appends as 'motion score'."""
+
+    fps: float = opt(24.0, "frames are compared at this rate", "frames/s", above=0, most=1e3)
+
+
 class Motion(PixelStage):
     """The motion score of Open-Sora 2.0: mean of VMAF's motion and motion2 over the frames, 0 for a still.
 
@@ -42,12 +50,14 @@ class Motion(PixelStage):
     of a frame is the smaller of its own and the next one's, so that a single jump does not count.
     """
 
+    settings: MotionOptions
+
     name = "motion"
     adds: ClassVar = {"score_vmafmotion": pl.Float64}
 
     def analyser(self, row: Row, info: ClipInfo) -> Analyser:
         """Motion of one clip."""
-        return MotionAnalyser(self.settings["fps"], info.fps)
+        return MotionAnalyser(self.settings.fps, info.fps)
 
 
 class MotionAnalyser(Analyser):
@@ -97,8 +107,20 @@ class MotionAnalyser(Analyser):
 # ------------------------------------------------------------------------------------------------------------ flow
 
 
+@dataclass(frozen=True, kw_only=True)
+class FlowOptions(Options):
+    """Optical flow (DIS)."""
+
+    pairs_per_second: float = opt(2.0, "pairs of neighbouring frames looked at", above=0, most=1e3)
+    side: int = opt(
+        320, "long side for the flow; that of camera costs least", "px", least=SMALLEST_SIDE, most=LARGEST_SIDE
+    )
+
+
 class Flow(PixelStage):
     """Mean length of the optical flow (Dense Inverse Search, Kroeger et al. 2016), in frame widths per second."""
+
+    settings: FlowOptions
 
     name = "flow"
     adds: ClassVar = {"flow": pl.Float64}
@@ -111,9 +133,9 @@ class Flow(PixelStage):
 class FlowAnalyser(Analyser):
     """Pairs of neighbouring frames, a few per second."""
 
-    def __init__(self, settings: Mapping[str, Any], info: ClipInfo) -> None:
-        self.clock = Clock(settings["pairs_per_second"], info.fps)
-        self.side = settings["side"]
+    def __init__(self, settings: FlowOptions, info: ClipInfo) -> None:
+        self.clock = Clock(settings.pairs_per_second, info.fps)
+        self.side = settings.side
         opencv: Any = cv2  # its type stubs lack this class
         self.dis = opencv.DISOpticalFlow_create(opencv.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
         self.first: tuple[float, np.ndarray] | None = None
@@ -139,12 +161,22 @@ class FlowAnalyser(Analyser):
 # ------------------------------------------------------------------------------------------------------------ blur
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlurOptions(Options):
+    """Sharpness: energy of the Laplacian against contrast."""
+
+    frames: int = opt(5, "frames looked at", least=1, most=1000)
+    side: int = opt(720, "long side it is measured at", "px", least=SMALLEST_SIDE, most=LARGEST_SIDE)
+
+
 class Blur(PixelStage):
     """Sharpness: energy of the Laplacian (Pech-Pacheco et al. 2000), median of some frames. Low is blurred.
 
     It is that of the sharpest tenth of the picture, so that a sharp subject before a soft background does not count as
     blurred, divided by the variance of the whole, so that a sharp clip of low contrast does not either.
     """
+
+    settings: BlurOptions
 
     name = "blur"
     version = 2
@@ -163,9 +195,9 @@ def middles(count: int, frames: int) -> list[int]:
 class BlurAnalyser(Analyser):
     """See ``Blur``."""
 
-    def __init__(self, settings: Mapping[str, Any], info: ClipInfo) -> None:
-        self.side = settings["side"]
-        self.wanted = set(middles(settings["frames"], info.num_frames))
+    def __init__(self, settings: BlurOptions, info: ClipInfo) -> None:
+        self.side = settings.side
+        self.wanted = set(middles(settings.frames, info.num_frames))
         self.values: dict[int, float] = {}
 
     def add(self, index: int, time: float, frame: Picture) -> None:

@@ -2,16 +2,18 @@
 
 import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from opensora.config.options import Options, opt
 from opensora.utils.errors import UserError
 from opensora.utils.video import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, is_video, read_image
-from tools.data.decode import decode, frame_rate, open_video, turns
-from tools.data.stage import DIGEST_CHARS, Row, Stage, Worker
-from tools.data.table_files import read_table
+from tools.data.engine.decode import decode, frame_rate, open_video, turns
+from tools.data.engine.stage import DIGEST_CHARS, Row, Stage, Worker, check_order
+from tools.data.engine.tables import read_table
 
 MEDIA = {*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS}
 CHUNK = 1 << 22
@@ -94,12 +96,24 @@ def hash_file(path: Path) -> str:
     return content.hexdigest()[:DIGEST_CHARS]
 
 
+@dataclass(frozen=True, kw_only=True)
+class IngestOptions(Options):
+    """Which raw files are worth looking at; the defaults are those of Open-Sora 2.0's report."""
+
+    min_seconds: float = opt(2.0, "videos below are dropped", "s", least=0, most=1e6)
+    min_bpp: float = opt(0.02, "bits per pixel and frame; videos below are dropped", "bits", least=0, most=1e3)
+    min_fps: float = opt(16.0, "videos below are dropped", "frames/s", least=0, most=1e4)
+    min_aspect: float = opt(1 / 3, "height / width; files below are dropped", least=0, most=1e4)
+    max_aspect: float = opt(3.0, "height / width; files above are dropped", above=0, most=1e4)
+
+
 class Ingest(Stage):
     """What a file's header says, the hash of its content, and the raw filters."""
 
+    settings: IngestOptions
+
     name = "ingest"
     reads = ("path", "size", "mtime")
-    identity = ("path", "size", "mtime")
     adds = {
         "source_id": pl.String,
         "kind": pl.String,
@@ -113,6 +127,10 @@ class Ingest(Stage):
         "keep": pl.Boolean,
         "reason": pl.String,
     }
+
+    def check(self) -> None:
+        """Some shape is left."""
+        check_order("ingest.min_aspect", self.settings.min_aspect, "ingest.max_aspect", self.settings.max_aspect)
 
     def worker(self) -> Worker:
         """Probe one file."""
@@ -186,19 +204,19 @@ def display_size(frame: Any, stream: Any) -> tuple[int, int]:
     return size if turns(frame) % 2 == 0 else (size[1], size[0])
 
 
-def raw_reason(facts: Row, settings: Any) -> str:
+def raw_reason(facts: Row, settings: IngestOptions) -> str:
     """Why a raw file is dropped, empty if it is not."""
     aspect = facts["source_height"] / facts["source_width"]
-    if aspect < settings["min_aspect"]:
+    if aspect < settings.min_aspect:
         return "too wide"
-    if aspect > settings["max_aspect"]:
+    if aspect > settings.max_aspect:
         return "too tall"
     if facts["kind"] == "image":
         return ""
-    if facts["source_seconds"] < settings["min_seconds"]:
+    if facts["source_seconds"] < settings.min_seconds:
         return "too short"
-    if facts["source_fps"] < settings["min_fps"]:
+    if facts["source_fps"] < settings.min_fps:
         return "frame rate too low"
-    if facts["bpp"] < settings["min_bpp"]:
+    if facts["bpp"] < settings.min_bpp:
         return "bit rate too low"
     return ""

@@ -1,20 +1,33 @@
 """What the camera does: points tracked from frame to frame, a similarity transform fitted, the result named."""
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import cv2
 import numpy as np
 import polars as pl
 
-from tools.data.motion import Clock
-from tools.data.stage import Analyser, ClipInfo, Picture, PixelStage, Row
+from opensora.config.options import Options, opt
+from tools.data.engine.stage import LARGEST_SIDE, SMALLEST_SIDE, Analyser, ClipInfo, Picture, PixelStage, Row
+from tools.data.stages.motion import Clock
 
 MIN_POINTS = 8  # fewer points say nothing about the camera
 REDETECT = 0.6  # of the points left: find new ones
 WINDOW = (15, 15)  # px around a point that are looked for in the next frame
 LEVELS = 3  # halvings of the frame: motion of up to about 100 px is found
 SMOOTHING = 5  # frames over which intended camera motion is even
+
+
+@dataclass(frozen=True, kw_only=True)
+class CameraOptions(Options):
+    """Camera motion from tracked points."""
+
+    fps: float = opt(10.0, "frames are compared at this rate", "frames/s", above=0, most=1e3)
+    side: int = opt(320, "long side for the tracking", "px", least=SMALLEST_SIDE, most=LARGEST_SIDE)
+    points: int = opt(80, "points tracked at most", least=8, most=100_000)
+    pan: float = opt(0.03, "speed from which it is a pan or tilt", "frame widths/s", above=0, most=100)
+    zoom: float = opt(0.03, "change of scale from which it is a zoom", "1/s", above=0, most=100)
+    shake: float = opt(0.004, "deviation from smooth motion from which it is shake", "frame widths", above=0, most=100)
 
 
 class Camera(PixelStage):
@@ -24,6 +37,8 @@ class Camera(PixelStage):
     down), ``zoom`` (logarithm of the scale per second, positive inwards), ``jitter`` (frame widths), and
     ``camera_motion``: static, pan left/right, tilt up/down, zoom in/out, shake, or unknown (nothing to track).
     """
+
+    settings: CameraOptions
 
     name = "camera"
     version = 2
@@ -43,10 +58,10 @@ class Camera(PixelStage):
 class CameraAnalyser(Analyser):
     """Lucas-Kanade tracks between frames some tenths of a second apart; RANSAC leaves moving things out."""
 
-    def __init__(self, settings: Mapping[str, Any], info: ClipInfo) -> None:
+    def __init__(self, settings: CameraOptions, info: ClipInfo) -> None:
         self.settings = settings
         self.is_image = info.fps == 0
-        self.clock = Clock(settings["fps"], info.fps)
+        self.clock = Clock(settings.fps, info.fps)
         self.before: tuple[float, np.ndarray] | None = None
         self.points: np.ndarray | None = None
         self.found = 0
@@ -57,7 +72,7 @@ class CameraAnalyser(Analyser):
         """Track from the frame before to this one."""
         if self.is_image or not self.clock.due(time):
             return
-        image = frame.small(self.settings["side"])
+        image = frame.small(self.settings.side)
         if self.before is not None:
             start, last = self.before
             step = self._step(last, image)
@@ -69,7 +84,7 @@ class CameraAnalyser(Analyser):
 
     def _step(self, last: np.ndarray, image: np.ndarray) -> tuple[float, float, float] | None:
         if self.points is None or len(self.points) < max(MIN_POINTS, REDETECT * self.found):
-            found = cv2.goodFeaturesToTrack(last, self.settings["points"], 0.01, 8)
+            found = cv2.goodFeaturesToTrack(last, self.settings.points, 0.01, 8)
             self.points, self.found = found, 0 if found is None else len(found)
         if self.points is None or len(self.points) < MIN_POINTS:
             self.points = None
@@ -128,14 +143,14 @@ def unsteadiness(steps: np.ndarray) -> float:
     return float(np.sqrt(np.square(path[edge:-edge] - smooth).sum(axis=1).mean()))
 
 
-def camera_label(pan: float, tilt: float, zoom: float, jitter: float, settings: Mapping[str, Any]) -> str:
+def camera_label(pan: float, tilt: float, zoom: float, jitter: float, settings: CameraOptions) -> str:
     """The one word for a camera motion: what is strongest, measured in multiples of its threshold."""
-    if jitter >= settings["shake"] and jitter * 5 >= max(abs(pan), abs(tilt)):
+    if jitter >= settings.shake and jitter * 5 >= max(abs(pan), abs(tilt)):
         return "shake"
     strengths = {
-        ("pan right" if pan > 0 else "pan left"): abs(pan) / settings["pan"],
-        ("tilt down" if tilt > 0 else "tilt up"): abs(tilt) / settings["pan"],
-        ("zoom in" if zoom > 0 else "zoom out"): abs(zoom) / settings["zoom"],
+        ("pan right" if pan > 0 else "pan left"): abs(pan) / settings.pan,
+        ("tilt down" if tilt > 0 else "tilt up"): abs(tilt) / settings.pan,
+        ("zoom in" if zoom > 0 else "zoom out"): abs(zoom) / settings.zoom,
     }
     label = max(strengths, key=lambda name: strengths[name])
     return label if strengths[label] >= 1 else "static"

@@ -13,15 +13,15 @@ from tqdm import tqdm
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from opensora.utils.video import write_beside, write_text
-from tools.data.runners import Job, Runner
-from tools.data.stage import PixelStage, Stage, TableStage
-from tools.data.store import ERROR, INDEX, KEY, Failure, StageStore
+from tools.data.engine.runners import Job, Runner
+from tools.data.engine.stage import PixelStage, Stage, TableStage
+from tools.data.engine.store import ERROR, INDEX, KEY, Failure, StageStore
 
 logger = get_logger(__name__)
 
 ROW = "_row"
 INTERNAL = (ROW, KEY, INDEX, "_active")
-HOUSE = {"keep": pl.Boolean, "reason": pl.String, "error": pl.String, "error_stage": pl.String}
+STATUS_COLUMNS = {"keep": pl.Boolean, "reason": pl.String, "error": pl.String, "error_stage": pl.String}
 TABLE_FILE, FUNNEL_FILE = "table.parquet", "funnel.json"
 
 
@@ -53,7 +53,7 @@ def group_stages(stages: Sequence[Stage]) -> list[list[Stage]]:
     for stage in stages:
         last = groups[-1] if groups else []
         added = {column for member in last for column in member.adds}
-        if last and all(isinstance(s, PixelStage) for s in (*last, stage)) and not added & set(stage.needs()):
+        if last and all(isinstance(s, PixelStage) for s in (*last, stage)) and not added & set(stage.reads):
             last.append(stage)
         else:
             groups.append([stage])
@@ -83,9 +83,9 @@ class Pipeline:
 
     def check(self, columns: Sequence[str]) -> None:
         """Raise a UserError for a chain that cannot work on a table with these columns."""
-        known = {*columns, *HOUSE}
+        known = {*columns, *STATUS_COLUMNS}
         for stage in self.stages:
-            missing = [column for column in stage.needs() if column not in known]
+            missing = [column for column in stage.reads if column not in known]
             if missing:
                 raise UserError(
                     f"stage '{stage.name}' reads column '{missing[0]}', which no stage before it adds; "
@@ -101,7 +101,7 @@ class Pipeline:
             UserError: wrong chain, or another run is at work in the folder.
         """
         self.check(table.columns)
-        table = with_house(table)
+        table = with_status(table)
         self.root.mkdir(parents=True, exist_ok=True)
         try:
             with filelock.FileLock(self.root / ".lock", timeout=0):
@@ -190,7 +190,7 @@ class Pipeline:
     def plan(self, table: pl.DataFrame) -> list[Plan]:
         """What ``run`` would do, without doing it. What depends on rows still to be made is not known."""
         self.check(table.columns)
-        table, plans, known = with_house(table), [], True
+        table, plans, known = with_status(table), [], True
         for group in group_stages(self.stages):
             if not known:
                 plans += [Plan(stage.name, None, None) for stage in group]
@@ -222,7 +222,7 @@ def remove_leftovers(root: Path) -> None:
                     (Path(folder) / file).unlink()
 
 
-def with_house(table: pl.DataFrame) -> pl.DataFrame:
+def with_status(table: pl.DataFrame) -> pl.DataFrame:
     """The table with the columns every stage may count on: keep, reason, error, error_stage.
 
     Raises:
@@ -231,15 +231,17 @@ def with_house(table: pl.DataFrame) -> pl.DataFrame:
     taken = [name for name in table.columns if name in INTERNAL or name.startswith("_new_")]
     if taken:
         raise UserError(f"the input table's column '{taken[0]}' has a name that is used inside; rename it")
-    for name in (name for name in HOUSE if name in table.columns):
+    for name in (name for name in STATUS_COLUMNS if name in table.columns):
         try:
-            table = table.with_columns(pl.col(name).cast(HOUSE[name]))
+            table = table.with_columns(pl.col(name).cast(STATUS_COLUMNS[name]))
         except pl.exceptions.PolarsError:
-            expected = "true or false" if HOUSE[name] == pl.Boolean else "text"
+            expected = "true or false" if STATUS_COLUMNS[name] == pl.Boolean else "text"
             kind = table[name].dtype
             raise UserError(f"the input table's column '{name}' is {kind}: expected {expected}; rename it") from None
     defaults = {"keep": True, "reason": "", "error": None, "error_stage": None}
-    missing = [pl.lit(value, HOUSE[name]).alias(name) for name, value in defaults.items() if name not in table.columns]
+    missing = [
+        pl.lit(value, STATUS_COLUMNS[name]).alias(name) for name, value in defaults.items() if name not in table.columns
+    ]
     return table.with_columns(missing)
 
 
@@ -251,7 +253,7 @@ def is_active() -> pl.Expr:
 def row_keys(stage: Stage, table: pl.DataFrame) -> list[str | None]:
     """Key of every row for a stage, None for rows that are out."""
     active = table.select(is_active().alias("active"))["active"].to_list()
-    rows = table.select(stage.deciding()).iter_rows(named=True)
+    rows = table.select(stage.identity).iter_rows(named=True)
     return [stage.key(row) if ok else None for ok, row in zip(active, rows)]
 
 
@@ -259,7 +261,7 @@ def jobs_of(
     group: Sequence[Stage], table: pl.DataFrame, keys: dict[str, list[str | None]], done: dict[str, set[str]]
 ) -> Iterator[Job]:
     """One job per row that some stage of the group has no result for; equal keys are done once."""
-    reads = list(dict.fromkeys(column for stage in group for column in stage.needs()))
+    reads = list(dict.fromkeys(column for stage in group for column in stage.reads))
     seen: set[tuple[str, str]] = set()
     for number, row in enumerate(table.select(reads).iter_rows(named=True)):
         wanted: dict[str, str] = {}

@@ -1,16 +1,25 @@
 """How much of the picture is covered by text that can be read."""
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import cv2
 import numpy as np
 import polars as pl
 
+from opensora.config.options import Options, opt
 from opensora.utils.video import read_image
-from tools.data.scenes import require
-from tools.data.stage import Row, Stage, Worker
+from tools.data.engine.stage import Row, Stage, Worker, require
 
 DETECT_SIDE = 960  # px; larger pictures are shrunk before text is looked for, smaller ones stay
+
+
+@dataclass(frozen=True, kw_only=True)
+class OcrOptions(Options):
+    """Share of the picture covered by readable text (RapidOCR)."""
+
+    min_score: float = opt(0.6, "confidence from which text counts as recognised", least=0, most=1)
+    min_chars: int = opt(2, "shorter finds do not count", least=1, most=1000)
 
 
 class Ocr(Stage):
@@ -19,9 +28,10 @@ class Ocr(Stage):
     A detector alone takes windows and fences for text; here only what a reader makes sense of counts.
     """
 
+    settings: OcrOptions
+
     name = "ocr"
     reads = ("clip_id", "frame_paths")
-    identity = ("clip_id", "frame_paths")
     adds: ClassVar = {"text_area": pl.Float64, "text_found": pl.String}
 
     def check(self) -> None:
@@ -52,7 +62,7 @@ class Ocr(Stage):
         mask = np.zeros(image.shape[:2], np.uint8)
         texts = []
         for box, text, score in zip(output.boxes, output.txts, output.scores):
-            if score >= self.settings["min_score"] and len(text.strip()) >= self.settings["min_chars"]:
+            if score >= self.settings.min_score and len(text.strip()) >= self.settings.min_chars:
                 cv2.fillPoly(mask, [np.asarray(box, np.int32)], 1)
                 texts.append(text.strip())
         return float(mask.mean()), texts

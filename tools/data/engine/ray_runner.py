@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from opensora.utils.errors import UserError
-from tools.data.runners import DIED, Job, LocalRunner, Outcomes, do_job, make_pool
-from tools.data.stage import Stage
-from tools.data.store import Failure
+from tools.data.engine.runners import DIED, Job, LocalRunner, Outcomes, do_job, make_pool
+from tools.data.engine.stage import Stage
+from tools.data.engine.store import Failure
 
 ROWS_PER_BLOCK = 8  # go to an actor together and come back together: what the loss of a node costs at most
 BLOCKS_PER_WORKER = 4  # at least, so that none waits for the last one
@@ -68,7 +68,7 @@ class RayRunner:
         Raises:
             UserError: Ray is not installed, or the stages cannot start.
         """
-        if stages[0].io_bound:
+        if stages[0].concurrency:
             yield from LocalRunner(0).run(stages, jobs)
             return
         ray = _ray()
@@ -83,7 +83,7 @@ class RayRunner:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # the pipeline has one
         context.execution_options.preserve_order = False
-        gpus = 1 if any(stage.settings.get("device", "cpu") != "cpu" for stage in stages) else 0
+        gpus = 1 if any(stage.device != "cpu" for stage in stages) else 0
         workers = min(self.workers, len(jobs))
         blocks = max(-(-len(jobs) // ROWS_PER_BLOCK), min(workers * BLOCKS_PER_WORKER, len(jobs)))
         rows = ray.data.from_items([{"job": pickle.dumps(job)} for job in jobs], override_num_blocks=blocks)
