@@ -13,11 +13,13 @@ import polars as pl
 from opensora.config import parse_config
 from opensora.utils.errors import UserError
 from tools.data import stages as room
+from tools.data.engine.own_files import OwnFiles
 from tools.data.engine.pipeline import STATUS_COLUMNS, Pipeline
 from tools.data.engine.runners import LocalRunner, Runner
 from tools.data.engine.stage import Stage
 from tools.data.options import DataOptions, with_sections
 from tools.data.stages.ingest import list_files, read_list
+from tools.outputs import check_place
 
 
 def find_stages() -> dict[str, type[Stage]]:
@@ -113,6 +115,6 @@ def make_pipeline(names: Sequence[str], cfg: DataOptions) -> Pipeline:
     if not cfg.output:
         raise UserError("no --output: give a folder for what is made")
     root = Path(cfg.output)
-    if root.exists() and not root.is_dir():
-        raise UserError(f"--output {root} is a file; give a folder")
-    return Pipeline(make_stages(names, cfg, root), root, make_runner(cfg), cfg.retry_errors)
+    check_place(root, "--output", folder=True)
+    own = OwnFiles(root, cfg.overwrite)
+    return Pipeline(make_stages(names, cfg, root), root, make_runner(cfg), cfg.retry_errors, own=own)

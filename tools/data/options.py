@@ -24,6 +24,7 @@ class DataOptions(Options):
     runner: Literal["local", "ray"] = opt("local", "where: this machine, or a Ray cluster")
     dry_run: bool = opt(False, "print what would be done")
     retry_errors: bool = opt(False, "do rows again that failed before")
+    overwrite: bool = opt(False, "replace files of the output folder that were not written by these tools")
 
 
 def with_sections(stages: Mapping[str, type[Stage]]) -> type[DataOptions]:

@@ -15,28 +15,34 @@ if __package__ in (None, ""):
 from opensora.config import run_main
 from opensora.utils.logging import setup_logging
 from tools.data.chain import make_pipeline, parse, read_input
-from tools.data.engine.pipeline import Pipeline
-from tools.data.export import TRAIN_FILE, export
-from tools.data.status import error_text, funnel_text, read_funnel
+from tools.data.engine.pipeline import TABLE_FILE, Pipeline
+from tools.data.export import TRAIN_FILE, count_uncaptioned, export
+from tools.data.status import error_text, funnel_text
+from tools.outputs import named_errors
 
 
+@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Run the chain, print the funnel, write the training table."""
     setup_logging()
     cfg = parse(argv)
     files = read_input(cfg)
     pipeline = make_pipeline(cfg.stages, cfg)
+    pipeline.own.claim(TRAIN_FILE)
     if cfg.dry_run:
         print_plan(pipeline, files)
         return
     table = pipeline.run(files)
-    print(funnel_text(read_funnel(pipeline.root)))
+    print(funnel_text(pipeline.funnel))
     errors = error_text(table)
     if errors:
         print(f"\nfailed (do again with --retry-errors):\n{errors}")
     if "clip_path" in table.columns:
-        out = pipeline.root / TRAIN_FILE
-        print(f"\n{export(pipeline.root, out)} clips: {out}")
+        out, count = export(pipeline.root, overwrite=cfg.overwrite)
+        print(f"\n{count} clips: {out}")
+        uncaptioned = count_uncaptioned(table)
+        if uncaptioned:
+            print(f"{uncaptioned} more have no caption: they are in {TABLE_FILE} alone")
 
 
 def print_plan(pipeline: Pipeline, files: pl.DataFrame) -> None:

@@ -5,6 +5,7 @@ is ``OUTPUT/STAGE.csv``: path and the columns that the stage adds.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -14,11 +15,13 @@ from opensora.config import run_main
 from opensora.utils.errors import UserError
 from opensora.utils.logging import setup_logging
 from tools.data.chain import STAGES, chain_for, make_pipeline, parse, read_input
-from tools.data.engine.tables import write_table
+from tools.data.engine.tables import fill_table
 from tools.data.run import print_plan
 from tools.data.status import error_text
+from tools.outputs import named_errors
 
 
+@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Run the stage and write its table."""
     setup_logging()
@@ -32,9 +35,10 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.dry_run:
         print_plan(pipeline, files)
         return
+    name = f"{words[0]}.csv"
+    pipeline.own.claim(name)
     table = pipeline.run(files)
-    out = pipeline.root / f"{words[0]}.csv"
-    write_table(table.select("path", *STAGES[words[0]].adds, "error"), out)
+    out = pipeline.own.write(name, partial(fill_table, table.select("path", *STAGES[words[0]].adds, "error")))
     errors = error_text(table)
     if errors:
         print(f"failed (do again with --retry-errors):\n{errors}\n")

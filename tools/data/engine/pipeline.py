@@ -1,9 +1,9 @@
 """Runs a chain of stages over a folder: does what is missing, joins the results, keeps count."""
 
-import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
@@ -12,30 +12,23 @@ from tqdm import tqdm
 
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
-from opensora.utils.video import write_beside, write_text
+from opensora.utils.video import UNFINISHED, write_beside
+from tools.data.engine.funnel import FUNNEL_FILE, FunnelStep, funnel_json
+from tools.data.engine.own_files import OwnFiles
 from tools.data.engine.runners import Job, Runner
 from tools.data.engine.stage import PixelStage, Stage, TableStage
 from tools.data.engine.store import ERROR, INDEX, KEY, Failure, StageStore
+from tools.data.engine.tables import read_table
+from tools.outputs import check_place
 
 logger = get_logger(__name__)
 
 ROW = "_row"
+# what tempfile makes of write_beside's prefix and the ending of a file of ours
+LEFTOVER = re.compile(re.escape(UNFINISHED) + r"[a-z0-9_]{8}\.(parquet|json|csv|png|jpg|mp4)")
 INTERNAL = (ROW, KEY, INDEX, "_active")
 STATUS_COLUMNS = {"keep": pl.Boolean, "reason": pl.String, "error": pl.String, "error_stage": pl.String}
-TABLE_FILE, FUNNEL_FILE = "table.parquet", "funnel.json"
-
-
-@dataclass
-class FunnelStep:
-    """What a stage did to the rows."""
-
-    stage: str
-    rows_in: int
-    rows_out: int = 0
-    failed: int = 0
-    done_before: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    finished: bool = False
+TABLE_FILE = "table.parquet"
 
 
 @dataclass(frozen=True)
@@ -69,20 +62,32 @@ class Pipeline:
         runner: where rows are worked on.
         retry_errors: do rows again that failed before.
         progress: show a bar per group.
+        own: what of the folder was written by these tools, and may be replaced; none finds out.
 
     Raises:
         UserError: a stage reads a column that none before it adds, or its ``check`` fails.
     """
 
     def __init__(
-        self, stages: Sequence[Stage], root: Path, runner: Runner, retry_errors: bool = False, progress: bool = True
+        self,
+        stages: Sequence[Stage],
+        root: Path,
+        runner: Runner,
+        retry_errors: bool = False,
+        progress: bool = True,
+        own: OwnFiles | None = None,
     ) -> None:
         self.stages, self.root, self.runner = list(stages), root, runner
         self.retry_errors, self.progress = retry_errors, progress
+        self.own = own or OwnFiles(root)
         self.funnel: list[FunnelStep] = []
 
     def check(self, columns: Sequence[str]) -> None:
-        """Raise a UserError for a chain that cannot work on a table with these columns."""
+        """Raise a UserError for a chain that cannot work on a table with these columns, or in this folder."""
+        check_place(self.root, "--output", folder=True)
+        self.own.claim(TABLE_FILE, FUNNEL_FILE)
+        for folder in ("stages", *(folder for stage in self.stages for folder in stage.folders)):
+            check_place(self.root / folder, "--output", folder=True)
         known = {*columns, *STATUS_COLUMNS}
         for stage in self.stages:
             missing = [column for column in stage.reads if column not in known]
@@ -105,10 +110,11 @@ class Pipeline:
         self.root.mkdir(parents=True, exist_ok=True)
         try:
             with filelock.FileLock(self.root / ".lock", timeout=0):
-                remove_leftovers(self.root)
+                folders = {"stages", "clips", "frames"}.union(*(stage.folders for stage in self.stages))
+                remove_leftovers(self.root, folders)
                 table = self._run_all(table)
-                remove_leftovers(self.root)  # of a worker that died on the way
-                write_beside(self.root / TABLE_FILE, table.write_parquet)
+                remove_leftovers(self.root, folders)  # of a worker that died on the way
+                self.own.write(TABLE_FILE, table.write_parquet)
                 return table
         except filelock.Timeout:
             raise UserError(f"another run is at work in {self.root}; wait for it or choose another --output") from None
@@ -185,7 +191,7 @@ class Pipeline:
         self._save_funnel()
 
     def _save_funnel(self) -> None:
-        write_text(json.dumps([asdict(step) for step in self.funnel], indent=2), self.root / FUNNEL_FILE)
+        self.own.write_text(FUNNEL_FILE, funnel_json(self.funnel))
 
     def plan(self, table: pl.DataFrame) -> list[Plan]:
         """What ``run`` would do, without doing it. What depends on rows still to be made is not known."""
@@ -210,16 +216,20 @@ class Pipeline:
         return plans
 
 
-def remove_leftovers(root: Path) -> None:
-    """Delete what a killed run or worker left half-written: hidden tables, hidden files where stages write."""
-    for path in root.glob(".*"):
-        if path.suffix in (".parquet", ".json", ".csv"):
-            path.unlink()
-    for name in ("stages", "clips", "frames"):
+def remove_leftovers(root: Path, folders: Iterable[str]) -> None:
+    """Delete what a killed run or worker left half-written: files with the names that ``write_beside`` gives, in the
+    folder itself and in those where stages write."""
+    for path in root.glob(f"{UNFINISHED}*"):
+        _remove_leftover(path)
+    for name in folders:
         for folder, _, files in os.walk(root / name):
             for file in files:
-                if file.startswith("."):
-                    (Path(folder) / file).unlink()
+                _remove_leftover(Path(folder, file))
+
+
+def _remove_leftover(path: Path) -> None:
+    if LEFTOVER.fullmatch(path.name) and path.is_file():
+        path.unlink()
 
 
 def with_status(table: pl.DataFrame) -> pl.DataFrame:
@@ -243,6 +253,17 @@ def with_status(table: pl.DataFrame) -> pl.DataFrame:
         pl.lit(value, STATUS_COLUMNS[name]).alias(name) for name, value in defaults.items() if name not in table.columns
     ]
     return table.with_columns(missing)
+
+
+def read_result(root: Path) -> pl.DataFrame:
+    """The whole table of a run.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if not (root / TABLE_FILE).is_file():
+        raise UserError(f"{root / TABLE_FILE}: no such file; run tools/data/run.py CONFIG --output {root} first")
+    return read_table(root / TABLE_FILE, ("path", *STATUS_COLUMNS))
 
 
 def is_active() -> pl.Expr:

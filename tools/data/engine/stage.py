@@ -60,6 +60,8 @@ class Stage:
         version: raised whenever the same settings give another result.
         adds: columns it writes, with their types.
         expands: whether a row may become several.
+        files: columns of ``adds`` that name files below ``root``; where one is gone, the row is done again.
+        folders: those below ``root`` that it writes files into.
     """
 
     settings: Any
@@ -69,6 +71,8 @@ class Stage:
     version: ClassVar[int] = 1
     adds: ClassVar[dict[str, Any]] = {}
     expands: ClassVar[bool] = False
+    files: ClassVar[tuple[str, ...]] = ()
+    folders: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, settings: Any, root: Path) -> None:
         self.settings, self.root = settings, root

@@ -1,6 +1,7 @@
 """Results of a stage on disk: parquet shards keyed by row, written beside and renamed, so that they survive a kill."""
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,16 +10,18 @@ from typing import Any
 
 import polars as pl
 
-from opensora.utils.errors import UserError
+from opensora.utils.errors import UserError, first_line
 from opensora.utils.logging import get_logger
 from opensora.utils.video import write_beside, write_text
 from tools.data.engine.stage import Row, Stage
+from tools.data.engine.tables import DAMAGED
 
 logger = get_logger(__name__)
 
 KEY, INDEX, ERROR = "_key", "_index", "_error"
 FLUSH_ROWS, FLUSH_SECONDS = 2000, 10.0
 COMPACT_SHARDS = 50
+SHARD = re.compile(r"part-\d{8}\.parquet")
 
 
 @dataclass(frozen=True)
@@ -52,33 +55,47 @@ class StageStore:
         others = sorted(self.folder.parent.glob("*/settings.json"), key=lambda path: path.stat().st_mtime)
         description = json.loads(json.dumps(self.stage.description(), default=str))
         if others:
-            changes = ", ".join(_differences(json.loads(others[-1].read_text("utf-8")), description))
+            changes = ", ".join(_differences(_read_note(others[-1]), description)) or "which ones is not known"
             logger.warning("%s: other settings than before (%s), it runs anew", self.stage.name, changes)
         write_text(json.dumps(description, indent=2, ensure_ascii=False), note)
 
     def shards(self) -> list[Path]:
         """Whole shards, oldest first."""
-        return sorted(self.folder.glob("part-*.parquet"))
+        return sorted(path for path in self.folder.glob("part-*.parquet") if SHARD.fullmatch(path.name))
 
     def load(self) -> pl.DataFrame:
         """All results; where a row was done again, the last one."""
         parts = []
         for number, path in enumerate(self.shards()):
             try:
-                parts.append(pl.read_parquet(path).with_columns(pl.lit(number).alias("_shard")))
-            except (pl.exceptions.PolarsError, OSError) as error:
-                raise UserError(f"{path} is damaged ({error}); delete it and run again") from error
+                part = pl.read_parquet(path, glob=False)
+                if part.schema != pl.Schema(self.schema):
+                    raise ValueError("other columns than the stage writes")
+            except DAMAGED as error:
+                reason = first_line(error)
+                raise UserError(f"{path} is damaged ({reason}); delete it and run again: it is made anew") from error
+            parts.append(part.with_columns(pl.lit(number).alias("_shard")))
         if not parts:
             return pl.DataFrame(schema=self.schema)
         table = pl.concat(parts)
         return table.filter(pl.col("_shard") == pl.col("_shard").max().over(KEY)).drop("_shard")
 
     def done(self, retry_errors: bool = False) -> set[str]:
-        """Keys that need no work."""
+        """Keys that need no work: they have a result, whose files are there."""
         table = self.load()
         if retry_errors:
             table = table.filter(pl.col(ERROR).is_null())
-        return set(table[KEY].to_list())
+        return set(table[KEY].to_list()) - self._without_files(table)
+
+    def _without_files(self, table: pl.DataFrame) -> set[str]:
+        """Keys of results whose files somebody has deleted."""
+        missing: set[str] = set()
+        for column in self.stage.files:
+            for key, value in table.select(KEY, column).iter_rows():
+                names = [value] if isinstance(value, str) else value or ()
+                if not all((self.stage.root / name).is_file() for name in names):
+                    missing.add(key)
+        return missing
 
     def add(self, key: str, outcome: Outcome) -> None:
         """Keep a row's result; a shard is written every so many rows or seconds."""
@@ -108,8 +125,19 @@ class StageStore:
         write_beside(self.folder / f"part-{number:08d}.parquet", table.write_parquet)
 
 
+def _read_note(path: Path) -> Mapping[str, Any]:
+    """What made a folder of results, as far as its note can be read; it is there for the message alone."""
+    try:
+        note = json.loads(path.read_text("utf-8"))
+        return note if isinstance(note, Mapping) and isinstance(note.get("settings"), Mapping) else {}
+    except (OSError, ValueError):
+        return {}
+
+
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """``key: old -> new`` of everything that two descriptions do not share."""
+    if not old:
+        return []
     flat_old, flat_new = ({**d, **d["settings"], "settings": None} for d in (old, new))
     keys = [key for key in {**flat_old, **flat_new} if flat_old.get(key) != flat_new.get(key)]
     return [f"{key}: {flat_old.get(key)} -> {flat_new.get(key)}" for key in keys]

@@ -87,6 +87,8 @@ class Cut(Stage):
     identity = ("source_id", "scenes")
     adds = CLIP_COLUMNS
     expands = True
+    files = ("clip_path",)
+    folders = ("clips",)
 
     def check(self) -> None:
         """Some length is left."""

@@ -43,6 +43,8 @@ class FrameSamples(PixelStage):
     name = "frames"
     version = 2
     adds: ClassVar = {"frame_paths": pl.List(pl.String), "phash": pl.List(pl.String)}
+    files = ("frame_paths",)
+    folders = ("frames",)
 
     def check(self) -> None:
         """The hash's library is there."""

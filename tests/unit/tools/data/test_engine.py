@@ -1,6 +1,7 @@
 """The machinery below the data tools: fingerprints, shards, runners, joining, killing and going on."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from opensora.config.options import Options, opt
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_video
 from tools.data.engine.decode import decode, open_video, picture
+from tools.data.engine.own_files import OwnFiles
 from tools.data.engine.pipeline import Pipeline, group_stages
 from tools.data.engine.runners import DIED, LocalRunner
-from tools.data.engine.stage import NoOptions, PixelStage, Stage, TableStage
+from tools.data.engine.stage import NoOptions, PixelStage, Stage, TableStage, digest_weights
 from tools.data.engine.store import StageStore
 
 
@@ -135,10 +137,96 @@ def test_only_what_is_missing_or_changed_is_done(tmp_path):
 def test_leftovers_of_a_kill_go(tmp_path):
     chain(tmp_path).run(numbers(1))
     before = sorted(tmp_path.rglob("*"))
-    for name in (".a1b2c3d4.parquet", ".x.json", ".x.csv", "stages/double/.x.parquet"):
+    (tmp_path / "clips" / "ab").mkdir(parents=True)
+    for name in (
+        ".unfinished-a1b2c3d4.parquet",
+        ".unfinished-x_234567.json",
+        "stages/double/.unfinished-abcdefgh.parquet",
+        "clips/ab/.unfinished-abcdefgh.mp4",
+    ):
         (tmp_path / name).touch()
     chain(tmp_path).run(numbers(1))
+    shutil.rmtree(tmp_path / "clips")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_hidden_files_of_others_stay(tmp_path):
+    """A folder of the user's, with hidden files of all kinds, also where stages write and with names like ours."""
+    names = (".keys.json", ".old.csv", ".t.parquet", "clips/.index", "frames/a/.thumb.jpg", "stages/.x.parquet")
+    names += (".unfinished-notes.json", "clips/.unfinished-abcdefgh", ".unfinished-abcdefgh.txt", ".git/.x.json")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    chain(tmp_path).run(numbers(1))
+    for name in names:
+        assert (tmp_path / name).read_text() == name
+
+
+@pytest.mark.parametrize("name", ["table.parquet", "funnel.json"])
+def test_files_of_the_user_are_not_replaced(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} was not written by these tools"):
+        chain(tmp_path).run(numbers(1))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_result_that_was_changed_is_not_replaced(tmp_path):
+    first = chain(tmp_path).run(numbers(1))
+    assert chain(tmp_path).run(numbers(1, 2)).height > first.height
+    first.head(1).write_parquet(tmp_path / "table.parquet")
+    with pytest.raises(UserError, match=r"table.parquet is not as it was written \(changed, or damaged\)"):
+        chain(tmp_path).run(numbers(1))
+    assert pl.read_parquet(tmp_path / "table.parquet").height == 1
+    pipeline = chain(tmp_path)
+    pipeline.own.overwrite = True
+    assert pipeline.run(numbers(1)).equals(first)
+
+
+def test_a_folder_of_an_earlier_version_goes_on(tmp_path):
+    """One without a note of what was written."""
+    first = chain(tmp_path).run(numbers(1))
+    (tmp_path / ".written.json").unlink()
+    assert chain(tmp_path).run(numbers(1)).equals(first)
+    (tmp_path / ".written.json").write_text("{")
+    (tmp_path / "funnel.json").write_text("[{")
+    with pytest.raises(UserError, match=r"table.parquet was not written by these tools"):
+        chain(tmp_path).run(numbers(1))
+
+
+@pytest.mark.parametrize("kill", ["before", "after"])
+def test_a_kill_between_note_and_file_leaves_both_ours(tmp_path, kill):
+    own = OwnFiles(tmp_path)
+    own.write_text("a.csv", "old")
+
+    def die(path):
+        path.write_text("new")
+        own._note("a.csv", digest_weights(path))
+        if kill == "after":
+            path.replace(tmp_path / "a.csv")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        own.write("a.csv", die)
+    OwnFiles(tmp_path).claim("a.csv")
+
+
+@pytest.mark.parametrize("kind", ["file", "link loop", "dangling link", "long name", "below a file"])
+def test_places_where_no_folder_can_be(tmp_path, kind):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to("nowhere")
+    places = {"file": "file", "link loop": "loop", "dangling link": "gone", "long name": "x" * 300}
+    with pytest.raises(UserError, match=r"^--output ") as error:
+        chain(tmp_path / places.get(kind, "file/deeper")).run(numbers(1))
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "gone", "loop"]
+
+
+def test_a_stage_folder_that_is_a_file(tmp_path):
+    (tmp_path / "stages").write_text("mine")
+    with pytest.raises(UserError, match=r"stages is a file; give a folder"):
+        chain(tmp_path).run(numbers(1))
 
 
 def test_other_settings_are_named(tmp_path, caplog):
@@ -188,7 +276,7 @@ def test_processes_give_the_same(tmp_path):
 
 
 def test_a_row_that_kills_its_process_is_named(tmp_path):
-    half = tmp_path / "clips" / ".half.mp4"
+    half = tmp_path / "clips" / ".unfinished-half_234.mp4"
     half.parent.mkdir()
     table = chain(tmp_path, workers=2, half=half).run(numbers(1, 99, 2))
     assert not half.exists()
@@ -268,6 +356,62 @@ def test_damaged_shard_is_named(tmp_path):
         chain(tmp_path).run(numbers(1))
 
 
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"PAR1", "other columns", "folder", "cut off"])
+def test_damaged_results_are_named(tmp_path, content):
+    chain(tmp_path).run(numbers(1))
+    (shard,) = (tmp_path / "stages" / "double").glob("*/part-*.parquet")
+    whole = shard.read_bytes()
+    shard.unlink()
+    if content == "folder":
+        shard.mkdir()
+    elif content == "other columns":
+        pl.DataFrame({"x": [1]}).write_parquet(shard)
+    else:
+        shard.write_bytes(whole[: len(whole) // 2] if content == "cut off" else content)
+    with pytest.raises(UserError, match=r"part-00000000.parquet is damaged .*; delete it and run again") as error:
+        chain(tmp_path).run(numbers(1))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"settings": 3}', b"\xff\xfe"])
+def test_a_damaged_note_of_settings_costs_nothing(tmp_path, content, caplog):
+    first = chain(tmp_path).run(numbers(1))
+    (note,) = (tmp_path / "stages" / "double").glob("*/settings.json")
+    note.write_bytes(content)
+    assert chain(tmp_path).run(numbers(1)).equals(first)
+    with caplog.at_level("WARNING", logger="opensora"):
+        chain(tmp_path, factor=3).run(numbers(1))
+    assert "double: other settings than before (which ones is not known), it runs anew" in caplog.text
+
+
+class Writer(Stage):
+    """Writes a file per number."""
+
+    name = "writer"
+    reads = ("number",)
+    adds: ClassVar = {"file": pl.String}
+    files = ("file",)
+
+    def worker(self):
+        def work(row):
+            (self.root / f"{row['number']}.txt").write_text("x")
+            return [{"file": f"{row['number']}.txt"}]
+
+        return work
+
+
+def test_results_whose_files_were_deleted_are_made_again(tmp_path):
+    def run():
+        return Pipeline([Writer(NoOptions(), tmp_path)], tmp_path, LocalRunner(0), progress=False).run(numbers(1, 2))
+
+    first = run()
+    (tmp_path / "1.txt").unlink()
+    kept = (tmp_path / "2.txt").stat().st_mtime_ns
+    assert run().equals(first)
+    assert (tmp_path / "1.txt").is_file()
+    assert (tmp_path / "2.txt").stat().st_mtime_ns == kept
+
+
 def test_many_shards_are_merged(tmp_path):
     store = StageStore(Double(DoubleOptions(), tmp_path))
     store.open()
@@ -325,6 +469,6 @@ def test_sigkill_and_again_gives_the_same_table(tmp_path):
     process.wait()
     store = StageStore(Double(DoubleOptions(), out))
     assert 0 < store.load().height < 20
-    (store.folder / ".half.parquet").write_bytes(b"half")
+    (store.folder / ".unfinished-half_234.parquet").write_bytes(b"half")
     assert chain(out).run(numbers(*range(20))).equals(chain(tmp_path / "whole").run(numbers(*range(20))))
     assert not list(out.glob("stages/*/*/.*"))

@@ -23,7 +23,7 @@ def files(tmp_path):
 
 
 def change(files, *words, inputs=("one.csv",)) -> pl.DataFrame:
-    table.main([*(str(files / name) for name in inputs), "--out", str(files / "out.parquet"), *words])
+    table.main([*(str(files / name) for name in inputs), "--out", str(files / "out.parquet"), "--overwrite", *words])
     return pl.read_parquet(files / "out.parquet")
 
 
@@ -50,6 +50,92 @@ def test_empty_values_are_equal_to_each_other(files):
     frame = pl.DataFrame({"path": ["a", None, None, "b"], "n": [1, None, 2, None]})
     assert table.first_of_each(frame, ["path"])["n"].to_list() == [1, None, None]
     assert table.first_of_each(frame, ["path", "n"]).height == 4
+
+
+def test_nothing_is_replaced_unasked(files, monkeypatch, capsys):
+    """One's own files stay, an input whatever is asked; the same command twice is no mistake."""
+    monkeypatch.chdir(files)
+    (files / "mine.csv").write_text("mine")
+    (files / "p_2.csv").write_text("mine")
+    (files / "link.csv").symlink_to("one.csv")
+    before = {path.name: path.read_bytes() for path in files.iterdir()}
+    for words in (["mine.csv"], ["p.csv", "--split", "2"]):
+        with pytest.raises(UserError, match=r"--out (mine|p_2).csv exists and holds something else; give another name"):
+            table.main(["one.csv", "--out", *words])
+    for words in (["one.csv"], ["./one.csv"], ["link.csv"], ["two.parquet", "--subtract", "two.parquet"]):
+        for more in ([], ["--overwrite"]):
+            with pytest.raises(UserError, match=r"is the input .*, which is never replaced"):
+                table.main(["one.csv", "--out", *words, *more])
+    assert {name: (files / name).read_bytes() for name in before} == before
+    (files / "p_1.csv").unlink()
+    assert {path.name for path in files.iterdir()} == set(before)
+    for _ in range(2):
+        table.main(["one.csv", "--out", "new.csv", "--head", "2"])
+    table.main(["two.parquet", "--out", "mine.csv", "--overwrite"])
+    assert pl.read_csv("mine.csv")["path"].to_list() == ["b", "d"]
+
+
+@pytest.mark.parametrize("place", ["folder.csv", "one.csv/x.csv", "loop.csv", "gone.csv", "x" * 300 + ".csv"])
+def test_places_where_no_table_can_be(files, place):
+    (files / "folder.csv").mkdir()
+    (files / "loop.csv").symlink_to("loop.csv")
+    (files / "gone.csv").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"^--out ") as error:
+        table.main([str(files / "two.parquet"), "--out", str(files / place)])
+    assert "\n" not in str(error.value)
+
+
+def test_clips_of_one_source_stay_together(tmp_path):
+    rows = [{"path": f"{source}-{clip}", "source_id": f"s{source}"} for source in range(40) for clip in range(5)]
+    frame = pl.DataFrame(rows)
+    frame.write_csv(tmp_path / "all.csv")
+    found = []
+    for name, words in (("a", []), ("b", ["--shuffle"]), ("c", ["--seed", "1"])):
+        out = tmp_path / f"{name}.csv"
+        table.main([str(tmp_path / "all.csv"), "--out", str(out), "--validation", "0.1", *words])
+        training, held = pl.read_csv(out), pl.read_csv(tmp_path / f"{name}_validation.csv")
+        assert held.height == 20
+        assert training.height == 180
+        assert not set(training["source_id"]) & set(held["source_id"])
+        found.append(set(held["source_id"]))
+    assert found[0] == found[1] != found[2]
+    more = pl.concat([frame, pl.DataFrame([{"path": f"x{n}", "source_id": f"t{n}"} for n in range(20)])])
+    _, held = table.split_by_source(more, 0.1, "source_id", 0)
+    assert len(found[0] - set(held["source_id"])) <= 1
+
+
+def test_a_split_that_cannot_be(tmp_path):
+    pl.DataFrame({"path": ["a", "b"], "source": ["s", "s"], "n": [1, None]}).write_csv(tmp_path / "t.csv")
+    words = [str(tmp_path / "t.csv"), "--out", str(tmp_path / "o.csv"), "--validation", "0.5"]
+    with pytest.raises(UserError, match=r"--together source_id: no such column, and clips of one source must not be"):
+        table.main(words)
+    with pytest.raises(UserError, match=r"--validation 0.5: 1 sources in column 'source'; two are needed"):
+        table.main([*words, "--together", "source"])
+    with pytest.raises(UserError, match=r"--validation 2.0: expected 0.9 or less"):
+        table.main([*words, "--validation", "2"])
+    with pytest.raises(UserError, match="--validation and --split: choose one"):
+        table.main([*words, "--split", "2"])
+    assert not (tmp_path / "o.csv").exists()
+    table.main([*words, "--together", "n"])  # what is empty is one source, too
+    assert (pl.read_csv(tmp_path / "o.csv").height, pl.read_csv(tmp_path / "o_validation.csv").height) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.csv", b"", "cannot be read as a table"),
+        ("twice.csv", b"path,text,text\na,b,c\n", "two columns are called 'text'"),
+        ("ragged.csv", b"path,text\na,b,c\n", "cannot be read as a table"),
+        ("not.parquet", b"PAR1PAR1", "cannot be read as a table"),
+        ("text.parquet", b"hello", "cannot be read as a table"),
+        ("latin.csv", b"path,text\na,\xff\xfe\n", "cannot be read as a table"),
+    ],
+)
+def test_damaged_tables_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: {message}") as error:
+        table.main([str(tmp_path / name), "--out", str(tmp_path / "o.csv")])
+    assert "\n" not in str(error.value)
 
 
 def test_table_splits_and_converts(files):
@@ -166,6 +252,57 @@ def test_export_elsewhere_by_tier_and_mistakes(run_folder, tmp_path):
         export.main([str(run_folder), "--columns", "x"])
     with pytest.raises(UserError, match="no such file; run tools/data/run.py"):
         export.main([str(tmp_path / "nowhere")])
+
+
+def test_reports_replace_only_their_own(run_folder, tmp_path):
+    for command in (export, stats, sheet):
+        command.main([str(run_folder)])
+    train = pl.read_csv(run_folder / "train.csv")
+    table = pl.read_parquet(run_folder / "table.parquet")
+    table.with_columns(keep=pl.col("clip_id") == "a", text=pl.lit("new")).write_parquet(run_folder / "table.parquet")
+    for command in (export, stats, sheet):  # their own files of before
+        command.main([str(run_folder)])
+    assert pl.read_csv(run_folder / "train.csv").height < train.height
+    for command, name in ((export, "train.csv"), (stats, "report/summary.csv"), (sheet, "report/kept.png")):
+        (run_folder / name).write_text("mine")
+        with pytest.raises(UserError, match=r"is not as it was written \(changed, or damaged\); move it away"):
+            command.main([str(run_folder)])
+        assert (run_folder / name).read_text() == "mine"
+        command.main([str(run_folder), "--overwrite"])
+        assert (run_folder / name).read_bytes() != b"mine"
+    for command, name in ((export, "t.csv"), (stats, "funnel.png"), (sheet, "kept.png")):
+        folder = tmp_path / command.__name__
+        folder.mkdir()
+        out = str(folder / name if command is export else folder)
+        (folder / name).write_text("mine")
+        with pytest.raises(UserError, match="exists and holds something else"):
+            command.main([str(run_folder), "--out", out])
+        assert (folder / name).read_text() == "mine"
+        for _ in range(2):
+            command.main([str(run_folder), "--out", out, "--overwrite"])
+        command.main([str(run_folder), "--out", out])
+    with pytest.raises(UserError, match="table.parquet is the input"):
+        export.main([str(run_folder), "--out", str(run_folder / "table.parquet"), "--overwrite"])
+
+
+@pytest.mark.parametrize("content", ["", "{", "3", "[3]", '[{"stage": 1, "rows_in": "x"}]', '[{"name": 3}]'])
+def test_a_damaged_funnel_is_named(run_folder, content):
+    (run_folder / "funnel.json").write_text(content)
+    for command in (status, stats):
+        with pytest.raises(UserError, match=r"funnel.json is damaged .*; delete it and run"):
+            command.main([str(run_folder)])
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"x" * 100, "columns"])
+def test_a_damaged_result_is_named(run_folder, content):
+    path = run_folder / "table.parquet"
+    if content == "columns":
+        pl.DataFrame({"path": ["a"]}).write_parquet(path)
+    else:
+        path.write_bytes(content)
+    for command in (export, status, stats, sheet):
+        with pytest.raises(UserError, match=r"table.parquet: (cannot be read as a table|no column 'keep')"):
+            command.main([str(run_folder)])
 
 
 def test_status(run_folder, capsys):
