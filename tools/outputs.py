@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from opensora.utils.errors import UserError
-from opensora.utils.video import write_beside
+from opensora.utils.files import write_beside
 
 NAME_BYTES = 255  # longest name that file systems take
 Result = TypeVar("Result")

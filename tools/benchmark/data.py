@@ -30,6 +30,7 @@ import polars as pl
 from opensora.config import run_main
 from opensora.utils.files import write_text
 from opensora.utils.video import save_video
+from tools.arguments import Bounded
 from tools.data import table as table_tool
 from tools.data.engine.decode import PixelWorker, decode, open_video
 from tools.data.engine.process import prepare
@@ -43,6 +44,7 @@ from tools.data.stages.ingest import Ingest, IngestOptions
 from tools.data.stages.motion import Blur, BlurOptions, Flow, FlowOptions, Motion, MotionOptions
 from tools.data.stages.ocr import Ocr, OcrOptions
 from tools.data.stages.scenes import Scenes, ScenesOptions
+from tools.outputs import add_overwrite, check_new, named_errors
 
 SIZE = (720, 1280)
 FPS = 24
@@ -222,14 +224,19 @@ def measure_table(root: Path, report: Report) -> None:
 PARTS = ("stages", "workers", "table")
 
 
+@named_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--part", choices=PARTS, action="append", help="only this (may be given again; default: all)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of the clip")
-    parser.add_argument("--repeats", type=int, default=2, help="runs of which the median counts")
+    number: dict[str, Any] = {"action": Bounded, "least": 1, "most": 600}
+    parser.add_argument("--seconds", type=float, **number, default=10.0, help="length of the clip")
+    parser.add_argument("--repeats", type=int, **number, default=2, help="runs of which the median counts")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
+    if args.out:
+        check_new(args.out, args.overwrite)
     parts = args.part or PARTS
     report = Report(args.out)
     prepare(os.cpu_count() or 1)  # one thread, as in a pool of a process per core

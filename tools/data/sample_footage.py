@@ -16,7 +16,8 @@ if __package__ in (None, ""):
 
 from opensora.config import run_main
 from opensora.utils.errors import UserError
-from opensora.utils.video import save_image, save_video, write_text
+from opensora.utils.files import write_text
+from opensora.utils.video import save_image, save_video
 
 Frames = np.ndarray
 

@@ -8,8 +8,8 @@ from typing import Any
 import filelock
 
 from opensora.utils.errors import UserError
+from opensora.utils.files import write_beside, write_text
 from opensora.utils.logging import get_logger
-from opensora.utils.video import write_beside, write_text
 from tools.data.engine.funnel import FUNNEL_FILE, read_funnel
 from tools.data.engine.stage import digest_weights
 from tools.outputs import check_place

@@ -11,8 +11,8 @@ import polars as pl
 from tqdm import tqdm
 
 from opensora.utils.errors import UserError
+from opensora.utils.files import UNFINISHED, write_beside
 from opensora.utils.logging import get_logger
-from opensora.utils.video import UNFINISHED, write_beside
 from tools.data.engine.funnel import FUNNEL_FILE, FunnelStep, funnel_json
 from tools.data.engine.own_files import OwnFiles
 from tools.data.engine.runners import Job, Runner

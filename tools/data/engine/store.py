@@ -11,8 +11,8 @@ from typing import Any
 import polars as pl
 
 from opensora.utils.errors import UserError, first_line
+from opensora.utils.files import write_beside, write_text
 from opensora.utils.logging import get_logger
-from opensora.utils.video import write_beside, write_text
 from tools.data.engine.stage import Row, Stage
 from tools.data.engine.tables import DAMAGED
 

@@ -16,7 +16,8 @@ from PIL import Image
 
 from opensora.config.options import Options, opt
 from opensora.utils.errors import UserError
-from opensora.utils.video import SAME_EVERYWHERE, read_image, write_beside
+from opensora.utils.files import write_beside
+from opensora.utils.video import SAME_EVERYWHERE, read_image
 from tools.data.engine.decode import clip_info, decode, frame_rate, luma, open_video, turns
 from tools.data.engine.stage import (
     LARGEST_SIDE,

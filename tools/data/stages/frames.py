@@ -8,7 +8,7 @@ import polars as pl
 from PIL import Image
 
 from opensora.config.options import Options, opt
-from opensora.utils.video import write_beside
+from opensora.utils.files import write_beside
 from tools.data.engine.stage import (
     LARGEST_SIDE,
     SMALLEST_SIDE,
