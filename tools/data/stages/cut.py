@@ -34,6 +34,9 @@ from tools.data.stages.ingest import hash_file
 
 BORDER_SAMPLES = (0.1, 0.5, 0.9)  # of a shot: where its borders are looked at
 RATE_SLACK = 0.05  # how far above max_fps an average rate may be before every other frame is left out
+SPECKS = 0.01  # share of a row or column that may be bright in a border: noise, and ringing of compression
+EVEN = 4  # levels of brightness by which the black of a border may differ
+EDGE, STRAIGHT = 3, 0.5  # lines at a picture's edge, of one of which so much is bright where a border ends
 MIN_LEFT = 0.3  # of a side: a border that would leave less is a dark picture
 TRANSPOSE: dict[int, list[tuple[str, str | None]]] = {
     0: [],
@@ -41,6 +44,7 @@ TRANSPOSE: dict[int, list[tuple[str, str | None]]] = {
     2: [("hflip", None), ("vflip", None)],
     3: [("transpose", "1")],
 }
+SHORT_SHOT, SHORT_REST = "shot too short", "rest of a shot too short"
 TOLERANCE = 0.25  # of a frame: how far time stamps may be off
 
 Preset = Literal[
@@ -78,12 +82,12 @@ class CutOptions(Options):
 
 
 class Cut(Stage):
-    """One row per clip; a source without one stays as a row that is out."""
+    """One row per clip, and one that is out for everything too short to be one."""
 
     settings: CutOptions
 
     name = "cut"
-    version = 2
+    version = 3
     reads = ("path", "kind", "source_id", "scenes")
     identity = ("source_id", "scenes")
     adds = CLIP_COLUMNS
@@ -101,10 +105,10 @@ class Cut(Stage):
         def cut(row: Row) -> list[Row]:
             if row["kind"] == "image":
                 return [self._image(row)]
-            spans = split_scenes(row["scenes"], self.settings.min_seconds, self.settings.max_seconds)
-            if not spans:
-                return [{"keep": False, "reason": "no shot long enough"}]
-            return self._video(row, spans)
+            pieces = split_scenes(row["scenes"], self.settings.min_seconds, self.settings.max_seconds)
+            clips = iter(self._video(row, [piece.span for piece in pieces if not piece.reason]))
+            rows = [_out(piece) if piece.reason else next(clips) for piece in pieces]
+            return rows or [{"keep": False, "reason": "no shots"}]
 
         return cut
 
@@ -190,30 +194,65 @@ class Whole(Stage):
         return take
 
 
-def split_scenes(scenes: list[list[float]], shortest: float, longest: float) -> list[tuple[float, float]]:
-    """Spans of clips in seconds: shots in pieces of at most ``longest``; pieces below ``shortest`` are left out."""
-    spans = []
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a shot, in seconds of the source; ``reason`` says why it is no clip, empty if it is one."""
+
+    span: tuple[float, float]
+    reason: str = ""
+
+
+def _out(piece: Piece) -> Row:
+    return {"start": piece.span[0], "end": piece.span[1], "keep": False, "reason": piece.reason}
+
+
+def split_scenes(scenes: list[list[float]], shortest: float, longest: float) -> list[Piece]:
+    """Shots in pieces of at most ``longest`` seconds, of which those below ``shortest`` are out."""
+    pieces = []
     for start, end in scenes:
-        pieces = max(math.ceil((end - start) / longest - 1e-3), 1)
-        for piece in range(pieces):
-            span = (start + piece * longest, min(start + (piece + 1) * longest, end))
-            if span[1] - span[0] >= shortest - 1e-3:
-                spans.append(span)
-    return spans
+        count = max(math.ceil((end - start) / longest - 1e-3), 1)
+        for number in range(count):
+            span = (start + number * longest, min(start + (number + 1) * longest, end))
+            short = span[1] - span[0] < shortest - 1e-3
+            pieces.append(Piece(span, (SHORT_SHOT if count == 1 else SHORT_REST) if short else ""))
+    return pieces
 
 
 def content_box(image: np.ndarray, level: int) -> Box:
-    """What is left of a picture (uint8 [H, W], brightest over time) without its black borders."""
-    rows = np.flatnonzero(np.percentile(image, 99, axis=1) > level)
-    columns = np.flatnonzero(np.percentile(image, 99, axis=0) > level)
+    """What is left of a picture (uint8 [H, W], brightest over time) without its black borders.
+
+    Dark is not black: what goes is even, and ends in a straight line at which the picture begins. A night sky, a
+    vignette or a light in the dark has no such line, and stays.
+    """
     height, width = image.shape
     whole = (0, 0, width, height)
+    bright = image > level
+    rows = np.flatnonzero(bright.mean(axis=1) > SPECKS)
+    columns = np.flatnonzero(bright.mean(axis=0) > SPECKS)
     if len(rows) == 0 or len(columns) == 0:
         return whole
-    left, right, top, bottom = columns[0], columns[-1] + 1, rows[0], rows[-1] + 1
+    left, right, top, bottom = int(columns[0]), int(columns[-1]) + 1, int(rows[0]), int(rows[-1]) + 1
+    inner = bright[top:bottom, left:right]  # a border's line is as long as the picture within, not as the frame
+    top = top if _is_border(image[:top], inner[:EDGE]) else 0
+    bottom = bottom if _is_border(image[bottom:][::-1], inner[-EDGE:]) else height
+    left = left if _is_border(image[:, :left].T, inner[:, :EDGE].T) else 0
+    right = right if _is_border(image[:, right:].T[::-1], inner[:, -EDGE:].T) else width
     if bottom - top < MIN_LEFT * height or right - left < MIN_LEFT * width:
         return whole
-    return int(left), int(top), int(right - left), int(bottom - top)
+    return left, top, right - left, bottom - top
+
+
+def _is_border(outside: np.ndarray, edge: np.ndarray) -> bool:
+    """Whether what lies outside of a picture is one black, and the lines at its edge are bright.
+
+    Args:
+        outside: lines [N, length] from the frame's edge to the picture. Compression rings in the last of them.
+        edge: lines [N, length] of the picture, as far as it reaches.
+    """
+    if outside.size == 0:
+        return False
+    darkest, brightest = np.percentile(outside[: max(len(outside) - EDGE, 1)], (2, 98))
+    return bool(brightest - darkest <= EVEN and edge.mean(axis=1).max() >= STRAIGHT)
 
 
 def find_borders(path: Path, spans: list[tuple[float, float]], settings: CutOptions) -> list[Box | None]:

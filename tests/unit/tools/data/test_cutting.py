@@ -10,6 +10,7 @@ import pytest
 
 from opensora.utils.errors import UserError
 from opensora.utils.video import read_image, read_video, save_image, save_video
+from tools.data.engine.funnel import read_funnel
 from tools.data.engine.pipeline import Pipeline
 from tools.data.engine.runners import LocalRunner
 from tools.data.engine.stage import NoOptions
@@ -269,9 +270,14 @@ def test_high_rates_are_thinned_and_long_shots_split(tmp_path):
 
 
 def test_spans():
-    assert split_scenes([[0, 1.5], [1.5, 20]], 2, 8) == [(1.5, 9.5), (9.5, 17.5), (17.5, 20)]
-    assert split_scenes([[0, 17]], 2, 8) == [(0, 8), (8, 16)]
-    assert split_scenes([[0, 1]], 2, 8) == []
+    def split(*scenes):
+        return [(*piece.span, piece.reason) for piece in split_scenes([list(scene) for scene in scenes], 2, 8)]
+
+    short, rest = "shot too short", "rest of a shot too short"
+    assert split((0, 1.5), (1.5, 20)) == [(0, 1.5, short), (1.5, 9.5, ""), (9.5, 17.5, ""), (17.5, 20, "")]
+    assert split((0, 17)) == [(0, 8, ""), (8, 16, ""), (16, 17, rest)]
+    assert split((0, 1)) == [(0, 1, short)]
+    assert split() == []
 
 
 def test_large_and_odd_sizes(tmp_path):
@@ -289,10 +295,68 @@ def test_black_borders_go(tmp_path):
     path = save_video(video, tmp_path / "v.mp4", fps=24)
     (clip,) = clips_of(tmp_path, path, [[0, 1]])
     assert (clip["height"], clip["width"]) == (72, 128)
-    night = np.zeros((50, 60), np.uint8)
-    night[20:24, 20:24] = 200
-    assert content_box(night, 24) == (0, 0, 60, 50)
+
+
+def bars(
+    image: np.ndarray, top: int = 0, bottom: int = 0, left: int = 0, right: int = 0, black: int = 16
+) -> np.ndarray:
+    return np.pad(image, ((top, bottom), (left, right)), constant_values=black)
+
+
+@pytest.mark.parametrize(
+    "sides",
+    [
+        {"top": 12, "bottom": 12},
+        {"left": 20, "right": 20},
+        {"top": 9},
+        {"right": 7},
+        dict(top=8, bottom=9, left=7, right=6),
+    ],
+)
+@pytest.mark.parametrize("noise", [0, 1])
+def test_borders_of_all_sides(sides, noise):
+    picture = texture(80, 120, 1)[..., 0].clip(30)
+    image = bars(picture, **sides)
+    image = image + np.random.default_rng(0).integers(0, noise + 1, image.shape).astype(np.uint8)
+    assert content_box(image, 24) == (sides.get("left", 0), sides.get("top", 0), 120, 80)
+
+
+def night(kind: str) -> np.ndarray:
+    """Dark scenes, uint8 [90, 160]: something bright in what is nearly or wholly black."""
+    rng = np.random.default_rng(1)
+    y, x = np.mgrid[:90, :160]
+    image = np.full((90, 160), 16.0)
+    if kind == "a window":
+        image[20:24, 20:24] = 200
+    elif kind == "a lamp":
+        image += 200 * (np.hypot(y - 45, x - 80) < 40)
+    elif kind == "a vignette":
+        image += 220 * np.exp(-((y - 45) ** 2 + (x - 80) ** 2) / 900)
+    elif kind == "a dark room":  # with a screen in it
+        image = rng.integers(16, 25, image.shape).astype(np.float64)
+        image[20:70, 40:120] = 180
+    elif kind == "a skyline":
+        image += 150 * (y > 40 + 25 * np.sin(x / 9))
+    elif kind == "a road":  # head lights below a black sky
+        image += 200 * ((y > 40) & (abs(x - 80) < (y - 38)))
+    elif kind == "stars":
+        image[rng.integers(0, 90, 20), rng.integers(0, 160, 20)] = 255
+    return image.clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    "kind", ["nothing", "a window", "a lamp", "a vignette", "a dark room", "a skyline", "a road", "stars"]
+)
+def test_dark_scenes_stay_whole(kind):
+    assert content_box(night(kind), 24) == (0, 0, 160, 90)
     assert content_box(np.zeros((5, 6), np.uint8), 24) == (0, 0, 6, 5)
+
+
+def test_a_dark_clip_stays_whole(tmp_path):
+    video = np.repeat(night("a vignette")[None, ..., None], 24, axis=0).repeat(3, axis=3)
+    path = save_video(video, tmp_path / "v.mp4", fps=24)
+    (clip,) = clips_of(tmp_path, path, [[0, 1]])
+    assert (clip["height"], clip["width"]) == (90, 160)
 
 
 def test_clips_are_the_same_whatever_was_in_memory_before(tmp_path, fill_memory):
@@ -372,7 +436,10 @@ def test_from_folder_to_clips(tmp_path):
     save_image(texture(40, 60, 0), tmp_path / "raw" / "c.png")
     chain = ingest(tmp_path), scenes(tmp_path), cut(tmp_path, min_seconds=1.0)
     table = run(tmp_path, *chain)
-    assert table["num_frames"].to_list() == [30, 30, None, 1]
-    assert table["reason"].to_list() == ["", "", "no shot long enough", ""]
-    assert table["keep"].to_list() == [True, True, False, True]
+    assert table["num_frames"].to_list() == [30, 30, None, None, 1]
+    assert table["reason"].to_list() == ["", "", "shot too short", "shot too short", ""]
+    assert table["keep"].to_list() == [True, True, False, False, True]
+    assert [round(time * 24) for time in table["start"].to_list()[:4]] == [0, 30, 60, 0]
     assert run(tmp_path, *chain).equals(table)
+    (step,) = (s for s in read_funnel(tmp_path / "out") if s.stage == "cut")
+    assert step.dropped == {"shot too short": 2}
