@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import polars as pl
 from PIL import Image
 
 from opensora.config.options import Options, opt
-from opensora.utils.errors import UserError
+from opensora.utils.errors import UserError, few, first_line
 from opensora.utils.hub import only_local
 from opensora.utils.logging import get_logger
 from opensora.utils.video import read_image
@@ -255,10 +255,15 @@ class LocalModel:
         local = only_local(path)
         try:
             self.processor = AutoProcessor.from_pretrained(path, local_files_only=local)
-            model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", local_files_only=local)
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"--caption.local {path}: cannot be loaded ({error})") from error
-        self.model = model.to(device).eval()
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                path, dtype="auto", local_files_only=local, output_loading_info=True
+            )
+        except Exception as error:  # of many kinds, by what is wrong with the files
+            raise UserError(f"--caption.local {path}: cannot be loaded ({first_line(error)})") from error
+        if info["missing_keys"]:
+            lacking = few(sorted(info["missing_keys"]))
+            raise UserError(f"--caption.local {path}: its weights lack {lacking}; another model, or half of one")
+        self.model = cast(Any, model).to(device).eval()
 
     def __call__(self, prompt: str, images: Sequence[Image.Image]) -> tuple[str, int, int]:
         """Ask."""

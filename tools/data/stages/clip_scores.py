@@ -1,5 +1,6 @@
 """Scores from CLIP features: aesthetic, and how well a caption matches."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,29 +11,84 @@ import polars as pl
 from PIL import Image
 
 from opensora.config.options import Options, opt
-from opensora.utils.errors import UserError
+from opensora.utils.errors import UserError, few, first_line
 from opensora.utils.video import read_image
 from tools.data.engine.stage import Row, Stage, Worker
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 HELP = "hf download openai/clip-vit-large-patch14 --local-dir ckpts/clip-vit-large-patch14"
+VISION, TEXT = ("vision_model", "visual_projection"), ("text_model", "text_projection")
 HEAD = "sac+logos+ava1-l14-linearMSE.pth"
 HEAD_HELP = f"download {HEAD} from github.com/christophschuhmann/improved-aesthetic-predictor"
 
 
-def check_clip(path: str | None, key: str) -> Path:
-    """The folder of a CLIP model.
+def check_clip(path: str | None, key: str, parts: Sequence[str]) -> Path:
+    """The folder of a CLIP model, looked into without loading it.
+
+    Args:
+        path: what the user gives.
+        key: under which option.
+        parts: modules of the model that are needed.
 
     Raises:
-        UserError: none given, or not there; says how to get it.
+        UserError: none given, not there, another model, or one that lacks weights of a part; says how to get it.
     """
     if not path:
         raise UserError(f"no CLIP weights: {HELP}, then --{key} ckpts/clip-vit-large-patch14")
     folder = Path(path)
-    if not (folder / "config.json").is_file():
+    config = folder / "config.json"
+    if not config.is_file():
         raise UserError(f"--{key} {path}: no model there (config.json is missing); {HELP}")
+    kind = _model_type(config)
+    if kind != "clip":
+        raise UserError(f"--{key} {path}: a model of type '{kind}', not CLIP (config.json: model_type); {HELP}")
+    missing = sorted(_parameters(folder, parts) - _weight_names(folder, key))
+    if missing:
+        raise UserError(f"--{key} {path}: its weights lack {few(missing)}; {HELP}")
     return folder
+
+
+def _parameters(folder: Path, parts: Sequence[str]) -> set[str]:
+    """Names of the parameters that the parts of the model have, by its config."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel
+
+    try:
+        with torch.device("meta"):
+            model = CLIPModel(CLIPConfig.from_pretrained(folder))
+    except Exception as error:  # of many kinds, by what the config says
+        raise UserError(f"{folder / 'config.json'}: no CLIP can be made of it ({first_line(error)})") from error
+    return {name for name, _ in model.named_parameters() if name.startswith(tuple(parts))}
+
+
+def _model_type(config: Path) -> str:
+    try:
+        content = json.loads(config.read_text("utf-8"))
+        return str(content.get("model_type", "none"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{config} is damaged: {first_line(error)}") from error
+
+
+def _weight_names(folder: Path, key: str) -> set[str]:
+    """Names of the tensors in a folder's weight files."""
+    import torch
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise UserError(f"--{key} {folder}: no weights there (model.safetensors is missing); {HELP}")
+    for file in files:
+        try:
+            if file.suffix == ".bin":
+                names.update(torch.load(file, map_location="meta", weights_only=True))
+                continue
+            with safe_open(file, "numpy") as content:
+                names.update(content.keys())
+        except Exception as error:  # of many kinds, by what is wrong with the file
+            raise UserError(f"--{key} {folder}: {file.name} is damaged: {first_line(error)}") from error
+    return names
 
 
 def _load(folder: Path, device: str) -> Any:
@@ -74,7 +130,7 @@ class ClipFeatures(Stage):
 
     def weights(self) -> Sequence[Path]:
         """The model's folder."""
-        return [check_clip(self.settings.path, "clip.path")]
+        return [check_clip(self.settings.path, "clip.path", VISION)]
 
     def check(self) -> None:
         """The model is there."""
@@ -187,7 +243,10 @@ class Match(Stage):
 
     def weights(self) -> Sequence[Path]:
         """The model's folder."""
-        return [check_clip(self.settings.path, "match.path")]
+        folder = check_clip(self.settings.path, "match.path", TEXT)
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise UserError(f"--match.path {folder}: no tokenizer there (tokenizer.json is missing); {HELP}")
+        return [folder]
 
     def check(self) -> None:
         """The model is there."""

@@ -28,7 +28,7 @@ class DuplicatesOptions(Options):
 
 
 class Duplicates(TableStage):
-    """The largest clip of every group of equal ones stays in; ``duplicate_of`` of the others names it."""
+    """The best clip of every group of equal ones stays in; ``duplicate_of`` of the others names it."""
 
     settings: DuplicatesOptions
 
@@ -63,16 +63,28 @@ class Duplicates(TableStage):
 
     @staticmethod
     def _best(table: pl.DataFrame, groups: "_Groups") -> list[int]:
-        """For every row the one that stands for its group: the largest, then that of most bits, then the first."""
-        area = (table["height"].cast(pl.Int64) * table["width"]).to_list()
-        bits = table["bpp"].fill_null(0).to_list() if "bpp" in table.columns else [0] * table.height
+        """For every row the one that stands for its group: the best (see :func:`worth`), of equal ones the first."""
+        values = worth(table)
         best: dict[int, int] = {}
         for row in range(table.height):
             root = groups.find(row)
-            now = best.setdefault(root, row)
-            if (area[row], bits[row]) > (area[now], bits[now]):
+            if values[row] > values[best.setdefault(root, row)]:
                 best[root] = row
         return [best[groups.find(row)] for row in range(table.height)]
+
+
+def worth(table: pl.DataFrame) -> list[tuple[float, ...]]:
+    """What makes a clip better than another that shows the same: resolution, then length, then bit rate of its source.
+
+    Columns that a table lacks count nothing, nor do values that are not known.
+    """
+    names = ("num_frames", "fps", "bpp", "source_height", "source_width", "source_fps")
+    table = table.with_columns(pl.lit(None, pl.Float64).alias(name) for name in names if name not in table.columns)
+    area = pl.col("height").cast(pl.Float64) * pl.col("width")
+    seconds = (pl.col("num_frames") / pl.col("fps")).round(2)
+    source = [pl.col(name).cast(pl.Float64).fill_null(1.0) for name in ("source_height", "source_width", "source_fps")]
+    bits = pl.col("bpp") * source[0] * source[1] * source[2]
+    return table.select(area.alias("a"), seconds.alias("s"), bits.alias("b")).fill_null(0.0).rows()
 
 
 class _Groups:

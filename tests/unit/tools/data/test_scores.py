@@ -1,6 +1,7 @@
 """Text in the picture, CLIP scores, duplicates, thresholds and captions."""
 
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -106,6 +107,70 @@ def test_features_aesthetic_and_match(tmp_path, clip_folder):
         match({**one, "text": ""})
 
 
+@pytest.fixture
+def other_models(tmp_path, clip_folder):
+    """Folders that hold something else than a whole CLIP, by what they lack."""
+    from safetensors.torch import load_file, save_file
+    from transformers import BertConfig, BertModel, CLIPVisionConfig, CLIPVisionModel
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(**small, vocab_size=9)).save_pretrained(tmp_path / "bert")
+    CLIPVisionModel(CLIPVisionConfig(**small, image_size=32, patch_size=16)).save_pretrained(tmp_path / "vision")
+    state = load_file(clip_folder / "model.safetensors")
+    cuts = {
+        "no projection": lambda name: not name.startswith("visual_projection"),
+        "half": lambda name: "layers.0.mlp" not in name,
+        "text": lambda name: name.startswith("text"),
+    }
+    for folder in (*cuts, "no weights", "damaged", "no config", "bin"):
+        shutil.copytree(clip_folder, tmp_path / folder)
+    for folder, keep in cuts.items():
+        save_file({k: v for k, v in state.items() if keep(k)}, tmp_path / folder / "model.safetensors")
+    (tmp_path / "no weights" / "model.safetensors").unlink()
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"\0" * 50)
+    (tmp_path / "no config" / "config.json").write_text("{")
+    (tmp_path / "bin" / "model.safetensors").unlink()
+    torch.save({k: v for k, v in state.items() if not k.startswith("vision")}, tmp_path / "bin" / "pytorch_model.bin")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("bert", r"--clip.path .*bert: a model of type 'bert', not CLIP .*hf download"),
+        ("vision", r"a model of type 'clip_vision_model', not CLIP"),
+        ("no projection", r"its weights lack visual_projection.weight; hf download"),
+        ("text", r"its weights lack vision_model.*in all"),
+        ("half", r"its weights lack vision_model.encoder.layers.0.mlp"),
+        ("no weights", r"no weights there \(model.safetensors is missing\)"),
+        ("damaged", r"model.safetensors is damaged: "),
+        ("no config", r"config.json is damaged"),
+        ("bin", r"its weights lack vision_model.*in all"),
+    ],
+)
+def test_another_model_is_not_taken_for_clip(other_models, folder, message):
+    stage = ClipFeatures(ClipOptions(path=str(other_models / folder)), other_models)
+    with pytest.raises(UserError, match=message) as error:
+        stage.check()
+    assert "\n" not in str(error.value)
+
+
+def test_a_clip_without_its_text_half_does_for_pictures_only(other_models, clip_folder):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(clip_folder / "model.safetensors")
+    folder = other_models / "text"
+    save_file({k: v for k, v in state.items() if k.startswith("vis")}, folder / "model.safetensors")
+    ClipFeatures(ClipOptions(path=str(folder)), other_models).worker()
+    with pytest.raises(UserError, match=r"--match.path .*its weights lack text_model"):
+        Match(MatchOptions(path=str(folder)), other_models).check()
+    shutil.copy(clip_folder / "model.safetensors", folder)
+    for name in ("tokenizer.json", "vocab.json"):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(UserError, match="no tokenizer there"):
+        Match(MatchOptions(path=str(folder)), other_models).check()
+
+
 def test_missing_weights_say_how_to_get_them(tmp_path):
     with pytest.raises(UserError, match=r"no CLIP weights: hf download openai/clip-vit-large-patch14"):
         ClipFeatures(ClipOptions(), tmp_path).check()
@@ -140,6 +205,39 @@ def test_reencoded_clips_are_duplicates(tmp_path):
     assert found["duplicate_of"].to_list() == ["b", None, None]
     assert found["keep"].to_list() == [False, True, True]
     assert found["reason"].to_list() == ["duplicate", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("height", [90, 120, 90]),
+        ("num_frames", [48, 96, 47]),
+        ("bpp", [0.1, 0.2, None]),
+        ("source_fps", [24, 30, None]),
+    ],
+)
+def test_the_best_of_duplicates_stays(tmp_path, column, values):
+    """Resolution counts first, then length, then bit rate; all that counts more is equal here, all else worse."""
+    order = ["height", "num_frames", "bpp", "source_fps"]
+    facts = {"height": [120] * 3, "num_frames": [48] * 3, "bpp": [0.3, 0.1, 0.3], "source_fps": [30.0, 24.0, 30.0]}
+    better = {name: facts[name] for name in order[order.index(column) + 1 :]} if column != "bpp" else {}
+    columns = {"height": [120] * 3, "num_frames": [48] * 3, "bpp": [0.1] * 3, "source_fps": [24.0] * 3}
+    columns |= {**better, column: values}
+    table = pl.DataFrame(
+        {
+            "clip_id": list("abc"),
+            "phash": [["f" * 16]] * 3,
+            "width": [200] * 3,
+            "fps": [24.0] * 3,
+            "source_height": [1080] * 3,
+            "source_width": [1920] * 3,
+            **columns,
+        }
+    )
+    for rows in (table, table.reverse()):
+        found = Duplicates(DuplicatesOptions(), tmp_path).run_table(rows)
+        assert found.filter("keep")["clip_id"].to_list() == ["b"]
+        assert set(found.filter(~pl.col("keep"))["duplicate_of"]) == {"b"}
 
 
 def test_no_clip_is_no_duplicate(tmp_path):
@@ -334,6 +432,18 @@ def test_caption_from_a_local_model(tmp_path, vision_model):
     assert tokens_in == 2 * 4 + 3  # four patches per picture, three words
     assert 1 <= tokens_out <= 3
     assert set(text.split()) <= {"a", "cat", "dog", "walks"}
+
+
+def test_half_a_local_model_is_refused(tmp_path, vision_model):
+    from safetensors.torch import load_file, save_file
+
+    file = Path(vision_model) / "model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if "vision" not in k}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"--caption.local .*its weights lack .*vision"):
+        LocalModel(vision_model, "cpu", 3)
+    file.write_bytes(b"x")
+    with pytest.raises(UserError, match=r"--caption.local .*cannot be loaded"):
+        LocalModel(vision_model, "cpu", 3)
 
 
 def test_endpoint_down_or_not_given(tmp_path, monkeypatch):
