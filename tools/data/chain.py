@@ -17,8 +17,9 @@ from tools.data.engine.own_files import OwnFiles
 from tools.data.engine.pipeline import STATUS_COLUMNS, Pipeline
 from tools.data.engine.runners import LocalRunner, Runner
 from tools.data.engine.stage import Stage
+from tools.data.engine.tables import READ_FORMATS
+from tools.data.listing import list_files, read_list
 from tools.data.options import DataOptions, with_sections
-from tools.data.stages.ingest import list_files, read_list
 from tools.outputs import check_place
 
 
@@ -89,7 +90,7 @@ def read_input(cfg: DataOptions) -> pl.DataFrame:
     if not cfg.input:
         raise UserError("no --input: give a folder of raw footage, or a CSV/parquet table with a column path")
     place = Path(cfg.input)
-    if place.suffix.lower() in (".csv", ".parquet"):
+    if place.suffix.lower() in READ_FORMATS:
         return read_list(place)
     if cfg.output and Path(cfg.output).resolve().is_relative_to(place.resolve()):
         raise UserError(f"--output {cfg.output} lies in --input {cfg.input}: its clips would be taken for raw footage")

@@ -12,6 +12,7 @@ from opensora.utils.errors import UserError, first_line
 FORMATS = (".csv", ".parquet")
 READ_FORMATS = (*FORMATS, ".jsonl")
 DAMAGED = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError)  # what reading one raises
+TEXTS = {"path": pl.String, "text": pl.String}  # a file may be called 007, and so may what it shows
 TWICE = re.compile(r"(.+)_duplicated_\d+")  # what polars calls a column whose name came before
 
 
@@ -48,7 +49,7 @@ def _read(path: Path) -> pl.DataFrame:
         return pl.read_parquet(path, glob=False)
     if path.suffix.lower() == ".jsonl":
         return pl.read_ndjson(path, infer_schema_length=None)
-    return pl.read_csv(path, infer_schema_length=None, glob=False)
+    return pl.read_csv(path, infer_schema_length=None, schema_overrides=TEXTS, glob=False)
 
 
 def check_format(path: Path) -> None:

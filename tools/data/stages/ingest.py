@@ -1,7 +1,6 @@
 """Find raw files, look into their headers, drop what is hopeless."""
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,81 +9,11 @@ import polars as pl
 
 from opensora.config.options import Options, opt
 from opensora.utils.errors import UserError
-from opensora.utils.video import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, is_video, read_image
+from opensora.utils.video import is_video, read_image
 from tools.data.engine.decode import decode, frame_rate, open_video, turns
 from tools.data.engine.stage import DIGEST_CHARS, Row, Stage, Worker, check_order
-from tools.data.engine.tables import read_table
 
-MEDIA = {*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS}
 CHUNK = 1 << 22
-
-
-def list_files(folder: Path) -> pl.DataFrame:
-    """Images and videos below a folder, sorted by path: ``path, size, mtime``. Links are followed, each folder once.
-
-    Raises:
-        UserError: no such folder, nothing in it that looks like a picture or a video, or a name that no table can hold.
-    """
-    if folder.is_file():
-        raise UserError(f"--input {folder} is a file; give its folder, or a .csv / .parquet table that lists files")
-    if not folder.is_dir():
-        raise UserError(f"--input {folder}: no such folder (or .csv / .parquet table)")
-    found: list[str] = []
-    others, seen = 0, {folder.resolve()}
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [n for n in sorted(folders) if not n.startswith(".") and _is_new(Path(parent, n), seen)]
-        for name in names:
-            if Path(name).suffix.lower() in MEDIA and not name.startswith("."):
-                found.append(str(Path(parent) / name))
-            else:
-                others += 1
-    if not found:
-        what = f"{others} files, none of them a" if others else "no"
-        raise UserError(f"--input {folder}: {what} picture or video ({' '.join(sorted(MEDIA))})")
-    for path in found:
-        if not _is_utf8(path):
-            raise UserError(f"--input {folder}: the file name {os.fsencode(path)!r} is not UTF-8; rename it")
-    return _with_stat(pl.DataFrame({"path": sorted(found)}))
-
-
-def _is_new(folder: Path, seen: set[Path]) -> bool:
-    """Whether a folder has not been walked under another name, and note that it has: a link may lead back up."""
-    place = folder.resolve()
-    new = place not in seen
-    seen.add(place)
-    return new
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def read_list(path: Path) -> pl.DataFrame:
-    """Files that a table names in its column ``path``; its other columns stay. Relative paths are from its folder.
-
-    Raises:
-        UserError: not a table, no column ``path``, or a row without one.
-    """
-    table = read_table(path)
-    if "path" not in table.columns:
-        raise UserError(f"{path}: no column 'path'; found {', '.join(table.columns)}")
-    paths = table["path"].cast(pl.String).to_list()
-    if not all(paths):
-        raise UserError(f"{path}: no path in row {next(n for n, p in enumerate(paths, 1) if not p)} of {len(paths)}")
-    here = [p if Path(p).exists() else str(path.parent / p) for p in paths]
-    return _with_stat(table.with_columns(pl.Series("path", here, pl.String)))
-
-
-def _with_stat(table: pl.DataFrame) -> pl.DataFrame:
-    stats = [Path(path).stat() if Path(path).is_file() else None for path in table["path"]]
-    return table.with_columns(
-        pl.Series("size", [s.st_size if s else None for s in stats], pl.Int64),
-        pl.Series("mtime", [s.st_mtime_ns if s else None for s in stats], pl.Int64),
-    )
 
 
 def hash_file(path: Path) -> str:
@@ -144,12 +73,16 @@ class Ingest(Stage):
         return probe
 
     def finish(self, table: pl.DataFrame) -> pl.DataFrame:
-        """Of files with the same content only the first stays in."""
-        again = pl.col("source_id").is_not_null() & ~pl.col("source_id").is_first_distinct() & pl.col("keep")
-        return table.with_columns(
+        """Of files with the same content only the first stays in, or the first with a caption."""
+        bare = pl.col("text").is_null() | (pl.col("text") == "") if "text" in table.columns else pl.lit(False)
+        table = table.with_columns((pl.int_range(pl.len()) + pl.when(bare).then(pl.len()).otherwise(0)).alias("_place"))
+        later = pl.col("_place") > pl.col("_place").min().over("source_id")
+        again = pl.col("source_id").is_not_null() & later & pl.col("keep")
+        table = table.with_columns(
             pl.when(again).then(pl.lit("same file")).otherwise(pl.col("reason")).alias("reason"),
             (pl.col("keep") & ~again).alias("keep"),
         )
+        return table.drop("_place")
 
 
 def probe_image(path: Path) -> Row:

@@ -14,9 +14,10 @@ from tools.data.engine.funnel import read_funnel
 from tools.data.engine.pipeline import Pipeline
 from tools.data.engine.runners import LocalRunner
 from tools.data.engine.stage import NoOptions
+from tools.data.listing import list_files, read_list
 from tools.data.sample_footage import dissolve, letterbox, pan, shake, still, texture, view
 from tools.data.stages.cut import Cut, CutOptions, Whole, content_box, split_scenes
-from tools.data.stages.ingest import Ingest, IngestOptions, list_files, raw_reason, read_list
+from tools.data.stages.ingest import Ingest, IngestOptions, raw_reason
 from tools.data.stages.scenes import Scenes, ScenesOptions
 
 SIZE = (72, 128)
