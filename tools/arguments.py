@@ -1,9 +1,15 @@
 """What the command lines of the tools share: numbers with bounds."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from opensora.utils.errors import UserError
+
+
+def user_path(text: str) -> Path:
+    """A path of a command line; ``~`` is the home folder, also in ``--out=~/x``, which shells leave as it is."""
+    return Path(text).expanduser()
 
 
 class Bounded(argparse.Action):

@@ -43,6 +43,7 @@ def named_errors(main: Callable[..., Result]) -> Callable[..., Result]:
 
 def check_place(path: Path, flag: str, folder: bool = False) -> None:
     """Raise a UserError where no file (or no ``folder``) can be written, naming the part of the path that is wrong."""
+    check_text(path, flag)
     for part in path.parts:
         size = len(os.fsencode(part))
         if size > NAME_BYTES:
@@ -61,6 +62,16 @@ def check_place(path: Path, flag: str, folder: bool = False) -> None:
         if not os.access(holder, os.W_OK | os.X_OK):
             raise UserError(f"{flag} {path}: {holder} cannot be written to")
         return
+
+
+def check_text(path: Path, flag: str) -> None:
+    """Raise a UserError for a path that is no text that tables and programs could hold."""
+    try:
+        path.as_posix().encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{flag} {os.fsencode(path)!r}: not UTF-8; rename it") from None
+    if "\0" in path.as_posix():
+        raise UserError(f"{flag} {path.as_posix()!r}: a name cannot hold a zero byte")
 
 
 def check_new(path: Path, overwrite: bool, flag: str = "--out") -> None:

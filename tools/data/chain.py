@@ -20,7 +20,7 @@ from tools.data.engine.stage import Stage
 from tools.data.engine.tables import READ_FORMATS
 from tools.data.listing import list_files, read_list
 from tools.data.options import DataOptions, with_sections
-from tools.outputs import check_place
+from tools.outputs import check_place, check_text
 
 
 def find_stages() -> dict[str, type[Stage]]:
@@ -89,10 +89,11 @@ def read_input(cfg: DataOptions) -> pl.DataFrame:
     """
     if not cfg.input:
         raise UserError("no --input: give a folder of raw footage, or a CSV/parquet table with a column path")
-    place = Path(cfg.input)
+    place = Path(cfg.input).expanduser()
+    check_text(place, "--input")
     if place.suffix.lower() in READ_FORMATS:
         return read_list(place)
-    if cfg.output and Path(cfg.output).resolve().is_relative_to(place.resolve()):
+    if cfg.output and Path(cfg.output).expanduser().resolve().is_relative_to(place.resolve()):
         raise UserError(f"--output {cfg.output} lies in --input {cfg.input}: its clips would be taken for raw footage")
     return list_files(place)
 
@@ -115,7 +116,7 @@ def make_pipeline(names: Sequence[str], cfg: DataOptions) -> Pipeline:
     """
     if not cfg.output:
         raise UserError("no --output: give a folder for what is made")
-    root = Path(cfg.output)
+    root = Path(cfg.output).expanduser()
     check_place(root, "--output", folder=True)
     own = OwnFiles(root, cfg.overwrite)
     return Pipeline(make_stages(names, cfg, root), root, make_runner(cfg), cfg.retry_errors, own=own)

@@ -13,6 +13,7 @@ if __package__ in (None, ""):
 
 from opensora.config import run_main
 from opensora.utils.errors import UserError
+from tools.arguments import user_path
 from tools.data.engine.own_files import OwnFiles
 from tools.data.engine.pipeline import TABLE_FILE, is_active, read_result
 from tools.data.engine.tables import check_format, fill_table
@@ -106,8 +107,8 @@ def export(
 def main(argv: list[str] | None = None) -> None:
     """Write the table and say where it is."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("output", type=Path, help="folder of a run of tools/data/run.py")
-    parser.add_argument("--out", type=Path, help=f".csv or .parquet (default: OUTPUT/{TRAIN_FILE})")
+    parser.add_argument("output", type=user_path, help="folder of a run of tools/data/run.py")
+    parser.add_argument("--out", type=user_path, help=f".csv or .parquet (default: OUTPUT/{TRAIN_FILE})")
     parser.add_argument("--tier", help="only clips of this tier")
     parser.add_argument("--columns", default="", help="further columns, comma-separated")
     add_overwrite(parser)

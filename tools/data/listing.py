@@ -77,8 +77,14 @@ def read_list(path: Path) -> pl.DataFrame:
     paths = table["path"].to_list()
     if not all(paths):
         raise UserError(f"{path}: no path in row {next(n for n, p in enumerate(paths, 1) if not p)} of {len(paths)}")
-    here = [p if Path(p).exists() else str(path.parent / p) for p in paths]
+    here = [str(_found(path.parent, name)) for name in paths]
     return with_captions(_with_stat(table.with_columns(pl.Series("path", here, pl.String))))
+
+
+def _found(folder: Path, name: str) -> Path:
+    """A file as a table in ``folder`` names it: from where the program runs, from that folder, or from home (``~``)."""
+    path = Path(name).expanduser()
+    return path if path.exists() else folder / path
 
 
 def _renamed(table: pl.DataFrame, name: str, names: tuple[str, ...]) -> pl.DataFrame:

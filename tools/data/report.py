@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tools.arguments import user_path
 from tools.data.engine.own_files import OwnFiles
 from tools.outputs import add_overwrite, check_place, write_new
 
@@ -13,7 +14,7 @@ DEFAULT = "report"
 
 def add_report(parser: argparse.ArgumentParser) -> None:
     """Flags of the commands that write pictures."""
-    parser.add_argument("--out", type=Path, help=f"folder for the pictures (default: OUTPUT/{DEFAULT})")
+    parser.add_argument("--out", type=user_path, help=f"folder for the pictures (default: OUTPUT/{DEFAULT})")
     add_overwrite(parser)
 
 

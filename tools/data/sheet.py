@@ -18,7 +18,7 @@ if __package__ in (None, ""):
 from opensora.config import run_main
 from opensora.utils.errors import UserError
 from opensora.utils.video import contact_sheet, is_video, read_image, read_video
-from tools.arguments import Bounded
+from tools.arguments import Bounded, user_path
 from tools.data.engine.pipeline import read_result
 from tools.data.engine.stage import shrink
 from tools.data.report import Report, add_report
@@ -76,7 +76,7 @@ def make_sheets(report: Report, root: Path, rows: int, frames: int, seed: int) -
 def main(argv: list[str] | None = None) -> None:
     """Write the sheets and say where they are."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("output", type=Path, help="folder of a run of tools/data/run.py")
+    parser.add_argument("output", type=user_path, help="folder of a run of tools/data/run.py")
     add_report(parser)
     parser.add_argument("--rows", type=int, action=Bounded, least=1, most=1000, default=6, help="clips per sheet")
     parser.add_argument("--frames", type=int, action=Bounded, least=1, most=1000, default=4, help="frames per clip")

@@ -16,6 +16,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.config import run_main
+from tools.arguments import user_path
 from tools.data.engine.funnel import FunnelStep, read_funnel
 from tools.data.engine.pipeline import read_result
 from tools.data.report import Report, add_report
@@ -138,7 +139,7 @@ def draw_histograms(table: pl.DataFrame, path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Draw and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("output", type=Path, help="folder of a run of tools/data/run.py")
+    parser.add_argument("output", type=user_path, help="folder of a run of tools/data/run.py")
     add_report(parser)
     args = parser.parse_args(argv)
     report = Report(args.output, args.out, args.overwrite)

@@ -11,6 +11,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.config import run_main
+from tools.arguments import user_path
 from tools.data.engine.funnel import FunnelStep, read_funnel
 from tools.data.engine.pipeline import TABLE_FILE, read_result
 from tools.outputs import named_errors
@@ -49,7 +50,7 @@ def error_text(table: pl.DataFrame) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Print the funnel and the errors."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("output", type=Path, help="folder of a run of tools/data/run.py")
+    parser.add_argument("output", type=user_path, help="folder of a run of tools/data/run.py")
     root = parser.parse_args(argv).output
     steps = read_funnel(root)
     print(funnel_text(steps))

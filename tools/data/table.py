@@ -19,7 +19,7 @@ if __package__ in (None, ""):
 
 from opensora.config import run_main
 from opensora.utils.errors import UserError, first_line
-from tools.arguments import Bounded
+from tools.arguments import Bounded, user_path
 from tools.data.engine.tables import check_format, fill_table, read_table
 from tools.outputs import add_overwrite, check_no_input, check_place, named_errors, write_new
 
@@ -28,7 +28,7 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     """Files that patterns name; a pattern that fits none stands for itself."""
     found = []
     for pattern in patterns:
-        path = Path(pattern)
+        path = user_path(pattern)
         fitting = sorted(path.parent.glob(path.name)) if path.name and not path.is_file() else []
         found += fitting or [path]
     return found
@@ -97,7 +97,7 @@ def transform(table: pl.DataFrame, args: argparse.Namespace) -> pl.DataFrame:
     """All operations but splitting."""
     for flag, how in (("subtract", "anti"), ("intersect", "inner"), ("join", "left")):
         for name in getattr(args, flag):
-            table = join(table, read_table(Path(name)), args.on, how, f"--{flag} {name}")
+            table = join(table, read_table(user_path(name)), args.on, how, f"--{flag} {name}")
     if args.where:
         table = where(table, args.where)
     if args.dedup:
@@ -176,7 +176,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("inputs", nargs="+", help="CSV or parquet files, or patterns")
-    parser.add_argument("--out", type=Path, required=True, help=".csv or .parquet")
+    parser.add_argument("--out", type=user_path, required=True, help=".csv or .parquet")
     parser.add_argument("--on", default="path", help="column that joins tables (default: path)")
     parser.add_argument("--subtract", action="append", default=[], metavar="TABLE", help="drop rows that it has")
     parser.add_argument(
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     files = find_files(args.inputs)
     for path in outputs(args):
         check_place(path, "--out")
-        check_no_input(path, [*files, *(Path(name) for name in (*args.subtract, *args.intersect, *args.join))])
+        check_no_input(path, [*files, *(user_path(name) for name in (*args.subtract, *args.intersect, *args.join))])
     table = read_all(files)
     before = table.height
     pieces = pieces_of(transform(table, args), args)

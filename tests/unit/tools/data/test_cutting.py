@@ -15,7 +15,7 @@ from tools.data.engine.pipeline import Pipeline
 from tools.data.engine.runners import LocalRunner
 from tools.data.engine.stage import NoOptions
 from tools.data.listing import list_files, read_list
-from tools.data.sample_footage import dissolve, letterbox, pan, shake, still, texture, view
+from tools.data.sample_footage import dissolve, letterbox, make_footage, pan, shake, still, texture, view
 from tools.data.stages.cut import Cut, CutOptions, Whole, content_box, split_scenes
 from tools.data.stages.ingest import Ingest, IngestOptions, raw_reason
 from tools.data.stages.scenes import Scenes, ScenesOptions
@@ -143,6 +143,22 @@ def test_a_table_of_files_keeps_its_columns(tmp_path):
     (tmp_path / "hole.csv").write_text("path,text\na.mp4,x\n,y\n")
     with pytest.raises(UserError, match=r"hole.csv: no path in row 2 of 2"):
         read_list(tmp_path / "hole.csv")
+
+
+def test_files_of_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_image(texture(8, 8, 0), tmp_path / "a.png")
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "l.csv").write_text("path\n~/a.png\n")
+    assert read_list(tmp_path / "lists" / "l.csv")["path"].to_list() == [str(tmp_path / "a.png")]
+
+
+@pytest.mark.parametrize("place", ["file", "file/deeper", "loop", "x" * 300])
+def test_places_where_no_footage_can_be(tmp_path, place):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="--out "):
+        make_footage(tmp_path / place)
 
 
 def test_links_are_followed_once(tmp_path):

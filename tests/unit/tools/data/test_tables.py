@@ -75,7 +75,9 @@ def test_nothing_is_replaced_unasked(files, monkeypatch, capsys):
     assert pl.read_csv("mine.csv")["path"].to_list() == ["b", "d"]
 
 
-@pytest.mark.parametrize("place", ["folder.csv", "one.csv/x.csv", "loop.csv", "gone.csv", "x" * 300 + ".csv"])
+@pytest.mark.parametrize(
+    "place", ["folder.csv", "one.csv/x.csv", "loop.csv", "gone.csv", "x" * 300 + ".csv", "\udcff.csv", "a\0.csv"]
+)
 def test_places_where_no_table_can_be(files, place):
     (files / "folder.csv").mkdir()
     (files / "loop.csv").symlink_to("loop.csv")
@@ -83,6 +85,13 @@ def test_places_where_no_table_can_be(files, place):
     with pytest.raises(UserError, match=r"^--out ") as error:
         table.main([str(files / "two.parquet"), "--out", str(files / place)])
     assert "\n" not in str(error.value)
+
+
+def test_the_home_folder_has_a_short_name(files, monkeypatch):
+    monkeypatch.setenv("HOME", str(files))
+    table.main(["~/one.csv", "--out=~/home.csv", "--subtract", "~/two.parquet"])
+    assert pl.read_csv(files / "home.csv")["path"].to_list() == ["a", "c"]
+    assert not (files / "~").exists()
 
 
 def test_clips_of_one_source_stay_together(tmp_path):
