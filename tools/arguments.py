@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from opensora.utils.errors import UserError
+from opensora.utils.paths import expand_home
 
 
 def user_path(text: str) -> Path:
     """A path of a command line; ``~`` is the home folder, also in ``--out=~/x``, which shells leave as it is."""
-    return Path(text).expanduser()
+    return expand_home(text)
 
 
 class Bounded(argparse.Action):

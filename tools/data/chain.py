@@ -12,6 +12,7 @@ import polars as pl
 
 from opensora.config import parse_config
 from opensora.utils.errors import UserError
+from opensora.utils.paths import expand_home
 from tools.data import stages as room
 from tools.data.engine.own_files import OwnFiles
 from tools.data.engine.pipeline import STATUS_COLUMNS, Pipeline
@@ -89,11 +90,11 @@ def read_input(cfg: DataOptions) -> pl.DataFrame:
     """
     if not cfg.input:
         raise UserError("no --input: give a folder of raw footage, or a CSV/parquet table with a column path")
-    place = Path(cfg.input).expanduser()
+    place = expand_home(cfg.input)
     check_text(place, "--input")
     if place.suffix.lower() in READ_FORMATS:
         return read_list(place)
-    if cfg.output and Path(cfg.output).expanduser().resolve().is_relative_to(place.resolve()):
+    if cfg.output and expand_home(cfg.output).resolve().is_relative_to(place.resolve()):
         raise UserError(f"--output {cfg.output} lies in --input {cfg.input}: its clips would be taken for raw footage")
     return list_files(place)
 
@@ -116,7 +117,7 @@ def make_pipeline(names: Sequence[str], cfg: DataOptions) -> Pipeline:
     """
     if not cfg.output:
         raise UserError("no --output: give a folder for what is made")
-    root = Path(cfg.output).expanduser()
+    root = expand_home(cfg.output)
     check_place(root, "--output", folder=True)
     own = OwnFiles(root, cfg.overwrite)
     return Pipeline(make_stages(names, cfg, root), root, make_runner(cfg), cfg.retry_errors, own=own)

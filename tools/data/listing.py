@@ -5,17 +5,21 @@ from pathlib import Path
 
 import polars as pl
 
-from opensora.utils.errors import UserError
+from opensora.utils.errors import UserError, few
+from opensora.utils.logging import get_logger
+from opensora.utils.media.kinds import kind_of
+from opensora.utils.paths import expand_home
 from opensora.utils.video import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from tools.data.engine.tables import read_table
 from tools.data.sidecars import FILE_KEYS, TEXT_KEYS, with_captions
 
-MEDIA = {*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS}
+logger = get_logger(__name__)
+MEDIA = {*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS}  # which others are is told by their content
 
 
 def list_files(folder: Path) -> pl.DataFrame:
     """Images and videos below a folder, sorted by path: ``path, size, mtime``, and ``text`` where captions lie beside
-    them. Links are followed, each folder once.
+    them. Links are followed, each folder once. What has none of the usual endings is looked into.
 
     Raises:
         UserError: no such folder, nothing in it that looks like a picture or a video, or a name that no table can hold.
@@ -26,18 +30,20 @@ def list_files(folder: Path) -> pl.DataFrame:
         raise UserError(f"--input {folder}: no such folder (or .csv / .parquet table)")
     found: list[str] = []
     walked: list[Path] = []
-    others, seen = 0, {folder.resolve()}
+    others: list[str] = []
+    seen = {folder.resolve()}
     for parent, folders, names in os.walk(folder, followlinks=True):
         walked.append(Path(parent))
         folders[:] = [n for n in sorted(folders) if not n.startswith(".") and _is_new(Path(parent, n), seen)]
         for name in names:
-            if Path(name).suffix.lower() in MEDIA and not name.startswith("."):
-                found.append(str(Path(parent) / name))
-            else:
-                others += 1
+            path = Path(parent) / name
+            is_media = not name.startswith(".") and (path.suffix.lower() in MEDIA or kind_of(path) is not None)
+            (found if is_media else others).append(str(path))
     if not found:
-        what = f"{others} files, none of them a" if others else "no"
-        raise UserError(f"--input {folder}: {what} picture or video ({' '.join(sorted(MEDIA))})")
+        what = f"{len(others)} files, none of them a" if others else "no"
+        raise UserError(f"--input {folder}: {what} picture or video")
+    if others:
+        logger.info("%d files are neither pictures nor videos: %s", len(others), few(sorted(others), 3))
     for path in found:
         if not _is_utf8(path):
             raise UserError(f"--input {folder}: the file name {os.fsencode(path)!r} is not UTF-8; rename it")
@@ -83,7 +89,7 @@ def read_list(path: Path) -> pl.DataFrame:
 
 def _found(folder: Path, name: str) -> Path:
     """A file as a table in ``folder`` names it: from where the program runs, from that folder, or from home (``~``)."""
-    path = Path(name).expanduser()
+    path = expand_home(name)
     return path if path.exists() else folder / path
 
 

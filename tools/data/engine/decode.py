@@ -1,24 +1,32 @@
-"""Reading raw footage with PyAV: upright frames with their times, and one decoding shared by all pixel stages."""
+"""Frames of footage with their times, by :mod:`opensora.utils.media`, and one decoding shared by all pixel stages."""
 
 from collections.abc import Collection, Iterator, Sequence
-from fractions import Fraction
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import av
+import cv2
 import numpy as np
 
 from opensora.utils.errors import UserError
-from opensora.utils.video import is_video, read_image
+from opensora.utils.media.fields import progressive
+from opensora.utils.media.frames import converter_for
+from opensora.utils.media.hdr import needs_mapping
+from opensora.utils.media.kinds import DECODE_ERRORS, is_picture, open_clip, reason, video_stream
+from opensora.utils.media.orientation import Orientation, orientation_of
+from opensora.utils.media.probe import probe
+from opensora.utils.video import read_image
 from tools.data.engine.stage import Analyser, ClipInfo, Picture, PixelStage, Row
 
 LUMA_FORMATS = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "nv12", "gray")
-# A file whose tail is damaged is still good for what comes before.
-DECODE_ERRORS = (av.FFmpegError, ValueError)
+# FFmpeg's (ISO/IEC 23091-2) numbers of colour matrices, by the names that its filters take; 2 is not known
+MATRICES = {1: "bt709", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020"}
+UNKNOWN_MATRIX = 2
 
 
 def open_video(path: str | Path, threads: int = 1) -> Any:
-    """Open the first video stream of a file for decoding.
+    """Open the first video stream of a file, in whatever container, for decoding.
 
     Args:
         path: a file.
@@ -31,40 +39,37 @@ def open_video(path: str | Path, threads: int = 1) -> Any:
         UserError: no such file, an empty one, or nothing in it that can be decoded.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no such file: {path}")
-    if path.stat().st_size == 0:
-        raise UserError(f"empty file (0 bytes): {path.name}")
+    check_file(path)
     try:
-        container = av.open(str(path))
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise UserError(f"not a readable video: {path.name} ({reason(error)})") from error
-    if not container.streams.video:
-        kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-        container.close()
-        raise UserError(f"no video stream in {path.name}, only {kinds}")
-    stream = container.streams.video[0]
+        container = open_clip(path)
+    except UserError as error:  # whose message is shown beside the path
+        raise UserError(str(error).replace(str(path), path.name)) from error
+    stream = video_stream(container)
     stream.thread_type = "AUTO" if threads != 1 else "NONE"
     stream.codec_context.thread_count = threads
     return container
 
 
-def reason(error: Exception) -> str:
-    """What FFmpeg says, without its number and the file's path."""
-    return str(getattr(error, "strerror", None) or error)
+def check_file(path: Path) -> None:
+    """Raise a UserError for a file that is not there, or empty."""
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    if path.stat().st_size == 0:
+        raise UserError(f"empty file (0 bytes): {path.name}")
 
 
 def decode(container: Any, name: str = "") -> Iterator[tuple[float, Any]]:
-    """Frames with their times in seconds; the first one is at 0. A damaged tail ends the clip early.
+    """Whole frames (interlaced ones are deinterlaced) with their times in seconds; the first one is at 0. A damaged
+    tail ends the clip early.
 
     Raises:
         UserError: not one frame can be decoded.
     """
-    stream = container.streams.video[0]
+    stream = video_stream(container)
     rate = float(stream.average_rate or stream.base_rate or 25)
     first: float | None = None
     previous = -1.0
-    frames = container.decode(stream)
+    frames = progressive(container, stream)
     while True:
         try:
             frame = next(frames, None)
@@ -88,11 +93,6 @@ def decode(container: Any, name: str = "") -> Iterator[tuple[float, Any]]:
         yield time, frame
 
 
-def turns(frame: Any) -> int:
-    """Quarter turns counter-clockwise that bring a frame upright (phones store them lying)."""
-    return round(float(frame.rotation or 0) / 90) % 4
-
-
 def luma(frame: Any) -> np.ndarray:
     """Brightness of a frame, uint8 [H, W], as stored (not upright): the raw Y plane where there is one."""
     if frame.format.name in LUMA_FORMATS:
@@ -108,52 +108,88 @@ def converted(frame: Any, pixels: str, size: tuple[int, int] | None = None) -> n
     return frame.reformat(width=width, height=height, format=pixels, threads=1).to_ndarray()
 
 
-def picture(frame: Any) -> Picture:
-    """An upright frame for the pixel stages."""
-    quarter = turns(frame)
+@dataclass(frozen=True)
+class Shown:
+    """A frame as a filter graph takes it, and what is still to be done to it.
 
-    def upright(image: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(np.rot90(image, quarter)) if quarter else image
+    Args:
+        frame: as stored; or, where a graph cannot show it rightly (high dynamic range, other colours), as RGB that is
+            upright and of square pixels.
+        upright: how it is turned.
+        aspect: width of a pixel by its height.
+        matrix: of its colours, by FFmpeg's name; empty for RGB.
+    """
 
-    return Picture(upright(luma(frame)), lambda: upright(converted(frame, "rgb24")))
+    frame: Any
+    upright: Orientation = field(default_factory=Orientation)
+    aspect: float = 1.0
+    matrix: str = ""
+
+
+class Shower:
+    """Says of the frames of one stream how they are to be shown."""
+
+    def __init__(self, stream: Any) -> None:
+        self.convert = converter_for(stream)
+        self.aspect = float(stream.sample_aspect_ratio or 1) or 1.0
+
+    def __call__(self, frame: Any) -> Shown:
+        """One frame."""
+        matrix = matrix_of(frame)
+        if is_mapped(frame) or not matrix:
+            rgb = np.ascontiguousarray(self.convert(frame))
+            return Shown(av.VideoFrame.from_ndarray(rgb, format="rgb24"))
+        return Shown(frame, orientation_of(frame), self.aspect, matrix)
+
+    def picture(self, frame: Any) -> Picture:
+        """One frame for the pixel stages."""
+        if is_mapped(frame) or self.aspect != 1.0:
+            rgb = np.ascontiguousarray(self.convert(frame))
+            return Picture(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), lambda: rgb)
+        brightness = np.ascontiguousarray(orientation_of(frame).apply(luma(frame)))
+        return Picture(brightness, lambda: np.ascontiguousarray(self.convert(frame)))
+
+
+def is_mapped(frame: Any) -> bool:
+    """Whether a frame's brightness is not that of the standard range, so that it has to be mapped to it."""
+    return needs_mapping(int(frame.color_trc), int(frame.color_primaries))
+
+
+def matrix_of(frame: Any) -> str:
+    """FFmpeg's name of a frame's colour matrix, where it says none by its size as players do; empty for RGB and for
+    matrices that filters do not know."""
+    if frame.format.is_rgb:
+        return ""
+    if int(frame.colorspace) == UNKNOWN_MATRIX:
+        return "bt709" if frame.width >= 1280 or frame.height > 576 else "bt601"
+    return MATRICES.get(int(frame.colorspace), "")
 
 
 def frame_rate(stream: Any) -> float:
     """Average frames per second, 0 if the file does not say."""
-    return float(stream.average_rate or stream.guessed_rate or stream.base_rate or Fraction(0))
+    return float(stream.average_rate or stream.guessed_rate or stream.base_rate or 0)
 
 
 def _image_picture(path: str | Path) -> Picture:
-    import cv2
-
     rgb = read_image(path)
     return Picture(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), lambda: rgb)
 
 
 def clip_frames(path: str | Path) -> Iterator[tuple[float, Picture]]:
     """Frames of a clip or of a picture, upright, with their times."""
-    if not is_video(path):
+    if is_picture(path):
         yield 0.0, _image_picture(path)
         return
     with open_video(path) as container:
+        shower = Shower(video_stream(container))
         for time, frame in decode(container, Path(path).name):
-            yield time, picture(frame)
+            yield time, shower.picture(frame)
 
 
 def clip_info(path: str | Path) -> ClipInfo:
-    """Size and rate of a clip as a pixel stage is told them. Clips from ``cut`` are upright and of constant rate."""
-    if not is_video(path):
-        height, width = read_image(path).shape[:2]
-        return ClipInfo(height, width, 0.0, 1)
-    with open_video(path) as container:
-        stream = container.streams.video[0]
-        rate = frame_rate(stream)
-        count = stream.frames
-        if not count and stream.duration and stream.time_base:
-            count = round(float(stream.duration * stream.time_base) * rate)
-        if not count:
-            count = sum(1 for packet in container.demux(stream) if packet.size)
-        return ClipInfo(stream.height, stream.width, rate, int(count))
+    """Size and rate of a clip as a pixel stage is told them; the rate of a picture is 0."""
+    info = probe(path)
+    return ClipInfo(info.height, info.width, 0.0 if info.kind == "picture" else info.fps, info.num_frames)
 
 
 class PixelWorker:

@@ -17,8 +17,11 @@ from PIL import Image
 from opensora.config.options import Options, opt
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_beside
+from opensora.utils.media.kinds import video_stream
+from opensora.utils.media.orientation import Orientation
+from opensora.utils.media.pixels import tag_bt709
 from opensora.utils.video import SAME_EVERYWHERE, read_image
-from tools.data.engine.decode import clip_info, decode, frame_rate, luma, open_video, turns
+from tools.data.engine.decode import Shower, Shown, clip_info, decode, frame_rate, luma, open_video
 from tools.data.engine.stage import (
     LARGEST_SIDE,
     SMALLEST_SIDE,
@@ -37,13 +40,9 @@ RATE_SLACK = 0.05  # how far above max_fps an average rate may be before every o
 SPECKS = 0.01  # share of a row or column that may be bright in a border: noise, and ringing of compression
 EVEN = 4  # levels of brightness by which the black of a border may differ
 EDGE, STRAIGHT = 3, 0.5  # lines at a picture's edge, of one of which so much is bright where a border ends
+FULL_RANGE = 2  # FFmpeg's number
+SCALING = "bicubic+accurate_rnd"
 MIN_LEFT = 0.3  # of a side: a border that would leave less is a dark picture
-TRANSPOSE: dict[int, list[tuple[str, str | None]]] = {
-    0: [],
-    1: [("transpose", "2")],
-    2: [("hflip", None), ("vflip", None)],
-    3: [("transpose", "1")],
-}
 SHORT_SHOT, SHORT_REST = "shot too short", "rest of a shot too short"
 TOLERANCE = 0.25  # of a frame: how far time stamps may be off
 
@@ -172,11 +171,6 @@ class Whole(Stage):
 
         def take(row: Row) -> list[Row]:
             path = Path(row["path"]).resolve()
-            if row["kind"] == "video":
-                with open_video(path) as container:
-                    _, frame = next(decode(container, path.name))
-                if turns(frame):
-                    raise UserError(f"{path.name} is rotated by its header, which training ignores: cut it instead")
             info = clip_info(path)
             return [
                 {
@@ -256,7 +250,7 @@ def _is_border(outside: np.ndarray, edge: np.ndarray) -> bool:
 
 
 def find_borders(path: Path, spans: list[tuple[float, float]], settings: CutOptions) -> list[Box | None]:
-    """Content box of each span, as stored (not upright); None where nothing is to be cut off.
+    """Content box of each span in frames as :class:`Shower` gives them; None where nothing is to be cut off.
 
     Key frames are looked at first, since they cost least. A border that they show may still be a fade or a light that
     is not on yet (a shot's only key frame may be its first), so it has to be there in the middle of the shot, too.
@@ -265,7 +259,8 @@ def find_borders(path: Path, spans: list[tuple[float, float]], settings: CutOpti
         return [None] * len(spans)
     boxes: list[Box | None] = []
     with open_video(path) as container:
-        stream = container.streams.video[0]
+        stream = video_stream(container)
+        shower = Shower(stream)
         origin = float((stream.start_time or 0) * stream.time_base)
         for start, end in spans:
             times = [origin + start + share * (end - start) for share in BORDER_SAMPLES]
@@ -273,7 +268,7 @@ def find_borders(path: Path, spans: list[tuple[float, float]], settings: CutOpti
             box: Box | None = None
             for firsts in ([origin + start] * len(times), times):
                 images += [
-                    i for t, first in zip(times, firsts) if (i := _frame_at(container, stream, t, first)) is not None
+                    i for t, first in zip(times, firsts) if (i := _frame_at(container, shower, t, first)) is not None
                 ]
                 box = _common_box(images, settings.border_level)
                 if box is None:
@@ -291,13 +286,14 @@ def _common_box(images: list[np.ndarray], level: int) -> Box | None:
     return None if box[2:] == same[0].shape[::-1] else box
 
 
-def _frame_at(container: Any, stream: Any, time: float, first: float) -> np.ndarray | None:
+def _frame_at(container: Any, shower: Shower, time: float, first: float) -> np.ndarray | None:
     """Luma of the first frame from the key frame before ``time`` on that is shown at ``first`` or later."""
+    stream = video_stream(container)
     try:
         container.seek(int(time / stream.time_base), stream=stream)
         for frame in container.decode(stream):
             if frame.time is None or frame.time >= first - 1e-3:
-                return luma(frame).copy()
+                return luma(shower(frame).frame).copy()
     except (av.FFmpegError, ValueError):
         return None  # not seekable here: the other samples have to do
     return None
@@ -321,7 +317,8 @@ class _Encoder:
     """Encodes the frames of one span at a constant rate."""
 
     def __init__(self, container: Any, start: float, end: float, box: Box | None, settings: CutOptions) -> None:
-        self.source = container.streams.video[0]
+        self.source = video_stream(container)
+        self.shower = Shower(self.source)
         rate = self.source.average_rate or Fraction(frame_rate(self.source) or 25).limit_denominator(1001)
         # Phones record at about 30: the average of such a file may be 30.1, which is no reason to halve it.
         self.stride = max(math.ceil(float(rate) / settings.max_fps - RATE_SLACK), 1)
@@ -342,10 +339,11 @@ class _Encoder:
         with av.open(str(path), "w") as target:
             stream: Any = None
             for number, frame in enumerate(self._on_grid(frames)):
+                given = self.shower(frame)
                 if graph is None:
-                    graph = self._graph(frame)
-                frame.pts, frame.time_base = number, 1 / self.rate
-                graph.push(frame)
+                    graph = self._graph(given)
+                given.frame.pts, given.frame.time_base = number, 1 / self.rate
+                graph.push(given.frame)
                 shown = graph.pull()
                 stream = stream or self._stream(target, shown)
                 shown.pts, shown.time_base, shown.pict_type = number, 1 / self.rate, 0
@@ -376,22 +374,24 @@ class _Encoder:
     def _time(self, number: int) -> float:
         return self.start + number / float(self.rate)
 
-    def _graph(self, frame: Any) -> Any:
-        """Filters from stored to upright, square, without borders, of even size."""
+    def _graph(self, given: Shown) -> Any:
+        """Filters to upright, square, without borders, of even size, in the limited range of BT.709."""
+        frame = given.frame
         left, top, width, height = self.box or (0, 0, frame.width, frame.height)
-        shown = [width * float(self.source.sample_aspect_ratio or 1), float(height)]
-        quarter = turns(frame)
-        shown = shown[::-1] if quarter % 2 else shown
+        shown = given.upright.size(height, width * given.aspect)
         scale = min(self.settings.max_side / max(shown), 1.0)
-        size = (max(int(shown[0] * scale) // 2 * 2, 2), max(int(shown[1] * scale) // 2 * 2, 2))
+        size = tuple(max(int(side * scale) // 2 * 2, 2) for side in shown)
         # One odd row or column is cut off rather than the picture be resampled for it.
-        exact = scale == 1.0 and shown[0] == int(shown[0])
-        steps: list[tuple[str, str | None]] = [("crop", f"{width}:{height}:{left}:{top}:exact=1"), *TRANSPOSE[quarter]]
-        steps.append(("crop", f"{size[0]}:{size[1]}:0:0:exact=1") if exact else ("scale", f"{size[0]}:{size[1]}"))
+        exact = scale == 1.0 and given.aspect == 1.0
+        steps = [("crop", f"{width}:{height}:{left}:{top}:exact=1"), *_turned(given.upright)]
+        steps += [("crop", f"{size[1]}:{size[0]}:0:0:exact=1")] if exact else []
+        if not exact or given.matrix != "bt709" or int(frame.color_range) == FULL_RANGE or not given.matrix:
+            matrix = f":in_color_matrix={given.matrix}" if given.matrix else ""
+            steps.append(("scale", f"{size[1]}:{size[0]}:flags={SCALING}{matrix}:out_color_matrix=bt709:out_range=tv"))
         steps += [("setsar", "1"), ("format", "yuv420p")]
         graph = av.filter.Graph()
         graph.threads = 1
-        last = graph.add_buffer(template=self.source, width=frame.width, height=frame.height, time_base=1 / self.rate)
+        last = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=1 / self.rate)
         for name, arguments in steps:
             node = graph.add(name, arguments) if arguments else graph.add(name)
             last.link_to(node)
@@ -406,6 +406,15 @@ class _Encoder:
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": str(self.settings.crf), "preset": self.settings.preset, **SAME_EVERYWHERE}
         stream.codec_context.thread_count = 1  # threads would change nothing but the time, and the pool has them all
-        for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
-            setattr(stream.codec_context, name, int(getattr(shown, name)))
+        tag_bt709(stream.codec_context)
         return stream
+
+
+def _turned(upright: Orientation) -> list[tuple[str, str]]:
+    """Filters for an orientation: FFmpeg's transposition 0 is the plain one, rows for columns."""
+    wanted = {
+        ("transpose", "0"): upright.transpose,
+        ("vflip", ""): upright.flip_rows,
+        ("hflip", ""): upright.flip_columns,
+    }
+    return [step for step, is_wanted in wanted.items() if is_wanted]

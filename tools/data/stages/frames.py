@@ -41,7 +41,7 @@ class FrameSamples(PixelStage):
     settings: FramesOptions
 
     name = "frames"
-    version = 2
+    version = 3
     adds: ClassVar = {"frame_paths": pl.List(pl.String), "phash": pl.List(pl.String)}
     files = ("frame_paths",)
     folders = ("frames",)

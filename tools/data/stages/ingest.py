@@ -3,14 +3,14 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
 from opensora.config.options import Options, opt
 from opensora.utils.errors import UserError
-from opensora.utils.video import is_video, read_image
-from tools.data.engine.decode import decode, frame_rate, open_video, turns
+from opensora.utils.media.kinds import video_stream
+from opensora.utils.media.probe import probe
+from tools.data.engine.decode import check_file, open_video
 from tools.data.engine.stage import DIGEST_CHARS, Row, Stage, Worker, check_order
 
 CHUNK = 1 << 22
@@ -42,6 +42,7 @@ class Ingest(Stage):
     settings: IngestOptions
 
     name = "ingest"
+    version = 2
     reads = ("path", "size", "mtime")
     adds = {
         "source_id": pl.String,
@@ -66,7 +67,7 @@ class Ingest(Stage):
 
         def probe(row: Row) -> list[Row]:
             path = Path(row["path"])
-            facts = probe_video(path) if is_video(path) else probe_image(path)
+            facts = probe_file(path)
             reason = raw_reason(facts, self.settings)
             return [{**facts, "source_id": hash_file(path), "keep": not reason, "reason": reason}]
 
@@ -85,56 +86,35 @@ class Ingest(Stage):
         return table.drop("_place")
 
 
-def probe_image(path: Path) -> Row:
-    """Size of a picture."""
-    if not path.is_file():
-        raise UserError(f"no such file: {path}")
-    if path.stat().st_size == 0:
-        raise UserError(f"empty file (0 bytes): {path.name}")
-    height, width = read_image(path).shape[:2]
-    facts: dict[str, Any] = dict.fromkeys(("source_seconds", "source_fps", "codec", "profile", "bpp"))
-    return {**facts, "kind": "image", "source_height": height, "source_width": width}
+def probe_file(path: Path) -> Row:
+    """What a picture or clip is, by its content: size as shown (upright, square pixels); of a clip also length, rate
+    (the mean where it varies), codec and bits per pixel.
 
-
-def probe_video(path: Path) -> Row:
-    """Length, rate, size (upright, square pixels), codec and bits per pixel of a video.
-
-    The first frame is decoded, since only it tells how a phone was held. The rate is the average one, which is all
-    that a variable rate has.
+    Raises:
+        UserError: missing, empty, or neither a picture nor a clip.
     """
+    check_file(path)
+    try:
+        info = probe(path)
+    except UserError as error:  # whose message is shown beside the path
+        raise UserError(str(error).replace(str(path), path.name)) from error
+    size: Row = {"source_height": info.height, "source_width": info.width}
+    if info.kind == "picture":
+        return {**dict.fromkeys(("source_seconds", "source_fps", "codec", "profile", "bpp")), **size, "kind": "image"}
+    seconds = info.num_frames / info.fps
     with open_video(path) as container:
-        stream = container.streams.video[0]
-        fps = frame_rate(stream)
-        if stream.duration and stream.time_base:
-            seconds = float(stream.duration * stream.time_base)
-        elif container.duration:
-            seconds = container.duration / 1e6
-        else:  # raw streams have no length in their header
-            seconds = sum(1 for packet in container.demux(stream) if packet.size) / max(fps, 1e-9)
-            container.seek(0)
-        bytes_, codec, profile = path.stat().st_size, stream.codec_context.name, stream.codec_context.profile
-        bits = stream.bit_rate * seconds if stream.bit_rate else bytes_ * 8
-        _, frame = next(decode(container, path.name))
-        height, width = display_size(frame, stream)
-    if fps <= 0 or seconds <= 0:
-        raise UserError(f"{path.name} says neither its length nor its frame rate")
+        stream = video_stream(container)
+        bits = stream.bit_rate * seconds if stream.bit_rate else path.stat().st_size * 8
+        profile = stream.codec_context.profile
     return {
+        **size,
         "kind": "video",
         "source_seconds": seconds,
-        "source_fps": fps,
-        "source_height": height,
-        "source_width": width,
-        "codec": codec,
+        "source_fps": info.fps,
+        "codec": info.codec,
         "profile": profile,
-        "bpp": bits / (seconds * fps * height * width),
+        "bpp": bits / (info.num_frames * info.height * info.width),
     }
-
-
-def display_size(frame: Any, stream: Any) -> tuple[int, int]:
-    """(height, width) as shown: square pixels, upright."""
-    ratio = float(stream.sample_aspect_ratio or 1) or 1.0
-    size = (frame.height, round(frame.width * ratio))
-    return size if turns(frame) % 2 == 0 else (size[1], size[0])
 
 
 def raw_reason(facts: Row, settings: IngestOptions) -> str:

@@ -46,6 +46,7 @@ class Scenes(Stage):
     settings: ScenesOptions
 
     name = "scenes"
+    version = 2
     reads = ("path", "kind", "source_id")
     identity = ("source_id",)
     adds = {"scenes": pl.List(pl.List(pl.Float64))}

@@ -17,7 +17,7 @@ import pytest
 from opensora.config.options import Options, opt
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_video
-from tools.data.engine.decode import decode, open_video, picture
+from tools.data.engine.decode import clip_frames
 from tools.data.engine.own_files import OwnFiles
 from tools.data.engine.pipeline import Pipeline, group_stages
 from tools.data.engine.runners import DIED, LocalRunner
@@ -305,9 +305,8 @@ class Threads(Stage):
             import cv2
 
             before = len(list(Path("/proc/self/task").iterdir()))
-            with open_video(self.settings.clip) as container:
-                for _, frame in decode(container):
-                    picture(frame).rgb  # noqa: B018
+            for _, picture in clip_frames(self.settings.clip):
+                picture.rgb  # noqa: B018
             return [{"gained": len(list(Path("/proc/self/task").iterdir())) - before, "limit": cv2.getNumThreads()}]
 
         return work

@@ -220,8 +220,8 @@ def test_pictures_have_scores_too(tmp_path):
 
 def test_one_decoding_for_all_and_failures_apart(tmp_path, monkeypatch):
     decoded = []
-    original = decode.picture
-    monkeypatch.setattr(decode, "picture", lambda frame: decoded.append(1) or original(frame))
+    original = decode.Shower.picture
+    monkeypatch.setattr(decode.Shower, "picture", lambda self, frame: decoded.append(1) or original(self, frame))
 
     class Broken(Flow):
         name = "broken"
