@@ -7,10 +7,10 @@ setup(
     version="2.1.0",
     description="Train and run text- and image-to-video diffusion models",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["opensora", "opensora.*"]),
     install_requires=[
-        "av>=14",
+        "av>=18,<19",
         "einops>=0.8",
         "ftfy>=6.2",
         "huggingface_hub>=0.30",
@@ -18,7 +18,7 @@ setup(
         "numpy>=1.26",
         "pandas>=2.2",
         "peft>=0.14",
-        "pillow>=10",
+        "pillow>=11.3",
         "protobuf>=4",
         "pyarrow>=15",
         "safetensors>=0.4.5",
@@ -33,7 +33,6 @@ setup(
     extras_require={
         # tools/data; also opencv-python (mmengine brings it) and scipy. Exact versions: requirements-data.txt
         "data": [
-            "av>=18",
             "filelock>=3.13",
             "ImageHash>=4.3",
             "matplotlib>=3.8",

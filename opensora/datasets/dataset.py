@@ -13,20 +13,25 @@ from opensora.datasets.rows import ShardedRows, TableRows, read_numbers, with_nu
 from opensora.datasets.source import ClipDataset, SampleKey
 from opensora.datasets.table import MEDIA_COLUMNS, read_table, require_columns, resolve_media_paths, row_number
 from opensora.datasets.transforms import TRANSFORMS, to_model_range
-from opensora.datasets.video_io import BrokenMediaError, read_frames
+from opensora.datasets.video_io import BrokenMediaError, read_frames, read_image
 from opensora.registry import DATASETS
 from opensora.utils.errors import UserError
-from opensora.utils.video import is_video, read_image
+from opensora.utils.media.kinds import is_picture
+
+FPS_SLACK = 0.01  # share by which a rate may be above what is asked for: cameras write 24.02 or 30.03
 
 
 def target_fps(fps: float, fps_max: float) -> tuple[float, int]:
-    """(frames per second after striding, stride) that bring ``fps`` to at most ``fps_max``; (0, 1) for pictures."""
+    """(frames per second after striding, stride) that bring ``fps`` to at most ``fps_max``; (0, 1) for pictures.
+
+    A rate that is above ``fps_max``, or a multiple of it, by no more than :data:`FPS_SLACK` counts as that.
+    """
     if math.isnan(fps):
         return 0.0, 1
     if fps < fps_max:
         return fps, 1
-    stride = math.ceil(fps / fps_max)
-    return math.floor(fps / stride), stride
+    stride = math.ceil(fps / fps_max / (1 + FPS_SLACK))
+    return min(math.floor(fps / stride), fps_max), stride
 
 
 def add_suffix(text: str, fps: float, fps_max: float, motion_score: float | None = None) -> str:
@@ -56,7 +61,7 @@ def choose_frames(total: int, num_frames: int, stride: int, rng: np.random.Gener
 
 def frame_strides(fps: np.ndarray, fps_max: float) -> np.ndarray:
     """Strides of :func:`target_fps` for many rates: int32 ``[N]``."""
-    strided = np.nan_to_num(np.ceil(fps / fps_max), nan=1.0)
+    strided = np.nan_to_num(np.ceil(fps / fps_max / (1 + FPS_SLACK)), nan=1.0)
     strided = np.minimum(strided, np.iinfo(np.int32).max)
     return np.where(np.isnan(fps) | (fps < fps_max), 1, strided).astype(np.int32)
 
@@ -115,8 +120,14 @@ class VideoTextDataset(ClipDataset):
     def clip(self, key: SampleKey, row: dict[str, Any]) -> torch.Tensor:
         """Pixels ``[3, T, H, W]`` in [-1, 1]."""
         stride = target_fps(_number(row["fps"]), self.fps_max)[1]
-        frames = self._frames(key, row, stride, np.random.default_rng([key.seed, key.row]))
-        return TRANSFORMS[self.transform_name](to_model_range(frames), key.height, key.width)
+        picture = is_picture(row["path"])
+        if picture and key.num_frames > 1:
+            raise BrokenMediaError(f"{row['path']}: a picture, but num_frames is {row['num_frames']} in its row")
+        if picture:
+            frames = read_image(row["path"])[None]
+        else:
+            frames = self._frames(key, row, stride, np.random.default_rng([key.seed, key.row]))
+        return TRANSFORMS[self.transform_name](to_model_range(frames), key.height, key.width, picture)
 
     def caption(self, key: SampleKey, row: dict[str, Any]) -> str:
         """Text as the encoders get it, frame rate and motion score included."""
@@ -125,13 +136,6 @@ class VideoTextDataset(ClipDataset):
         return add_suffix(super().caption(key, row), fps, self.fps_max, motion)
 
     def _frames(self, key: SampleKey, row: dict[str, Any], stride: int, rng: np.random.Generator) -> np.ndarray:
-        if not is_video(row["path"]):
-            if key.num_frames > 1:
-                raise BrokenMediaError(f"{row['path']}: a picture, but num_frames is {row['num_frames']} in its row")
-            try:
-                return read_image(row["path"])[None]
-            except UserError as error:
-                raise BrokenMediaError(str(error)) from error
         indices = choose_frames(int(row["num_frames"]), key.num_frames, stride, rng)
         if self._decoded is None:
             return read_frames(row["path"], indices.tolist(), _number(row["fps"]))

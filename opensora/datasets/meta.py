@@ -1,7 +1,6 @@
-"""What the files of a table are: length, size and frame rate, read from container headers.
+"""What the files of a table are: length, size and frame rate, as a reader finds them.
 
-Decoding whole clips would take hours for what a header says in a millisecond. A header is believed when it agrees with
-itself and with the end of the file; otherwise the packets of the file are counted, which still decodes nothing.
+Decoding whole clips would take hours for what a header says in a millisecond: see :mod:`opensora.utils.media.probe`.
 """
 
 import math
@@ -9,20 +8,17 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import pandas as pd
-from av.error import FFmpegError
-from PIL import Image
 from tqdm import tqdm
 
 from opensora.datasets.table import check_table_name, locate, read_table, require_columns, row_number, write_table
 from opensora.datasets.video_io import BrokenMediaError
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
-from opensora.utils.video import IMAGE_EXTENSIONS
+from opensora.utils.media.probe import MediaInfo, probe
+from opensora.utils.paths import expand_home
 
 logger = get_logger(__name__)
 
@@ -30,85 +26,16 @@ META_COLUMNS = ("num_frames", "height", "width", "aspect_ratio", "resolution", "
 CHUNK = 16  # files handed to a worker at a time
 
 
-@dataclass(frozen=True)
-class MediaInfo:
-    """Frames (1 for a picture), pixels, and frames per second (NaN for a picture)."""
-
-    num_frames: int
-    height: int
-    width: int
-    fps: float
-
-
 def probe_media(path: str | Path) -> MediaInfo:
-    """Length, size and rate of a video or picture.
-
-    A video's first frame is decoded to see that the codec works and how large frames really are; frames are counted
-    only where the header leaves them out, contradicts itself, or promises more than the file holds.
+    """What a file is, see :func:`opensora.utils.media.probe.probe`.
 
     Raises:
         BrokenMediaError: missing or unreadable; the message says why.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise BrokenMediaError(f"{path}: no such file")
-    if path.suffix.lower() in IMAGE_EXTENSIONS:
-        return _probe_image(path)
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise BrokenMediaError(f"{path}: no video stream")
-            stream = container.streams.video[0]
-            stream.thread_type = "NONE"
-            first = next(container.decode(stream), None)
-            if first is None:
-                raise BrokenMediaError(f"{path}: not one frame can be decoded")
-            rate = float(stream.average_rate or stream.base_rate or 0)
-            count = stream.frames if _header_holds(container, stream, rate) else 0
-        count = count or _count_packets(path)
-    except (FFmpegError, OSError, IndexError, ValueError) as error:
-        raise BrokenMediaError(f"{path}: cannot be read ({error})") from error
-    if count < 1 or rate <= 0:
-        raise BrokenMediaError(f"{path}: {count} frames at {rate:g} frames per second")
-    return MediaInfo(count, first.height, first.width, round(rate, 3))
-
-
-def _probe_image(path: Path) -> MediaInfo:
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            image.verify()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BrokenMediaError(f"{path}: cannot be read as a picture ({error})") from error
-    return MediaInfo(1, height, width, math.nan)
-
-
-def _header_holds(container: "av.container.InputContainer", stream: "av.VideoStream", rate: float) -> bool:
-    """Whether the header's number of frames agrees with its duration and with where the packets end."""
-    if not stream.frames or not stream.duration or not stream.time_base or rate <= 0:
-        return False
-    per_frame = 1 / (rate * float(stream.time_base))
-    if abs(stream.duration / per_frame - stream.frames) > 1.5:
-        return False
-    end = (stream.start_time or 0) + stream.duration
-    try:
-        container.seek(end, stream=stream, backward=True)
-        ends = [p.pts + (p.duration or 0) for p in container.demux(stream) if p.pts is not None and p.size]
-    except (FFmpegError, OSError):
-        return False  # the file ends before its header says: the packets that are there get counted
-    return end - max(ends, default=0) < 1.5 * per_frame
-
-
-def _count_packets(path: Path) -> int:
-    """Packets that hold a shown frame; a file cut short is counted up to the cut."""
-    count = 0
-    with av.open(str(path)) as container:
-        try:
-            for packet in container.demux(container.streams.video[0]):
-                count += bool(packet.size and not packet.is_discard)
-        except FFmpegError:
-            pass
-    return count
+        return probe(path)
+    except UserError as error:
+        raise BrokenMediaError(str(error)) from error
 
 
 def _probe_row(path: str) -> MediaInfo | str:
@@ -187,7 +114,7 @@ def write_meta(
     Raises:
         UserError: a table that is missing, empty or without ``path``, an existing target, or no readable file.
     """
-    source, target = Path(source), Path(target)
+    source, target = expand_home(source), expand_home(target)
     check_table_name(target)
     broken_path = target.with_name(f"{target.stem}_broken.csv")
     for path in (target, broken_path):

@@ -23,6 +23,7 @@ from opensora.datasets.table import locate, reading_table, require_columns, row_
 from opensora.utils.errors import UserError, few
 from opensora.utils.files import write_beside, write_text
 from opensora.utils.logging import get_logger
+from opensora.utils.paths import expand_home
 
 logger = get_logger(__name__)
 
@@ -67,7 +68,7 @@ class ShardedRows:
     """
 
     def __init__(self, table_path: str | Path, num_rows: int) -> None:
-        self.table_path, self.num_rows = Path(table_path), num_rows
+        self.table_path, self.num_rows = expand_home(table_path), num_rows
         self.folder = shard_folder(self.table_path)
         self.files = sorted(self.folder.glob("[0-9]*.parquet"))
         command = f"python scripts/cnv/shard.py {self.table_path}"
@@ -150,7 +151,7 @@ def read_numbers(path: str | Path, extra: Sequence[str] = (), scores: Sequence[s
     Raises:
         UserError: not a parquet table, missing columns, or a cell that cannot be (see :func:`with_numbers`).
     """
-    path = Path(path)
+    path = expand_home(path)
     if path.suffix == ".csv":
         raise UserError(f"{path}: memory_efficient needs a parquet table; scripts/cnv/meta.py writes one")
     with reading_table(path, pa.ArrowException):
@@ -210,7 +211,7 @@ def write_shards(path: str | Path, shards: int | None = None, overwrite: bool = 
     Raises:
         UserError: not a parquet table, an empty one, more shards than rows, or shards that are there already.
     """
-    path = Path(path)
+    path = expand_home(path)
     if path.suffix != ".parquet" or not path.is_file():
         raise UserError(f"{path}: expected an existing .parquet table; scripts/cnv/meta.py writes one")
     with reading_table(path, pa.ArrowException):

@@ -10,6 +10,7 @@ import pandas as pd
 
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_beside
+from opensora.utils.paths import expand_home
 
 MEDIA_COLUMNS = ("path", "num_frames", "height", "width", "fps")
 TEXT_COLUMNS = ("path", "text")
@@ -26,7 +27,7 @@ def reading_table(path: str | Path, *kinds: type[Exception]) -> Iterator[None]:
     Raises:
         UserError: missing file, other format, or one of ``kinds``, ``ValueError`` or ``OSError``.
     """
-    path = Path(path)
+    path = expand_home(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file (expected a CSV or parquet table)")
     check_table_name(path)
@@ -52,7 +53,7 @@ def read_table(path: str | Path, as_text: bool = False) -> pd.DataFrame:
     Raises:
         UserError: missing file, other format, a file that cannot be parsed, or two columns of one name.
     """
-    path = Path(path)
+    path = expand_home(path)
     with reading_table(path):
         if path.suffix == ".csv":
             table = _read_csv(path, as_text)
@@ -138,9 +139,9 @@ def require_columns(table: pd.DataFrame, columns: Sequence[str], path: str | Pat
 
 
 def locate(raw: str, folder: Path) -> Path:
-    """Where a path of a table leads: relative ones are taken from the working directory if the file is there,
-    otherwise from the table's ``folder``."""
-    path = Path(raw)
+    """Where a path of a table leads: ``~`` to the home folder; relative ones to the working directory if the file is
+    there, otherwise to the table's ``folder``."""
+    path = expand_home(raw)
     return path if path.is_absolute() or path.exists() else folder / path
 
 
@@ -150,7 +151,7 @@ def resolve_media_paths(table: pd.DataFrame, table_path: str | Path, column: str
     Raises:
         UserError: clips are missing; the first rows are named.
     """
-    folder = Path(table_path).parent
+    folder = expand_home(table_path).parent
     resolved, missing = [], []
     for row, raw in enumerate(table[column]):
         path = locate(str(raw), folder)

@@ -17,29 +17,46 @@ def to_model_range(frames: np.ndarray) -> Tensor:
     return video.float() / 127.5 - 1.0
 
 
-def resize_crop(video: Tensor, height: int, width: int) -> Tensor:
+def resize_crop(video: Tensor, height: int, width: int, picture: bool | None = None) -> Tensor:
     """Scale ``[C, T, H, W]`` until it covers ``height x width``, then cut the centre.
 
-    Videos are scaled bilinearly, single frames bicubically with anti-aliasing, the way the released model saw them.
+    Videos are scaled bilinearly, pictures bicubically with anti-aliasing, the way the released model saw them; where an
+    odd number of rows or columns is cut off, that of videos is the larger part below, that of pictures the even one.
+
+    Args:
+        picture: whether the frames come from a picture; None takes a single frame for one.
     """
-    _, frames, h, w = video.shape
+    picture = video.shape[1] == 1 if picture is None else picture
+    return _cover(video, height, width, picture, (lambda excess: round(excess / 2)) if picture else _half)
+
+
+def _half(excess: int) -> int:
+    return excess // 2
+
+
+def _cover(video: Tensor, height: int, width: int, picture: bool, offset: Callable[[int], int]) -> Tensor:
+    """Scale and cut; ``offset`` tells how many of the rows or columns in excess are left out before those that stay."""
+    _, _, h, w = video.shape
     if (h, w) == (height, width):
         return video
     scale = max(height / h, width / w)
     size = (max(round(h * scale), height), max(round(w * scale), width))
-    picture = frames == 1
     mode = "bicubic" if picture else "bilinear"
     video = F.interpolate(video.transpose(0, 1), size=size, mode=mode, align_corners=False, antialias=picture)
-    top, left = round((size[0] - height) / 2), round((size[1] - width) / 2)
+    top, left = offset(size[0] - height), offset(size[1] - width)
     video = video[:, :, top : top + height, left : left + width].transpose(0, 1)
     return video.clamp(-1.0, 1.0) if picture else video
 
 
-def center(video: Tensor, height: int, width: int) -> Tensor:
+def center(video: Tensor, height: int, width: int, picture: bool | None = None) -> Tensor:
     """Scale the short side of ``[C, T, H, W]`` and cut the central square.
 
-    Single frames are halved by averaging while they are twice as large as needed, so that little is lost to aliasing
-    (Dhariwal and Nichol 2021); then both kinds are treated as in :func:`resize_crop`.
+    Pictures are halved by averaging while they are twice as large as needed, so that little is lost to aliasing
+    (Dhariwal and Nichol 2021); then both kinds are scaled as in :func:`resize_crop`. Here it is videos whose offset is
+    rounded to the even number, and pictures whose offset is rounded down.
+
+    Args:
+        picture: whether the frames come from a picture; None takes a single frame for one.
 
     Raises:
         UserError: the size is not square.
@@ -48,13 +65,27 @@ def center(video: Tensor, height: int, width: int) -> Tensor:
         raise UserError(
             f"dataset.transform_name='center' makes squares, the bucket is {height}x{width}: use resize_crop"
         )
-    while video.shape[1] == 1 and min(video.shape[2:]) >= 2 * height:
-        h, w = video.shape[2] // 2 * 2, video.shape[3] // 2 * 2
-        video = F.avg_pool2d(video[:, 0, :h, :w], 2)[:, None]
-    return resize_crop(video, height, width)
+    picture = video.shape[1] == 1 if picture is None else picture
+    while picture and min(video.shape[2:]) >= 2 * height:
+        rows, columns = (_halving(side).to(video) for side in video.shape[2:])
+        video = rows @ video @ columns.T
+    return _cover(video, height, width, picture, _half if picture else (lambda excess: round(excess / 2)))
+
+
+def _halving(side: int) -> Tensor:
+    """Weights ``[side // 2, side]`` of Pillow's box filter: where an odd side leaves one over, some average is of three
+    neighbours instead of two. Its arithmetic is followed, as rounding decides about those in the middle."""
+    count = side // 2
+    scale = side / count
+    middle = (torch.arange(count, dtype=torch.float64)[:, None] + 0.5) * scale
+    number = torch.arange(side)
+    place = (number - middle + 0.5) * (1.0 / scale)
+    near = (number >= (middle - 0.5 * scale + 0.5).floor()) & (number < (middle + 0.5 * scale + 0.5).floor())
+    weights = (near & (place > -0.5) & (place <= 0.5)).float()
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 # "rand_size_crop" of Open-Sora gives every clip another size, which batches of one bucket cannot hold.
-TRANSFORMS: Mapping[str, Callable[[Tensor, int, int], Tensor]] = MappingProxyType(
+TRANSFORMS: Mapping[str, Callable[[Tensor, int, int, bool | None], Tensor]] = MappingProxyType(
     {"resize_crop": resize_crop, "center": center}
 )

@@ -13,10 +13,13 @@ from opensora.diffusion.conditions import Span, get_spans
 from opensora.diffusion.plan import LatentSpec
 from opensora.utils.download import fetch, is_url
 from opensora.utils.errors import UserError
+from opensora.utils.media.pictures import as_pixels
+from opensora.utils.paths import expand_home
 from opensora.utils.video import is_video, read_image, read_video, video_info
 
 Source = str | Path | np.ndarray
-"""A picture or video file, or pixels: uint8 [H, W, 3] or [T, H, W, 3]."""
+"""A picture or video file, or pixels: uint8 [H, W, 3] or [T, H, W, 3]. Pipelines take whatever else
+:func:`opensora.utils.media.pictures.as_pixels` does, and make it one of these."""
 
 References = Source | Sequence[Source]
 """References of one sample."""
@@ -31,7 +34,7 @@ def locate_references(ref: str, folder: Path, beside: Path | None = None) -> lis
     """Make every path of a ``ref`` value local.
 
     Args:
-        ref: paths or http(s) addresses, separated by ``;``.
+        ref: paths (``~`` is the home folder) or http(s) addresses, separated by ``;``.
         folder: where downloads go.
         beside: folder of the table that names them; tried for relative paths that are not in the working folder.
 
@@ -43,10 +46,10 @@ def locate_references(ref: str, folder: Path, beside: Path | None = None) -> lis
         if is_url(part):
             name = hashlib.sha256(part.encode()).hexdigest()[:16]
             found.append(str(fetch(part, folder, name=name)))
-        elif beside is not None and not Path(part).exists() and (beside / part).exists():
-            found.append(str(beside / part))
-        else:
-            found.append(part)
+            continue
+        path = expand_home(part)
+        is_beside = beside is not None and not path.exists() and (beside / path).exists()
+        found.append(str(beside / path) if beside is not None and is_beside else str(path))
     return found
 
 
@@ -79,7 +82,8 @@ def read_clips(sources: Sequence[Source], cond_type: str, spec: LatentSpec, heig
     """Pixels of one sample's references, one clip per given run of the condition.
 
     Returns:
-        Clips [3, T, height, width] in [-1, 1], scaled to cover the frame and cut in the centre.
+        Clips [3, T, height, width] in [-1, 1], scaled to cover the frame and cut in the centre: frames of clips as in
+        training on clips, also where only one is taken, and pictures as in training on pictures.
 
     Raises:
         UserError: as :func:`check_references`.
@@ -87,29 +91,31 @@ def read_clips(sources: Sequence[Source], cond_type: str, spec: LatentSpec, heig
     clips = []
     for span in get_spans(cond_type):
         needed = span.pixel_frames(spec.is_causal, spec.compression[0])
-        frames = _read(sources[span.reference], span, needed)
-        _check_length(sources[span.reference], cond_type, needed, len(frames))
-        clips.append(resize_crop(to_model_range(frames), height, width))
+        source = sources[span.reference]
+        frames, picture = _read(source, span, needed)
+        _check_length(source, cond_type, needed, len(frames))
+        clips.append(resize_crop(to_model_range(frames), height, width, picture))
     return clips
 
 
-def _read(source: Source, span: Span, count: int) -> np.ndarray:
-    """At most ``count`` frames uint8 [T, H, W, 3] from the end of the source that the run lies at."""
+def _read(source: Source, span: Span, count: int) -> tuple[np.ndarray, bool]:
+    """At most ``count`` frames uint8 [T, H, W, 3] from the end of the source that the run lies at, and whether it is a
+    picture."""
     if isinstance(source, np.ndarray):
-        frames = source[None] if source.ndim == 3 else source
-        return frames[:count] if span.at == "head" else frames[max(len(frames) - count, 0) :]
+        frames, picture = (source[None], True) if source.ndim == 3 else (source, False)
+        return frames[:count] if span.at == "head" else frames[max(len(frames) - count, 0) :], picture
     if is_video(source):
-        return read_video(source, max_frames=count, from_end=span.at == "tail")[0]
-    return read_image(source)[None]
+        return read_video(source, max_frames=count, from_end=span.at == "tail")[0], False
+    return read_image(source)[None], True
 
 
 def per_prompt_references(
     ref: References | Sequence[References | None] | None, count: int, downloads: Path
 ) -> list[list[Source] | None]:
-    """The ``ref`` argument of a pipeline as a list of local sources (or None) per prompt.
+    """The ``ref`` argument of a pipeline as a list of local sources (or None) per prompt; pixels as uint8.
 
     Raises:
-        UserError: as many references as prompts are needed, or a download failed.
+        UserError: as many references as prompts are needed, a download failed, or a thing that is no reference.
     """
     if ref is None:
         return [None] * count
@@ -118,12 +124,15 @@ def per_prompt_references(
     per_prompt: list[Any] = list(given) if is_batch else [given] * count
     if len(per_prompt) != count:
         raise UserError(f"{len(per_prompt)} references for {count} prompts; give one (or None) per prompt")
-    return [_local_sources(item, downloads) or None for item in per_prompt]
+    return [_local_sources(item, downloads, number) or None for number, item in enumerate(per_prompt, 1)]
 
 
-def _local_sources(item: Any, downloads: Path) -> list[Source]:
-    parts = [item] if isinstance(item, str | Path | np.ndarray) else list(item or [])
+def _local_sources(item: Any, downloads: Path, prompt: int) -> list[Source]:
+    parts = list(item) if isinstance(item, list | tuple) else [] if item is None else [item]
     sources: list[Source] = []
-    for part in parts:
-        sources += [part] if isinstance(part, np.ndarray) else locate_references(str(part), downloads)
+    for number, part in enumerate(parts, 1):
+        if isinstance(part, str | Path):
+            sources += locate_references(str(part), downloads)
+        else:
+            sources.append(as_pixels(part, f"reference {number} of prompt {prompt}"))
     return sources

@@ -21,11 +21,13 @@ from opensora.datasets.rows import with_numbers
 from opensora.datasets.source import ClipSource, SampleKey, build_source
 from opensora.datasets.table import MEDIA_COLUMNS, read_table, require_columns, resolve_media_paths
 from opensora.datasets.transforms import resize_crop, to_model_range
-from opensora.datasets.video_io import BrokenMediaError, read_frames
+from opensora.datasets.video_io import BrokenMediaError, read_frames, read_image
 from opensora.models.autoencoder import Autoencoder
 from opensora.utils.errors import UserError, check_least
 from opensora.utils.logging import get_logger
-from opensora.utils.video import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, is_video, read_image
+from opensora.utils.media.kinds import is_picture, kind_of
+from opensora.utils.paths import expand_home
+from opensora.utils.video import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
 logger = get_logger(__name__)
 
@@ -87,14 +89,14 @@ def list_media(data_path: str | Path, save_dir: str | Path | None = None) -> pd.
     Raises:
         UserError: no such table or folder, missing columns or files, numbers that cannot be, nothing readable.
     """
-    folder = Path(data_path)
+    folder = expand_home(data_path)
     if not folder.is_dir():
         table = read_table(data_path)
         require_columns(table, MEDIA_COLUMNS, data_path, hint="scripts/cnv/meta.py adds all but path.")
         return resolve_media_paths(with_numbers(table, data_path), data_path)
     rows, results = [], [] if save_dir is None else [(Path(save_dir) / name).resolve() for name in RESULTS]
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)):
-        if any(path.resolve().is_relative_to(result) for result in results):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        if any(path.resolve().is_relative_to(result) for result in results) or not _looks_like_media(path):
             continue
         try:
             info = probe_media(path)
@@ -103,8 +105,13 @@ def list_media(data_path: str | Path, save_dir: str | Path | None = None) -> pd.
             continue
         rows.append([str(path), info.num_frames, info.height, info.width, info.fps])
     if not rows:
-        raise UserError(f"{folder}: no readable videos ({', '.join(VIDEO_EXTENSIONS)}) or pictures in this folder")
+        raise UserError(f"{folder}: no readable videos or pictures in this folder")
     return pd.DataFrame(rows, columns=list(MEDIA_COLUMNS))
+
+
+def _looks_like_media(path: Path) -> bool:
+    """Whether a file is a clip or picture, or is called like one and damaged, which is worth a line in the log."""
+    return path.suffix.lower() in (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS) or kind_of(path) is not None
 
 
 def own_source(cfg: Any) -> ClipSource | None:
@@ -293,7 +300,8 @@ def read_clip(clip: EvalClip) -> Tensor:
     Raises:
         BrokenMediaError, UserError: it cannot be read, or is shorter or smaller than the table says.
     """
-    if is_video(clip.path):
+    picture = is_picture(clip.path)
+    if not picture:
         indices = [i * clip.stride for i in range(clip.num_frames)]
         frames = read_frames(clip.path, indices, clip.fps if clip.fps > 0 else None)
     elif clip.num_frames > 1:
@@ -309,7 +317,7 @@ def read_clip(clip: EvalClip) -> Tensor:
             )
         top, left = ((have - want) // 2 for have, want in zip(frames.shape[1:3], (clip.height, clip.width)))
         frames = frames[:, top : top + clip.height, left : left + clip.width]
-    return resize_crop(to_model_range(frames), clip.height, clip.width)
+    return resize_crop(to_model_range(frames), clip.height, clip.width, picture)
 
 
 def bucket_of(eval_setting: str) -> Mapping[str, Mapping[int, Any]]:

@@ -12,6 +12,7 @@ from opensora.diffusion.wording import check_motion_score, check_seed, final_tex
 from opensora.registry import DATASETS, build_module
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
+from opensora.utils.paths import expand_home
 
 logger = get_logger(__name__)
 
@@ -86,7 +87,7 @@ def read_requests(cfg: Mapping[str, Any], downloads: Path) -> list[Request]:
     requests = []
     for index in chosen:
         where = row_name(path, index)
-        requests.append(_request(cfg, table[index], index, where, Path(path).parent, downloads))
+        requests.append(_request(cfg, table[index], index, where, expand_home(path).parent, downloads))
     return requests
 
 

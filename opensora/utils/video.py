@@ -1,6 +1,6 @@
-"""Reading and writing of images and videos. PyAV is the only video codec in use, Pillow the only image one."""
+"""Writing of images and videos, and reading them, which is :mod:`opensora.utils.media`. PyAV is the only video codec in
+use, Pillow the only image one."""
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -8,11 +8,34 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from opensora.utils.errors import UserError
-from opensora.utils.files import write_beside, write_text  # noqa: F401  (write_text was here once)
+from opensora.utils.files import write_beside, write_text
+from opensora.utils.media.frames import read_clip as read_video
+from opensora.utils.media.kinds import kind_of
+from opensora.utils.media.pictures import read_picture as read_image
+from opensora.utils.media.pixels import tag_bt709, to_bt709
+from opensora.utils.media.probe import probe
+
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "SAME_EVERYWHERE",
+    "VIDEO_EXTENSIONS",
+    "VideoInfo",
+    "contact_sheet",
+    "is_video",
+    "read_image",
+    "read_video",
+    "save_image",
+    "save_video",
+    "to_uint8",
+    "video_info",
+    "write_beside",
+    "write_text",
+]
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 # x264 makes the same file of the same frames on every processor. Without it, its routines for AVX-512 read memory
@@ -23,7 +46,7 @@ VIDEO_EXTENSIONS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video file's header says. ``num_frames`` is counted by demuxing when the header leaves it out."""
+    """What a reader makes of a video: frames that are decoded, upright size, mean rate."""
 
     num_frames: int
     height: int
@@ -32,8 +55,9 @@ class VideoInfo:
 
 
 def is_video(path: str | Path) -> bool:
-    """Whether a file name looks like a video, by its ending."""
-    return Path(path).suffix.lower() in VIDEO_EXTENSIONS
+    """Whether a file is a clip, by its content; by its ending where that says nothing, for the message to fit."""
+    kind = kind_of(path)
+    return Path(path).suffix.lower() in VIDEO_EXTENSIONS if kind is None else kind == "clip"
 
 
 def to_uint8(video: Tensor) -> np.ndarray:
@@ -58,7 +82,7 @@ def _as_frames(frames: np.ndarray | Tensor, ndim: int) -> np.ndarray:
 
 
 def save_video(frames: np.ndarray | Tensor, path: str | Path, fps: float, crf: int = 23) -> Path:
-    """Write an h264 (yuv420p) video that any player opens.
+    """Write an h264 (yuv420p) video that any player opens, tagged as what it is: the limited range of BT.709.
 
     Args:
         frames: uint8 [T, H, W, 3]. Odd heights and widths, which yuv420p cannot hold, get their last row or column
@@ -82,8 +106,11 @@ def save_video(frames: np.ndarray | Tensor, path: str | Path, fps: float, crf: i
             stream.height, stream.width = array.shape[1:3]
             stream.pix_fmt = "yuv420p"
             stream.options = {"crf": str(crf), **SAME_EVERYWHERE}
+            tag_bt709(stream.codec_context)
+            convert = VideoReformatter()
             for frame in array:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+                rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                container.mux(stream.encode(to_bt709(rgb, convert)))
             container.mux(stream.encode())
 
     return write_beside(path, write)
@@ -95,90 +122,19 @@ def save_image(frame: np.ndarray | Tensor, path: str | Path) -> Path:
     return write_beside(path, image.save)
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """Read a picture as uint8 RGB [H, W, 3]; transparency is laid on white, of 16 bits the upper 8 are taken.
-
-    Raises:
-        UserError: the file is missing, is not a picture, or holds floating-point values, whose white nobody knows.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"image not found: {path}")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            if image.mode == "F":
-                raise ValueError("floating-point values; save it with 8 or 16 bits")
-            if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
-                image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8))
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.array(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"not a readable image: {path} ({error})") from error
-
-
-def _open_video(path: str | Path) -> "av.container.InputContainer":
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"video not found: {path}")
-    try:
-        container = av.open(str(path))
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise UserError(f"not a readable video: {path} ({error})") from error
-    if not container.streams.video:
-        container.close()
-        raise UserError(f"no video stream in {path}")
-    return container
-
-
 def video_info(path: str | Path) -> VideoInfo:
-    """Size, rate and number of frames of a video, without decoding it.
+    """Size, rate and number of frames of a video, as :func:`read_video` finds them; at most one frame is decoded where
+    the header can be believed.
 
     Raises:
         UserError: the file is missing or holds no video.
     """
-    with _open_video(path) as container:
-        stream = container.streams.video[0]
-        rate = stream.average_rate or stream.base_rate or Fraction(0)
-        count = stream.frames
-        if not count:
-            count = sum(1 for packet in container.demux(stream) if packet.size)
-        return VideoInfo(count, stream.height, stream.width, float(rate))
-
-
-def read_video(path: str | Path, max_frames: int | None = None, from_end: bool = False) -> tuple[np.ndarray, float]:
-    """Decode a video.
-
-    Args:
-        path: any container and codec FFmpeg knows.
-        max_frames: keep so many frames; None keeps all.
-        from_end: keep the last ones instead of the first ones. No more than ``max_frames`` are in memory at a time.
-
-    Returns:
-        uint8 RGB [T, H, W, 3] and the frames per second (0.0 if the file does not say).
-
-    Raises:
-        UserError: missing file, no video stream, or not one frame could be decoded.
-    """
-    frames: deque[np.ndarray] = deque(maxlen=max_frames if from_end else None)
-    with _open_video(path) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        fps = float(stream.average_rate or stream.base_rate or 0)
-        try:
-            for frame in container.decode(stream):
-                if max_frames is not None and not from_end and len(frames) >= max_frames:
-                    break
-                frames.append(frame.to_ndarray(format="rgb24"))
-        except av.FFmpegError as error:
-            # A damaged tail still leaves the frames before it.
-            if not frames:
-                raise UserError(f"not a readable video: {path} ({error})") from error
-    if not frames:
-        raise UserError(f"no frames in {path}")
-    return np.stack(frames), fps
+    if not Path(path).is_file():
+        raise UserError(f"video not found: {path}")
+    info = probe(path)
+    if info.kind != "clip":
+        raise UserError(f"not a readable video: {path} (a picture)")
+    return VideoInfo(info.num_frames, info.height, info.width, info.fps)
 
 
 def contact_sheet(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,14 +14,15 @@ import numpy as np
 import polars as pl
 import pytest
 
+from opensora.config.options import Options, opt
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_image, save_video
 from tools.data import run, stage_run
-from tools.data.pipeline import Pipeline
-from tools.data.ray_runner import RayRunner
-from tools.data.runners import DIED
+from tools.data.engine.pipeline import Pipeline
+from tools.data.engine.ray_runner import RayRunner
+from tools.data.engine.runners import DIED
+from tools.data.engine.stage import Stage
 from tools.data.sample_footage import pan, scenery, titled
-from tools.data.stage import Stage
 
 ROOT = Path(__file__).parents[2]
 SIZE = (72, 128)
@@ -184,15 +186,24 @@ def test_ray_gives_the_same(config, raw, tmp_path, ray):
     assert command(config, raw, tmp_path / "ray", *words, "--runner", "ray", "--workers", "2").equals(local)
 
 
+@dataclass(frozen=True, kw_only=True)
+class FragileOptions(Options):
+    """Whether ``Fragile`` can start."""
+
+    gone: bool = opt(False, "it cannot")
+
+
 class Fragile(Stage):
     """Says which process did a row; 9 ends it."""
 
+    settings: FragileOptions
+
     name = "fragile"
-    reads = identity = ("number",)
+    reads = ("number",)
     adds: ClassVar = {"process": pl.Int64}
 
     def worker(self):
-        if self.settings.get("gone"):
+        if self.settings.gone:
             raise UserError("the weights are gone")
 
         def work(row):
@@ -205,8 +216,8 @@ class Fragile(Stage):
 
 def test_ray_goes_on_after_a_crash_and_names_what_cannot_start(tmp_path, ray):
     numbers = pl.DataFrame({"number": range(12)})
-    table = Pipeline([Fragile({}, tmp_path)], tmp_path, RayRunner(1), progress=False).run(numbers)
+    table = Pipeline([Fragile(FragileOptions(), tmp_path)], tmp_path, RayRunner(1), progress=False).run(numbers)
     assert table.filter(pl.col("error") == DIED)["number"].to_list() == [9]
     assert table["process"].n_unique() == 3  # one before the crash, one after it, none for the row itself
     with pytest.raises(UserError, match="stage 'fragile' cannot start: the weights are gone"):
-        Pipeline([Fragile({"gone": True}, tmp_path)], tmp_path, RayRunner(1), progress=False).run(numbers)
+        Pipeline([Fragile(FragileOptions(gone=True), tmp_path)], tmp_path, RayRunner(1), progress=False).run(numbers)

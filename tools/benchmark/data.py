@@ -30,30 +30,21 @@ import polars as pl
 from opensora.config import run_main
 from opensora.utils.files import write_text
 from opensora.utils.video import save_video
+from tools.arguments import Bounded
 from tools.data import table as table_tool
-from tools.data.camera import Camera
-from tools.data.cut import Cut
-from tools.data.decode import PixelWorker, decode, open_video
-from tools.data.frames import FrameSamples
-from tools.data.ingest import Ingest
-from tools.data.motion import Blur, Flow, Motion
-from tools.data.ocr import Ocr
-from tools.data.options import (
-    BlurOptions,
-    CameraOptions,
-    CutOptions,
-    FlowOptions,
-    FramesOptions,
-    IngestOptions,
-    MotionOptions,
-    OcrOptions,
-    ScenesOptions,
-)
-from tools.data.process import prepare
-from tools.data.runners import Job, LocalRunner
+from tools.data.engine.decode import PixelWorker, decode, open_video
+from tools.data.engine.process import prepare
+from tools.data.engine.runners import Job, LocalRunner
+from tools.data.engine.stage import NoOptions, PixelStage, Row, Stage, Worker
 from tools.data.sample_footage import pan, scenery
-from tools.data.scenes import Scenes
-from tools.data.stage import PixelStage, Row, Stage, Worker
+from tools.data.stages.camera import Camera, CameraOptions
+from tools.data.stages.cut import Cut, CutOptions
+from tools.data.stages.frames import FrameSamples, FramesOptions
+from tools.data.stages.ingest import Ingest, IngestOptions
+from tools.data.stages.motion import Blur, BlurOptions, Flow, FlowOptions, Motion, MotionOptions
+from tools.data.stages.ocr import Ocr, OcrOptions
+from tools.data.stages.scenes import Scenes, ScenesOptions
+from tools.outputs import add_overwrite, check_new, named_errors
 
 SIZE = (720, 1280)
 FPS = 24
@@ -101,21 +92,19 @@ def decode_all(path: Path) -> None:
 def pixel_stages(root: Path) -> list[PixelStage]:
     """All pixel stages with their defaults."""
     return [
-        Motion(vars(MotionOptions()), root),
-        Camera(vars(CameraOptions()), root),
-        Flow(vars(FlowOptions()), root),
-        Blur(vars(BlurOptions()), root),
-        FrameSamples(vars(FramesOptions()), root),
+        Motion(MotionOptions(), root),
+        Camera(CameraOptions(), root),
+        Flow(FlowOptions(), root),
+        Blur(BlurOptions(), root),
+        FrameSamples(FramesOptions(), root),
     ]
 
 
 def row_stages(root: Path) -> list[Stage]:
     """Stages that work on a file of their own."""
-    methods = [
-        Scenes({**vars(ScenesOptions()), "method": method}, root) for method in ("scdet", "adaptive", "transnetv2")
-    ]
-    cut = Cut(vars(CutOptions()), root)
-    return [Ingest(vars(IngestOptions()), root), *methods, cut, Ocr(vars(OcrOptions()), root)]
+    methods = [Scenes(ScenesOptions(method=method), root) for method in ("scdet", "adaptive", "transnetv2")]
+    cut = Cut(CutOptions(), root)
+    return [Ingest(IngestOptions(), root), *methods, cut, Ocr(OcrOptions(), root)]
 
 
 def measure_stages(clip: Path, root: Path, repeats: int, report: Report) -> None:
@@ -138,7 +127,7 @@ def measure_stages(clip: Path, root: Path, repeats: int, report: Report) -> None
     assert not isinstance(frames, Exception)
     facts = {"path": str(clip), "kind": "video", "source_id": "id", "scenes": [[0.0, 8.0]], **frames}
     for alone in row_stages(root):
-        label = f"scenes, {alone.settings['method']}" if alone.name == "scenes" else alone.name
+        label = f"scenes, {alone.settings.method}" if alone.name == "scenes" else alone.name
         add(label, cpu_seconds(_once(alone, facts), repeats))
 
 
@@ -161,7 +150,7 @@ class Timed(Stage):
     """The shared pass over one clip, with the process that did it, when it was done, and its processor time."""
 
     name = "timed"
-    reads = identity = ("clip_id", "clip_path")
+    reads = ("clip_id", "clip_path")
     adds: ClassVar = {"process": pl.Int64, "done": pl.Float64, "cpu": pl.Float64}
 
     def worker(self) -> Worker:
@@ -188,7 +177,7 @@ def measure_workers(clip: Path, root: Path, report: Report) -> None:
             for n in range(workers * (CLIPS + 1))
         ]
         rows: list[Row] = []
-        for _, outcomes in LocalRunner(workers).run([Timed({}, root)], jobs):
+        for _, outcomes in LocalRunner(workers).run([Timed(NoOptions(), root)], jobs):
             outcome = outcomes["timed"]
             assert isinstance(outcome, list), outcome
             rows += outcome
@@ -235,14 +224,19 @@ def measure_table(root: Path, report: Report) -> None:
 PARTS = ("stages", "workers", "table")
 
 
+@named_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--part", choices=PARTS, action="append", help="only this (may be given again; default: all)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of the clip")
-    parser.add_argument("--repeats", type=int, default=2, help="runs of which the median counts")
+    number: dict[str, Any] = {"action": Bounded, "least": 1, "most": 600}
+    parser.add_argument("--seconds", type=float, **number, default=10.0, help="length of the clip")
+    parser.add_argument("--repeats", type=int, **number, default=2, help="runs of which the median counts")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
+    if args.out:
+        check_new(args.out, args.overwrite)
     parts = args.part or PARTS
     report = Report(args.out)
     prepare(os.cpu_count() or 1)  # one thread, as in a pool of a process per core

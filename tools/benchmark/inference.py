@@ -41,6 +41,7 @@ from tools.benchmark.measuring import MIB, peak_of
 from tools.benchmark.models import markdown
 from tools.benchmark.sampler import compare_samplers
 from tools.benchmark.text_encoders import random_text_encoder
+from tools.outputs import add_overwrite, check_new, named_errors
 
 TERA = 1e12
 
@@ -165,6 +166,7 @@ def environment(device: torch.device, random_weights: bool) -> dict[str, Any]:
     }
 
 
+@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Read the command line, measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -173,7 +175,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--full-steps", type=int, default=50, help="extrapolate to so many (default: %(default)s)")
     parser.add_argument("--comparison", type=int, default=5, help="runs of the comparison; 0: none (default: 5)")
     parser.add_argument("--out", type=Path, help="file for all figures, as JSON")
+    add_overwrite(parser)
     args, others = parser.parse_known_args(argv)
+    if args.out:
+        check_new(args.out, args.overwrite)
     cfg = parse_config([args.config, *others], InferenceOptions)
     if args.comparison and args.comparison < 3:
         raise UserError(f"--comparison {args.comparison}: a median needs 3 runs or more (0: no comparison)")

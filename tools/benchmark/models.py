@@ -33,6 +33,7 @@ from tools.benchmark.cases import BASELINE, CASES, SIZES, Build, Sizes, diffuser
 from tools.benchmark.measuring import MIB, in_own_process, peak_of, seconds_of, tensor_bytes
 from tools.benchmark.released import released
 from tools.benchmark.vae import VAE_SIZES, VaeSizes, autoencoder_rows
+from tools.outputs import add_overwrite, check_new, named_errors
 
 
 def time_case(builds: Mapping[str, Build], device: torch.device, repeats: int) -> dict[str, list[float]]:
@@ -112,6 +113,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Read the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -122,7 +124,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, nargs="+", help="with --vae: sides of the clips, in px")
     parser.add_argument("--frames", type=int, help="with --vae: frames of the clips, at most")
     parser.add_argument("--out", type=Path, help="file for all figures, as JSON; grows with every case")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
+    if args.out:
+        check_new(args.out, args.overwrite)
     if args.repeats < 5:
         raise UserError(f"--repeats {args.repeats}: a median of fewer than 5 runs says little")
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -39,6 +39,7 @@ from opensora.training.weights.optimizer import create_optimizer
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
 from opensora.utils.video import save_image, save_video
+from tools.outputs import add_overwrite, check_new, named_errors
 
 CURVES = ("seconds_per_step", "tokens_per_s", "samples_per_s", "tflops_per_s", "mfu", "data_wait", "memory_gib")
 SYNTHETIC_FPS = 8
@@ -202,6 +203,7 @@ def resolve(args: argparse.Namespace, words: Sequence[str], folder: Path) -> Any
     return cfg
 
 
+@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Read the command line, measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -212,7 +214,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clips", type=int, default=2, help="batches of drawn clips per bucket")
     parser.add_argument("--overhead", action="store_true", help="compare with a bare loop of the same model")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    add_overwrite(parser)
     args, words = parser.parse_known_args(argv)
+    if args.out:
+        check_new(args.out, args.overwrite)
     if args.steps < 1 or args.warm_up < 0 or args.clips < 1:
         raise UserError("--steps and --clips must be at least 1, --warm-up at least 0")
     with tempfile.TemporaryDirectory() as folder:

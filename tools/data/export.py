@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -12,23 +13,15 @@ if __package__ in (None, ""):
 
 from opensora.config import run_main
 from opensora.utils.errors import UserError
-from tools.data.pipeline import TABLE_FILE, is_active
-from tools.data.table_files import write_table
+from tools.arguments import user_path
+from tools.data.engine.own_files import OwnFiles
+from tools.data.engine.pipeline import TABLE_FILE, is_active, read_result
+from tools.data.engine.tables import check_format, fill_table
+from tools.outputs import add_overwrite, check_no_input, check_place, named_errors, write_new
 
 TRAIN_COLUMNS = ("path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps")
 EXTRA_COLUMNS = ("score_vmafmotion", "aesthetic", "match", "camera_motion", "tier")
 TRAIN_FILE = "train.csv"
-
-
-def read_result(root: Path) -> pl.DataFrame:
-    """The whole table of a run.
-
-    Raises:
-        UserError: there is none.
-    """
-    if not (root / TABLE_FILE).is_file():
-        raise UserError(f"{root / TABLE_FILE}: no such file; run tools/data/run.py CONFIG --output {root} first")
-    return pl.read_parquet(root / TABLE_FILE)
 
 
 def training_table(table: pl.DataFrame, tier: str | None = None, columns: Sequence[str] = ()) -> pl.DataFrame:
@@ -66,29 +59,62 @@ def training_table(table: pl.DataFrame, tier: str | None = None, columns: Sequen
     return table.select([column for column in wanted if column in table.columns])
 
 
-def export(root: Path, out: Path, tier: str | None = None, columns: Sequence[str] = ()) -> int:
-    """Write the training table as CSV or parquet, and say how many clips are in it.
+def count_uncaptioned(table: pl.DataFrame) -> int:
+    """Clips that are in, but lack the caption that others have."""
+    if "text" not in table.columns:
+        return 0
+    return table.filter(is_active() & (pl.col("text").is_null() | (pl.col("text") == ""))).height
 
-    Paths in it are relative to the run's folder if it lies there, else absolute.
+
+def export(
+    root: Path,
+    out: Path | None = None,
+    tier: str | None = None,
+    columns: Sequence[str] = (),
+    overwrite: bool = False,
+) -> tuple[Path, int]:
+    """Write the training table as CSV or parquet.
+
+    Args:
+        root: output folder of a run.
+        out: file to write; none takes ``ROOT/train.csv``. Paths in the table are relative to ``root`` if it lies there,
+            else absolute.
+        tier: only clips of this tier.
+        columns: further ones to keep.
+        overwrite: replace a file that is there and no training table of this run.
+
+    Returns:
+        The file, and how many clips are in it.
+
+    Raises:
+        UserError: as in :func:`training_table`, or there is no place for the file.
     """
+    out = out or root / TRAIN_FILE
+    check_format(out)
+    check_place(out, "--out")
+    check_no_input(out, [root / TABLE_FILE])
     table = training_table(read_result(root), tier, columns)
-    if out.resolve().parent != root.resolve():
-        here = root.resolve()
+    here = root.resolve()
+    if out.resolve().parent == here:
+        OwnFiles(root, overwrite).write(out.name, partial(fill_table, table))
+    else:
         table = table.with_columns(pl.Series("path", [str(here / path) for path in table["path"]], pl.String))
-    write_table(table, out)
-    return table.height
+        write_new(out, partial(fill_table, table), overwrite)
+    return out, table.height
 
 
+@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Write the table and say where it is."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("output", type=Path, help="folder of a run of tools/data/run.py")
-    parser.add_argument("--out", type=Path, help=f".csv or .parquet (default: OUTPUT/{TRAIN_FILE})")
+    parser.add_argument("output", type=user_path, help="folder of a run of tools/data/run.py")
+    parser.add_argument("--out", type=user_path, help=f".csv or .parquet (default: OUTPUT/{TRAIN_FILE})")
     parser.add_argument("--tier", help="only clips of this tier")
     parser.add_argument("--columns", default="", help="further columns, comma-separated")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
-    out = args.out or args.output / TRAIN_FILE
-    count = export(args.output, out, args.tier, [name for name in args.columns.split(",") if name])
+    columns = [name for name in args.columns.split(",") if name]
+    out, count = export(args.output, args.out, args.tier, columns, args.overwrite)
     print(f"{count} clips: {out}")
 
 

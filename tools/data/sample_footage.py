@@ -16,7 +16,10 @@ if __package__ in (None, ""):
 
 from opensora.config import run_main
 from opensora.utils.errors import UserError
-from opensora.utils.video import save_image, save_video, write_text
+from opensora.utils.files import write_text
+from opensora.utils.video import save_image, save_video
+from tools.arguments import user_path
+from tools.outputs import check_place, named_errors
 
 Frames = np.ndarray
 
@@ -112,6 +115,7 @@ def make_footage(folder: Path, size: tuple[int, int] = (180, 320), fps: int = 24
     Raises:
         UserError: there is something in the folder already.
     """
+    check_place(folder, "--out", folder=True)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"--out {folder} is not empty; choose a new folder")
     big = (size[0] * 2, size[1] * 2)
@@ -140,10 +144,11 @@ def make_footage(folder: Path, size: tuple[int, int] = (180, 320), fps: int = 24
     return [*paths, broken]
 
 
+@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Make the footage and say where it is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, required=True, help="new folder")
+    parser.add_argument("--out", type=user_path, required=True, help="new folder")
     folder = parser.parse_args(argv).out
     print(f"{len(make_footage(folder))} files: {folder}")
 

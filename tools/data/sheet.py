@@ -6,6 +6,7 @@ One sheet per reason, each clip a strip of frames with its scores: the way to se
 import argparse
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ if __package__ in (None, ""):
 from opensora.config import run_main
 from opensora.utils.errors import UserError
 from opensora.utils.video import contact_sheet, is_video, read_image, read_video
-from tools.data.counts import check_count
-from tools.data.export import read_result
-from tools.data.stage import shrink
+from tools.arguments import Bounded, user_path
+from tools.data.engine.pipeline import read_result
+from tools.data.engine.stage import shrink
+from tools.data.report import Report, add_report
+from tools.outputs import named_errors
 
 SCORES = ("score_vmafmotion", "sharpness", "text_area", "aesthetic", "match", "camera_motion")
 SIDE = 200  # px of a frame on the sheet
@@ -43,7 +46,7 @@ def label(row: dict) -> str:
     return ", ".join(parts)[:90]
 
 
-def make_sheets(root: Path, out: Path, rows: int, frames: int, seed: int) -> list[Path]:
+def make_sheets(report: Report, root: Path, rows: int, frames: int, seed: int) -> list[Path]:
     """Write ``kept.png`` and ``dropped-REASON.png``, of clips drawn at random.
 
     Raises:
@@ -64,22 +67,25 @@ def make_sheets(root: Path, out: Path, rows: int, frames: int, seed: int) -> lis
         if group.height:
             chosen = group.sample(min(rows, group.height), seed=seed, shuffle=True).to_dicts()
             pictures = [clip_pictures(root, row, frames) for row in chosen]
-            paths.append(contact_sheet(pictures, out / f"{name}.png", frames, [label(row) for row in chosen]))
+            sheet = partial(contact_sheet, pictures, frames=frames, labels=[label(row) for row in chosen])
+            paths.append(report.write(f"{name}.png", sheet))
     return paths
 
 
+@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Write the sheets and say where they are."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("output", type=Path, help="folder of a run of tools/data/run.py")
-    parser.add_argument("--out", type=Path, help="folder for the pictures (default: OUTPUT/report)")
-    parser.add_argument("--rows", type=int, default=6, help="clips per sheet")
-    parser.add_argument("--frames", type=int, default=4, help="frames per clip")
-    parser.add_argument("--seed", type=int, default=0, help="of the random choice")
+    parser.add_argument("output", type=user_path, help="folder of a run of tools/data/run.py")
+    add_report(parser)
+    parser.add_argument("--rows", type=int, action=Bounded, least=1, most=1000, default=6, help="clips per sheet")
+    parser.add_argument("--frames", type=int, action=Bounded, least=1, most=1000, default=4, help="frames per clip")
+    parser.add_argument(
+        "--seed", type=int, action=Bounded, least=0, most=2**63 - 1, default=0, help="of the random choice"
+    )
     args = parser.parse_args(argv)
-    check_count("--rows", args.rows, 1)
-    check_count("--frames", args.frames, 1)
-    for path in make_sheets(args.output, args.out or args.output / "report", args.rows, args.frames, args.seed):
+    report = Report(args.output, args.out, args.overwrite)
+    for path in make_sheets(report, args.output, args.rows, args.frames, args.seed):
         print(path)
 
 

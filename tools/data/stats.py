@@ -5,6 +5,8 @@ Writes a picture of the funnel, one of the histograms and a table of the distrib
 
 import argparse
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.config import run_main
-from opensora.utils.video import write_beside
-from tools.data.export import read_result
-from tools.data.status import read_funnel
+from tools.arguments import user_path
+from tools.data.engine.funnel import FunnelStep, read_funnel
+from tools.data.engine.pipeline import read_result
+from tools.data.report import Report, add_report
+from tools.outputs import named_errors
 
 NUMBERS = (
     "num_frames",
@@ -72,33 +76,33 @@ def summary(table: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame([{k: float(v) if k in numbers else v for k, v in row.items()} for row in rows], schema=schema)
 
 
-def draw_funnel(steps: list[dict[str, Any]], path: Path) -> None:
+def draw_funnel(steps: Sequence[FunnelStep], path: Path) -> None:
     """One bar per stage: rows that went on, failed, and dropped by reason."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 0.5 * len(steps) + 1.2), layout="constrained")
     axes = figure.subplots()
-    most = max((step["rows_out"] + sum(step["dropped"].values()) + step["failed"] for step in steps), default=1)
+    most = max((step.rows_out + sum(step.dropped.values()) + step.failed for step in steps), default=1)
     for place, step in enumerate(steps):
-        left = step["rows_out"]
+        left = step.rows_out
         axes.barh(place, left, color=KEPT)
         axes.text(left / 2, place, str(left), ha="center", va="center", color="white" if left > most / 20 else "black")
         notes = []
         for name, count, colour in [
-            *((r, n, DROPPED) for r, n in step["dropped"].items()),
-            ("failed", step["failed"], "#d1495b"),
+            *((r, n, DROPPED) for r, n in step.dropped.items()),
+            ("failed", step.failed, "#d1495b"),
         ]:
             if count:
                 axes.barh(place, count, left=left, color=colour, edgecolor="white")
                 notes.append(f"{name}: {count}")
                 left += count
         axes.text(left + most * 0.01, place, ", ".join(notes), va="center", fontsize=8)
-    axes.set_yticks(range(len(steps)), [step["stage"] for step in steps])
+    axes.set_yticks(range(len(steps)), [step.stage for step in steps])
     axes.invert_yaxis()
     axes.set_xlim(0, most * 1.6)
     axes.set_xlabel("rows")
     axes.spines[["top", "right"]].set_visible(False)
-    write_beside(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    figure.savefig(path, dpi=110)
 
 
 def draw_histograms(table: pl.DataFrame, path: Path) -> None:
@@ -128,40 +132,42 @@ def draw_histograms(table: pl.DataFrame, path: Path) -> None:
         axes.axis("off")
     if len(panels) and names:
         panels[0].legend(fontsize=7)
-    write_beside(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    figure.savefig(path, dpi=110)
 
 
+@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Draw and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("output", type=Path, help="folder of a run of tools/data/run.py")
-    parser.add_argument("--out", type=Path, help="folder for the pictures (default: OUTPUT/report)")
+    parser.add_argument("output", type=user_path, help="folder of a run of tools/data/run.py")
+    add_report(parser)
     args = parser.parse_args(argv)
-    out = args.out or args.output / "report"
-    table = read_result(args.output)
-    draw_funnel(read_funnel(args.output), out / "funnel.png")
+    report = Report(args.output, args.out, args.overwrite)
+    table, steps = read_result(args.output), read_funnel(args.output)
+    report.write("funnel.png", partial(draw_funnel, steps))
     if "clip_id" in table.columns:
         table = with_words(table.filter(pl.col("clip_id").is_not_null()))
-        draw_histograms(table, out / "histograms.png")
+        report.write("histograms.png", partial(draw_histograms, table))
         numbers = summary(table)
-        write_beside(out / "summary.csv", numbers.write_csv)
-        with pl.Config(
-            tbl_rows=-1,
-            tbl_cols=-1,
-            tbl_width_chars=160,
-            tbl_hide_dataframe_shape=True,
-            tbl_hide_column_data_types=True,
-            float_precision=3,
-        ):
-            print(numbers)
-        seconds = (
-            table.filter(pl.col("keep") & pl.col("fps").is_not_null())
-            .select(pl.col("num_frames") / pl.col("fps"))
-            .sum()
-            .item()
-        )
-        print(f"{table.height} clips, {table['keep'].sum()} kept, {(seconds or 0) / 3600:.2f} h kept")
-    print(f"pictures and table: {out}")
+        report.write("summary.csv", numbers.write_csv)
+        print_numbers(numbers, table)
+    print(f"pictures and table: {report.folder}")
+
+
+def print_numbers(numbers: pl.DataFrame, table: pl.DataFrame) -> None:
+    """The summary as text, and how much footage it is."""
+    with pl.Config(
+        tbl_rows=-1,
+        tbl_cols=-1,
+        tbl_width_chars=160,
+        tbl_hide_dataframe_shape=True,
+        tbl_hide_column_data_types=True,
+        float_precision=3,
+    ):
+        print(numbers)
+    kept = table.filter(pl.col("keep") & pl.col("fps").is_not_null())
+    seconds = kept.select(pl.col("num_frames") / pl.col("fps")).sum().item()
+    print(f"{table.height} clips, {table['keep'].sum()} kept, {(seconds or 0) / 3600:.2f} h kept")
 
 
 if __name__ == "__main__":

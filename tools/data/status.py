@@ -1,10 +1,9 @@
 """How far a run is, and what became of its rows: ``python tools/data/status.py OUTPUT``."""
 
 import argparse
-import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
@@ -12,38 +11,26 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.config import run_main
-from opensora.utils.errors import UserError
-from tools.data.pipeline import FUNNEL_FILE, TABLE_FILE
+from tools.arguments import user_path
+from tools.data.engine.funnel import FunnelStep, read_funnel
+from tools.data.engine.pipeline import TABLE_FILE, read_result
+from tools.outputs import named_errors
 
 MOST_ERRORS = 10
 
 
-def read_funnel(root: Path) -> list[dict[str, Any]]:
-    """What each stage did to the rows, in order.
-
-    Raises:
-        UserError: no run in this folder.
-    """
-    path = root / FUNNEL_FILE
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; is {root} the --output of tools/data/run.py?")
-    return json.loads(path.read_text("utf-8"))
-
-
-def funnel_text(steps: list[dict[str, Any]]) -> str:
+def funnel_text(steps: Sequence[FunnelStep]) -> str:
     """The funnel as lines of text: rows in, rows out, failed, dropped by reason."""
     lines = [f"{'stage':<12}{'in':>9}{'out':>9}{'failed':>9}  dropped"]
     for step in steps:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in step["dropped"].items())
-        if not step["finished"]:
-            todo = step["rows_in"] - step["done_before"]
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in step.dropped.items())
+        if not step.finished:
+            todo = step.rows_in - step.done_before
             lines.append(
-                f"{step['stage']:<12}{step['rows_in']:>9}{'-':>9}{'-':>9}  not finished, {todo} rows to do at its start"
+                f"{step.stage:<12}{step.rows_in:>9}{'-':>9}{'-':>9}  not finished, {todo} rows to do at its start"
             )
             continue
-        lines.append(
-            f"{step['stage']:<12}{step['rows_in']:>9}{step['rows_out']:>9}{step['failed']:>9}  {reasons}".rstrip()
-        )
+        lines.append(f"{step.stage:<12}{step.rows_in:>9}{step.rows_out:>9}{step.failed:>9}  {reasons}".rstrip())
     return "\n".join(lines)
 
 
@@ -59,15 +46,16 @@ def error_text(table: pl.DataFrame) -> str:
     return "\n".join(lines)
 
 
+@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Print the funnel and the errors."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("output", type=Path, help="folder of a run of tools/data/run.py")
+    parser.add_argument("output", type=user_path, help="folder of a run of tools/data/run.py")
     root = parser.parse_args(argv).output
     steps = read_funnel(root)
     print(funnel_text(steps))
-    if (root / TABLE_FILE).is_file() and all(step["finished"] for step in steps):
-        errors = error_text(pl.read_parquet(root / TABLE_FILE))
+    if (root / TABLE_FILE).is_file() and all(step.finished for step in steps):
+        errors = error_text(read_result(root))
         if errors:
             print(f"\nfailed (do again with --retry-errors):\n{errors}")
 

@@ -5,8 +5,10 @@ they are listed by ``--help``, whatever their order on the command line.
 """
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +18,33 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.config import run_main
-from opensora.utils.errors import UserError
-from tools.data.counts import check_count
-from tools.data.table_files import check_format, read_table, write_table
+from opensora.utils.errors import UserError, first_line
+from tools.arguments import Bounded, user_path
+from tools.data.engine.tables import check_format, fill_table, read_table
+from tools.outputs import add_overwrite, check_no_input, check_place, named_errors, write_new
 
 
-def read_all(patterns: Sequence[str]) -> pl.DataFrame:
-    """All files that the patterns name, one below the other; columns that one lacks are empty there.
+def find_files(patterns: Sequence[str]) -> list[Path]:
+    """Files that patterns name; a pattern that fits none stands for itself."""
+    found = []
+    for pattern in patterns:
+        path = user_path(pattern)
+        fitting = sorted(path.parent.glob(path.name)) if path.name and not path.is_file() else []
+        found += fitting or [path]
+    return found
+
+
+def read_all(files: Sequence[Path]) -> pl.DataFrame:
+    """All files, one below the other; columns that one lacks are empty there.
 
     Raises:
-        UserError: a pattern names no file, or the same column holds other types.
+        UserError: a file is no table, or the same column holds other types.
     """
-    tables = []
-    for pattern in patterns:
-        path = Path(pattern)
-        found = sorted(path.parent.glob(path.name)) if path.name else []
-        tables += [read_table(file) for file in found or [path]]
+    tables = [read_table(file) for file in files]
     try:
         return pl.concat(tables, how="diagonal_relaxed")
     except pl.exceptions.PolarsError as error:
-        raise UserError(f"the tables do not fit together: {error}") from error
+        raise UserError(f"the tables do not fit together: {first_line(error)}") from error
 
 
 def need(table: pl.DataFrame, columns: Sequence[str], flag: str) -> None:
@@ -88,7 +97,7 @@ def transform(table: pl.DataFrame, args: argparse.Namespace) -> pl.DataFrame:
     """All operations but splitting."""
     for flag, how in (("subtract", "anti"), ("intersect", "inner"), ("join", "left")):
         for name in getattr(args, flag):
-            table = join(table, read_table(Path(name)), args.on, how, f"--{flag} {name}")
+            table = join(table, read_table(user_path(name)), args.on, how, f"--{flag} {name}")
     if args.where:
         table = where(table, args.where)
     if args.dedup:
@@ -111,15 +120,52 @@ def transform(table: pl.DataFrame, args: argparse.Namespace) -> pl.DataFrame:
     return table
 
 
-def write(table: pl.DataFrame, out: Path, parts: int) -> list[Path]:
-    """One file, or ``parts`` of nearly equal length named ``OUT_1``, ``OUT_2``, ..."""
-    paths = []
-    for part in range(parts):
-        first, last = table.height * part // parts, table.height * (part + 1) // parts
-        piece = table[first:last]
-        path = out if parts == 1 else out.with_name(f"{out.stem}_{part + 1}{out.suffix}")
-        paths.append(write_table(piece, path))
-    return paths
+def pieces_of(table: pl.DataFrame, args: argparse.Namespace) -> dict[Path, pl.DataFrame]:
+    """What goes into which file: one, ``--split`` of nearly equal length, or training and validation."""
+    if args.validation is not None:
+        training, validation = split_by_source(table, args.validation, args.together, args.seed)
+        return {args.out: training, _named(args.out, "validation"): validation}
+    edges = [table.height * part // args.split for part in range(args.split + 1)]
+    return {path: table[first:last] for path, first, last in zip(outputs(args), edges, edges[1:])}
+
+
+def outputs(args: argparse.Namespace) -> list[Path]:
+    """Files that a command line writes: ``OUT``, ``OUT_1``, ``OUT_2``, ..., or ``OUT`` and ``OUT_validation``."""
+    if args.validation is not None:
+        return [args.out, _named(args.out, "validation")]
+    return [args.out] if args.split == 1 else [_named(args.out, str(part + 1)) for part in range(args.split)]
+
+
+def _named(out: Path, word: str) -> Path:
+    return out.with_name(f"{out.stem}_{word}{out.suffix}")
+
+
+def split_by_source(table: pl.DataFrame, share: float, column: str, seed: int) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Rows for training and for validation. Rows that are equal in ``column`` (cut from one source) stay together.
+
+    Sources go to validation in the order of a hash of their name and ``seed``, until it has its share of the rows. So
+    the split is the same whatever the order of the rows, and nearly the same when there are more.
+
+    Raises:
+        UserError: no such column, or too few sources for two tables.
+    """
+    if column not in table.columns:
+        raise UserError(
+            f"--together {column}: no such column, and clips of one source must not be divided; "
+            f"export.py --columns {column} adds it, or name another (path: each row by itself)"
+        )
+    counts = table.group_by(column).len().rows()
+    counts.sort(key=lambda row: hashlib.sha256(f"{seed} {row[0]}".encode("utf-8", "surrogatepass")).digest())
+    wanted, taken, chosen = share * table.height, 0, []
+    for name, count in counts[:-1]:  # one source is left for training
+        if chosen and taken + count / 2 > wanted:
+            break
+        chosen.append(name)
+        taken += count
+    if not chosen:
+        raise UserError(f"--validation {share:g}: {len(counts)} sources in column '{column}'; two are needed at least")
+    held = pl.col(column).is_in(pl.Series(chosen, dtype=table[column].dtype).implode(), nulls_equal=True)
+    return table.filter(~held), table.filter(held)
 
 
 def _names(text: str) -> list[str]:
@@ -130,7 +176,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("inputs", nargs="+", help="CSV or parquet files, or patterns")
-    parser.add_argument("--out", type=Path, required=True, help=".csv or .parquet")
+    parser.add_argument("--out", type=user_path, required=True, help=".csv or .parquet")
     parser.add_argument("--on", default="path", help="column that joins tables (default: path)")
     parser.add_argument("--subtract", action="append", default=[], metavar="TABLE", help="drop rows that it has")
     parser.add_argument(
@@ -144,26 +190,49 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sort", type=_names, metavar="A,B", help="largest first")
     parser.add_argument("--sort-ascending", type=_names, metavar="A,B", help="smallest first")
     parser.add_argument("--shuffle", action="store_true", help="random order")
-    parser.add_argument("--sample", type=int, metavar="N", help="keep so many at random, in their order")
-    parser.add_argument("--head", type=int, metavar="N", help="keep the first")
+    count: dict[str, Any] = {"type": int, "action": Bounded, "metavar": "N"}
+    parser.add_argument("--sample", **count, least=0, help="keep so many at random, in their order")
+    parser.add_argument("--head", **count, least=0, help="keep the first")
     parser.add_argument("--columns", type=_names, metavar="A,B", help="keep these columns, in this order")
-    parser.add_argument("--split", type=int, default=1, metavar="N", help="write so many files")
-    parser.add_argument("--seed", type=int, default=0, help="of --shuffle and --sample")
+    parser.add_argument("--split", **count, least=1, most=10_000, default=1, help="write so many files")
+    parser.add_argument(
+        "--validation",
+        type=float,
+        action=Bounded,
+        least=0.001,
+        most=0.9,
+        metavar="SHARE",
+        help="write so many of the rows to OUT_validation, whole sources (see --together)",
+    )
+    parser.add_argument(
+        "--together",
+        default="source_id",
+        metavar="COLUMN",
+        help="rows that are equal there are not divided by --validation (default: source_id)",
+    )
+    seed: dict[str, Any] = {"type": int, "action": Bounded, "least": 0, "most": 2**63 - 1}
+    parser.add_argument("--seed", **seed, default=0, help="of --shuffle, --sample and --validation")
+    add_overwrite(parser)
     return parser.parse_args(argv)
 
 
+@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Read, change, write; print what came of it."""
     args = parse_args(argv)
     check_format(args.out)
-    for flag, value, least in (("--sample", args.sample, 0), ("--head", args.head, 0), ("--split", args.split, 1)):
-        check_count(flag, value, least)
-    table = read_all(args.inputs)
+    if args.validation is not None and args.split > 1:
+        raise UserError("--validation and --split: choose one")
+    files = find_files(args.inputs)
+    for path in outputs(args):
+        check_place(path, "--out")
+        check_no_input(path, [*files, *(user_path(name) for name in (*args.subtract, *args.intersect, *args.join))])
+    table = read_all(files)
     before = table.height
-    table = transform(table, args)
-    for path in write(table, args.out, args.split):
-        print(path)
-    print(f"{before} rows in, {table.height} out")
+    pieces = pieces_of(transform(table, args), args)
+    for path, piece in pieces.items():
+        print(write_new(path, partial(fill_table, piece), args.overwrite))
+    print(f"{before} rows in, {' + '.join(str(piece.height) for piece in pieces.values())} out")
 
 
 if __name__ == "__main__":

@@ -20,12 +20,14 @@ if __package__ in (None, ""):
 
 from opensora.config import run_main
 from opensora.utils.errors import UserError
-from opensora.utils.files import write_text
+from opensora.utils.files import remove_unfinished_files, write_text
 from opensora.utils.video import save_video
 from tools.demo.captions import random_caption
 from tools.demo.world import FPS, NUM_FRAMES, SIZE, SPLITS, Scene, combinations, draw_clip, sample_scene
+from tools.outputs import add_overwrite, check_place, named_errors, write_new
 
 CRF = 12  # of h264: low enough that compression is not what a model learns
+MOST_CLIPS = 10_000_000
 RECIPE_VERSION = 1  # of world and captions: raise it when the same seed no longer gives the same clip
 COLUMNS = (
     *("path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps"),
@@ -61,15 +63,18 @@ def prepare_folder(out: Path, recipe: dict[str, object]) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         try:
             found = json.loads(note.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
+        except (OSError, ValueError):
             raise UserError(f"--out {out} exists and holds no clips of this tool; give a new or empty folder") from None
         if found != recipe:
             raise UserError(f"--out {out} holds clips of another recipe, {found}; give a new folder for {recipe}")
     (out / "clips").mkdir(parents=True, exist_ok=True)
+    remove_unfinished_files(out / "clips")
     write_text(json.dumps(recipe, indent=2) + "\n", note)
 
 
-def make_clips(out: Path, num: int, seed: int, split: str = "train", workers: int | None = None) -> Path:
+def make_clips(
+    out: Path, num: int, seed: int, split: str = "train", workers: int | None = None, overwrite: bool = False
+) -> Path:
     """Draw ``num`` clips into ``out``; a run that was cut short is completed.
 
     Args:
@@ -78,19 +83,21 @@ def make_clips(out: Path, num: int, seed: int, split: str = "train", workers: in
         seed: at least 0.
         split: "train", "held_out" or "all" combinations.
         workers: processes; None takes one per core.
+        overwrite: replace a table that was changed.
 
     Returns:
         Path of the CSV, written last.
 
     Raises:
-        UserError: a value out of range, or a folder that holds something else.
+        UserError: a value out of range, a folder that holds something else, or a table that was changed.
     """
-    if num < 1:
-        raise UserError(f"--num is {num}; it must be at least 1")
-    if seed < 0:
-        raise UserError(f"--seed is {seed}; it must be at least 0")
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers is {workers}; it must be at least 1")
+    bounds = (("num", num, 1, MOST_CLIPS), ("seed", seed, 0, 2**63), ("workers", workers, 1, 4096))
+    for flag, value, least, most in bounds:
+        if value is not None and value < least:
+            raise UserError(f"--{flag} is {value}; it must be at least {least}")
+        if value is not None and value > most:
+            raise UserError(f"--{flag} is {value}; it must be at most {most}")
+    check_place(out, "--out", folder=True)
     out = out.resolve()
     prepare_folder(out, {"version": RECIPE_VERSION, "num": num, "seed": seed, "split": split})
     job = partial(make_clip, out=out, seed=seed, split=split)
@@ -100,7 +107,8 @@ def make_clips(out: Path, num: int, seed: int, split: str = "train", workers: in
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return write_text(table.getvalue(), out / "clips.csv")
+    text = table.getvalue()
+    return write_new(out / "clips.csv", lambda path: path.write_text(text, "utf-8"), overwrite)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -111,13 +119,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, required=True, help="seed of the whole set")
     parser.add_argument("--split", choices=SPLITS, default="train", help="combinations of colour, shape and motion")
     parser.add_argument("--workers", type=int, default=None, help="processes (None: one per core)")
+    add_overwrite(parser)
     return parser.parse_args(argv)
 
 
+@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Draw the clips and print where the table is."""
     args = parse_args(argv)
-    table = make_clips(args.out, args.num, args.seed, args.split, args.workers)
+    table = make_clips(args.out, args.num, args.seed, args.split, args.workers, args.overwrite)
     print(f"{args.num} clips: {table}")
 
 

@@ -5,13 +5,18 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from opensora.datasets.transforms import resize_crop, to_model_range
 from opensora.diffusion import pipeline
 from opensora.diffusion.conditions import CONDITIONS
 from opensora.diffusion.pipeline import VideoPipeline
+from opensora.diffusion.references import check_references, locate_references, per_prompt_references, read_clips
 from opensora.generation.requests import read_requests
 from opensora.utils.errors import UserError
-from opensora.utils.video import save_image, save_video
+from opensora.utils.video import read_video, save_image, save_video
+from tests.unit.utils.media_files import edited, numbered, scene, write_clip
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +118,95 @@ def test_parquet_table(tiny_config, tmp_path):
     first, second = read_requests(cfg, tmp_path)
     assert (first.text, first.seed, first.motion_score) == ("a", 3, "2.5")
     assert (second.seed, second.motion_score) == (None, None)
+
+
+class Spec:
+    """What :func:`read_clips` asks of an autoencoder: four frames a latent one after the first."""
+
+    is_causal = True
+    compression = (4, 8, 8)
+
+
+def read(ref, cond_type="i2v_head", height=32, width=32):
+    """Pixels of a reference as the autoencoder gets them: uint8 [T, H, W, 3]."""
+    (sources,) = per_prompt_references(ref, 1, Path())
+    check_references(sources, cond_type, Spec())
+    (clip,) = read_clips(sources, cond_type, Spec(), height, width)
+    return ((clip.permute(1, 2, 3, 0).numpy() + 1) * 127.5).round().astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def picture() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8)
+
+
+def test_a_clip_given_for_a_picture_is_scaled_as_a_clip(tmp_path):
+    smooth = scene(3)
+    path = write_clip(tmp_path / "a.mp4", smooth, options={"crf": "5"})
+    found = read(str(path), height=40, width=40)
+    whole, _ = read_video(path)
+    expected = resize_crop(to_model_range(whole), 40, 40)[:, :1]
+    np.testing.assert_array_equal(found, ((expected.permute(1, 2, 3, 0).numpy() + 1) * 127.5).round().astype(np.uint8))
+    save_image(whole[0], tmp_path / "a.png")
+    assert np.abs(read(str(tmp_path / "a.png"), height=40, width=40).astype(int) - found).max() > 5
+    np.testing.assert_array_equal(read(whole[:1], height=40, width=40), found)
+    np.testing.assert_array_equal(read(whole[0], height=40, width=40), read(tmp_path / "a.png", height=40, width=40))
+
+
+@pytest.mark.parametrize(
+    "kind", ["pil", "turned pil", "float", "gray", "rgba", "tensor", "float tensor", "list", "path"]
+)
+def test_references_of_programs(tmp_path, picture, kind):
+    given = {
+        "pil": Image.fromarray(picture),
+        "float": picture / np.float32(255),
+        "gray": picture[..., 0],
+        "rgba": np.concatenate([picture, np.full_like(picture[..., :1], 255)], axis=-1),
+        "tensor": torch.from_numpy(picture.transpose(2, 0, 1).copy()),
+        "float tensor": torch.from_numpy(picture.transpose(2, 0, 1) / 255.0),
+        "list": [Image.fromarray(picture)],
+        "path": save_image(picture, tmp_path / "a.png"),
+    }
+    if kind == "turned pil":
+        exif = Image.Exif()
+        exif[0x112] = 8
+        Image.fromarray(np.ascontiguousarray(np.rot90(picture, -1))).save(tmp_path / "t.png", exif=exif)
+        given[kind] = Image.open(tmp_path / "t.png")
+    expected = picture[..., :1].repeat(3, axis=-1) if kind == "gray" else picture
+    np.testing.assert_array_equal(read(given[kind], height=45, width=70)[0], expected)
+
+
+def test_a_program_may_give_clips_in_any_layout(clip):
+    for layout in (clip, clip.transpose(3, 0, 1, 2), clip.transpose(0, 3, 1, 2), torch.from_numpy(clip / 255.0)):
+        np.testing.assert_array_equal(read(layout, "v2v_tail"), clip[-33:])
+
+
+@pytest.mark.parametrize(
+    "bad", [3, b"x", {"a": 1}, np.zeros((4, 4, 3)) - 1, object()], ids=lambda bad: type(bad).__name__
+)
+def test_what_is_no_reference_is_refused_by_its_place(picture, bad):
+    with pytest.raises(UserError, match=r"reference 2 of prompt 1: .*expected pixels"):
+        per_prompt_references([picture, bad], 1, Path())
+    with pytest.raises(UserError, match=r"reference 1 of prompt 2: .*expected pixels"):
+        per_prompt_references([picture, bad], 2, Path())
+
+
+def test_the_home_folder_in_references(tmp_path, monkeypatch, picture):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_image(picture, tmp_path / "a.png")
+    (tmp_path / "elsewhere").mkdir()
+    assert locate_references("~/a.png; b.png;~no-such-user/c.png", tmp_path, tmp_path / "elsewhere") == [
+        str(tmp_path / "a.png"),
+        "b.png",
+        "~no-such-user/c.png",
+    ]
+    np.testing.assert_array_equal(read("~/a.png", height=45, width=70)[0], picture)
+
+
+def test_a_clip_that_an_edit_list_makes_too_short_is_named(tmp_path):
+    source = write_clip(tmp_path / "a.mp4", numbered(40), options={"g": "12"})
+    path = edited(source, tmp_path / "trimmed.mp4", 0, 30)
+    with pytest.raises(UserError, match=r"trimmed\.mp4 has 30 frames, v2v_head needs 33"):
+        read(str(path), "v2v_head")
+    with pytest.raises(UserError, match=r"trimmed\.mp4 has 30 frames, v2v_tail needs 33"):
+        read(path, "v2v_tail")

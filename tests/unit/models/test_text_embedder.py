@@ -10,7 +10,7 @@ from opensora.models.text import HFEmbedder
 from opensora.utils import hub
 from opensora.utils.errors import UserError
 from tests.conftest import ROOT
-from tools.data import caption
+from tools.data.stages import caption
 
 NAMES = {"t5": "google/t5-demo", "clip": "openai/clip-demo"}
 
@@ -85,7 +85,7 @@ def test_language_models_ask_the_hub_once_too(monkeypatch):
     """Without a network, one that is not in the cache is refused at once."""
     asked = []
     monkeypatch.setattr(hub, "is_reachable", lambda: asked.append(1))
-    for load in (lambda: refine.LocalModel("org/absent"), lambda: caption.LocalModel({"local": "org/absent"})):
+    for load in (lambda: refine.LocalModel("org/absent"), lambda: caption.LocalModel("org/absent", "cpu", 1)):
         with pytest.raises(UserError, match=r"org/absent: cannot be loaded"):
             load()
     assert len(asked) == 2

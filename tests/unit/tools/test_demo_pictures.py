@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 
+from opensora.utils.errors import UserError
 from opensora.utils.video import read_image
 from tools.demo import draw_picture, pictures
 from tools.demo.lighthouse import draw_lighthouse
@@ -25,6 +26,40 @@ def test_script(tmp_path, monkeypatch, scene):
     monkeypatch.setattr(sys, "argv", ["draw_picture.py", "--scene", scene, "--out", str(out)])
     assert draw_picture.main() == 0
     assert read_image(out).shape == ((96, 160, 3) if scene == "lighthouse" else (64, 64, 3))
+
+
+def test_a_picture_that_is_there_stays(tmp_path):
+    out = tmp_path / "a.png"
+    for _ in range(2):  # the same picture may be drawn twice
+        draw_picture.main(["--out", str(out)])
+    before = out.read_bytes()
+    with pytest.raises(UserError, match="a.png exists and holds something else; give another name, or --overwrite"):
+        draw_picture.main(["--out", str(out), "--color", "red"])
+    assert out.read_bytes() == before
+    draw_picture.main(["--out", str(out), "--color", "red", "--overwrite"])
+    assert out.read_bytes() != before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", "{}"], "is no picture"),
+        (["--out", "{}/a.txt"], "'.txt' is no picture"),
+        (["--out", "{}/" + "x" * 300 + ".png"], "a name of 304 bytes"),
+        (["--out", "{}/file.png/a.png"], "file.png is a file; give a folder"),
+        (["--out", "{}/loop.png"], "is a link that leads nowhere"),
+        (["--radius", "nan", "--out", "{}/a.png"], "--radius nan: expected 0 or more"),
+        (["--x", "1e9", "--out", "{}/a.png"], "--x 1000000000.0: expected 64 or less"),
+        (["--x", "1", "--out", "{}/a.png"], "it must be"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, words, message):
+    (tmp_path / "file.png").touch()
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    with pytest.raises(UserError, match=message):
+        draw_picture.main([word.format(tmp_path) for word in words])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.png", "loop.png"]
 
 
 def test_sheets(tmp_path, monkeypatch):

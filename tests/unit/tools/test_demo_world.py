@@ -120,6 +120,41 @@ def test_make_clips_writes_a_training_table(tmp_path: Path):
         assert np.abs(frames.astype(int) - draw_clip(scene)).mean() < 4
 
 
+def test_a_table_that_was_changed_stays(tmp_path: Path):
+    table = make_clips(tmp_path / "clips", num=2, seed=5, workers=1)
+    drawn = table.read_bytes()
+    table.write_text("my captions")
+    left = tmp_path / "clips" / "clips" / ".unfinished-abcdefgh.mp4"  # by a process that was killed
+    left.touch()
+    with pytest.raises(UserError, match="clips.csv exists and holds something else"):
+        make_clips(tmp_path / "clips", num=2, seed=5, workers=1)
+    assert table.read_text() == "my captions"
+    assert not left.exists()
+    make_clips(tmp_path / "clips", num=2, seed=5, workers=1, overwrite=True)
+    assert table.read_bytes() == drawn
+
+
+@pytest.mark.parametrize("place", ["file", "file/deeper", "loop", "x" * 300])
+def test_places_where_no_clips_can_be(tmp_path: Path, place: str):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="--out "):
+        make_clips(tmp_path / place, num=1, seed=0, workers=1)
+
+
+@pytest.mark.parametrize("recipe", ["{", "3", "\x00", '{"num": 1}'])
+def test_a_damaged_recipe_is_no_recipe(tmp_path: Path, recipe: str):
+    (tmp_path / "recipe.json").write_text(recipe)
+    with pytest.raises(UserError, match=r"holds (no clips|clips of another recipe)"):
+        make_clips(tmp_path, num=1, seed=0, workers=1)
+
+
+@pytest.mark.parametrize("words", [{"num": 10**9}, {"workers": 10**5}, {"seed": 2**70}])
+def test_numbers_have_bounds(tmp_path: Path, words: dict):
+    with pytest.raises(UserError, match="it must be at most"):
+        make_clips(tmp_path / "clips", **{"num": 1, "seed": 0, **words})
+
+
 def test_make_clips_completes_but_never_overwrites(tmp_path: Path):
     out = tmp_path / "clips"
     table = make_clips(out, num=2, seed=5, workers=1)

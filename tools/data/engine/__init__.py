@@ -1,0 +1,1 @@
+"""What runs the stages: rows in, rows out, results kept by content."""

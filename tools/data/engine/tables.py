@@ -1,0 +1,84 @@
+"""Tables on disk: CSV, parquet or JSON lines, by their ending."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+
+from opensora.utils.errors import UserError, first_line
+
+FORMATS = (".csv", ".parquet")
+READ_FORMATS = (*FORMATS, ".jsonl")
+DAMAGED = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError)  # what reading one raises
+TEXTS = {"path": pl.String, "text": pl.String}  # a file may be called 007, and so may what it shows
+TWICE = re.compile(r"(.+)_duplicated_\d+")  # what polars calls a column whose name came before
+
+
+def read_table(path: Path, needs: Sequence[str] = ()) -> pl.DataFrame:
+    """A CSV, parquet or JSON lines file.
+
+    Args:
+        path: its name tells the format.
+        needs: columns that it must have.
+
+    Raises:
+        UserError: missing, of another kind, damaged, two columns of one name, or without a column that it needs.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file (expected a CSV or parquet table)")
+    if path.suffix.lower() not in READ_FORMATS:
+        raise UserError(f"{path}: '{path.suffix}' is not a table format; use {', '.join(FORMATS)}")
+    try:
+        table = _read(path)
+    except DAMAGED as error:
+        raise UserError(f"{path}: cannot be read as a table ({first_line(error)})") from error
+    for name in table.columns:
+        again = TWICE.fullmatch(name)
+        if again and again[1] in table.columns and path.suffix.lower() == ".csv":
+            raise UserError(f"{path}: two columns are called '{again[1]}'; rename one")
+    absent = [name for name in needs if name not in table.columns]
+    if absent:
+        raise UserError(f"{path}: no column '{absent[0]}'; found {', '.join(table.columns)}")
+    return table
+
+
+def _read(path: Path) -> pl.DataFrame:
+    if path.suffix.lower() == ".parquet":
+        return pl.read_parquet(path, glob=False)
+    if path.suffix.lower() == ".jsonl":
+        return pl.read_ndjson(path, infer_schema_length=None)
+    return pl.read_csv(path, infer_schema_length=None, schema_overrides=TEXTS, glob=False)
+
+
+def check_format(path: Path) -> None:
+    """Raise a UserError for a file to be written that is neither CSV nor parquet."""
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"--out {path}: expected .csv or .parquet")
+
+
+def fill_table(table: pl.DataFrame, path: Path) -> None:
+    """Write a table as the ending of ``path`` says; in a CSV, lists are JSON text.
+
+    Raises:
+        UserError: the system refuses (a full disk, ...).
+    """
+    try:
+        if path.suffix.lower() == ".csv":
+            flat(table).write_csv(path)
+        else:
+            table.write_parquet(path)
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise UserError(f"{path.parent}: cannot write a table there ({first_line(error)})") from error
+
+
+def flat(table: pl.DataFrame) -> pl.DataFrame:
+    """Lists as JSON text, since a CSV holds none."""
+    lists = [name for name, kind in table.schema.items() if isinstance(kind, pl.List)]
+    return table.with_columns(
+        pl.Series(
+            name, [None if v is None else json.dumps(v, ensure_ascii=False) for v in table[name].to_list()], pl.String
+        )
+        for name in lists
+    )

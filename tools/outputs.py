@@ -1,0 +1,110 @@
+"""Where the tools write: nothing that is there is replaced unless ``--overwrite`` says so, and no input ever is."""
+
+import argparse
+import errno
+import filecmp
+import functools
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from opensora.utils.errors import UserError
+from opensora.utils.files import write_beside
+
+NAME_BYTES = 255  # longest name that file systems take
+Result = TypeVar("Result")
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """The flag that lets a tool replace what is there."""
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def named_errors(main: Callable[..., Result]) -> Callable[..., Result]:
+    """Let a command's ``main`` say which file the system refused, as a UserError."""
+
+    @functools.wraps(main)
+    def run(*args: Any, **kwargs: Any) -> Result:
+        try:
+            return main(*args, **kwargs)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
+            raise UserError(f"{where}{error.strerror or error}") from error
+        except RuntimeError as error:
+            if "Symlink loop" not in str(error):  # pathlib's own, up to Python 3.12
+                raise
+            raise UserError(str(error)) from error
+
+    return run
+
+
+def check_place(path: Path, flag: str, folder: bool = False) -> None:
+    """Raise a UserError where no file (or no ``folder``) can be written, naming the part of the path that is wrong."""
+    check_text(path, flag)
+    for part in path.parts:
+        size = len(os.fsencode(part))
+        if size > NAME_BYTES:
+            raise UserError(f"{flag} {part[:40]}...: a name of {size} bytes; file systems take {NAME_BYTES}")
+    for place in (path, *path.parents):
+        if not os.path.lexists(place):
+            continue
+        inner = place != path
+        if not place.exists():
+            raise UserError(f"{flag} {path}: {place} is a link that leads nowhere")
+        if place.is_dir() and not inner and not folder:
+            raise UserError(f"{flag} {path} is a folder; give a file")
+        if not place.is_dir() and (inner or folder):
+            raise UserError(f"{flag} {path}{f': {place}' if inner else ''} is a file; give a folder")
+        holder = place if place.is_dir() else place.parent
+        if not os.access(holder, os.W_OK | os.X_OK):
+            raise UserError(f"{flag} {path}: {holder} cannot be written to")
+        return
+
+
+def check_text(path: Path, flag: str) -> None:
+    """Raise a UserError for a path that is no text that tables and programs could hold."""
+    try:
+        path.as_posix().encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{flag} {os.fsencode(path)!r}: not UTF-8; rename it") from None
+    if "\0" in path.as_posix():
+        raise UserError(f"{flag} {path.as_posix()!r}: a name cannot hold a zero byte")
+
+
+def check_new(path: Path, overwrite: bool, flag: str = "--out") -> None:
+    """Raise a UserError before long work whose result has no place: something is there, or nothing can be."""
+    check_place(path, flag)
+    if path.exists() and not overwrite:
+        raise UserError(f"{flag} {path} exists; give another name, or --overwrite")
+
+
+def check_no_input(path: Path, inputs: Iterable[Path], flag: str = "--out") -> None:
+    """Raise a UserError for an output that is one of the inputs, under whatever name."""
+    for other in inputs:
+        if path.exists() and other.exists() and path.samefile(other):
+            raise UserError(f"{flag} {path} is the input {other}, which is never replaced; give another name")
+
+
+def write_new(path: Path, write: Callable[[Path], Any], overwrite: bool = False, flag: str = "--out") -> Path:
+    """Write a file whole or not at all (``write_beside``), unless there is another one. One that is there and the same
+    stays, so that a command may be given twice.
+
+    Raises:
+        UserError: something else is there and ``overwrite`` is off; or nothing can be written there.
+    """
+    check_place(path, flag)
+
+    def fill(temporary: Path) -> None:
+        write(temporary)
+        if path.exists() and not overwrite and not filecmp.cmp(temporary, path, shallow=False):
+            raise UserError(f"{flag} {path} exists and holds something else; give another name, or --overwrite")
+
+    try:
+        return write_beside(path, fill)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise UserError(f"{flag} {path}: {error.strerror}") from error
+        raise
