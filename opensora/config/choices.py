@@ -80,3 +80,9 @@ class Choices(Generic[T]):
             return value
 
         return keep
+
+
+SOLVERS: Choices[Any] = Choices(
+    "solver", {name: f"opensora.diffusion.solvers:{name}" for name in ("euler", "heun", "ab2")}
+)
+STEP_CACHES: Choices[Any] = Choices("step cache")

@@ -9,8 +9,8 @@ import torch
 
 from opensora.acceleration.devices import torch_dtype
 from opensora.diffusion.checks import check_config
-from opensora.diffusion.denoise import MAX_TOKENS_AT_ONCE
 from opensora.diffusion.plan import LatentSpec, SamplePlan, image_plan
+from opensora.diffusion.velocity import MAX_TOKENS_AT_ONCE
 from opensora.models.build import build_on_meta, count_parameters
 from opensora.models.mmdit.flops import activation_bytes, forward_flops
 from opensora.utils.weights import read_header
