@@ -221,6 +221,8 @@ class VideoPipeline:
         """
         timings: dict[str, float] = {}
         plan = self._plan(option or self.cfg["sampling_option"], cond_type, sources)
+        if plan.method == "distill" and any(negatives):
+            logger.warning("method distill: a guidance-distilled model takes no negative prompt, it has no effect")
         with timed(timings, "references", self.device):
             refs = self.encode_references(sources, plan, seeds)
         with timed(timings, "text", self.device):
