@@ -211,7 +211,7 @@ class SamplingOption(Options):
     method: Literal["i2v", "distill"] = opt("i2v", "guidance by several forwards (i2v), or as an input of the model")
     temporal_reduction: int = opt(1, "frames per latent frame of the autoencoder", "frames", no_effect=AE_KNOWS)
     is_causal_vae: bool = opt(False, "first frame has a latent of its own (lengths 4k+1)")
-    flow_shift: float | None = opt(None, "shift of the schedule in place of the one that sizes give")
+    flow_shift: float | None = opt(None, "shift of the schedule in place of the one that sizes give", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)

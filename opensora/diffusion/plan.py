@@ -1,5 +1,6 @@
 """What a sampling run will do: sizes, tokens, steps. Known from the config alone, before any weight is loaded."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -154,6 +155,8 @@ def make_plan(
     _check_condition(cond_type, num_frames, size[0], spec)
     tokens = size[1] * size[2] // patch_size**2
     times = get_schedule(num_steps, tokens, size[0], option["shift"], option["flow_shift"])
+    if any(after >= now for now, after in itertools.pairwise(times)):
+        raise UserError(f"flow_shift={option['flow_shift']}: the times of {num_steps} steps coincide; 1 to 20 is usual")
     image = option["guidance_img"]
     given = bool(get_spans(cond_type)) if has_image is None else has_image
     return SamplePlan(
