@@ -32,7 +32,6 @@ from tools.benchmark.models import markdown
 from tools.demo.analyse import psnr
 from tools.demo.evaluate import plan_cases
 
-REFERENCE_STEPS = 200
 STEPS = {"euler": (15, 30, 50), "heun": (6, 8, 10)}
 OTHER_STEPS = (10, 12, 14, 20)  # of solvers with one evaluation per step
 
@@ -80,14 +79,16 @@ def planned(pipe: VideoPipeline, solver: str, num_steps: int) -> SamplePlan:
     return make_plan(option, pipe.spec, pipe.cfg["patch_size"])
 
 
-def compare(pipe: VideoPipeline, prompts: Prompts, runs: Sequence[tuple[str, int]], reference_steps: int) -> list[Row]:
-    """Sample and compare; ``runs`` are solvers with numbers of steps."""
+def compare(
+    pipe: VideoPipeline, prompts: Prompts, runs: Sequence[tuple[str, int]], reference: tuple[str, int]
+) -> list[Row]:
+    """Sample and compare; ``runs`` and the reference are solvers with numbers of steps."""
     count = len(prompts.seeds)
 
     def sample(plan: SamplePlan) -> Tensor:
         return pipe.sample(plan, prompts.positive, prompts.negative, [None] * count, prompts.seeds)
 
-    plan = planned(pipe, "euler", reference_steps)
+    plan = planned(pipe, *reference)
     expected = sample(plan)
     videos = pipe.decode(expected, plan)
     rows = []
@@ -110,15 +111,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", default="configs/diffusion/inference/demo.py", help="inference config")
     parser.add_argument("--prompts", type=int, default=20, help="prompts")
     parser.add_argument("--quick", action="store_true", help="3 prompts, few steps: to see that it works")
+    parser.add_argument("--reference", default="euler", help="solver of the reference; heun is far closer to the limit")
+    parser.add_argument("--reference_steps", type=int, default=200, help="its steps")
     args, rest = parser.parse_known_args(argv)
     pipe = VideoPipeline.from_config(parse_config([args.config, *rest], InferenceOptions))
     runs = [(solver, steps) for solver in SOLVERS for steps in STEPS.get(solver, OTHER_STEPS)]
-    count, reference = args.prompts, REFERENCE_STEPS
+    count, reference = args.prompts, (args.reference, args.reference_steps)
     if args.quick:
-        count, reference, runs = 3, 40, [(solver, 4) for solver in SOLVERS]
+        count, reference, runs = 3, ("euler", 40), [(solver, 4) for solver in SOLVERS]
     torch.set_num_threads(1)
     rows = compare(pipe, embed(pipe, count), runs, reference)
-    print(f"{count} prompts, guidance {pipe.cfg['sampling_option']['guidance']}, against {reference} Euler steps\n")
+    print(
+        f"{count} prompts, guidance {pipe.cfg['sampling_option']['guidance']}, against {reference[1]} steps of {reference[0]}\n"
+    )
     print(markdown([dataclasses.asdict(row) for row in rows]))
 
 
