@@ -14,7 +14,7 @@ velocity and the steps to take. A further one is added from outside::
 
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ StepCallback = Callable[[int, int, Tensor], None]
 """``on_step(step, total, x)``: called after each step (1 to total) with the tokens so far; may raise to cancel."""
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """One step of a run.
 
     Attributes:

@@ -121,9 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         count, reference, runs = 3, ("euler", 40), [(solver, 4) for solver in SOLVERS]
     torch.set_num_threads(1)
     rows = compare(pipe, embed(pipe, count), runs, reference)
-    print(
-        f"{count} prompts, guidance {pipe.cfg['sampling_option']['guidance']}, against {reference[1]} steps of {reference[0]}\n"
-    )
+    scale = pipe.cfg["sampling_option"]["guidance"]
+    print(f"{count} prompts, guidance {scale}, against {reference[1]} steps of {reference[0]}\n")
     print(markdown([dataclasses.asdict(row) for row in rows]))
 
 
