@@ -100,7 +100,7 @@ def check_sizes(config: Mapping[str, Any] | None, model: nn.Module, world_size: 
     check_tensor_parallel(described, sizes.tp)
     mode = (config or {}).get("sequence_parallelism_mode") or DEFAULT_MODE
     if sizes.sp > 1:
-        check_mode(mode, described.num_heads // sizes.tp, sizes.sp)
+        check_mode(mode, described.num_heads // sizes.tp, sizes.sp, described.attn_backend)
 
 
 def check_training(plugin: str | None, config: Mapping[str, Any] | None, model: Any, world_size: int) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opensora.acceleration.parallel_context import Axis
+from opensora.utils.errors import UserError
 
 
 class Block(NamedTuple):
@@ -79,8 +80,22 @@ def cuda_backward(
     )
 
 
+def ring_kernel(name: str) -> str:
+    """What attends blocks where a model's attention kernel is called so: ``sdpa`` or ``math``; ``auto`` is ``sdpa``.
+
+    Raises:
+        UserError: a kernel that gives no log-sum-exp, without which blocks cannot be merged.
+    """
+    if name not in ("sdpa", "math", "auto"):
+        raise UserError(
+            f"attn_backend={name!r} cannot be used by ring attention, which knows sdpa (torch's flash kernels) and "
+            "math; choose one of these, or --plugin_config.sequence_parallelism_mode all_to_all, which runs any kernel"
+        )
+    return "sdpa" if name == "auto" else name
+
+
 def block_kernels(q: Tensor, name: str = "sdpa") -> tuple[Forward, Backward]:
-    """Kernels for these queries: flash ones where they run, else (and by the name ``math``) written out."""
+    """Kernels of :func:`ring_kernel` for these queries: flash ones where ``sdpa`` has some, else written out."""
     if name != "math" and q.device.type == "cpu":
         return cpu_forward, cpu_backward
     if name != "math" and q.is_cuda and q.element_size() == 2 and q.shape[-1] % 8 == 0:
@@ -167,7 +182,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], axis: Ax
         k, v: ``[B, Lk, H, D]``, equal Lk on all ranks; tokens past this rank's length are not attended.
         lengths: keys of each rank that count; at least one in all.
         axis: the ranks, more than one.
-        kernel: ``math`` writes scores out, other names take the fastest kernel that runs.
+        kernel: see :func:`ring_kernel`.
 
     Returns:
         ``[B, Lq, H, D]``.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from opensora.acceleration import collectives
 from opensora.acceleration.parallel_context import Axis
-from opensora.acceleration.ring import ring_attention
+from opensora.acceleration.ring import ring_attention, ring_kernel
 from opensora.models.mmdit.attention import JointAttention
 from opensora.utils.errors import UserError
 
@@ -90,10 +90,10 @@ class Layout(NamedTuple):
 
 
 class TokenShard:
-    """What the hooks and attention modules of one model share: the ranks, and the layout of the current forward."""
+    """What the hooks and attention modules of one model share: ranks, ring kernel, layout of the current forward."""
 
-    def __init__(self, axis: Axis) -> None:
-        self.axis = axis
+    def __init__(self, axis: Axis, kernel: str) -> None:
+        self.axis, self.kernel = axis, kernel
         self.layout: Layout | None = None
 
 
@@ -139,7 +139,7 @@ class RingAttention(_ParallelAttention):
         """See `JointAttention.attend`; tokens are this rank's."""
         layout, axis = self.layout, self.shard.axis
         k, v = (layout.fillers_last(x, axis.rank) for x in (k, v))
-        return ring_attention(q, k, v, layout.lengths(), axis, self.backend)
+        return ring_attention(q, k, v, layout.lengths(), axis, self.shard.kernel)
 
 
 def _check_heads(heads: int, ranks: int) -> None:
@@ -150,21 +150,24 @@ def _check_heads(heads: int, ranks: int) -> None:
         )
 
 
-def check_mode(mode: str, heads: int, ranks: int) -> None:
+def check_mode(mode: str, heads: int, ranks: int, kernel: str) -> None:
     """Whether a model can be divided so.
 
     Args:
         mode: ``all_to_all`` or ``ring_attn``.
         heads: attention heads of one rank's weights.
         ranks: of the sequence-parallel group.
+        kernel: ``attn_backend`` of the model.
 
     Raises:
-        UserError: an unknown mode, or heads that cannot be divided.
+        UserError: an unknown mode, heads that cannot be divided, or a kernel that the ring cannot use.
     """
     if mode not in MODES:
         raise UserError(f"plugin_config.sequence_parallelism_mode={mode!r} is unknown; valid: {', '.join(MODES)}")
     if mode == "all_to_all":
         _check_heads(heads, ranks)
+    else:
+        ring_kernel(kernel)
 
 
 def apply_sequence_parallel(
@@ -187,9 +190,10 @@ def apply_sequence_parallel(
     if axis.group is None:
         return model
     config: Any = model.config
-    check_mode(mode, heads or config.num_heads, axis.size)
-    shard = TokenShard(axis)
-    kind = UlyssesAttention if mode == "all_to_all" else RingAttention
+    check_mode(mode, heads or config.num_heads, axis.size, config.attn_backend)
+    by_ring = mode == "ring_attn"
+    shard = TokenShard(axis, ring_kernel(config.attn_backend) if by_ring else config.attn_backend)
+    kind = RingAttention if by_ring else UlyssesAttention
     for owner in [module for module in model.modules() if isinstance(getattr(module, "attention", None), nn.Module)]:
         owner.attention = kind(owner.attention, shard)  # type: ignore[arg-type]
     signature = inspect.signature(model.forward)

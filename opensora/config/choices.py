@@ -80,3 +80,17 @@ class Choices(Generic[T]):
             return value
 
         return keep
+
+
+ATTENTION_KERNELS: Choices[Any] = Choices(
+    "attention kernel",
+    {
+        "sdpa": "opensora.models.mmdit.attention:attention_sdpa",
+        "math": "opensora.models.mmdit.attention:attention_math",
+        **{name: f"opensora.models.mmdit.attention:{name}" for name in ("flash3", "flash2", "xformers")},
+    },
+)
+SOLVERS: Choices[Any] = Choices(
+    "solver", {name: f"opensora.diffusion.solvers:{name}" for name in ("euler", "heun", "ab2")}
+)
+STEP_CACHES: Choices[Any] = Choices("step cache")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
+from opensora.config.choices import SOLVERS
 from opensora.utils.errors import UserError
 
 BOUNDS: Mapping[str, tuple[Callable[[Any, Any], bool], str]] = MappingProxyType(
@@ -197,7 +198,9 @@ class SamplingOption(Options):
     resolution: str | None = opt(None, "pixel count by name: 256px, 512px, 768px, 1024px, ...")
     aspect_ratio: str | None = opt(None, "width:height: 16:9, 9:16, 1:1, 2.39:1, ...")
     num_frames: int = opt(1, "length; 1 makes an image", "frames")
-    num_steps: int = opt(50, "Euler steps from noise to sample", "steps")
+    num_steps: int = opt(50, "solver steps from noise to sample", "steps")
+    solver: str = opt("euler", f"how steps are made, by name: {', '.join(SOLVERS)}")
+    step_cache: str | None = opt(None, "reuse of the transformer's work between steps, by name; none runs all of it")
     guidance: float = opt(4.0, "text guidance scale (1 is none)")
     text_osci: bool = opt(False, "text guidance on every other step only, after the first ten")
     guidance_img: float | None = opt(None, "image guidance scale (1 is none)")
@@ -205,10 +208,10 @@ class SamplingOption(Options):
     scale_temporal_osci: bool = opt(False, "image guidance grows along the frames, less so on later steps")
     seed: int | None = opt(None, "seed of the sample's noise; none draws one")
     shift: bool = opt(True, "move the time schedule towards noise for large samples")
-    method: Literal["i2v", "distill"] = opt("i2v", "denoiser: guided video, or guidance-distilled image")
+    method: Literal["i2v", "distill"] = opt("i2v", "guidance by several forwards (i2v), or as an input of the model")
     temporal_reduction: int = opt(1, "frames per latent frame of the autoencoder", "frames", no_effect=AE_KNOWS)
     is_causal_vae: bool = opt(False, "first frame has a latent of its own (lengths 4k+1)")
-    flow_shift: float | None = opt(None, "shift of the schedule in place of the one that sizes give")
+    flow_shift: float | None = opt(None, "shift of the schedule in place of the one that sizes give", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)

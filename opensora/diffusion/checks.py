@@ -48,6 +48,8 @@ def check_config(cfg: Mapping[str, Any]) -> SamplePlan:
     model: Any = build_on_meta(cfg["model"])
     plan = make_plan(cfg["sampling_option"], LatentSpec.of(ae), cfg["patch_size"], "t2v")
     _check_channels(cfg, model, ae)
+    if plan.method == "distill" and not model.config.guidance_embed:
+        logger.warning("method distill: the model has no guidance_embed, so that guidance has no effect")
     if cfg["cond_type"] != "t2v" or cfg["use_t2i2v"]:
         cond_type = "i2v_head" if cfg["cond_type"] == "t2v" else cfg["cond_type"]
         if not model.config.cond_embed:

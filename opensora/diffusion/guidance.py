@@ -10,6 +10,7 @@ So a step is a weighted sum. Branches with equal inputs are one branch with the 
 alone is left). Nothing is approximated.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -50,9 +51,14 @@ class Guidance:
     scale_temporal_osci: bool = False
 
 
+def is_on(step: int, forced_steps: int = FORCED_STEPS) -> bool:
+    """Whether an oscillating scale is on at a step: during the first steps, and on even ones after."""
+    return step < forced_steps or step % 2 == 0
+
+
 def oscillate(scale: float, step: int, forced_steps: int = FORCED_STEPS) -> float:
-    """``scale`` during the first steps and on even ones after, 1 (no guidance) on odd ones."""
-    return scale if step < forced_steps or step % 2 == 0 else 1.0
+    """``scale`` at steps where it is on, 1 (no guidance) at the others."""
+    return scale if is_on(step, forced_steps) else 1.0
 
 
 def image_scale(guidance: Guidance, step: int, num_steps: int, latent_frames: int) -> float | Tensor:
@@ -91,9 +97,24 @@ def step_weights(guidance: Guidance, step: int, num_steps: int, latent_frames: i
     return [(branch, weight) for branch, weight in weights if not _is_zero(weight)]
 
 
-def count_forwards(guidance: Guidance, num_steps: int, has_image: bool) -> int:
-    """Forwards per sample of a whole run (T > 1)."""
-    return sum(len(step_weights(guidance, step, num_steps, 2, has_image)) for step in range(num_steps))
+def phase(guidance: Guidance, step: int, has_image: bool) -> tuple[bool, bool]:
+    """Whether the text and the image scale are on at a step.
+
+    At steps of equal phase the guided velocity is one field, which changes with the step at most slowly
+    (``scale_temporal_osci``); between phases it jumps.
+    """
+    return not guidance.text_osci or is_on(step), has_image and (not guidance.image_osci or is_on(step))
+
+
+def count_forwards(guidance: Guidance, num_steps: int, has_image: bool, evaluated: Iterable[int] | None = None) -> int:
+    """Forwards per sample of a whole run (T > 1).
+
+    Args:
+        guidance, num_steps, has_image: as in :func:`step_weights`.
+        evaluated: the step of each evaluation of the guided velocity; every step once if None.
+    """
+    steps = range(num_steps) if evaluated is None else evaluated
+    return sum(len(step_weights(guidance, step, num_steps, 2, has_image)) for step in steps)
 
 
 def _is_zero(weight: float | Tensor) -> bool:

@@ -22,13 +22,15 @@ from opensora.config.commands import InferenceOptions
 from opensora.diffusion.checks import check_config, check_resources, section_names
 from opensora.diffusion.conditions import build_condition, get_spans, restore_references
 from opensora.diffusion.decode import DecodeMemoryError, decode_latents
-from opensora.diffusion.denoise import StepCallback, TextEmbeddings, denoise, denoise_distilled
 from opensora.diffusion.latents import get_noise, pack, prepare_ids, unpack
 from opensora.diffusion.lora import apply_loras
 from opensora.diffusion.offload import on_device
-from opensora.diffusion.plan import IMAGE_GUIDANCE, LatentSpec, SamplePlan, image_plan, make_plan
+from opensora.diffusion.plan import LatentSpec, SamplePlan, image_plan, make_plan
 from opensora.diffusion.references import References, Source, check_references, per_prompt_references, read_clips
+from opensora.diffusion.solvers import SOLVERS, StepCallback, Velocity, solve
+from opensora.diffusion.step_cache import STEP_CACHES
 from opensora.diffusion.timing import as_stage, timed, with_latents
+from opensora.diffusion.velocity import Denoiser, TextEmbeddings, distilled_velocity, guided_velocity
 from opensora.diffusion.wording import check_motion_score, check_seed, final_text
 from opensora.models.autoencoder import as_autoencoder
 from opensora.models.build import build_ready
@@ -219,6 +221,8 @@ class VideoPipeline:
         """
         timings: dict[str, float] = {}
         plan = self._plan(option or self.cfg["sampling_option"], cond_type, sources)
+        if plan.method == "distill" and any(negatives):
+            logger.warning("method distill: a guidance-distilled model takes no negative prompt, it has no effect")
         with timed(timings, "references", self.device):
             refs = self.encode_references(sources, plan, seeds)
         with timed(timings, "text", self.device):
@@ -295,24 +299,34 @@ class VideoPipeline:
         cond = None
         if config.cond_embed:
             cond = pack(build_condition(noise, plan.cond_type, refs, self.spec.is_causal), patch)
-        img_ids, txt_ids = prepare_ids(len(seeds), size, patch, positive.txt.shape[1], self.device)
-        with on_device(self.models["model"], self.device, self.cfg["offload"]) as model:
-            tokens = denoise(
-                model,
-                pack(noise, patch),
-                img_ids,
-                txt_ids,
-                positive,
-                negative,
-                cond,
-                plan.times,
-                plan.guidance,
-                latent_frames=size[0],
-                has_image=plan.has_image,
-                on_step=with_latents(on_step, size, patch),
-                branches=self.parallel.branch,
-            )
+        tokens = self._denoise("model", plan, pack(noise, patch), cond, positive, negative, on_step)
         return restore_references(unpack(tokens, size, patch), plan.cond_type, refs)
+
+    def _denoise(
+        self,
+        name: str,
+        plan: SamplePlan,
+        noise: Tensor,  # [B, L, C] packed
+        cond: Tensor | None,  # [B, L, C + p*p] packed
+        positive: TextEmbeddings,
+        negative: TextEmbeddings,
+        on_step: StepCallback | None,
+    ) -> Tensor:
+        """Noise to tokens [B, L, C] in float32 by one of the diffusion models."""
+        size, patch = plan.latent_size, plan.patch_size
+        ids = prepare_ids(len(noise), size, patch, positive.txt.shape[1], self.device)
+        cache = STEP_CACHES.get(plan.step_cache)(plan.num_steps) if plan.step_cache is not None else None
+        with on_device(self.models[name], self.device, self.cfg["offload"]) as model:
+            denoiser = Denoiser(model, *ids, cond, cache)
+            velocity: Velocity
+            if plan.method == "distill":
+                velocity = distilled_velocity(denoiser, positive, plan.guidance.text)
+            else:
+                velocity = guided_velocity(
+                    *(denoiser, positive, negative, plan.guidance, plan.num_steps, size[0], plan.has_image),
+                    branches=self.parallel.branch,
+                )
+            return solve(SOLVERS.get(plan.solver), velocity, noise, plan.steps(), with_latents(on_step, size, patch))
 
     def decode(self, latents: Tensor, plan: SamplePlan) -> list[np.ndarray]:
         """Latents [B, C, T, h, w] to uint8 videos [num_frames, H, W, 3], see :func:`decode_latents`."""
@@ -342,17 +356,7 @@ class VideoPipeline:
         size, patch = plan.latent_size, plan.patch_size
         embedded = self.encode_prompt(prompts)
         noise = get_noise(seeds, config.in_channels // patch**2, size, self.device)
-        ids = prepare_ids(len(seeds), size, patch, embedded.txt.shape[1], self.device)
-        with on_device(self.models["img_flux"], self.device, self.cfg["offload"]) as model:
-            tokens = denoise_distilled(
-                model,
-                pack(noise, patch),
-                *ids,
-                embedded,
-                plan.times,
-                IMAGE_GUIDANCE,
-                with_latents(on_step, size, patch),
-            )
+        tokens = self._denoise("img_flux", plan, pack(noise, patch), None, embedded, embedded, on_step)
         latents = unpack(tokens, size, patch).to(self.dtype)
         with on_device(self.models["img_flux_ae"], self.device, self.cfg["offload"]) as ae:
             decoder: Any = ae

@@ -1,5 +1,6 @@
 """What a sampling run will do: sizes, tokens, steps. Known from the config alone, before any weight is loaded."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +9,9 @@ from typing import Any
 from opensora.datasets.aspect import aspect_ratio_table, closest_aspect_ratio, get_image_size, round_up
 from opensora.diffusion.conditions import fits, get_spans, is_image_condition
 from opensora.diffusion.flow import get_schedule
-from opensora.diffusion.guidance import Guidance, count_forwards
+from opensora.diffusion.guidance import Guidance, count_forwards, phase
+from opensora.diffusion.solvers import SOLVERS, Step, evaluations, make_steps
+from opensora.diffusion.step_cache import STEP_CACHES
 from opensora.models.autoencoder import LatentSpec
 from opensora.utils.errors import UserError
 
@@ -31,6 +34,10 @@ class SamplePlan:
         guidance: scales.
         has_image: whether any sample has references.
         drop_duplicates: leave out frames that only repeat a given picture (non-causal autoencoders).
+        method: ``i2v`` weighs predictions with and without prompt and picture; ``distill`` tells the text scale to a
+            guidance-distilled model.
+        solver: name in :data:`opensora.diffusion.solvers.SOLVERS`.
+        step_cache: name in :data:`opensora.diffusion.step_cache.STEP_CACHES`, or None.
     """
 
     height: int
@@ -44,6 +51,9 @@ class SamplePlan:
     guidance: Guidance
     has_image: bool
     drop_duplicates: bool
+    method: str
+    solver: str
+    step_cache: str | None
 
     @property
     def tokens(self) -> int:
@@ -55,10 +65,20 @@ class SamplePlan:
         """Solver steps."""
         return len(self.times) - 1
 
+    def steps(self) -> list[Step]:
+        """What the solver is to do."""
+        if self.method == "distill":
+            return make_steps(self.times)
+        phases = [phase(self.guidance, step, self.has_image) for step in range(self.num_steps)]
+        return make_steps(self.times, phases)
+
     @property
     def forwards(self) -> int:
         """Forwards of the guided model per sample."""
-        return count_forwards(self.guidance, self.num_steps, self.has_image)
+        evaluated = evaluations(SOLVERS.get(self.solver), self.steps())
+        if self.method == "distill":
+            return len(evaluated)
+        return count_forwards(self.guidance, self.num_steps, self.has_image, evaluated)
 
     def kept_frames(self) -> slice:
         """Frames to keep of the decoded video.
@@ -123,10 +143,20 @@ def make_plan(
     spec.check_frames(num_frames)
     if num_steps < 1:
         raise UserError(f"num_steps={num_steps}: must be at least 1")
+    SOLVERS.check(option["solver"])
+    if option["step_cache"] is not None:
+        STEP_CACHES.check(option["step_cache"])
+    if option["method"] == "distill" and get_spans(cond_type):
+        raise UserError(
+            f"sampling_option.method distill makes videos from text alone, not with cond_type {cond_type} (or "
+            "use_t2i2v); --sampling_option.method i2v takes references"
+        )
     size = spec.latent_size(num_frames, height, width)
     _check_condition(cond_type, num_frames, size[0], spec)
     tokens = size[1] * size[2] // patch_size**2
     times = get_schedule(num_steps, tokens, size[0], option["shift"], option["flow_shift"])
+    if any(after >= now for now, after in itertools.pairwise(times)):
+        raise UserError(f"flow_shift={option['flow_shift']}: the times of {num_steps} steps coincide; 1 to 20 is usual")
     image = option["guidance_img"]
     given = bool(get_spans(cond_type)) if has_image is None else has_image
     return SamplePlan(
@@ -147,6 +177,9 @@ def make_plan(
         ),
         has_image=given and size[0] > 1,
         drop_duplicates=given and is_image_condition(cond_type) and not (spec.is_causal or option["is_causal_vae"]),
+        method=option["method"],
+        solver=option["solver"],
+        step_cache=option["step_cache"],
     )
 
 
@@ -164,12 +197,12 @@ def _check_condition(cond_type: str, num_frames: int, latent_frames: int, spec: 
 def image_plan(cfg: Mapping[str, Any], option: Mapping[str, Any], spec: LatentSpec) -> SamplePlan:
     """Run of the image model that comes before a video (``use_t2i2v``).
 
-    The picture has ``img_resolution`` and the aspect ratio of the video; steps and shift are those of the video.
+    The picture has ``img_resolution`` and the aspect ratio of the video; steps, shift and solver are the video's.
     """
     ratio = option["aspect_ratio"]
     if ratio is None:
         ratio = closest_aspect_ratio(*frame_size(option, 1), aspect_ratio_table(2**20))
     height, width = get_image_size(cfg["img_resolution"], ratio, training=True)
-    changed = {"num_frames": 1, "height": height, "width": width, "guidance": IMAGE_GUIDANCE}
+    changed = {"num_frames": 1, "height": height, "width": width, "guidance": IMAGE_GUIDANCE, "method": "distill"}
     patch_size = (cfg["img_flux"] or {}).get("patch_size") or 2
     return make_plan({**option, **changed}, spec, patch_size)

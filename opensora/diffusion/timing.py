@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
-from opensora.diffusion.denoise import StepCallback
 from opensora.diffusion.latents import unpack
+from opensora.diffusion.solvers import StepCallback
 
 
 def with_latents(on_step: StepCallback | None, size: tuple[int, int, int], patch_size: int) -> StepCallback | None:

@@ -65,7 +65,7 @@ def generate(
         if cfg["dry_run"]:
             jobs = list_jobs(cfg, requests)
             if rank == 0:
-                log(dry_run_report(cfg, device, [job.stem for job in jobs]))
+                log(dry_run_report(cfg, device, jobs))
             check_resources(cfg, device)
             left_to_make(cfg, jobs)
             return []

@@ -198,6 +198,49 @@ def test_dry_run_loads_and_writes_nothing(run_tiny, monkeypatch, capsys):
         assert part in out
 
 
+def planned_and_made(run_tiny, capsys, *words):
+    """The line of a dry run that has the forwards, and the record of the video."""
+    run_tiny("--prompt", "a", "--dry-run", "True", *words)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("steps"))
+    run_tiny("--prompt", "a", *words)
+    return line, json.loads(Path("samples/video_32px/prompt_0000.json").read_text())
+
+
+def test_a_dry_run_knows_that_there_is_no_reference(run_tiny, capsys):
+    line, record = planned_and_made(run_tiny, capsys, "--cond_type", "i2v_head")
+    assert "4 by euler, 8 forwards per sample" in line
+    assert record["forwards"] == 8
+
+
+def test_a_dry_run_knows_the_rows_of_a_table(run_tiny, tmp_path, capsys):
+    picture = save_image(np.full((32, 32, 3), 90, np.uint8), tmp_path / "picture.png")
+    table = write_csv("list.csv", {"text": "a", "ref": ""}, {"text": "b", "ref": str(picture)})
+    run_tiny("--dataset.data-path", table, "--cond_type", "i2v_head", "--dry-run", "True")
+    out = capsys.readouterr().out
+    assert "(height x width), i2v_head or t2v" in out
+    assert "12 or 8 forwards per sample" in out
+
+
+def test_solver_is_planned_made_and_recorded(run_tiny, capsys):
+    line, record = planned_and_made(run_tiny, capsys, "--sampling_option.solver", "heun")
+    assert "4 by heun, 14 forwards per sample" in line
+    assert (record["forwards"], record["config"]["sampling_option"]["solver"]) == (14, "heun")
+    with pytest.raises(UserError, match=r"unknown solver 'hein'; did you mean 'heun'\?"):
+        run_tiny("--prompt", "a", "--sampling_option.solver", "hein")
+
+
+def test_a_distilled_model_needs_one_forward_a_step(run_tiny, capsys):
+    words = ("--sampling_option.method", "distill")
+    line, record = planned_and_made(run_tiny, capsys, *words, "--model.guidance_embed", "True")
+    assert "4 by euler, 4 forwards per sample" in line
+    assert record["forwards"] == 4
+    assert "guidance_embed" not in capsys.readouterr().err
+    run_tiny("--prompt", "a", "--dry-run", "True", *words)
+    assert "no guidance_embed" in capsys.readouterr().err
+    with pytest.raises(UserError, match="method distill.*from text alone.*i2v_head"):
+        run_tiny("--prompt", "a", *words, "--cond_type", "i2v_head")
+
+
 def test_picture_by_address(run_tiny, tmp_path, monkeypatch):
     picture = save_image(np.full((32, 32, 3), 90, np.uint8), tmp_path / "served.png")
     monkeypatch.setattr("opensora.diffusion.references.fetch", lambda url, folder, name: picture)

@@ -56,6 +56,21 @@ def check_layouts(folder: Path) -> None:
         compare(mode, tiny_inputs(), fused_qkv=True, use_liger_rope=False, grad_ckpt_settings=(1, 1))
 
 
+def check_around_blocks(folder: Path) -> None:
+    """What is put around the blocks gets this rank's tokens, and may run some of the rows."""
+    axis, inputs = context(sp=dist.get_world_size()).sp, tiny_inputs()
+
+    def by_row(run, img, txt, vec, rope):
+        assert img.shape[1] < inputs["img"].shape[1]
+        rows = [slice(0, 1), slice(1, None)]
+        return torch.cat([run(img[row], txt[row], vec[row], type(rope)(*(x[row] for x in rope))) for row in rows])
+
+    with torch.no_grad():
+        for mode in ("all_to_all", "ring_attn"):
+            shared = apply_sequence_parallel(tiny_model(), axis, mode)
+            assert_close(shared(**inputs, around=by_row), tiny_model()(**inputs), mode)
+
+
 def check_bfloat16(folder: Path) -> None:
     for mode in ("all_to_all", "ring_attn"):
         compare(mode, tiny_inputs(dtype=torch.bfloat16), limit=3e-2)
@@ -103,6 +118,7 @@ CHECKS = [
     check_ulysses,
     check_ring,
     check_layouts,
+    check_around_blocks,
     check_bfloat16,
     check_recompute_after_another_forward,
     check_heads,

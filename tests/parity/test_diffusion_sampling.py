@@ -5,10 +5,11 @@ import torch
 from torch.testing import assert_close
 
 from opensora.diffusion.conditions import build_condition, get_spans, restore_references
-from opensora.diffusion.denoise import TextEmbeddings, denoise, denoise_distilled
 from opensora.diffusion.flow import get_schedule
 from opensora.diffusion.guidance import Guidance
 from opensora.diffusion.latents import pack, prepare_ids, unpack
+from opensora.diffusion.solvers import euler, make_steps, solve
+from opensora.diffusion.velocity import Denoiser, TextEmbeddings, distilled_velocity, guided_velocity
 from opensora.registry import MODELS, build_module
 
 GUIDED = [
@@ -65,18 +66,14 @@ def test_guided(golden, name):
         option["scale_temporal_osci"] and is_image,
     )
     trajectory = [pack(noise, patch)]
-    x = denoise(
-        load_mmdit(golden, case.meta),
+    denoiser = Denoiser(load_mmdit(golden, case.meta), img_ids, txt_ids, cond)
+    texts = [TextEmbeddings(*each) for each in zip(txt, vec)][:2]
+    velocity = guided_velocity(denoiser, *texts, guidance, len(times) - 1, size[0], has_image=is_image)
+    x = solve(
+        euler,
+        velocity,
         trajectory[0],
-        img_ids,
-        txt_ids,
-        TextEmbeddings(txt[0], vec[0]),
-        TextEmbeddings(txt[1], vec[1]),
-        cond,
-        times,
-        guidance,
-        latent_frames=size[0],
-        has_image=is_image,
+        make_steps(times),
         on_step=lambda step, total, tokens: trajectory.append(tokens),
     )
     for step, expected in enumerate(case.outputs["traj_img_in"]):
@@ -89,9 +86,9 @@ def test_distilled(golden):
     case = golden("sampling_distill_4step")
     noise, size, times, (img_ids, txt_ids) = sampler_inputs(case)
     text = TextEmbeddings(case.inputs["txt"], case.inputs["y_vec"])
-    model = load_mmdit(golden, case.meta)
-    guidance = case.meta["option"]["guidance"]
-    x = denoise_distilled(model, pack(noise), img_ids, txt_ids, text, times, guidance)
+    denoiser = Denoiser(load_mmdit(golden, case.meta), img_ids, txt_ids)
+    velocity = distilled_velocity(denoiser, text, case.meta["option"]["guidance"])
+    x = solve(euler, velocity, pack(noise), make_steps(times))
     assert_near(unpack(x, size), case.outputs["final_latent"])
 
 

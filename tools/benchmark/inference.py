@@ -30,7 +30,6 @@ from opensora.acceleration.devices import pick_device, torch_dtype
 from opensora.config import parse_config, run_main
 from opensora.config.commands import InferenceOptions
 from opensora.diffusion.checks import check_config, section_names
-from opensora.diffusion.guidance import count_forwards
 from opensora.diffusion.pipeline import SampleResult, VideoPipeline
 from opensora.models.build import build_ready
 from opensora.models.mmdit.flops import forward_flops
@@ -121,7 +120,7 @@ def measure(pipe: VideoPipeline, prompt: str, full_steps: int) -> dict[str, Any]
     plan, steps = result.plan, meter.steps()
     per_forward = statistics.median(seconds / rows for seconds, rows in steps)
     flops = forward_flops(pipe.models["model"], plan.tokens, cfg["t5"]["max_length"])
-    full = count_forwards(plan.guidance, full_steps, plan.has_image)
+    full = dataclasses.replace(plan, times=tuple(torch.linspace(1, 0, full_steps + 1).tolist())).forwards
     stages = {f"{stage}_s": seconds for stage, seconds in result.timings.items()}
     return {
         "config": cfg["config_path"],

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from opensora.diffusion.conditions import build_condition
-from opensora.diffusion.denoise import TextEmbeddings, denoise
 from opensora.diffusion.flow import get_schedule
 from opensora.diffusion.guidance import Guidance, count_forwards, image_scale, oscillate
 from opensora.diffusion.latents import get_noise, pack, prepare_ids
+from opensora.diffusion.solvers import euler, make_steps, solve
+from opensora.diffusion.velocity import Denoiser, TextEmbeddings, guided_velocity
 from opensora.models.mmdit import MMDiTConfig, MMDiTModel
 from tools.benchmark.measuring import seconds_of
 
@@ -126,19 +127,11 @@ def plain_loop(inputs: Inputs) -> Tensor:
 
 def sampler(inputs: Inputs) -> Tensor:
     """The same by the sampler of the pipeline."""
-    return denoise(
-        inputs.model,
-        inputs.noise,
-        inputs.img_ids,
-        inputs.txt_ids,
-        inputs.prompt,
-        inputs.negative,
-        inputs.cond,
-        inputs.times,
-        GUIDANCE,
-        LATENT[0],
-        inputs.has_image,
+    denoiser = Denoiser(inputs.model, inputs.img_ids, inputs.txt_ids, inputs.cond)
+    velocity = guided_velocity(
+        denoiser, inputs.prompt, inputs.negative, GUIDANCE, STEPS, LATENT[0], has_image=inputs.has_image
     )
+    return solve(euler, velocity, inputs.noise, make_steps(inputs.times))
 
 
 def compare_samplers(repeats: int) -> list[Comparison]:

@@ -1,18 +1,24 @@
 """Rotary positions and joint attention, with every kernel behind a name.
 
 Shapes: B batch, L tokens, H heads, D head dimension. Kernels take and return ``[B, L, H, D]``; attention is full and
-has no mask, so the order of the keys never matters.
+has no mask, so the order of the keys never matters. A further kernel is added from outside, and chosen as
+``model.attn_backend``::
+
+    @ATTENTION_KERNELS.register("mine")
+    def mine(q, k, v): ...
 """
 
 import importlib
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opensora.config.choices import ATTENTION_KERNELS as ATTENTION_KERNELS
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
@@ -64,13 +70,6 @@ def rotate_half_split(x: Tensor, rope: Rotary) -> Tensor:
 
 LIGER_HINT = "`pip install liger-kernel` (NVIDIA or AMD GPU with Triton), or choose 'torch'"
 
-# module to import for each attention kernel that is not part of torch, and how a user gets it
-OPTIONAL_KERNELS = {
-    "flash3": ("flash_attn_interface", "build the `hopper` folder of github.com/Dao-AILab/flash-attention (H100/H200)"),
-    "flash2": ("flash_attn", "`pip install flash-attn --no-build-isolation` (needs nvcc)"),
-    "xformers": ("xformers.ops", "`pip install xformers`"),
-}
-
 
 def require(module: str, wanted_by: str, hint: str) -> Any:
     """Import an optional module, or raise a UserError that says who asked for it and how to get it."""
@@ -81,6 +80,44 @@ def require(module: str, wanted_by: str, hint: str) -> Any:
             f"{wanted_by} needs the module {module.split('.')[0]}, which cannot be imported here ({error}). "
             f"To get it: {hint}."
         ) from error
+
+
+@dataclass(frozen=True)
+class OptionalKernel:
+    """An attention kernel of a package that is not part of torch; they run on GPUs in float16 or bfloat16 only.
+
+    Attributes:
+        module: to import when the kernel is chosen.
+        function: its kernel; of a tuple that it returns the first part is taken (some also return the log-sum-exp).
+        hint: how a user gets it.
+    """
+
+    module: str
+    function: str
+    hint: str
+
+    def require(self, name: str) -> Any:
+        """The module; a UserError tells a user that chose the kernel as ``name`` how to get it."""
+        return require(self.module, f"attn_backend={name!r}", self.hint)
+
+    def load(self, name: str) -> AttentionKernel:
+        """The kernel. Raises as :meth:`require`."""
+        function = getattr(self.require(name), self.function)
+
+        def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = function(q, k, v)
+            return out[0] if isinstance(out, tuple) else out
+
+        return kernel
+
+
+flash3 = OptionalKernel(
+    "flash_attn_interface",
+    "flash_attn_func",
+    "build the `hopper` folder of github.com/Dao-AILab/flash-attention (H100/H200)",
+)
+flash2 = OptionalKernel("flash_attn", "flash_attn_func", "`pip install flash-attn --no-build-isolation` (needs nvcc)")
+xformers = OptionalKernel("xformers.ops", "memory_efficient_attention", "`pip install xformers`")
 
 
 def attention_math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -137,45 +174,30 @@ def resolve_attention(name: str) -> str:
     Raises:
         UserError: unknown name, or a kernel that is not installed.
     """
-    names = ["sdpa", "math", *OPTIONAL_KERNELS, "auto"]
+    names = [*ATTENTION_KERNELS, "auto"]
     if name not in names:
         raise UserError(f"attn_backend={name!r} is not an attention kernel; choose one of {', '.join(names)}.")
     if name == "auto":
         name = "sdpa"
         if torch.cuda.is_available():
-            present = [kernel for kernel, (module, _) in OPTIONAL_KERNELS.items() if _importable(module)]
+            shipped = {"flash3": flash3, "flash2": flash2, "xformers": xformers}
+            present = [each for each, kernel in shipped.items() if _importable(kernel.module)]
             # flash-attention 3 is compiled for Hopper only
             if torch.cuda.get_device_capability()[0] != 9:
-                present = [kernel for kernel in present if kernel != "flash3"]
+                present = [each for each in present if each != "flash3"]
             name = next(iter(present), name)
         logger.info("attn_backend='auto' uses the attention kernel %r", name)
-    if name in OPTIONAL_KERNELS:
-        module, hint = OPTIONAL_KERNELS[name]
-        require(module, f"attn_backend={name!r}", hint)
+    kernel = ATTENTION_KERNELS.get(name)
+    if isinstance(kernel, OptionalKernel):
+        kernel.require(name)
     return name
 
 
 def attention_kernel(name: str) -> AttentionKernel:
-    """Function behind a kernel name (see `resolve_attention`); all compute the same full attention.
-
-    The optional kernels run on GPUs in float16 or bfloat16 only.
-    """
+    """Function behind a kernel name (see `resolve_attention`); all compute the same full attention."""
     name = resolve_attention(name)
-    if name == "math":
-        return attention_math
-    if name == "sdpa":
-        return attention_sdpa
-    module = importlib.import_module(OPTIONAL_KERNELS[name][0])
-    if name == "xformers":
-        return module.memory_efficient_attention
-    if name == "flash2":
-        return module.flash_attn_func
-
-    def flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = module.flash_attn_func(q, k, v)
-        return out[0] if isinstance(out, tuple) else out  # older builds also return the log-sum-exp
-
-    return flash3
+    kernel = ATTENTION_KERNELS.get(name)
+    return kernel.load(name) if isinstance(kernel, OptionalKernel) else kernel
 
 
 class JointAttention(nn.Module):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from opensora.config.choices import ATTENTION_KERNELS
 from opensora.config.keys import read_group
 from opensora.config.options import ModelOptions, opt
 from opensora.utils.errors import UserError
@@ -41,7 +42,7 @@ class MMDiTConfig(ModelOptions):
     grad_ckpt_settings: tuple[int, int] | None = opt(None, "double and single blocks to recompute in backward", least=0)
     use_liger_rope: bool = opt(False, "half-split rotary layout instead of interleaved pairs")
     patch_size: int = opt(2, "latent pixels per token side", "latent px", least=1)
-    attn_backend: str = opt("sdpa", "attention kernel: sdpa, math, flash2, flash3, xformers, auto")
+    attn_backend: str = opt("sdpa", f"attention kernel: {', '.join(ATTENTION_KERNELS)}, auto")
     norm_backend: Literal["torch", "liger"] = opt("torch", "RMSNorm kernel")
     rope_backend: Literal["torch", "liger"] = opt("torch", "rotary kernel; liger knows the half-split layout only")
 

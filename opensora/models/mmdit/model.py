@@ -25,6 +25,9 @@ from opensora.utils.weights_loading import load_model
 
 TIME_EMBED_DIM = 256
 
+RunBlocks = Callable[[Tensor, Tensor, Tensor, Rotary], Tensor]
+"""``run(img, txt, vec, rope)``: image tokens after all blocks, see :meth:`MMDiTModel.run_blocks`."""
+
 
 class MMDiTModel(nn.Module):
     """Multimodal diffusion transformer of FLUX.1 and Open-Sora 2.0 (arXiv:2403.03206, arXiv:2503.09642).
@@ -121,20 +124,30 @@ class MMDiTModel(nn.Module):
         y_vec: Tensor,  # [B, vec_in_dim] pooled text
         cond: Tensor | None = None,  # [B, N, in_channels + patch_size^2] mask and reference latents
         guidance: Tensor | None = None,  # [B] guidance scales
+        around: Callable[[RunBlocks, Tensor, Tensor, Tensor, Rotary], Tensor] | None = None,
     ) -> Tensor:
         """Velocity of every image token, ``[B, N, in_channels]``.
+
+        ``around(run, img, txt, vec, rope)`` stands in for :meth:`run_blocks`, which it is given as ``run``: step caches
+        come in here.
 
         Raises:
             ValueError: `cond` or `guidance` is missing for a model that embeds it, or inputs are not 3-D.
         """
         img, txt, vec, rope = self.prepare(img, img_ids, txt, txt_ids, timesteps, y_vec, cond, guidance)
+        run = self.run_blocks if around is None else partial(around, self.run_blocks)
+        return self.final_layer(run(img, txt, vec, rope), vec)
+
+    def run_blocks(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Rotary) -> Tensor:
+        """What `prepare` returns, through all blocks: image tokens ``[B, N, C]`` before the last layer."""
         n_double, n_single = self.grad_ckpt_settings
         for i, block in enumerate(self.double_blocks):
             img, txt = self.run_block(block, i < n_double, img, txt, vec, rope)
-        x = torch.cat((txt, img), dim=1)
+        x, text_tokens = torch.cat((txt, img), dim=1), txt.shape[1]
+        del img, txt  # their room is needed
         for i, block in enumerate(self.single_blocks):
             x = self.run_block(block, i < n_single, x, vec, rope)
-        return self.final_layer(x[:, txt.shape[1] :], vec)
+        return x[:, text_tokens:]
 
 
 @MODELS.register_module("flux")

@@ -1,14 +1,17 @@
 """Guidance as weights: the same result as three branches at every step, with fewer forwards."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
-from opensora.diffusion import denoise as denoise_module
-from opensora.diffusion.denoise import TextEmbeddings, denoise
+from opensora.diffusion import velocity as velocity_module
 from opensora.diffusion.flow import get_schedule
-from opensora.diffusion.guidance import Branch, Guidance, count_forwards, image_scale, oscillate, step_weights
+from opensora.diffusion.guidance import Branch, Guidance, count_forwards, image_scale, oscillate, phase, step_weights
+from opensora.diffusion.solvers import euler, make_steps, solve
+from opensora.diffusion.velocity import Denoiser, TextEmbeddings, distilled_velocity, guided_velocity
 
 FRAMES, TOKENS, CHANNELS, STEPS = 3, 4, 8, 50
 RELEASED = Guidance(7.5, 3.0, text_osci=True, image_osci=True, scale_temporal_osci=False)
@@ -46,6 +49,14 @@ def sample():
     }
 
 
+def denoise(model, img, img_ids, txt_ids, prompt, negative, cond, guidance, times, has_image, on_step=None):
+    """Euler steps along the guided velocity."""
+    velocity = guided_velocity(
+        Denoiser(model, img_ids, txt_ids, cond), prompt, negative, guidance, len(times) - 1, FRAMES, has_image
+    )
+    return solve(euler, velocity, img, make_steps(times), on_step)
+
+
 def three_branches(model, img, img_ids, txt_ids, prompt, negative, cond, guidance, times):
     """The plain loop: all three branches at every step."""
     x, total = img, len(times) - 1
@@ -71,7 +82,7 @@ def test_same_video_with_fewer_forwards(sample, has_image, temporal):
     times = get_schedule(STEPS, TOKENS, FRAMES)
     expected = three_branches(CountingModel(), **sample, guidance=guidance, times=times)
     model = CountingModel()
-    actual = denoise(model, **sample, guidance=guidance, times=times, latent_frames=FRAMES, has_image=has_image)
+    actual = denoise(model, **sample, guidance=guidance, times=times, has_image=has_image)
     assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
     assert model.rows == 2 * (110 if has_image else 80)
     assert model.calls == STEPS
@@ -105,6 +116,28 @@ def test_branches_of_a_step():
     assert branches(Guidance(3.0, 3.0), 0, True) == [Branch.PROMPT, Branch.NEGATIVE_NO_IMAGE]
 
 
+def test_a_phase_is_where_the_same_scales_are_on():
+    phases = [phase(RELEASED, step, True) for step in range(14)]
+    assert phases == [(True, True)] * 11 + [(False, False), (True, True), (False, False)]
+    assert {phase(Guidance(7.5, 3.0, image_osci=True), step, False) for step in range(14)} == {(True, False)}
+    for step, other in itertools.product(range(14), repeat=2):  # within one, the same branches are run
+        if phases[step] == phases[other]:
+            one, two = (step_weights(RELEASED, i, 14, FRAMES, True) for i in (step, other))
+            assert [branch for branch, _ in one] == [branch for branch, _ in two]
+
+
+def test_a_distilled_model_gets_the_scale_and_one_forward(sample):
+    seen = []
+
+    def model(img, timesteps, guidance, cond, **inputs):
+        seen.append((timesteps.tolist(), guidance.tolist(), cond))
+        return img
+
+    velocity = distilled_velocity(Denoiser(model, sample["img_ids"], sample["txt_ids"]), sample["prompt"], 4.0)
+    torch.testing.assert_close(velocity(sample["img"], 0.5, 3), sample["img"])
+    assert seen == [([0.5, 0.5], [4.0, 4.0], None)]
+
+
 def test_image_scale_grows_over_frames_and_falls_over_steps():
     guidance = Guidance(7.5, 3.0, image_osci=True, scale_temporal_osci=True)
     assert_close(image_scale(guidance, 0, STEPS, 3), torch.tensor([1.0, 2.0, 3.0]))
@@ -114,9 +147,9 @@ def test_image_scale_grows_over_frames_and_falls_over_steps():
 
 def test_large_batches_run_branch_by_branch(sample, monkeypatch):
     times = get_schedule(4, TOKENS, FRAMES)
-    run = {"guidance": RELEASED, "times": times, "latent_frames": FRAMES, "has_image": True}
+    run = {"guidance": RELEASED, "times": times, "has_image": True}
     together = denoise(CountingModel(), **sample, **run)
-    monkeypatch.setattr(denoise_module, "MAX_TOKENS_AT_ONCE", 10)
+    monkeypatch.setattr(velocity_module, "MAX_TOKENS_AT_ONCE", 10)
     model = CountingModel()
     assert_close(denoise(model, **sample, **run), together)
     assert model.calls == 12
@@ -139,7 +172,6 @@ def test_progress_and_cancelling(sample):
             **sample,
             guidance=RELEASED,
             times=get_schedule(5, TOKENS, FRAMES),
-            latent_frames=FRAMES,
             has_image=True,
             on_step=on_step,
         )

@@ -79,6 +79,7 @@ def test_repeated_frames_of_a_given_picture_are_left_out(cond_type, is_causal_va
         ({"aspect_ratio": None}, "resolution and aspect_ratio must be given together"),
         ({"aspect_ratio": None, "resolution": None}, "give resolution and aspect_ratio"),
         ({"num_steps": 0}, "num_steps=0"),
+        ({"flow_shift": 1e30}, "flow_shift=1e\\+30: the times of 50 steps coincide"),
     ],
 )
 def test_impossible_options(changes, message):

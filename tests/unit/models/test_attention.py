@@ -1,5 +1,6 @@
 """Attention kernels and rotary layouts by name; those that are absent say how to get them."""
 
+import dataclasses
 import logging
 import sys
 import types
@@ -8,8 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from opensora.models.mmdit import attention
+from opensora.acceleration.ring import block_kernels, cpu_forward, math_forward, ring_kernel
+from opensora.acceleration.sequence_parallel import check_mode
+from opensora.models.mmdit import MMDiTConfig, attention
 from opensora.models.mmdit.attention import (
+    ATTENTION_KERNELS,
     JointAttention,
     Rotary,
     attention_kernel,
@@ -73,7 +77,7 @@ def test_rotary_table_is_exact_far_out():
 
 @pytest.mark.parametrize(("name", "hint"), [("flash2", "flash-attn"), ("flash3", "hopper"), ("xformers", "xformers")])
 def test_absent_kernels_say_how_to_get_them(name, hint, monkeypatch):
-    module = attention.OPTIONAL_KERNELS[name][0]
+    module = ATTENTION_KERNELS.get(name).module
     monkeypatch.setitem(sys.modules, module.split(".")[0], None)  # as if not installed
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=f"attn_backend='{name}'.*{hint}"):
@@ -83,6 +87,38 @@ def test_absent_kernels_say_how_to_get_them(name, hint, monkeypatch):
 def test_unknown_kernel_lists_the_known_ones():
     with pytest.raises(UserError, match="sdpa, math, flash3, flash2, xformers, auto"):
         resolve_attention("fast")
+
+
+def test_a_kernel_of_ones_own(qkv, rope, monkeypatch):
+    monkeypatch.setattr(ATTENTION_KERNELS, "_added", {})
+
+    @ATTENTION_KERNELS.register("blocks_of_queries")
+    def blocks_of_queries(q, k, v):
+        return torch.cat([attention.attention_math(part, k, v) for part in q.split(4, dim=1)], dim=1)
+
+    torch.testing.assert_close(JointAttention("blocks_of_queries")(*qkv, rope), JointAttention("math")(*qkv, rope))
+    with pytest.raises(UserError, match="xformers, blocks_of_queries, auto"):
+        resolve_attention("fast")
+
+
+def test_help_names_every_kernel():
+    help = next(field for field in dataclasses.fields(MMDiTConfig) if field.name == "attn_backend").metadata["help"]
+    assert all(name in help for name in (*ATTENTION_KERNELS.places, "auto"))
+
+
+@pytest.mark.parametrize("name", ["flash2", "flash3", "xformers", "mine"])
+def test_the_ring_refuses_kernels_that_it_cannot_use(name):
+    with pytest.raises(UserError, match=f"attn_backend='{name}' cannot be used by ring attention.*sdpa.*all_to_all"):
+        check_mode("ring_attn", 4, 2, name)
+    check_mode("all_to_all", 4, 2, name)
+
+
+def test_the_ring_uses_the_kernel_of_the_name():
+    q = torch.zeros(1, 2, 3, 8)
+    for name in ("sdpa", "auto"):
+        check_mode("ring_attn", 4, 2, name)
+        assert block_kernels(q, ring_kernel(name))[0] is cpu_forward
+    assert block_kernels(q, ring_kernel("math"))[0] is math_forward
 
 
 def test_auto_logs_its_choice(caplog, monkeypatch):

@@ -1,0 +1,157 @@
+"""The velocity that a solver follows, made once per run from a model, its inputs and guidance."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from opensora.acceleration.branch_parallel import spread_branches
+from opensora.acceleration.parallel_context import Axis
+from opensora.diffusion.guidance import Branch, Guidance, Weights, step_weights
+from opensora.diffusion.solvers import Velocity
+from opensora.diffusion.step_cache import StepCache
+
+# Branches go through the model as one batch while that has at most so many tokens. Larger batches gain no speed (the
+# device is busy anyway) and cost memory.
+MAX_TOKENS_AT_ONCE = 8192
+
+
+@dataclass(frozen=True)
+class TextEmbeddings:
+    """Embedded prompts of a batch.
+
+    Attributes:
+        txt: [B, L_txt, D_txt] token embeddings (T5).
+        vec: [B, D_vec] pooled embedding (CLIP).
+    """
+
+    txt: Tensor
+    vec: Tensor
+
+    def split(self, count: int) -> tuple["TextEmbeddings", "TextEmbeddings"]:
+        """The first ``count`` rows, and the rest."""
+        return (
+            TextEmbeddings(self.txt[:count], self.vec[:count]),
+            TextEmbeddings(self.txt[count:], self.vec[count:]),
+        )
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A model and what it is given at every step of a run.
+
+    Attributes:
+        model: velocity predictor, ``model(img, img_ids, txt, txt_ids, timesteps, y_vec, cond, guidance)``; called in
+            the dtype of the prompts.
+        img_ids: [B, L, 3] token positions.
+        txt_ids: [B, L_txt, 3] text positions.
+        cond: [B, L, C + p*p] packed mask and references; None for a model without condition input.
+        cache: reuses work of earlier evaluations; None runs all blocks every time.
+    """
+
+    model: nn.Module
+    img_ids: Tensor
+    txt_ids: Tensor
+    cond: Tensor | None = None
+    cache: StepCache | None = None
+
+    def predict(
+        self, x: Tensor, time: float, step: int, scale: float, rows: Sequence[tuple[Branch, TextEmbeddings]]
+    ) -> list[Tensor]:
+        """One float32 prediction [B, L, C] per branch; branches run as one batch if that is small.
+
+        Args:
+            x: [B, L, C].
+            time: diffusion time, the same for all.
+            step: whose guidance is asked for, for the cache.
+            scale: guidance scale, for models that embed it.
+            rows: each branch with its text.
+        """
+        at_once = len(rows) if len(rows) * x.shape[0] * x.shape[1] <= MAX_TOKENS_AT_ONCE else 1
+        predictions: list[Tensor] = []
+        for start in range(0, len(rows), at_once):
+            predictions += self._forward(x, time, step, scale, rows[start : start + at_once])
+        return predictions
+
+    def _forward(
+        self, x: Tensor, time: float, step: int, scale: float, rows: Sequence[tuple[Branch, TextEmbeddings]]
+    ) -> Sequence[Tensor]:
+        n, dtype = len(rows), rows[0][1].txt.dtype
+        count = n * len(x)
+        cached = {}
+        if self.cache is not None:
+            names = tuple(branch.name.lower() for branch, _ in rows)
+            cached["around"] = partial(self.cache.around_blocks, branch=names, step=step)
+        batch = self.model(
+            img=torch.cat([x.to(dtype)] * n),
+            img_ids=torch.cat([self.img_ids] * n),
+            txt=torch.cat([text.txt for _, text in rows]),
+            txt_ids=torch.cat([self.txt_ids] * n),
+            timesteps=torch.full((count,), time, device=x.device, dtype=dtype),
+            y_vec=torch.cat([text.vec for _, text in rows]),
+            cond=None if self.cond is None else torch.cat([self._cond(branch) for branch, _ in rows]).to(dtype),
+            guidance=torch.full((count,), scale, device=x.device, dtype=dtype),
+            **cached,
+        )
+        return batch.float().chunk(n)
+
+    def _cond(self, branch: Branch) -> Tensor:
+        assert self.cond is not None
+        return torch.zeros_like(self.cond) if branch is Branch.NEGATIVE_NO_IMAGE else self.cond
+
+
+def guided_velocity(
+    denoiser: Denoiser,
+    prompt: TextEmbeddings,
+    negative: TextEmbeddings,
+    guidance: Guidance,
+    num_steps: int,
+    latent_frames: int,
+    has_image: bool = False,
+    branches: Axis | None = None,
+) -> Velocity:
+    """Velocity of two-condition guidance, see :mod:`opensora.diffusion.guidance`.
+
+    Args:
+        denoiser: the model and its inputs.
+        prompt: embedded prompts.
+        negative: embedded negative prompts.
+        guidance: scales.
+        num_steps: steps of the run.
+        latent_frames: T, where L = T * tokens per frame.
+        has_image: whether any sample has references. If not, the condition must be zero.
+        branches: ranks that divide the guidance branches of an evaluation among them; None: one does all.
+    """
+    texts = {Branch.PROMPT: prompt, Branch.NEGATIVE: negative, Branch.NEGATIVE_NO_IMAGE: negative}
+
+    def velocity(x: Tensor, t: float, step: int) -> Tensor:
+        weights = step_weights(guidance, step, num_steps, latent_frames, has_image)
+        rows = [(branch, texts[branch]) for branch, _ in weights]
+        predict = partial(denoiser.predict, x, t, step, guidance.text)
+        predictions = spread_branches(rows, predict, x, branches or Axis())
+        total = torch.zeros_like(x)
+        for prediction, weight in zip(predictions, _per_token(weights, x.shape[1] // latent_frames, x)):
+            total += weight * prediction
+        return total
+
+    return torch.no_grad()(velocity)
+
+
+def distilled_velocity(denoiser: Denoiser, prompt: TextEmbeddings, scale: float) -> Velocity:
+    """Velocity of a guidance-distilled model: one forward, the scale is an input of the model."""
+
+    def velocity(x: Tensor, t: float, step: int) -> Tensor:
+        (prediction,) = denoiser.predict(x, t, step, scale, [(Branch.PROMPT, prompt)])
+        return prediction
+
+    return torch.no_grad()(velocity)
+
+
+def _per_token(weights: Weights, tokens_per_frame: int, x: Tensor) -> list[float | Tensor]:
+    """Weights as numbers, or per token [1, L, 1] if they differ between latent frames."""
+    return [
+        weight.to(x).repeat_interleave(tokens_per_frame)[None, :, None] if isinstance(weight, Tensor) else weight
+        for _, weight in weights
+    ]
