@@ -101,7 +101,7 @@ class Options:
     """
 
     aliases: ClassVar[dict[str, str]] = {}
-    path: ClassVar[str] = ""  # where a config has these keys, with a dot, for messages
+    key_prefix: ClassVar[str] = ""  # where a config has these keys, with a dot, for messages
 
     given: tuple[str, ...] = field(default=(), repr=False, compare=False)
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -109,7 +109,7 @@ class Options:
     def __post_init__(self) -> None:
         for key in dataclasses.fields(self):
             if key.metadata:
-                check_bounds(getattr(self, key.name), key.metadata, f"{self.path}{key.name}")
+                check_bounds(getattr(self, key.name), key.metadata, f"{self.key_prefix}{key.name}")
 
     @property
     def is_complete(self) -> bool:

@@ -169,7 +169,7 @@ def vae_input(sizes: Sizes, device: torch.device, decode: bool) -> Tensor:
 
 def vae(sizes: Sizes, device: torch.device, decode: bool) -> Contestant:
     """Our causal video autoencoder, untiled."""
-    model = AutoencoderKLCausal3D(HunyuanVAEConfig(block_out_channels=sizes.channels)).to(device, sizes.dtype).eval()
+    model = AutoencoderKLCausal3D(HunyuanVAEConfig(block_out_channels=[*sizes.channels])).to(device, sizes.dtype).eval()
     x = vae_input(sizes, device, decode)
     call = partial(model.decode, x) if decode else partial(model.encode, x, sample_posterior=False)
     return Contestant(model, torch.no_grad()(call))

@@ -198,7 +198,7 @@ def resolve(args: argparse.Namespace, words: Sequence[str], folder: Path) -> Any
     cfg = load_config(cfg, TrainOptions, changes)
     if not any(word.replace("_", "-").startswith("--dataset.data-path") for word in words):
         multiple = check_config(cfg).spatial_multiple
-        table = draw_clips(folder, dict(cfg.bucket_config), multiple, args.clips)
+        table = draw_clips(folder, dict(cfg.bucket_config or {}), multiple, args.clips)
         cfg = load_config(cfg, TrainOptions, {"dataset.data_path": table})
     return cfg
 

@@ -70,14 +70,14 @@ def load_autoencoder(config: str, overrides: list[str], device: torch.device) ->
         section = parse_config(words, VaeInferenceOptions).model
     model = build_module(section, MODELS, device_map=device, torch_dtype=torch.float32).eval().requires_grad_(False)
     if not isinstance(model, Autoencoder):
-        raise UserError(f"{config}: {section.get('type')!r} is no autoencoder")
+        raise UserError(f"{config}: {section.type if section else None!r} is no autoencoder")
     return model
 
 
 def _is_video_model(config: str) -> bool:
     """Whether a config describes a video model, with an autoencoder in its ``ae`` section."""
     try:
-        return bool(load_config(config, InferenceOptions).get("ae"))
+        return load_config(config, InferenceOptions).ae is not None
     except UserError:  # also if there is something wrong with it, which reading it as the other kind will tell
         return False
 

@@ -188,7 +188,7 @@ class DCAEConfig(ModelOptions):
         UserError: an unknown layout, or parts that do not fit together.
     """
 
-    path: ClassVar[str] = "ae."
+    key_prefix: ClassVar[str] = "ae."
 
     model_name: str = opt(DEFAULT_LAYOUT, "named layout")
     from_scratch: bool = opt(False, "build the layout instead of fetching it from the hub")

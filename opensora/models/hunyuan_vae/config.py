@@ -24,7 +24,7 @@ class HunyuanVAEConfig(ModelOptions):
         UserError: sizes that do not fit together.
     """
 
-    path: ClassVar[str] = "ae."
+    key_prefix: ClassVar[str] = "ae."
 
     act_fn: Literal["silu"] = opt("silu", "activation")
     in_channels: int = opt(3, "channels of the video", least=1)

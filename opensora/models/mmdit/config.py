@@ -20,7 +20,7 @@ class MMDiTConfig(ModelOptions):
         UserError: sizes that do not fit together; names the config key.
     """
 
-    path: ClassVar[str] = "model."
+    key_prefix: ClassVar[str] = "model."
 
     strict_load: bool = opt(True, "refuse weights with missing or unexpected keys")
     in_channels: int = opt(64, "channels of a packed token", least=1, required=True)

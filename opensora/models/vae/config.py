@@ -59,7 +59,7 @@ class AutoEncoder2DConfig(ModelOptions):
 class DiscriminatorConfig(ModelOptions):
     """Patch discriminator over clips (`N_Layer_discriminator_3D`)."""
 
-    path: ClassVar[str] = "discriminator."
+    key_prefix: ClassVar[str] = "discriminator."
 
     input_nc: int = opt(3, "channels of the video", least=1)
     ndf: int = opt(64, "channels of the first layer", least=1)
