@@ -54,12 +54,17 @@ class Choices(Generic[T]):
         module, _, attribute = self.places[name].partition(":")
         return cast(T, getattr(importlib.import_module(module), attribute))
 
+    @property
+    def listing(self) -> str:
+        """The names, for messages and help texts."""
+        return ", ".join(self.names)
+
     def check(self, name: Any) -> None:
         """Raise the UserError of :meth:`get` for a name that is not in the table; imports nothing."""
         if name in self:
             return
         near = difflib.get_close_matches(str(name), self.names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(self.names) or 'none'}"
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {self.listing or 'none'}"
         raise UserError(f"unknown {self.kind} {name!r}; {hint}")
 
     def add(self, name: str, value: T) -> None:
@@ -82,6 +87,16 @@ class Choices(Generic[T]):
         return keep
 
 
+CONDITIONS: Choices[Any] = Choices(
+    "cond_type",
+    {
+        name: f"opensora.diffusion.conditions:{name.upper()}"
+        for name in (
+            *("t2v", "i2v_head", "i2v_tail", "i2v_loop"),
+            *("v2v_head", "v2v_tail", "v2v_head_easy", "v2v_tail_easy"),
+        )
+    },
+)
 ATTENTION_KERNELS: Choices[Any] = Choices(
     "attention kernel",
     {

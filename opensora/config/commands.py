@@ -9,6 +9,7 @@ below them are in ``opensora.config.options`` and may be imported from here too.
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from opensora.config.choices import CONDITIONS
 from opensora.config.options import (
     AE_KNOWS,
     DatasetOptions,
@@ -31,9 +32,6 @@ from opensora.config.options import (
 )
 
 DType = Literal["bf16", "fp16", "fp32", "half", "bfloat16", "float16", "float32", "float64"]
-ConditionType = Literal[
-    "t2v", "i2v_head", "i2v_tail", "i2v_loop", "v2v_head", "v2v_tail", "v2v_head_easy", "v2v_tail_easy"
-]
 # resolution name -> number of frames -> (probability or pair of them, batch size)
 Buckets = dict[str, dict[int, Any]] | None
 
@@ -81,7 +79,7 @@ class InferenceOptions(RunOptions):
 
     prompt: str | None = opt(None, "text of the video", verbatim=True)
     ref: str | None = opt(None, "picture or clip to start from, several separated by ;")
-    cond_type: ConditionType = opt("t2v", "what the references fix")
+    cond_type: str = opt("t2v", "what the references fix", choices=CONDITIONS)
     save_dir: str = opt("samples", "folder for the results")
     dataset: DatasetOptions | None = component(
         "dataset", "prompts", "table of prompts, instead of prompt", {"type": "text"}

@@ -50,6 +50,8 @@ def help_text(options: type, data: Mapping | None, script: str) -> str:
 
 def _line(dotted: str, option: Option, value: Any) -> str:
     kind = describe(option.hint)
+    if "choices" in option.metadata:
+        kind = f"one of {option.metadata['choices'].listing}"
     if option.is_section:
         types = option.types
         kind = f"section with type {' or '.join(types)}" if types else "section"

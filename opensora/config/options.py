@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
-from opensora.config.choices import SOLVERS
+from opensora.config.choices import CONDITIONS, SOLVERS, Choices
 from opensora.utils.errors import UserError
 
 BOUNDS: Mapping[str, tuple[Callable[[Any, Any], bool], str]] = MappingProxyType(
@@ -39,6 +39,7 @@ def opt(default: Any, help: str, unit: str = "", **extra: Any) -> Any:
         unit: unit of the value, empty if it has none.
         extra: bounds of a number, or of each number of a list: ``least`` and ``most`` (may be reached), ``above`` and
             ``below`` (may not); numbers are always finite. ``required=True``: every config has to give the key.
+            ``choices=TABLE``: a text that is one of the names in a table of ``opensora.config.choices``.
             ``verbatim=True`` keeps a command line's ``none`` as text; ``also="optim.lr"`` sets that key too;
             ``no_effect=REASON`` marks a key that configs of Open-Sora 2.0 hold and that nothing needs any more.
     """
@@ -72,11 +73,15 @@ def component(registry: str, role: str, help: str, default: dict | None = None) 
 
 
 def check_bounds(value: Any, metadata: Mapping[str, Any], name: str) -> None:
-    """Refuse a number outside the bounds of its key, NaN and infinity; of a list or tuple, each of its numbers.
+    """Refuse a number outside the bounds of its key, NaN and infinity; of a list or tuple, each of its numbers. Refuse
+    a text that is not among the choices of its key.
 
     Raises:
-        UserError: names the key and the bound.
+        UserError: names the key and what it may be.
     """
+    choices: Choices | None = metadata.get("choices")
+    if choices is not None and value is not None and value not in choices:
+        raise UserError(f"{name} {value}: expected one of {choices.listing}")
     for number in value if isinstance(value, list | tuple) else [value]:
         if not isinstance(number, int | float) or isinstance(number, bool):
             continue
@@ -199,7 +204,7 @@ class SamplingOption(Options):
     aspect_ratio: str | None = opt(None, "width:height: 16:9, 9:16, 1:1, 2.39:1, ...")
     num_frames: int = opt(1, "length; 1 makes an image", "frames")
     num_steps: int = opt(50, "solver steps from noise to sample", "steps")
-    solver: str = opt("euler", f"how steps are made, by name: {', '.join(SOLVERS)}")
+    solver: str = opt("euler", "how steps are made", choices=SOLVERS)
     step_cache: str | None = opt(None, "reuse of the transformer's work between steps, by name; none runs all of it")
     guidance: float = opt(4.0, "text guidance scale (1 is none)")
     text_osci: bool = opt(False, "text guidance on every other step only, after the first ten")
@@ -291,7 +296,7 @@ class TrainSampleOptions(Options):
 
     prompts: list[str] = opt([], "one video each")
     refs: list[str] | None = opt(None, "pictures or clips, one per prompt, for a cond_type other than t2v")
-    cond_type: str = opt("t2v", "what the references fix")
+    cond_type: str = opt("t2v", "what the references fix", choices=CONDITIONS)
     every: int = opt(1000, "distance of samples", "optimizer steps")
     seed: int = opt(42, "seed of the starting noise")
     fps: int = opt(24, "frame rate of the files, also told to the model", "frames/s")

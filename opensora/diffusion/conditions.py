@@ -2,7 +2,8 @@
 
 A condition gives the model some latent frames of the video to make. It is handed over as one more latent: a mask
 channel, 1 on the given frames, and the reference latents there (0 elsewhere). Both training and sampling read
-:data:`CONDITIONS`, so they cannot drift apart.
+the table :data:`opensora.config.choices.CONDITIONS`, so they cannot drift apart; a condition of one's own is added with
+``CONDITIONS.add("name", (Span(...), ...))``.
 """
 
 import random
@@ -12,6 +13,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from opensora.config.choices import CONDITIONS
 from opensora.datasets.runs import FrameRun
 from opensora.models.autoencoder import Autoencoder
 from opensora.utils.errors import UserError
@@ -50,16 +52,14 @@ class Span:
         return FrameRun(self.at, self.pixel_frames(is_causal, time_compression))
 
 
-CONDITIONS: Mapping[str, tuple[Span, ...]] = {
-    "t2v": (),
-    "i2v_head": (Span("head", 0),),
-    "i2v_tail": (Span("tail", -1),),
-    "i2v_loop": (Span("head", 0), Span("tail", -1)),
-    "v2v_head": (Span("head", 0, 8),),
-    "v2v_tail": (Span("tail", 0, 8),),
-    "v2v_head_easy": (Span("head", 0, 16),),
-    "v2v_tail_easy": (Span("tail", 0, 16),),
-}
+T2V: tuple[Span, ...] = ()
+I2V_HEAD = (Span("head", 0),)
+I2V_TAIL = (Span("tail", -1),)
+I2V_LOOP = (Span("head", 0), Span("tail", -1))
+V2V_HEAD = (Span("head", 0, 8),)
+V2V_TAIL = (Span("tail", 0, 8),)
+V2V_HEAD_EASY = (Span("head", 0, 16),)
+V2V_TAIL_EASY = (Span("tail", 0, 16),)
 
 
 def get_spans(cond_type: str) -> tuple[Span, ...]:
@@ -69,8 +69,8 @@ def get_spans(cond_type: str) -> tuple[Span, ...]:
         UserError: unknown condition type.
     """
     if cond_type not in CONDITIONS:
-        raise UserError(f"unknown cond_type {cond_type!r}; valid: {', '.join(CONDITIONS)}")
-    return CONDITIONS[cond_type]
+        raise UserError(f"unknown cond_type {cond_type!r}; valid: {CONDITIONS.listing}")
+    return CONDITIONS.get(cond_type)
 
 
 def fits(cond_type: str, latent_frames: int, is_causal: bool) -> bool:

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from opensora.acceleration.devices import torch_dtype
+from opensora.config.choices import CONDITIONS
 from opensora.config.options import OptimOptions
 from opensora.datasets.buckets import BucketTable
-from opensora.diffusion.conditions import CONDITIONS
 from opensora.models.autoencoder import Autoencoder, check_buckets
 from opensora.models.build import MAX_CPU_PARAMETERS, build_on_meta, check_weights, count_parameters
 from opensora.models.mmdit.loading import explain_mismatch, layout_metadata
@@ -80,7 +80,7 @@ def _check_conditions(cfg: Any) -> None:
     weights = cfg.condition_config
     for name, weight in (weights or {}).items():
         if name not in CONDITIONS:
-            raise UserError(f"condition_config: unknown condition {name!r}; valid: {', '.join(CONDITIONS)}")
+            raise UserError(f"condition_config: unknown condition {name!r}; valid: {CONDITIONS.listing}")
         if weight < 0:
             raise UserError(f"condition_config.{name}={weight}: weights must not be negative")
     if bool(weights) != bool(cfg.model.get("cond_embed", False)):

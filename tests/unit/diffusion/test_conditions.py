@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from opensora.config.choices import CONDITIONS
 from opensora.diffusion import conditions
 from opensora.utils.errors import UserError
 
 
 def test_pixel_frames_match_latent_frames():
-    for spans in conditions.CONDITIONS.values():
+    for spans in map(conditions.get_spans, CONDITIONS):
         for span in spans:
             causal, plain = span.latent_frames(True), span.latent_frames(False)
             assert span.pixel_frames(True) == 1 + 4 * (causal - 1)

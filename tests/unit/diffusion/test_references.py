@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from opensora.config.choices import CONDITIONS
 from opensora.datasets.transforms import resize_crop, to_model_range
 from opensora.diffusion import pipeline
-from opensora.diffusion.conditions import CONDITIONS
 from opensora.diffusion.pipeline import VideoPipeline
 from opensora.diffusion.references import check_references, locate_references, per_prompt_references, read_clips
 from opensora.generation.requests import read_requests
