@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -67,6 +68,21 @@ def _safe_name(text: str) -> str:
         return text
     digest = hashlib.sha256(raw).hexdigest()[:8]
     return f"{raw[:MAX_NAME_BYTES].decode(errors='ignore')}-{digest}"
+
+
+def check_writable(folder: str | Path) -> None:
+    """See that files could be made in a folder (which need not exist yet), without making anything.
+
+    Raises:
+        UserError: no permission, or a file is in the way.
+    """
+    path = Path(folder).expanduser().absolute()
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir():
+        raise UserError(f"save_dir {folder}: {path} is a file, not a folder")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"save_dir {folder}: no permission to write in {path}")
 
 
 def check_stems(cfg: Mapping[str, Any], requests: Sequence[Request]) -> None:

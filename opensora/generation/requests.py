@@ -7,6 +7,7 @@ from typing import Any
 
 from opensora.datasets.table import row_name
 from opensora.diffusion.conditions import get_spans
+from opensora.diffusion.plan import starts_from_picture
 from opensora.diffusion.references import locate_references
 from opensora.diffusion.wording import check_motion_score, check_seed, final_text
 from opensora.registry import DATASETS, build_module
@@ -55,6 +56,11 @@ class Request:
     def final_text(self) -> str:
         """Prompt as the text encoders get it."""
         return final_text(self.refined or self.text, self.fps, self.motion_score)
+
+    @property
+    def picture_text(self) -> str:
+        """Prompt of the picture made first."""
+        return self.image_text or self.text
 
 
 def read_requests(cfg: Mapping[str, Any], downloads: Path) -> list[Request]:
@@ -124,7 +130,7 @@ def _request(
         name=cell("name") or None,
         ref=cell("ref") if refs else "",
         refs=tuple(refs),
-        cond_type=cond_type,
+        cond_type=starts_from_picture(cond_type) if cfg.use_t2i2v else cond_type,
         neg=cell("neg"),
         fps=fps,
         motion_score=check_motion_score(cell("motion_score") or cfg["motion_score"], where),
