@@ -10,13 +10,14 @@ from torch import nn
 from opensora.acceleration.devices import torch_dtype
 from opensora.acceleration.plugins import check_sizes
 from opensora.config.commands import InferenceOptions
-from opensora.config.options import ModelOptions, SamplingOption, TextEmbedderOptions
+from opensora.config.options import ModelOptions, SamplingOption
 from opensora.diffusion.conditions import get_spans
 from opensora.diffusion.lora import check_loras
 from opensora.diffusion.plan import SamplePlan, image_plan, make_plan, starts_from_picture
 from opensora.models.autoencoder import LatentSpec, as_autoencoder
 from opensora.models.build import build_on_meta, check_capacity, check_weights
 from opensora.models.mmdit import MMDiTConfig
+from opensora.models.text.config import TextEmbedderConfig
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
@@ -55,7 +56,7 @@ class PreparedRun:
             UserError: says what is wrong and what would be right.
         """
         _check_numbers(cfg)
-        dtype, sections = torch_dtype(cfg.dtype), _sections(cfg)
+        dtype, sections = torch_dtype(cfg.dtype), needed_sections(cfg)
         models = {name: build_on_meta(sections[name]) for name in ("model", "ae")}
         spec = LatentSpec.of(models["ae"])
         plan = make_plan(cfg.sampling_option, spec, cfg.patch_size, "t2v")
@@ -112,10 +113,10 @@ def plan_picture(
 
 def text_length(encoder: ModelOptions | None) -> int:
     """Tokens that the text encoder of a section makes of every text."""
-    if isinstance(encoder, TextEmbedderOptions):
+    if isinstance(encoder, TextEmbedderConfig):
         return encoder.max_length
     extra = encoder.extra if encoder is not None else {}
-    return extra.get("max_length", TextEmbedderOptions.max_length)
+    return extra.get("max_length", TextEmbedderConfig.max_length)
 
 
 def check_parallelism(cfg: InferenceOptions, model: nn.Module, world_size: int) -> None:
@@ -140,8 +141,12 @@ def check_takes_references(model: nn.Module, cond_type: str) -> None:
         raise UserError(f"cond_type {cond_type}: this model takes no references (model.cond_embed is False)")
 
 
-def _sections(cfg: InferenceOptions) -> dict[str, ModelOptions]:
-    """Sections of the models that a run needs."""
+def needed_sections(cfg: InferenceOptions) -> dict[str, ModelOptions]:
+    """Sections of the models that a run needs, by name.
+
+    Raises:
+        UserError: one is not there.
+    """
     found = {"model": cfg.model, "ae": cfg.ae, "t5": cfg.t5, "clip": cfg.clip}
     if cfg.use_t2i2v:
         found |= {"img_flux": cfg.img_flux, "img_flux_ae": cfg.img_flux_ae}

@@ -17,7 +17,8 @@ def dry_run_report(run: PreparedRun, jobs: Sequence[Job]) -> str:
     """What a run would do, as text for the user. No weights are loaded."""
     cfg = run.cfg
     plans = run.plans(job.request.cond_type for job in jobs)
-    plan, *_ = plans = sorted(plans, key=lambda plan: plan.forwards, reverse=True)  # the most costly first
+    plans.sort(key=lambda plan: plan.forwards, reverse=True)  # the most costly first
+    plan = plans[0]
     model: Any = run.models["model"]
     counts = {name: count_parameters(model) for name, model in run.models.items()}
     unset = [name for name in run.models if not run.sections[name].from_pretrained]

@@ -29,10 +29,10 @@ if __package__ in (None, ""):
 from opensora.acceleration.devices import pick_device
 from opensora.config import parse_config, run_main
 from opensora.config.commands import InferenceOptions
-from opensora.config.options import DcAeOptions
 from opensora.diffusion.pipeline import SampleResult, VideoPipeline
 from opensora.diffusion.prepared import PreparedRun, text_length
 from opensora.models.build import build_ready
+from opensora.models.dc_ae.config import DCAEConfig
 from opensora.models.mmdit.flops import forward_flops
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
@@ -64,7 +64,7 @@ def build_pipeline(cfg: InferenceOptions, device: torch.device, random_weights: 
                 models[name] = random_text_encoder(name, widths[name], text_length(section), device, dtype).to(home)
             else:
                 changed = dataclasses.replace(section, from_pretrained=None)
-                if isinstance(changed, DcAeOptions):
+                if isinstance(changed, DCAEConfig):
                     changed = dataclasses.replace(changed, from_scratch=True)
                 models[name] = build_ready(changed, device, dtype, name).to(home)
     finally:
