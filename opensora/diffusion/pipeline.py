@@ -26,7 +26,7 @@ from opensora.diffusion.latents import get_noise, pack, prepare_ids, unpack
 from opensora.diffusion.loading import load_models
 from opensora.diffusion.offload import on_device
 from opensora.diffusion.plan import SamplePlan, make_plan, starts_from_picture
-from opensora.diffusion.prepared import TEXT_ENCODERS, PreparedRun, plan_picture
+from opensora.diffusion.prepared import TEXT_ENCODERS, PreparedRun, check_takes_references, plan_picture
 from opensora.diffusion.references import References, Source, check_references, per_prompt_references
 from opensora.diffusion.solvers import SOLVERS, StepCallback, Velocity, solve
 from opensora.diffusion.step_cache import STEP_CACHES
@@ -344,8 +344,7 @@ class VideoPipeline:
         tokens = self._denoise("img_flux", plan, pack(noise, patch), None, embedded, embedded, on_step)
         latents = unpack(tokens, size, patch).to(self.dtype)
         with self._ready("img_flux_ae") as ae:
-            decoder: Any = ae
-            return [to_uint8(decoder.decode(latent)[0])[0] for latent in latents.split(1)]
+            return [to_uint8(as_autoencoder(ae).decode(latent)[0])[0] for latent in latents.split(1)]
 
     def _ready(self, name: str) -> AbstractContextManager[nn.Module]:
         """A model, on the device inside the block."""
@@ -362,9 +361,8 @@ class VideoPipeline:
         has_refs = any(sources)
         if has_refs and not get_spans(cond_type):
             raise UserError("ref is given but cond_type is t2v; i2v_head makes a video that starts with a picture")
-        config: Any = self.models["model"].config
-        if has_refs and not config.cond_embed:
-            raise UserError(f"this model takes no references (model.cond_embed is False); cond_type {cond_type}")
+        if has_refs:
+            check_takes_references(self.models["model"], cond_type)
         for of_sample in sources:
             if of_sample:
                 check_references(of_sample, cond_type, self.spec)
