@@ -212,5 +212,5 @@ def image_plan(option: SamplingOption, resolution: str, spec: LatentSpec, patch_
     if ratio is None:
         ratio = closest_aspect_ratio(*frame_size(option, 1), aspect_ratio_table(2**20))
     height, width = get_image_size(resolution, ratio, training=True)
-    size = {"num_frames": 1, "height": height, "width": width}
-    return make_plan(replace(option, **size, guidance=IMAGE_GUIDANCE, method="distill"), spec, patch_size)
+    picture = replace(option, num_frames=1, height=height, width=width, guidance=IMAGE_GUIDANCE, method="distill")
+    return make_plan(picture, spec, patch_size)

@@ -117,9 +117,9 @@ def make_all(pipe: VideoPipeline, jobs: Sequence[Job], log: Callable[[str], None
             shown = tqdm(desc=batch[0].request.text[:40], unit="step", leave=False, disable=hidden)
             with doing(", ".join(job.request.where for job in batch)), shown as steps:
                 result = _make(pipe, batch, writer, _shown_on(steps))
-            for index, job in enumerate(batch if writer is not None else ()):
-                made.append(writer.sample(job, result, index))
-                bar.update()
+            if writer is not None:
+                made += [writer.sample(job, result, index) for index, job in enumerate(batch)]
+            bar.update(len(batch))
     return made
 
 
