@@ -78,7 +78,8 @@ def load_config(path: str | Path | Mapping | Options, options: type[Group], over
     """Resolve a config from Python.
 
     Args:
-        path: a config file, or its content (which is not changed).
+        path: a config file, or its content (which is not changed); an instance of ``options`` without overrides is
+            resolved already.
         options: option group of the script, e.g. ``InferenceOptions``.
         overrides: Python values by key; dotted keys and aliases as on a command line. A dict given for a section is
             merged into it, unless it holds ``_delete_=True``.
@@ -89,6 +90,8 @@ def load_config(path: str | Path | Mapping | Options, options: type[Group], over
     Raises:
         UserError: a missing file, an unknown key, a value of the wrong type.
     """
+    if isinstance(path, options) and not overrides:
+        return path
     if isinstance(path, str | Path):
         data, where = _read(Path(path)), str(path)
     else:

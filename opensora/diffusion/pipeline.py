@@ -2,7 +2,8 @@
 
 import random
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,36 +13,35 @@ import torch
 from torch import Tensor, nn
 
 from opensora.acceleration import collectives
-from opensora.acceleration.devices import pick_device, torch_dtype
+from opensora.acceleration.devices import pick_device
 from opensora.acceleration.parallel_context import ParallelContext
-from opensora.acceleration.parallel_vae import share_tiles
-from opensora.acceleration.plugins import divide_model
-from opensora.acceleration.shardformer import use_shardformer
 from opensora.config import load_config
 from opensora.config.commands import InferenceOptions
-from opensora.diffusion.checks import check_config, check_resources, section_names
+from opensora.config.keys import read_group
+from opensora.config.options import SamplingOption
 from opensora.diffusion.conditions import build_condition, get_spans, restore_references
 from opensora.diffusion.decode import DecodeMemoryError, decode_latents
+from opensora.diffusion.encoding import embed_texts, encode_references
 from opensora.diffusion.latents import get_noise, pack, prepare_ids, unpack
-from opensora.diffusion.lora import apply_loras
+from opensora.diffusion.loading import load_models
 from opensora.diffusion.offload import on_device
-from opensora.diffusion.plan import LatentSpec, SamplePlan, image_plan, make_plan
-from opensora.diffusion.references import References, Source, check_references, per_prompt_references, read_clips
+from opensora.diffusion.plan import SamplePlan, make_plan, starts_from_picture
+from opensora.diffusion.prepared import TEXT_ENCODERS, PreparedRun, check_takes_references, plan_picture
+from opensora.diffusion.references import References, Source, check_references, per_prompt_references
 from opensora.diffusion.solvers import SOLVERS, StepCallback, Velocity, solve
 from opensora.diffusion.step_cache import STEP_CACHES
 from opensora.diffusion.timing import as_stage, timed, with_latents
 from opensora.diffusion.velocity import Denoiser, TextEmbeddings, distilled_velocity, guided_velocity
 from opensora.diffusion.wording import check_motion_score, check_seed, final_text
-from opensora.models.autoencoder import as_autoencoder
-from opensora.models.build import build_ready
+from opensora.models.autoencoder import LatentSpec, as_autoencoder
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from opensora.utils.video import to_uint8
 
 logger = get_logger(__name__)
 
-TEXT_ENCODERS = ("t5", "clip")
-REFERENCE_SEED_OFFSET = 0x5DEECE66D  # keeps posterior noise apart from the starting noise of the same seed
+ImagesCallback = Callable[[list[np.ndarray]], None]
+"""``on_images(images)``: called with the pictures uint8 [H, W, 3] that a batch of videos is to start from."""
 
 
 @dataclass
@@ -80,7 +80,7 @@ class VideoPipeline:
 
     Args:
         models: by config name: t5, clip, model, ae; for use_t2i2v also img_flux and img_flux_ae.
-        cfg: resolved config (:class:`opensora.config.commands.InferenceOptions`).
+        cfg: resolved config.
         device: where the models work.
         dtype: of the models.
         parallel: ranks that make a sample together, already reflected in the models; all call the same methods.
@@ -89,7 +89,7 @@ class VideoPipeline:
     def __init__(
         self,
         models: Mapping[str, nn.Module],
-        cfg: Mapping[str, Any],
+        cfg: InferenceOptions,
         device: torch.device,
         dtype: torch.dtype,
         parallel: ParallelContext | None = None,
@@ -104,7 +104,7 @@ class VideoPipeline:
     @classmethod
     def from_config(
         cls,
-        config: str | Path | Mapping[str, Any],
+        config: str | Path | Mapping[str, Any] | InferenceOptions,
         device: torch.device | None = None,
         parallel: ParallelContext | None = None,
         **overrides: Any,
@@ -122,25 +122,14 @@ class VideoPipeline:
             UserError: anything wrong with config or weight files; found before weights are loaded.
         """
         cfg = load_config(config, InferenceOptions, overrides)
-        device = device or pick_device(cfg.device)
-        check_config(cfg)
-        check_resources(cfg, device)
-        dtype = torch_dtype(cfg.dtype)
-        home = torch.device("cpu") if cfg.offload else device
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(cfg.seed)  # for models that start from random weights
-            # of ranks that make a sample together, the first embeds its text for all
-            embeds = parallel is None or parallel.sample.first
-            names = [name for name in section_names(cfg) if embeds or name not in TEXT_ENCODERS]
-            models = {name: build_ready(cfg[name], home, dtype, name) for name in names}
-        for name in set(TEXT_ENCODERS) & models.keys():
-            use_shardformer(models[name])
-        models["model"] = apply_loras(models["model"], cfg.pretrained_lora_path, cfg.merge_lora)
-        if parallel is not None:
-            divide_model(models["model"], parallel, cfg.plugin_config)
-            if cfg.plugin_ae not in (None, "none"):
-                share_tiles(as_autoencoder(models["ae"]), parallel.sample)
-        return cls(models, cfg, device, dtype, parallel)
+        run = PreparedRun.of(cfg, device or pick_device(cfg.device))
+        run.check_resources()
+        return cls.from_prepared(run, parallel)
+
+    @classmethod
+    def from_prepared(cls, run: PreparedRun, parallel: ParallelContext | None = None) -> "VideoPipeline":
+        """Load the models of a run whose config and weights are checked; ``parallel`` as in :meth:`from_config`."""
+        return cls(load_models(run, parallel), run.cfg, run.device, run.dtype, parallel)
 
     def __call__(
         self,
@@ -178,25 +167,18 @@ class VideoPipeline:
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         option = self._option(sampling)
-        score = check_motion_score(self.cfg["motion_score"] if motion_score is None else motion_score, "motion_score")
+        score = check_motion_score(self.cfg.motion_score if motion_score is None else motion_score, "motion_score")
         if score == "dynamic":
             raise UserError("motion_score: give a number; 'dynamic' is worked out by the command line only")
-        texts = [final_text(text, fps or self.cfg["fps_save"], score) for text in prompts]
+        texts = [final_text(text, fps or self.cfg.fps_save, score) for text in prompts]
         negatives = _per_prompt(neg or "", len(prompts), "negative prompts")
-        seeds = self._seeds(option["seed"] if seed is None else seed, len(prompts))
-        cond_type = cond_type or self.cfg["cond_type"]
-        images: list[np.ndarray] = []
-        image_time: dict[str, float] = {}
+        seeds = self._seeds(option.seed if seed is None else seed, len(prompts))
         with tempfile.TemporaryDirectory() as downloads:
             sources = per_prompt_references(ref, len(prompts), Path(downloads))
-            if self.cfg["use_t2i2v"] and not any(sources):
-                with timed(image_time, "image", self.device):
-                    images = self.make_images(prompts, seeds, as_stage(on_step, 0, 2), **sampling)
-                sources, cond_type, on_step = [[image] for image in images], "i2v_head", as_stage(on_step, 1, 2)
-            result = self.make(texts, sources, cond_type, seeds, negatives, option, on_step)
-        result.images = images
-        result.timings = {**image_time, **result.timings}
-        return result
+            return self.make(
+                *(texts, sources, cond_type or self.cfg.cond_type, seeds, negatives, option, on_step),
+                image_texts=prompts if self.cfg.use_t2i2v else None,
+            )
 
     def make(
         self,
@@ -205,8 +187,10 @@ class VideoPipeline:
         cond_type: str,
         seeds: Sequence[int],
         negatives: Sequence[str],
-        option: Mapping[str, Any] | None = None,
+        option: SamplingOption | None = None,
         on_step: StepCallback | None = None,
+        image_texts: Sequence[str] | None = None,
+        on_images: ImagesCallback | None = None,
     ) -> SampleResult:
         """Make a batch with everything given: what a call does after it has worked out its defaults.
 
@@ -218,9 +202,21 @@ class VideoPipeline:
             negatives: negative prompt per sample.
             option: sampling options; None takes the config's.
             on_step: as in a call.
+            image_texts: prompts of pictures to make first and start from, where no sample has references; None makes
+                none.
+            on_images: gets these pictures before their videos are made.
         """
         timings: dict[str, float] = {}
-        plan = self._plan(option or self.cfg["sampling_option"], cond_type, sources)
+        images: list[np.ndarray] = []
+        option = option or self.cfg.sampling_option
+        if image_texts is not None and not any(sources):
+            with timed(timings, "image", self.device):
+                images = self._make_images(image_texts, seeds, option, as_stage(on_step, 0, 2))
+            if on_images is not None:
+                on_images(images)
+            sources, on_step = [[image] for image in images], as_stage(on_step, 1, 2)
+            cond_type = starts_from_picture(cond_type)
+        plan = self._plan(option, cond_type, sources)
         if plan.method == "distill" and any(negatives):
             logger.warning("method distill: a guidance-distilled model takes no negative prompt, it has no effect")
         with timed(timings, "references", self.device):
@@ -229,7 +225,7 @@ class VideoPipeline:
             embedded = self.encode_prompt([*texts, *negatives])
         with timed(timings, "denoise", self.device):
             latents = self.sample(plan, *embedded.split(len(texts)), refs, seeds, on_step)
-        result = SampleResult(latents.float().cpu(), [], list(texts), list(seeds), timings, plan)
+        result = SampleResult(latents.float().cpu(), [], list(texts), list(seeds), timings, plan, images)
         try:
             with timed(timings, "decode", self.device):
                 result.frames = self.decode(latents, plan)
@@ -251,37 +247,21 @@ class VideoPipeline:
         return TextEmbeddings(*(x.to(self.device) for x in collectives.agree(mine, axis)))
 
     def _embed(self, texts: Sequence[str]) -> list[Tensor]:
-        unique = list(dict.fromkeys(texts))
-        rows = torch.tensor([unique.index(text) for text in texts], device=self.device)
         embedded = []
         for name in TEXT_ENCODERS:
-            with on_device(self.models[name], self.device, self.cfg["offload"]) as embedder:
-                embed: Any = embedder
-                embedded.append(embed(unique).to(self.device, self.dtype)[rows])
+            with self._ready(name) as embedder:
+                embedded.append(embed_texts(embedder, texts, self.device, self.dtype))
         return embedded
 
     @torch.no_grad()
     def encode_references(
         self, sources: Sequence[Sequence[Source] | None], plan: SamplePlan, seeds: Sequence[int]
     ) -> list[list[Tensor] | None]:
-        """Latents [C, T', h, w] of each sample's references, one per given run of the plan's condition.
-
-        The posterior is sampled with a stream of the sample's own seed.
-        """
+        """Latents of each sample's references, see :func:`opensora.diffusion.encoding.encode_references`."""
         if not plan.has_image:
             return [None] * len(sources)
-        encoded: list[list[Tensor] | None] = []
-        with on_device(self.models["ae"], self.device, self.cfg["offload"]) as ae:
-            for of_sample, seed in zip(sources, seeds):
-                if not of_sample:
-                    encoded.append(None)
-                    continue
-                encoder: Any = ae
-                generator = torch.Generator("cpu").manual_seed(seed ^ REFERENCE_SEED_OFFSET)
-                clips = read_clips(of_sample, plan.cond_type, self.spec, plan.height, plan.width)
-                pixels = [clip[None].to(self.device, self.dtype) for clip in clips]
-                encoded.append([encoder.encode(clip, generator=generator)[0] for clip in pixels])
-        return encoded
+        with self._ready("ae") as ae:
+            return encode_references(as_autoencoder(ae), sources, plan, seeds, self.device, self.dtype)
 
     def sample(
         self,
@@ -316,7 +296,7 @@ class VideoPipeline:
         size, patch = plan.latent_size, plan.patch_size
         ids = prepare_ids(len(noise), size, patch, positive.txt.shape[1], self.device)
         cache = STEP_CACHES.get(plan.step_cache)(plan.num_steps) if plan.step_cache is not None else None
-        with on_device(self.models[name], self.device, self.cfg["offload"]) as model:
+        with self._ready(name) as model:
             denoiser = Denoiser(model, *ids, cond, cache)
             velocity: Velocity
             if plan.method == "distill":
@@ -330,10 +310,9 @@ class VideoPipeline:
 
     def decode(self, latents: Tensor, plan: SamplePlan) -> list[np.ndarray]:
         """Latents [B, C, T, h, w] to uint8 videos [num_frames, H, W, 3], see :func:`decode_latents`."""
-        with on_device(self.models["ae"], self.device, self.cfg["offload"]) as ae:
+        with self._ready("ae") as ae:
             return decode_latents(as_autoencoder(ae), latents, plan.kept_frames(), self.device, self.dtype)
 
-    @torch.no_grad()
     def make_images(
         self, prompts: Sequence[str], seeds: Sequence[int], on_step: StepCallback | None = None, **sampling: Any
     ) -> list[np.ndarray]:
@@ -348,40 +327,46 @@ class VideoPipeline:
         Returns:
             uint8 [H, W, 3] per prompt.
         """
+        return self._make_images(prompts, seeds, self._option(sampling), on_step)
+
+    @torch.no_grad()
+    def _make_images(
+        self, prompts: Sequence[str], seeds: Sequence[int], option: SamplingOption, on_step: StepCallback | None
+    ) -> list[np.ndarray]:
         for name in ("img_flux", "img_flux_ae"):
             if name not in self.models:
                 raise UserError(f"{name} is not loaded: set use_t2i2v=True and give the config section {name}")
-        plan = image_plan(self.cfg, self._option(sampling), LatentSpec.of(self.models["img_flux_ae"]))
+        plan = plan_picture(self.cfg, self.models, option)
         config: Any = self.models["img_flux"].config
         size, patch = plan.latent_size, plan.patch_size
         embedded = self.encode_prompt(prompts)
         noise = get_noise(seeds, config.in_channels // patch**2, size, self.device)
         tokens = self._denoise("img_flux", plan, pack(noise, patch), None, embedded, embedded, on_step)
         latents = unpack(tokens, size, patch).to(self.dtype)
-        with on_device(self.models["img_flux_ae"], self.device, self.cfg["offload"]) as ae:
-            decoder: Any = ae
-            return [to_uint8(decoder.decode(latent)[0])[0] for latent in latents.split(1)]
+        with self._ready("img_flux_ae") as ae:
+            return [to_uint8(as_autoencoder(ae).decode(latent)[0])[0] for latent in latents.split(1)]
 
-    def _option(self, sampling: Mapping[str, Any]) -> dict[str, Any]:
+    def _ready(self, name: str) -> AbstractContextManager[nn.Module]:
+        """A model, on the device inside the block."""
+        return on_device(self.models[name], self.device, self.cfg.offload)
+
+    def _option(self, sampling: Mapping[str, Any]) -> SamplingOption:
         """Sampling options of a call: the config's with some replaced."""
+        option = self.cfg.sampling_option
         if not sampling:
-            return dict(self.cfg["sampling_option"])
-        overrides = {f"sampling_option.{key}": value for key, value in sampling.items()}
-        return dict(load_config(self.cfg, InferenceOptions, overrides)["sampling_option"])
+            return option
+        return read_group(SamplingOption, {**option.to_dict(), **sampling}, "sampling_option", "this call")
 
-    def _plan(
-        self, option: Mapping[str, Any], cond_type: str, sources: Sequence[Sequence[Source] | None]
-    ) -> SamplePlan:
+    def _plan(self, option: SamplingOption, cond_type: str, sources: Sequence[Sequence[Source] | None]) -> SamplePlan:
         has_refs = any(sources)
         if has_refs and not get_spans(cond_type):
             raise UserError("ref is given but cond_type is t2v; i2v_head makes a video that starts with a picture")
-        config: Any = self.models["model"].config
-        if has_refs and not config.cond_embed:
-            raise UserError(f"this model takes no references (model.cond_embed is False); cond_type {cond_type}")
+        if has_refs:
+            check_takes_references(self.models["model"], cond_type)
         for of_sample in sources:
             if of_sample:
                 check_references(of_sample, cond_type, self.spec)
-        return make_plan(option, self.spec, self.cfg["patch_size"], cond_type if has_refs else "t2v", has_refs)
+        return make_plan(option, self.spec, self.cfg.patch_size, cond_type if has_refs else "t2v", has_refs)
 
     def _seeds(self, seed: int | Sequence[int] | None, count: int) -> list[int]:
         if seed is None:

@@ -2,10 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
+from opensora.config.options import SamplingOption
 from opensora.datasets.aspect import aspect_ratio_table, closest_aspect_ratio, get_image_size, round_up
 from opensora.diffusion.conditions import fits, get_spans, is_image_condition
 from opensora.diffusion.flow import get_schedule
@@ -94,7 +93,7 @@ class SamplePlan:
         return slice(start, self.num_frames - (extra if "tail" in ends else 0))
 
 
-def frame_size(option: Mapping[str, Any], multiple: int) -> tuple[int, int]:
+def frame_size(option: SamplingOption, multiple: int) -> tuple[int, int]:
     """(height, width) in pixels that sampling options ask for, multiples of ``multiple``.
 
     Explicit ``height`` and ``width``, rounded up, go before ``resolution`` and ``aspect_ratio``.
@@ -102,8 +101,8 @@ def frame_size(option: Mapping[str, Any], multiple: int) -> tuple[int, int]:
     Raises:
         UserError: not one complete pair of them, or unknown names.
     """
-    height, width = option.get("height"), option.get("width")
-    resolution, ratio = option.get("resolution"), option.get("aspect_ratio")
+    height, width = option.height, option.width
+    resolution, ratio = option.resolution, option.aspect_ratio
     if (height is None) != (width is None):
         raise UserError("sampling_option: height and width must be given together")
     if height is not None and width is not None:
@@ -119,7 +118,7 @@ def frame_size(option: Mapping[str, Any], multiple: int) -> tuple[int, int]:
 
 
 def make_plan(
-    option: Mapping[str, Any],
+    option: SamplingOption,
     spec: LatentSpec,
     patch_size: int,
     cond_type: str = "t2v",
@@ -128,7 +127,7 @@ def make_plan(
     """Work out a run.
 
     Args:
-        option: sampling options (:class:`opensora.config.commands.SamplingOption`).
+        option: sampling options.
         spec: of the autoencoder.
         patch_size: latent pixels per token side.
         cond_type: condition of the samples.
@@ -139,14 +138,14 @@ def make_plan(
     """
     multiple = math.lcm(SIZE_MULTIPLE, spec.compression[1] * patch_size, spec.compression[2] * patch_size)
     height, width = frame_size(option, multiple)
-    num_frames, num_steps = option["num_frames"], option["num_steps"]
+    num_frames, num_steps = option.num_frames, option.num_steps
     spec.check_frames(num_frames)
     if num_steps < 1:
         raise UserError(f"num_steps={num_steps}: must be at least 1")
-    SOLVERS.check(option["solver"])
-    if option["step_cache"] is not None:
-        STEP_CACHES.check(option["step_cache"])
-    if option["method"] == "distill" and get_spans(cond_type):
+    SOLVERS.check(option.solver)
+    if option.step_cache is not None:
+        STEP_CACHES.check(option.step_cache)
+    if option.method == "distill" and get_spans(cond_type):
         raise UserError(
             f"sampling_option.method distill makes videos from text alone, not with cond_type {cond_type} (or "
             "use_t2i2v); --sampling_option.method i2v takes references"
@@ -154,10 +153,9 @@ def make_plan(
     size = spec.latent_size(num_frames, height, width)
     _check_condition(cond_type, num_frames, size[0], spec)
     tokens = size[1] * size[2] // patch_size**2
-    times = get_schedule(num_steps, tokens, size[0], option["shift"], option["flow_shift"])
+    times = get_schedule(num_steps, tokens, size[0], option.shift, option.flow_shift)
     if any(after >= now for now, after in itertools.pairwise(times)):
-        raise UserError(f"flow_shift={option['flow_shift']}: the times of {num_steps} steps coincide; 1 to 20 is usual")
-    image = option["guidance_img"]
+        raise UserError(f"flow_shift={option.flow_shift}: the times of {num_steps} steps coincide; 1 to 20 is usual")
     given = bool(get_spans(cond_type)) if has_image is None else has_image
     return SamplePlan(
         height=height,
@@ -169,17 +167,17 @@ def make_plan(
         times=tuple(times),
         cond_type=cond_type,
         guidance=Guidance(
-            text=option["guidance"],
-            image=1.0 if image is None else image,
-            text_osci=option["text_osci"],
-            image_osci=option["image_osci"],
-            scale_temporal_osci=option["scale_temporal_osci"] and is_image_condition(cond_type),
+            text=option.guidance,
+            image=1.0 if option.guidance_img is None else option.guidance_img,
+            text_osci=option.text_osci,
+            image_osci=option.image_osci,
+            scale_temporal_osci=option.scale_temporal_osci and is_image_condition(cond_type),
         ),
         has_image=given and size[0] > 1,
-        drop_duplicates=given and is_image_condition(cond_type) and not (spec.is_causal or option["is_causal_vae"]),
-        method=option["method"],
-        solver=option["solver"],
-        step_cache=option["step_cache"],
+        drop_duplicates=given and is_image_condition(cond_type) and not (spec.is_causal or option.is_causal_vae),
+        method=option.method,
+        solver=option.solver,
+        step_cache=option.step_cache,
     )
 
 
@@ -194,15 +192,25 @@ def _check_condition(cond_type: str, num_frames: int, latent_frames: int, spec: 
     )
 
 
-def image_plan(cfg: Mapping[str, Any], option: Mapping[str, Any], spec: LatentSpec) -> SamplePlan:
+def starts_from_picture(cond_type: str) -> str:
+    """Condition of a video whose picture is made first (``use_t2i2v``): ``t2v`` asks for none, so it starts from it."""
+    return cond_type if get_spans(cond_type) else "i2v_head"
+
+
+def image_plan(option: SamplingOption, resolution: str, spec: LatentSpec, patch_size: int) -> SamplePlan:
     """Run of the image model that comes before a video (``use_t2i2v``).
 
-    The picture has ``img_resolution`` and the aspect ratio of the video; steps, shift and solver are the video's.
+    The picture has the aspect ratio of the video; steps, shift and solver are the video's.
+
+    Args:
+        option: of the video.
+        resolution: pixel count of the picture by name (``img_resolution``).
+        spec: of the image autoencoder.
+        patch_size: of the image model.
     """
-    ratio = option["aspect_ratio"]
+    ratio = option.aspect_ratio
     if ratio is None:
         ratio = closest_aspect_ratio(*frame_size(option, 1), aspect_ratio_table(2**20))
-    height, width = get_image_size(cfg["img_resolution"], ratio, training=True)
-    changed = {"num_frames": 1, "height": height, "width": width, "guidance": IMAGE_GUIDANCE, "method": "distill"}
-    patch_size = (cfg["img_flux"] or {}).get("patch_size") or 2
-    return make_plan({**option, **changed}, spec, patch_size)
+    height, width = get_image_size(resolution, ratio, training=True)
+    picture = replace(option, num_frames=1, height=height, width=width, guidance=IMAGE_GUIDANCE, method="distill")
+    return make_plan(picture, spec, patch_size)

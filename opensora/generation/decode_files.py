@@ -1,14 +1,14 @@
 """Kept latents to video files (``scripts/diffusion/decode.py``)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from opensora.acceleration.devices import torch_dtype
+from opensora.config.commands import InferenceOptions
 from opensora.diffusion.decode import decode_latents
 from opensora.diffusion.offload import on_device
 from opensora.generation import outputs
@@ -20,12 +20,12 @@ from opensora.utils.main import doing
 
 
 def decode_files(
-    cfg: Mapping[str, Any], files: Sequence[str | Path], device: torch.device, log: Callable[[str], None] = print
+    cfg: InferenceOptions, files: Sequence[str | Path], device: torch.device, log: Callable[[str], None] = print
 ) -> list[Path]:
     """Turn latents kept by ``save_latents`` into videos beside them; only the autoencoder is loaded.
 
     Args:
-        cfg: resolved config (:class:`opensora.config.commands.InferenceOptions`); its section ``ae`` is used.
+        cfg: resolved config; its section ``ae`` is used.
         files: ``*.latents.safetensors``.
         device: where to work.
         log: gets a line per saved file.
@@ -40,16 +40,16 @@ def decode_files(
     kept = [entry for entry in kept if _is_wanted(cfg, _stem_of(entry[0]))]
     if not kept:
         return []
-    if not cfg["ae"]:
+    if cfg.ae is None:
         raise UserError("the config has no section `ae`")
-    check_weights("ae", cfg["ae"])
-    dtype = torch_dtype(cfg["dtype"])
-    ae = build_ready(cfg["ae"], device, dtype, "ae")
+    check_weights("ae", cfg.ae)
+    dtype = torch_dtype(cfg.dtype)
+    ae = build_ready(cfg.ae, device, dtype, "ae")
     made = []
     for path, latents, facts in kept:
         frames = slice(int(facts["first_frame"]), int(facts["end_frame"]))
         with (
-            claimed(_stem_of(path), is_folder=False, wait=cfg["wait"], advice="--wait True waits for it"),
+            claimed(_stem_of(path), is_folder=False, wait=cfg.wait, advice="--wait True waits for it"),
             doing(str(path)),
         ):
             if not _is_wanted(cfg, _stem_of(path)):  # another process was quicker
@@ -65,11 +65,11 @@ def _stem_of(latents: Path) -> Path:
     return latents.with_name(latents.name.removesuffix(outputs.LATENTS_ENDING))
 
 
-def _is_wanted(cfg: Mapping[str, Any], stem: Path) -> bool:
+def _is_wanted(cfg: InferenceOptions, stem: Path) -> bool:
     """Whether a video is to be made; what is there is never replaced without being told to."""
-    if cfg["overwrite"] or not outputs.has_video(stem):
+    if cfg.overwrite or not outputs.has_video(stem):
         return True
-    if cfg["skip_existing"]:
+    if cfg.skip_existing:
         return False
     raise UserError(
         f"the video of {stem} is there already: --skip-existing True decodes only what is missing, --overwrite True "

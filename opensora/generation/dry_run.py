@@ -1,43 +1,41 @@
 """The plan of a run in numbers, for ``--dry-run``: sizes, forwards, parameters, memory, FLOPs, files."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from opensora.acceleration.devices import torch_dtype
-from opensora.diffusion.plan import LatentSpec, SamplePlan, image_plan, make_plan
+from opensora.diffusion.prepared import TEXT_ENCODERS, PreparedRun, text_length
 from opensora.diffusion.velocity import MAX_TOKENS_AT_ONCE
 from opensora.generation.jobs import Job
-from opensora.models.build import build_on_meta, count_parameters
+from opensora.models.build import count_parameters
 from opensora.models.mmdit.flops import activation_bytes, forward_flops
 from opensora.utils.weights import read_header
 
 
-def dry_run_report(cfg: Mapping[str, Any], device: torch.device, jobs: Sequence[Job]) -> str:
+def dry_run_report(run: PreparedRun, jobs: Sequence[Job]) -> str:
     """What a run would do, as text for the user. No weights are loaded."""
-    plans = _plans(cfg, jobs)
+    cfg = run.cfg
+    plans = run.plans(job.request.cond_type for job in jobs)
+    plans.sort(key=lambda plan: plan.forwards, reverse=True)  # the most costly first
     plan = plans[0]
-    dtype = torch_dtype(cfg["dtype"])
-    model: Any = build_on_meta(cfg["model"])
-    names = ["model", "ae"] + (["img_flux", "img_flux_ae"] if cfg["use_t2i2v"] else [])
-    counts = {name: count_parameters(build_on_meta(cfg[name])) for name in names}
+    model: Any = run.models["model"]
+    counts = {name: count_parameters(model) for name, model in run.models.items()}
+    unset = [name for name in run.models if not run.sections[name].from_pretrained]
     uncounted = []
-    for name in ("t5", "clip"):
-        found = encoder_parameters(cfg[name].get("from_pretrained"))
+    for name in TEXT_ENCODERS:
+        found = encoder_parameters(run.sections[name].from_pretrained)
         if found is None:
             uncounted.append(name)
         else:
             counts[name] = found
-    text_tokens = cfg["t5"]["max_length"]
+    text_tokens = text_length(run.sections["t5"])
     flops = forward_flops(model, plan.tokens, text_tokens) * plan.forwards
     tokens = plan.tokens + text_tokens
-    batch = cfg["batch_size"]
+    batch = cfg.batch_size
     branches = 1 if plan.method == "distill" else 3 if plan.has_image else 2
     rows = batch * (branches if batch * branches * plan.tokens <= MAX_TOKENS_AT_ONCE else 1)
-    weights = (max if cfg["offload"] else sum)(count * dtype.itemsize for count in counts.values())
+    weights = (max if cfg.offload else sum)(count * run.dtype.itemsize for count in counts.values())
     ending = ".png" if plan.num_frames == 1 else ".mp4"
     without = f" ({' and '.join(uncounted)} not counted)" if uncounted else ""
     lines = [
@@ -47,26 +45,18 @@ def dry_run_report(cfg: Mapping[str, Any], device: torch.device, jobs: Sequence[
         f"tokens       {plan.tokens} image + {text_tokens} text",
         f"steps        {plan.num_steps} by {plan.solver}, {' or '.join(str(each.forwards) for each in plans)} forwards "
         f"per sample, batches of {batch}",
-        f"device       {device}, {cfg['dtype']}, offload {'on' if cfg['offload'] else 'off'}",
+        f"device       {run.device}, {cfg.dtype}, offload {'on' if cfg.offload else 'off'}",
         *(f"parameters   {count / 1e6:,.1f}M {name}" for name, count in counts.items()),
         f"memory       about {_size(weights)} of weights on the device{without}, and "
-        f"{_size(activation_bytes(model, tokens, rows, dtype))} of activations while sampling",
+        f"{_size(activation_bytes(model, tokens, rows, run.dtype))} of activations while sampling",
         f"compute      about {flops / 1e12:,.3g} TFLOP per sample",
-        *_picture_lines(cfg, text_tokens),
-        *(f"weights      {name}: random, no from_pretrained" for name in names if not cfg[name].get("from_pretrained")),
+        *_picture_lines(run, text_tokens),
+        *(f"weights      {name}: random, no from_pretrained" for name in unset),
         f"files        {len(jobs)} to write, with .txt and .json beside:",
         *(f"  {job.stem}{ending}" for job in jobs),
         "dry run: nothing loaded, nothing written",
     ]
     return "\n".join(lines)
-
-
-def _plans(cfg: Mapping[str, Any], jobs: Sequence[Job]) -> list[SamplePlan]:
-    """The plan of every condition that the samples have, the most costly first."""
-    spec = LatentSpec.of(build_on_meta(cfg["ae"]))
-    conditions = sorted({job.request.cond_type for job in jobs})
-    plans = [make_plan(cfg["sampling_option"], spec, cfg["patch_size"], each) for each in conditions]
-    return sorted(plans, key=lambda plan: plan.forwards, reverse=True)
 
 
 def encoder_parameters(path: str | None) -> int | None:
@@ -83,12 +73,13 @@ def encoder_parameters(path: str | None) -> int | None:
     return sum(map(math.prod, shapes)) if shapes else None
 
 
-def _picture_lines(cfg: Mapping[str, Any], text_tokens: int) -> list[str]:
+def _picture_lines(run: PreparedRun, text_tokens: int) -> list[str]:
     """What the picture that comes first costs (``use_t2i2v``)."""
-    if not cfg["use_t2i2v"]:
+    plan = run.picture
+    if plan is None:
         return []
-    plan = image_plan(cfg, cfg["sampling_option"], LatentSpec.of(build_on_meta(cfg["img_flux_ae"])))
-    flops = forward_flops(build_on_meta(cfg["img_flux"]), plan.tokens, text_tokens) * plan.forwards
+    model: Any = run.models["img_flux"]
+    flops = forward_flops(model, plan.tokens, text_tokens) * plan.forwards
     return [
         f"picture      {plan.height} x {plan.width} first, {plan.tokens} tokens, {plan.forwards} forwards, about "
         f"{flops / 1e12:,.3g} TFLOP"

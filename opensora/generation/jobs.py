@@ -8,8 +8,8 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from opensora.config.commands import InferenceOptions
 from opensora.generation import outputs
 from opensora.generation.refine import Ask, refine_requests
 from opensora.generation.requests import Request
@@ -46,7 +46,7 @@ def job_seed(run_seed: int, request: Request, epoch: int) -> int:
     return random.Random(f"{run_seed}/{request.index}/{epoch}").getrandbits(32)
 
 
-def list_jobs(cfg: Mapping[str, Any], requests: Sequence[Request], being_made: Container[str] = ()) -> list[Job]:
+def list_jobs(cfg: InferenceOptions, requests: Sequence[Request], being_made: Container[str] = ()) -> list[Job]:
     """The samples of a run, all prompts once before any is repeated.
 
     A prompt of the command line takes the first number whose files are free (or, with ``skip_existing``, that it has
@@ -57,24 +57,24 @@ def list_jobs(cfg: Mapping[str, Any], requests: Sequence[Request], being_made: C
         requests: its prompts.
         being_made: names of files, without ending, that other processes are making.
     """
-    if cfg["prompt"] is not None and not (cfg["prompt_as_path"] or cfg["overwrite"]):
+    if cfg.prompt is not None and not (cfg.prompt_as_path or cfg.overwrite):
         requests = [_numbered(cfg, request, being_made) for request in requests]
-    return [_job(cfg, request, epoch) for epoch in range(cfg["num_sample"]) for request in requests]
+    return [_job(cfg, request, epoch) for epoch in range(cfg.num_sample) for request in requests]
 
 
-def _job(cfg: Mapping[str, Any], request: Request, epoch: int) -> Job:
+def _job(cfg: InferenceOptions, request: Request, epoch: int) -> Job:
     stem = outputs.output_folder(cfg) / outputs.file_stem(cfg, request, epoch)
-    return Job(request, epoch, job_seed(cfg["seed"], request, epoch), stem)
+    return Job(request, epoch, job_seed(cfg.seed, request, epoch), stem)
 
 
-def _numbered(cfg: Mapping[str, Any], request: Request, being_made: Container[str]) -> Request:
+def _numbered(cfg: InferenceOptions, request: Request, being_made: Container[str]) -> Request:
     for number in itertools.count():
         named = dataclasses.replace(request, name=f"prompt_{number:04d}")
-        stems = [_job(cfg, named, epoch).stem for epoch in range(cfg["num_sample"])]
+        stems = [_job(cfg, named, epoch).stem for epoch in range(cfg.num_sample)]
         if any(stem.name in being_made for stem in stems):
             continue
         taken = [stem for stem in stems if outputs.is_taken(stem)]
-        if not taken or (cfg["skip_existing"] and all(_same_prompt(stem, request) for stem in taken)):
+        if not taken or (cfg.skip_existing and all(_same_prompt(stem, request) for stem in taken)):
             return named
     raise AssertionError("numbers do not end")
 
@@ -85,7 +85,7 @@ def _same_prompt(stem: Path, request: Request) -> bool:
 
 
 def left_to_make(
-    cfg: Mapping[str, Any], jobs: Sequence[Job], being_made: Mapping[str, Holder] | None = None
+    cfg: InferenceOptions, jobs: Sequence[Job], being_made: Mapping[str, Holder] | None = None
 ) -> list[Job]:
     """The jobs that a run has to do: all, or with ``skip_existing`` those whose video is not there.
 
@@ -99,10 +99,10 @@ def left_to_make(
         UserError: files are in the way, and neither ``skip_existing`` nor ``overwrite`` says what to do with them.
     """
     jobs = _left_by_others(cfg, jobs, being_made or {})
-    if cfg["overwrite"]:
+    if cfg.overwrite:
         return jobs
     in_the_way = [job for job in jobs if outputs.is_taken(job.stem)]
-    if cfg["skip_existing"]:
+    if cfg.skip_existing:
         for job in in_the_way:
             if not _same_prompt(job.stem, job.request):
                 raise UserError(
@@ -127,10 +127,10 @@ def left_to_make(
     return jobs
 
 
-def _left_by_others(cfg: Mapping[str, Any], jobs: Sequence[Job], being_made: Mapping[str, Holder]) -> list[Job]:
+def _left_by_others(cfg: InferenceOptions, jobs: Sequence[Job], being_made: Mapping[str, Holder]) -> list[Job]:
     """Jobs that no other process is making; see :func:`left_to_make`."""
     theirs = [job for job in jobs if job.stem.name in being_made]
-    if theirs and not cfg["skip_existing"]:
+    if theirs and not cfg.skip_existing:
         holder = being_made[theirs[0].stem.name]
         raise TakenError(
             f"{theirs[0].stem} is being made by {holder.describe()}; --wait True waits for it, "
@@ -141,7 +141,7 @@ def _left_by_others(cfg: Mapping[str, Any], jobs: Sequence[Job], being_made: Map
     return [job for job in jobs if job.stem.name not in being_made]
 
 
-def claim_jobs(cfg: Mapping[str, Any], requests: Sequence[Request], held: ExitStack) -> list[Job]:
+def claim_jobs(cfg: InferenceOptions, requests: Sequence[Request], held: ExitStack) -> list[Job]:
     """The jobs of a run, claimed against other processes until ``held`` is closed.
 
     Files that killed runs were writing into the folder are deleted where no other process is at work.
@@ -161,12 +161,12 @@ def claim_jobs(cfg: Mapping[str, Any], requests: Sequence[Request], held: ExitSt
                 held.callback(claims.take([job.stem.name for job in jobs]).release)
                 return jobs
         except TakenError:
-            if not cfg["wait"]:
+            if not cfg.wait:
                 raise
             time.sleep(POLL_SECONDS)
 
 
-def hold_jobs(cfg: Mapping[str, Any], jobs: Sequence[Job], held: ExitStack) -> None:
+def hold_jobs(cfg: InferenceOptions, jobs: Sequence[Job], held: ExitStack) -> None:
     """Claim jobs that another process of this run has settled, which may end before this one."""
     folder = outputs.output_folder(cfg)
     with claimed(folder, wait=True):
@@ -174,7 +174,7 @@ def hold_jobs(cfg: Mapping[str, Any], jobs: Sequence[Job], held: ExitStack) -> N
 
 
 def settle_jobs(
-    cfg: Mapping[str, Any], requests: Sequence[Request], start: Callable[[], Ask] | None, held: ExitStack
+    cfg: InferenceOptions, requests: Sequence[Request], start: Callable[[], Ask] | None, held: ExitStack
 ) -> list[Job]:
     """The jobs of a run with everything decided that may be decided only once.
 

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opensora.config.commands import InferenceOptions
 from opensora.diffusion.lora import as_list, split_lora
+from opensora.diffusion.prepared import needed_sections
 from opensora.generation.requests import Request
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
@@ -29,16 +32,16 @@ NOTES = (".json", ".txt")  # beside a sample
 VERSIONED = ("opensora", "torch", "transformers", "numpy", "av")
 
 
-def output_folder(cfg: Mapping[str, Any]) -> Path:
+def output_folder(cfg: InferenceOptions) -> Path:
     """``<save_dir>/{image|video}_{resolution}``; image for one frame, HxW where no resolution is named."""
-    option = cfg["sampling_option"]
-    kind = "image" if option["num_frames"] == 1 else "video"
-    explicit = option["height"] is not None and option["width"] is not None
-    size = f"{option['height']}x{option['width']}" if explicit else option["resolution"]
-    return Path(cfg["save_dir"]) / f"{kind}_{size}"
+    option = cfg.sampling_option
+    kind = "image" if option.num_frames == 1 else "video"
+    explicit = option.height is not None and option.width is not None
+    size = f"{option.height}x{option.width}" if explicit else option.resolution
+    return Path(cfg.save_dir) / f"{kind}_{size}"
 
 
-def file_stem(cfg: Mapping[str, Any], request: Request, epoch: int) -> str:
+def file_stem(cfg: InferenceOptions, request: Request, epoch: int) -> str:
     """File name of a sample without its ending.
 
     Args:
@@ -50,10 +53,12 @@ def file_stem(cfg: Mapping[str, Any], request: Request, epoch: int) -> str:
         ``<prompt>-<epoch>`` with ``prompt_as_path``; else the name from the table, or the table's own name and the
         row, after ``save_prefix`` and, from the second repetition on, followed by ``_<epoch>``.
     """
-    if cfg["prompt_as_path"]:
+    if cfg.prompt_as_path:
         return f"{_safe_name(request.text.strip('.'))}-{epoch}"
-    table = "prompt" if cfg["prompt"] is not None else Path(cfg["dataset"]["data_path"]).stem
-    name = cfg["save_prefix"] + (request.name or f"{table}_{request.index:04d}")
+    table = "prompt"
+    if cfg.prompt is None and cfg.dataset is not None:
+        table = Path(cfg.dataset.data_path or cfg.dataset.type).stem
+    name = cfg.save_prefix + (request.name or f"{table}_{request.index:04d}")
     return _safe_name(name) + (f"_{epoch}" if epoch else "")
 
 
@@ -69,17 +74,32 @@ def _safe_name(text: str) -> str:
     return f"{raw[:MAX_NAME_BYTES].decode(errors='ignore')}-{digest}"
 
 
-def check_stems(cfg: Mapping[str, Any], requests: Sequence[Request]) -> None:
+def check_writable(folder: str | Path) -> None:
+    """See that files could be made in a folder (which need not exist yet), without making anything.
+
+    Raises:
+        UserError: no permission, or a file is in the way.
+    """
+    path = Path(folder).expanduser().absolute()
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir():
+        raise UserError(f"save_dir {folder}: {path} is a file, not a folder")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"save_dir {folder}: no permission to write in {path}")
+
+
+def check_stems(cfg: InferenceOptions, requests: Sequence[Request]) -> None:
     """Raises a UserError if two samples would be written to the same file."""
     seen: dict[str, str] = {}
-    for request, epoch in itertools.product(requests, range(cfg["num_sample"])):
+    for request, epoch in itertools.product(requests, range(cfg.num_sample)):
         stem = file_stem(cfg, request, epoch)
         if seen.get(stem, request.where) != request.where and epoch:
             raise UserError(
                 f"{request.where}: its repetition {epoch} would be written to {stem!r}, as {seen[stem]}; rename one"
             )
         if stem in seen:
-            column = "the same prompt" if cfg["prompt_as_path"] else f"the same name {stem!r}"
+            column = "the same prompt" if cfg.prompt_as_path else f"the same name {stem!r}"
             raise UserError(f"{request.where}: has {column} as {seen[stem]}; one would overwrite the other")
         seen[stem] = request.where
 
@@ -168,18 +188,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def weight_records(cfg: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+def weight_records(cfg: InferenceOptions) -> dict[str, dict[str, str]]:
     """Per model: its weight path, and a hash of the weights themselves (:meth:`WeightFiles.fingerprint`).
 
     A model without a path has random weights, drawn from the run's seed; the record says so.
     """
     records: dict[str, dict[str, str]] = {}
-    for name in ("model", "ae", "t5", "clip", "img_flux", "img_flux_ae"):
-        if not cfg.get(name) or (name.startswith("img_") and not cfg["use_t2i2v"]):
-            continue
-        path = cfg[name].get("from_pretrained")
-        records[name] = _weight_record(path) if path else {"path": f"random weights of seed {cfg['seed']}"}
-    for number, entry in enumerate(as_list(cfg.get("pretrained_lora_path"))):
+    for name, section in needed_sections(cfg).items():
+        path = section.from_pretrained
+        records[name] = _weight_record(path) if path else {"path": f"random weights of seed {cfg.seed}"}
+    for number, entry in enumerate(as_list(cfg.pretrained_lora_path)):
         records[f"lora_{number}"] = {**_weight_record(split_lora(entry)[0]), "path": entry}
     return records
 

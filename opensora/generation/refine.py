@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from opensora.config.commands import InferenceOptions
 from opensora.generation.requests import Request
 from opensora.utils.chat import ChatClient, content_of, data_url, require_openai
 from opensora.utils.errors import UserError
@@ -49,12 +50,12 @@ MOTION_INSTRUCTIONS = (
 )
 
 
-def wants_language_model(cfg: Mapping[str, Any], requests: Sequence[Request]) -> bool:
+def wants_language_model(cfg: InferenceOptions, requests: Sequence[Request]) -> bool:
     """Whether anything of a run is to be asked of a language model."""
-    return bool(cfg["refine_prompt"]) or any(request.motion_score == "dynamic" for request in requests)
+    return bool(cfg.refine_prompt) or any(request.motion_score == "dynamic" for request in requests)
 
 
-def make_asker(cfg: Mapping[str, Any], environment: Mapping[str, str]) -> Callable[[], Ask]:
+def make_asker(cfg: InferenceOptions, environment: Mapping[str, str]) -> Callable[[], Ask]:
     """Check the settings of the language model, and say how to start it.
 
     Args:
@@ -68,12 +69,12 @@ def make_asker(cfg: Mapping[str, Any], environment: Mapping[str, str]) -> Callab
     Raises:
         UserError: no local model there, or no API key for a server that needs one.
     """
-    local = cfg["refine_model"]
+    local = cfg.refine_model
     if local:
         if local.startswith((".", "/", "~")) and not (Path(local).expanduser() / "config.json").is_file():
             raise UserError(f"--refine-model {local}: no Hugging Face model folder there (config.json is missing)")
         return lambda: LocalModel(local)
-    url = cfg["refine_base_url"] or environment.get("OPENAI_BASE_URL")
+    url = cfg.refine_base_url or environment.get("OPENAI_BASE_URL")
     key = environment.get("OPENAI_API_KEY", "")
     if not key and not url:
         raise UserError(
@@ -81,7 +82,7 @@ def make_asker(cfg: Mapping[str, Any], environment: Mapping[str, str]) -> Callab
             "--refine-base-url URL of a server without key, or --refine-model PATH of a local model"
         )
     require_openai("a language model behind a server")
-    name = cfg["refine_api_model"] or environment.get("OPENAI_MODEL") or DEFAULT_MODEL
+    name = cfg.refine_api_model or environment.get("OPENAI_MODEL") or DEFAULT_MODEL
     return lambda: ApiModel(url or DEFAULT_URL, key, name)
 
 
@@ -138,7 +139,7 @@ class LocalModel:
         return str(self.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-def refine_requests(requests: Sequence[Request], cfg: Mapping[str, Any], ask: Ask) -> list[Request]:
+def refine_requests(requests: Sequence[Request], cfg: InferenceOptions, ask: Ask) -> list[Request]:
     """Requests with their texts written out (``refine_prompt``) and motion scores filled in (``dynamic``).
 
     Each prompt is asked about once, however many videos are made of it.
@@ -146,12 +147,12 @@ def refine_requests(requests: Sequence[Request], cfg: Mapping[str, Any], ask: As
     return [_refine_one(request, cfg, ask) for request in requests]
 
 
-def _refine_one(request: Request, cfg: Mapping[str, Any], ask: Ask) -> Request:
+def _refine_one(request: Request, cfg: InferenceOptions, ask: Ask) -> Request:
     changes: dict[str, Any] = {}
-    if cfg["refine_prompt"]:
+    if cfg.refine_prompt:
         kind = "t2v" if request.cond_type == "t2v" else "i2v"
         changes["refined"] = _try(ask, INSTRUCTIONS[kind], request, _first_picture(request), TEXT_TOKENS)
-        if cfg["use_t2i2v"] and not request.refs:
+        if cfg.use_t2i2v and not request.refs:
             changes["image_text"] = _try(ask, INSTRUCTIONS["t2i"], request, None, TEXT_TOKENS)
     if request.motion_score == "dynamic":
         answer = _try(ask, MOTION_INSTRUCTIONS, request, None, MOTION_TOKENS) or ""

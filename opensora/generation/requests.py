@@ -5,8 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opensora.config.commands import InferenceOptions
+from opensora.config.options import DatasetOptions
 from opensora.datasets.table import row_name
 from opensora.diffusion.conditions import get_spans
+from opensora.diffusion.plan import starts_from_picture
 from opensora.diffusion.references import locate_references
 from opensora.diffusion.wording import check_motion_score, check_seed, final_text
 from opensora.registry import DATASETS, build_module
@@ -56,31 +59,36 @@ class Request:
         """Prompt as the text encoders get it."""
         return final_text(self.refined or self.text, self.fps, self.motion_score)
 
+    @property
+    def picture_text(self) -> str:
+        """Prompt of the picture made first."""
+        return self.image_text or self.text
 
-def read_requests(cfg: Mapping[str, Any], downloads: Path) -> list[Request]:
+
+def read_requests(cfg: InferenceOptions, downloads: Path) -> list[Request]:
     """Requests of a run: the single ``prompt`` if there is one, else the chosen rows of ``dataset``.
 
     Args:
-        cfg: resolved config (:class:`opensora.config.commands.InferenceOptions`).
+        cfg: resolved config.
         downloads: folder for references from the web.
 
     Raises:
         UserError: no prompts, a table without ``text`` or with an empty one, a value of the wrong kind.
     """
-    if cfg["prompt"] is not None:
-        if not cfg["prompt"].strip():
+    if cfg.prompt is not None:
+        if not cfg.prompt.strip():
             raise UserError("--prompt is empty")
-        rows = {"text": cfg["prompt"], "ref": cfg["ref"] or ""}
+        rows = {"text": cfg.prompt, "ref": cfg.ref or ""}
         return [_request(cfg, rows, 0, "--prompt", None, downloads)]
-    section = {"type": "text", **(cfg["dataset"] or {})}
-    if section["type"] == "text" and not section.get("data_path"):
+    section = cfg.dataset or DatasetOptions(type="text")
+    if section.type == "text" and not section.data_path:
         raise UserError('nothing to make: give --prompt "..." or --dataset.data-path prompts.csv')
     table = build_module(section, DATASETS)
     path = table.data_path
-    start = cfg["start_index"]
-    end = cfg["end_index"]
-    if end is None and cfg["num_samples"] is not None:
-        end = start + cfg["num_samples"]
+    start = cfg.start_index
+    end = cfg.end_index
+    if end is None and cfg.num_samples is not None:
+        end = start + cfg.num_samples
     chosen = range(len(table))[slice(start, end)]
     if not chosen:
         raise UserError(f"{path}: no rows from start_index={start} to end_index={end}; the table has {len(table)}")
@@ -92,31 +100,31 @@ def read_requests(cfg: Mapping[str, Any], downloads: Path) -> list[Request]:
 
 
 def _request(
-    cfg: Mapping[str, Any], row: Mapping[str, Any], index: int, where: str, beside: Path | None, downloads: Path
+    cfg: InferenceOptions, row: Mapping[str, Any], index: int, where: str, beside: Path | None, downloads: Path
 ) -> Request:
     def cell(name: str) -> str:
         return str(row.get(name, "")).strip()
 
     if not cell("text"):
         raise UserError(f"{where}: column 'text' is empty")
-    cond_type = cell("cond_type") or cfg["cond_type"]
+    cond_type = cell("cond_type") or cfg.cond_type
     try:
         spans = get_spans(cond_type)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     if cell("ref") and not spans:
         logger.warning("%s: the reference is not used, since cond_type is t2v (i2v_head starts from a picture)", where)
-    if spans and not cell("ref") and not cfg["use_t2i2v"]:
+    if spans and not cell("ref") and not cfg.use_t2i2v:
         logger.warning("%s: no reference for cond_type %s, making a t2v video", where, cond_type)
         cond_type = "t2v"
     try:
         refs = locate_references(cell("ref"), downloads, beside) if spans else []
     except UserError as error:
         raise UserError(f"{where_of_ref(where)}: {error}") from None
-    fps = _number(cell("fps") or cfg["fps_save"], "fps", where)
+    fps = _number(cell("fps") or cfg.fps_save, "fps", where)
     if not 0 < fps <= 1000:
         raise UserError(f"{where}: fps {fps:g} must be above 0 and at most 1000")
-    seed = _number(cell("seed"), "seed", where) if cell("seed") else cfg["sampling_option"]["seed"]
+    seed = _number(cell("seed"), "seed", where) if cell("seed") else cfg.sampling_option.seed
     return Request(
         text=cell("text"),
         index=index,
@@ -124,10 +132,10 @@ def _request(
         name=cell("name") or None,
         ref=cell("ref") if refs else "",
         refs=tuple(refs),
-        cond_type=cond_type,
+        cond_type=starts_from_picture(cond_type) if cfg.use_t2i2v else cond_type,
         neg=cell("neg"),
         fps=fps,
-        motion_score=check_motion_score(cell("motion_score") or cfg["motion_score"], where),
+        motion_score=check_motion_score(cell("motion_score") or cfg.motion_score, where),
         seed=None if seed is None else check_seed(seed, where),
     )
 

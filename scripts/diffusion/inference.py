@@ -10,8 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout without being installed
 
 from opensora.acceleration.devices import pick_device
 from opensora.acceleration.failures import reported_once
@@ -31,7 +30,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
     setup_logging(rank=processes.rank)
     with reported_once(os.environ):
         device = pick_device(cfg.device, processes.local_rank)
-        made = generate(cfg, device, processes.rank, processes.world_size, os.environ)
+        made = generate(cfg, device, processes, os.environ)
     shutdown()
     return made
 

@@ -16,7 +16,7 @@ from opensora.config.commands import (
     VaeStatsOptions,
     VaeTrainOptions,
 )
-from opensora.diffusion.checks import check_parallelism
+from opensora.diffusion.prepared import check_parallelism
 from opensora.models.build import build_on_meta
 
 ROOT = Path(__file__).parents[2]
@@ -65,10 +65,11 @@ def test_commands_are_valid(command, monkeypatch):
     words = shlex.split(command)
     arguments = words[words.index("scripts/diffusion/inference.py") + 1 :]
     cfg = parse_config(arguments, InferenceOptions)
-    check_parallelism(cfg, processes(words))
-    table = (cfg["dataset"] or {}).get("data_path")
+    if cfg.plugin == "hybrid":
+        check_parallelism(cfg, build_on_meta(cfg.model), processes(words))
+    table = cfg.dataset.data_path if cfg.dataset else None
     assert table is None or Path(table).is_file()
-    for ref in (cfg["ref"] or "").split(";"):
+    for ref in (cfg.ref or "").split(";"):
         # a clip may come from an earlier command
         assert ref == "" or ref.startswith("samples/") or Path(ref).is_file()
 

@@ -106,7 +106,7 @@ def no_weights(monkeypatch):
     def fail(*arguments):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("opensora.models.build.build_ready", fail)
+    monkeypatch.setattr("opensora.diffusion.loading.build_ready", fail)
 
 
 @pytest.fixture

@@ -188,7 +188,7 @@ def test_prompt_as_path(run_tiny):
 
 
 def test_dry_run_loads_and_writes_nothing(run_tiny, monkeypatch, capsys):
-    monkeypatch.setattr("opensora.models.build.build_ready", None)
+    monkeypatch.setattr("opensora.diffusion.loading.build_ready", None)
     assert run_tiny("--prompt", "a", "--dry-run", "True", "--num-sample", "2") == []
     out = capsys.readouterr().out
     with pytest.raises(UserError, match="hf download"):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from opensora.acceleration.parallel_context import ParallelContext, Sizes
 from opensora.acceleration.parallel_vae import share_tiles
+from opensora.acceleration.torchrun import Torchrun
 from opensora.config import load_config
 from opensora.config.commands import InferenceOptions
 from opensora.diffusion.pipeline import SampleResult, VideoPipeline
@@ -104,7 +105,7 @@ def command(folder: Path) -> None:
     logger.info = lambda text, *values: lines.append(text % values)  # type: ignore[method-assign]
     options = {"plugin": "hybrid", "plugin_config.sp_size": 8, "prompt": "a", "num_steps": 1}
     cfg = load_config(tiny_inference_config(), InferenceOptions, {**options, "save_dir": str(folder / "samples")})
-    made = generate(cfg, CPU, dist.get_rank(), 2, log=lambda line: None)
+    made = generate(cfg, CPU, Torchrun(dist.get_rank(), world_size=2), log=lambda line: None)
     assert [path.name for path in made] == (["prompt_0000.mp4"] if dist.get_rank() == 0 else [])
     assert any("sp_size=8 asked for, 2 used" in line for line in lines)
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from opensora.acceleration.torchrun import Torchrun
 from opensora.config import load_config
 from opensora.config.commands import InferenceOptions
 from opensora.generation.run import generate
@@ -35,8 +36,8 @@ def config(folder: Path, **overrides: Any) -> Any:
 
 def run(cfg: Any, world_size: int = 2, environment: Mapping[str, str] | None = None) -> list[Path]:
     """What this rank made, once all ranks are done."""
-    rank = dist.get_rank() if world_size > 1 else 0
-    made = generate(cfg, torch.device("cpu"), rank, world_size, environment, log=lambda line: None)
+    processes = Torchrun(dist.get_rank(), world_size=world_size) if world_size > 1 else None
+    made = generate(cfg, torch.device("cpu"), processes, environment, log=lambda line: None)
     if world_size > 1:
         dist.barrier()
     return made

@@ -26,12 +26,13 @@ from torch import Tensor, nn
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from opensora.acceleration.devices import pick_device, torch_dtype
+from opensora.acceleration.devices import pick_device
 from opensora.config import parse_config, run_main
 from opensora.config.commands import InferenceOptions
-from opensora.diffusion.checks import check_config, section_names
 from opensora.diffusion.pipeline import SampleResult, VideoPipeline
+from opensora.diffusion.prepared import PreparedRun, text_length
 from opensora.models.build import build_ready
+from opensora.models.dc_ae.config import DCAEConfig
 from opensora.models.mmdit.flops import forward_flops
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
@@ -45,26 +46,27 @@ from tools.outputs import add_overwrite, check_new, named_errors
 TERA = 1e12
 
 
-def build_pipeline(cfg: Any, device: torch.device, random_weights: bool) -> VideoPipeline:
+def build_pipeline(cfg: InferenceOptions, device: torch.device, random_weights: bool) -> VideoPipeline:
     """The pipeline of a config, with its weights or with random ones of the same sizes."""
     if not random_weights:
         return VideoPipeline.from_config(cfg, device)
-    check_config(cfg)
-    dtype = torch_dtype(cfg.dtype)
+    run = PreparedRun.of(cfg, device)
+    dtype, config = run.dtype, run.model_config
     home = torch.device("cpu") if cfg.offload else device
     models: dict[str, nn.Module] = {}
-    widths = {"t5": cfg.model["context_in_dim"], "clip": cfg.model["vec_in_dim"]}
+    widths = {"t5": config.context_in_dim, "clip": config.vec_in_dim}
     torch.manual_seed(cfg.seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # so that no model is ever held in a wider dtype than its own
     try:
-        for name in section_names(cfg):
+        for name, section in run.sections.items():
             if name in widths:
-                models[name] = random_text_encoder(name, widths[name], cfg[name]["max_length"], device, dtype).to(home)
+                models[name] = random_text_encoder(name, widths[name], text_length(section), device, dtype).to(home)
             else:
-                section = {**cfg[name], "from_pretrained": None}
-                section |= {"from_scratch": True} if section["type"] == "dc_ae" else {}
-                models[name] = build_ready(section, device, dtype, name).to(home)
+                changed = dataclasses.replace(section, from_pretrained=None)
+                if isinstance(changed, DCAEConfig):
+                    changed = dataclasses.replace(changed, from_scratch=True)
+                models[name] = build_ready(changed, device, dtype, name).to(home)
     finally:
         torch.set_default_dtype(before)
     return VideoPipeline(models, cfg, device, dtype)
@@ -110,24 +112,24 @@ def measure(pipe: VideoPipeline, prompt: str, full_steps: int) -> dict[str, Any]
     """
     meter, cfg = Meter(pipe), pipe.cfg
     picture = np.full((256, 256, 3), 128, np.uint8)
-    reference: dict[str, Any] = {"ref": picture} if cfg["cond_type"].startswith("i2v") else {"cond_type": "t2v"}
-    if cfg["use_t2i2v"]:
+    reference: dict[str, Any] = {"ref": picture} if cfg.cond_type.startswith("i2v") else {"cond_type": "t2v"}
+    if cfg.use_t2i2v:
         reference = {}
     device = pipe.device
     in_use = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     with peak_of(device) as peak:
-        result: SampleResult = pipe(prompt, seed=cfg["seed"], on_step=meter.on_step, **reference)
+        result: SampleResult = pipe(prompt, seed=cfg.seed, on_step=meter.on_step, **reference)
     plan, steps = result.plan, meter.steps()
     per_forward = statistics.median(seconds / rows for seconds, rows in steps)
-    flops = forward_flops(pipe.models["model"], plan.tokens, cfg["t5"]["max_length"])
+    flops = forward_flops(pipe.models["model"], plan.tokens, text_length(cfg.t5))
     full = dataclasses.replace(plan, times=tuple(torch.linspace(1, 0, full_steps + 1).tolist())).forwards
     stages = {f"{stage}_s": seconds for stage, seconds in result.timings.items()}
     return {
-        "config": cfg["config_path"],
+        "config": cfg.config_path,
         "condition": plan.cond_type,
         "frames": f"{plan.num_frames} x {plan.height} x {plan.width}",
         "tokens": plan.tokens,
-        "offload": cfg["offload"],
+        "offload": cfg.offload,
         **stages,
         "total_s": sum(stages.values()),
         "steps": plan.num_steps,

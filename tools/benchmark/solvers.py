@@ -68,15 +68,15 @@ class Row:
 def embed(pipe: VideoPipeline, count: int) -> Prompts:
     """The first prompts of the demo's evaluation, every held-out combination before trained ones."""
     cases = plan_cases(count, 0, seed=0)[:count]
-    texts = [final_text(case.prompt, pipe.cfg["fps_save"], None) for case in cases]
+    texts = [final_text(case.prompt, pipe.cfg.fps_save, None) for case in cases]
     embedded = pipe.encode_prompt([*texts, *[""] * count])
     return Prompts(*embedded.split(count), [case.seed for case in cases])
 
 
 def planned(pipe: VideoPipeline, solver: str, num_steps: int) -> SamplePlan:
     """Text to video with the options of the config."""
-    option = {**pipe.cfg["sampling_option"], "solver": solver, "num_steps": num_steps}
-    return make_plan(option, pipe.spec, pipe.cfg["patch_size"])
+    option = dataclasses.replace(pipe.cfg.sampling_option, solver=solver, num_steps=num_steps)
+    return make_plan(option, pipe.spec, pipe.cfg.patch_size)
 
 
 def compare(
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         count, reference, runs = 3, ("euler", 40), [(solver, 4) for solver in SOLVERS]
     torch.set_num_threads(1)
     rows = compare(pipe, embed(pipe, count), runs, reference)
-    scale = pipe.cfg["sampling_option"]["guidance"]
+    scale = pipe.cfg.sampling_option.guidance
     print(f"{count} prompts, guidance {scale}, against {reference[1]} steps of {reference[0]}\n")
     print(markdown([dataclasses.asdict(row) for row in rows]))
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from opensora.config import load_config
 from opensora.config.commands import InferenceOptions
-from opensora.diffusion.checks import check_config
 from opensora.diffusion.pipeline import VideoPipeline
+from opensora.diffusion.prepared import PreparedRun
 from opensora.training.report.metrics import MetricLog
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
@@ -42,7 +42,7 @@ def sampling_config(cfg: Any) -> Any:
     }
     try:
         resolved = load_config(content, InferenceOptions)
-        check_config(resolved)
+        PreparedRun.of(resolved, torch.device("cpu"))  # for its checks of sizes; where it will work is known elsewhere
     except UserError as error:
         raise UserError(f"samples: {error}") from error
     return resolved

@@ -167,22 +167,45 @@ class PictureAutoencoder(nn.Module, Autoencoder):
         return z[:, :3].repeat_interleave(8, -1).repeat_interleave(8, -2).tanh()
 
 
-def test_picture_first_then_video(tiny_config):
+@pytest.fixture(scope="module")
+def picture_pipe(tiny_config):
+    """Makes a picture first, then a video from it."""
     image_model = {**tiny_config["model"], "cond_embed": False, "guidance_embed": True, "fused_qkv": True}
     cfg = load_config(
         {**tiny_config, "use_t2i2v": True, "img_flux": image_model, "img_resolution": "64px"}, InferenceOptions
     )
-    device = torch.device("cpu")
-    models = {name: build_module(cfg[name], MODELS) for name in ("model", "ae", "t5", "clip", "img_flux")}
-    pipe = wake(VideoPipeline({**models, "img_flux_ae": PictureAutoencoder()}, cfg, device, torch.float32))
+    sections = {"model": cfg.model, "ae": cfg.ae, "t5": cfg.t5, "clip": cfg.clip, "img_flux": cfg.img_flux}
+    models = {name: build_module(section, MODELS) for name, section in sections.items()}
+    return wake(VideoPipeline({**models, "img_flux_ae": PictureAutoencoder()}, cfg, torch.device("cpu"), torch.float32))
+
+
+def test_picture_first_then_video(picture_pipe):
     steps = []
-    result = pipe("a", seed=4, on_step=lambda step, total, latents: steps.append((step, total, latents.shape[2])))
+    result = picture_pipe(
+        "a", seed=4, on_step=lambda step, total, latents: steps.append((step, total, len(latents[0, 0])))
+    )
     assert result.images[0].shape == (64, 64, 3), "the picture has its own resolution"
     assert result.frames[0].shape == (9, 32, 32, 3)
     assert result.plan.cond_type == "i2v_head"
     assert steps == [*((step, 8, 1) for step in range(1, 5)), *((step, 8, 3) for step in range(5, 9))]
-    (refs,) = pipe.encode_references([[result.images[0]]], result.plan, [4])
+    (refs,) = picture_pipe.encode_references([[result.images[0]]], result.plan, [4])
     assert_close(result.latents[0, :, 0], refs[0][:, 0])
+
+
+def test_pictures_are_handed_out_before_their_videos(picture_pipe, picture):
+    """With the texts they were made of; samples that bring references of their own need none."""
+    events = []
+    make = {"seeds": [4], "negatives": [""], "image_texts": ["a"], "on_images": lambda images: events.extend(images)}
+    result = picture_pipe.make(
+        ["a. 8 FPS."], [[]], "i2v_tail", **make, on_step=lambda step, total, latents: events.append(step)
+    )
+    assert [event for event in events if isinstance(event, int)] == [*range(1, 9)]
+    assert events[4] is result.images[0], "after the picture's steps"
+    assert result.plan.cond_type == "i2v_tail", "the picture takes the place that the condition gives"
+    np.testing.assert_array_equal(events[4], picture_pipe.make_images(["a"], [4])[0])
+    events.clear()
+    assert picture_pipe.make(["a"], [[picture]], "i2v_head", **make).images == []
+    assert events == []
 
 
 def test_latents_survive_a_failed_decode(tiny_config, monkeypatch):

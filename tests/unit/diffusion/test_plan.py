@@ -1,7 +1,5 @@
 """Sizes, lengths and steps of a run, from the config alone."""
 
-import dataclasses
-
 import pytest
 
 from opensora.config.commands import SamplingOption
@@ -14,10 +12,10 @@ DEEP = LatentSpec((4, 32, 32), is_causal=False)
 PICTURE = LatentSpec((1, 8, 8), is_causal=False)
 
 
-def option(**changes) -> dict:
+def option(**changes) -> SamplingOption:
     released = {"resolution": "256px", "aspect_ratio": "16:9", "num_frames": 129, "guidance": 7.5, "guidance_img": 3.0}
     oscillating = {"text_osci": True, "image_osci": True, "scale_temporal_osci": True}
-    return {**dataclasses.asdict(SamplingOption()), **released, **oscillating, **changes}
+    return SamplingOption(**{**released, **oscillating, **changes})
 
 
 def test_released_256px():
@@ -30,7 +28,7 @@ def test_released_256px():
 def test_high_compression_768px():
     plan = make_plan(option(resolution="768px", num_frames=128), DEEP, patch_size=1, cond_type="i2v_head")
     assert (plan.height, plan.width, plan.latent_size, plan.tokens) == (576, 1024, (32, 18, 32), 18432)
-    picture = image_plan({"img_resolution": "768px", "img_flux": {}}, option(resolution="768px"), PICTURE)
+    picture = image_plan(option(resolution="768px"), "768px", PICTURE, patch_size=2)
     assert (picture.height, picture.width) == (576, 1024), "the picture knows nothing of the video's compression"
 
 

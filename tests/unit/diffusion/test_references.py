@@ -82,7 +82,7 @@ def test_models_are_on_the_device_one_after_another(tiny_config, monkeypatch):
 
     def watched(model, device, offload):
         name = next(name for name, each in pipe.models.items() if each is model)
-        assert offload == pipe.cfg["offload"]
+        assert offload == pipe.cfg.offload
         manager = original(model, device, offload)
 
         class Watch:

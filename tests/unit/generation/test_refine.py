@@ -2,18 +2,19 @@
 
 import json
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
 
+from opensora.config.commands import InferenceOptions
 from opensora.generation.refine import INSTRUCTIONS, ApiModel, make_asker, refine_requests, wants_language_model
 from opensora.generation.requests import Request
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_image
 
-SETTINGS = {"refine_prompt": True, "refine_model": None, "refine_base_url": None, "refine_api_model": None}
-SETTINGS["use_t2i2v"] = False
+SETTINGS = InferenceOptions(refine_prompt=True)
 
 
 def request(**changes) -> Request:
@@ -82,7 +83,7 @@ def test_picture_is_sent_along(server, tmp_path):
 
 def test_picture_first_has_its_own_text(server):
     server.replies = ["The motion.", "The picture."]
-    (refined,) = refine_requests([request(cond_type="i2v_head")], {**SETTINGS, "use_t2i2v": True}, model(server))
+    (refined,) = refine_requests([request(cond_type="i2v_head")], replace(SETTINGS, use_t2i2v=True), model(server))
     assert (refined.refined, refined.image_text) == ("The motion.", "The picture.")
 
 
@@ -91,7 +92,9 @@ def test_picture_first_has_its_own_text(server):
 )
 def test_dynamic_motion_score(server, reply, score):
     server.replies = [reply]
-    (refined,) = refine_requests([request(motion_score="dynamic")], {**SETTINGS, "refine_prompt": False}, model(server))
+    (refined,) = refine_requests(
+        [request(motion_score="dynamic")], replace(SETTINGS, refine_prompt=False), model(server)
+    )
     assert refined.final_text == f"a cat. 24 FPS. {score} motion score."
 
 
@@ -117,13 +120,13 @@ def test_settings(tmp_path):
     with pytest.raises(UserError, match="OPENAI_API_KEY"):
         make_asker(SETTINGS, {})
     with pytest.raises(UserError, match=r"config\.json is missing"):
-        make_asker({**SETTINGS, "refine_model": str(tmp_path)}, {})
-    api = make_asker({**SETTINGS, "refine_api_model": "mine"}, {"OPENAI_API_KEY": "k", "OPENAI_MODEL": "other"})()
+        make_asker(replace(SETTINGS, refine_model=str(tmp_path)), {})
+    api = make_asker(replace(SETTINGS, refine_api_model="mine"), {"OPENAI_API_KEY": "k", "OPENAI_MODEL": "other"})()
     assert (api.url, api.key, api.model) == ("https://api.openai.com/v1/chat/completions", "k", "mine")
-    keyless = make_asker({**SETTINGS, "refine_base_url": "http://localhost:8000/v1/"}, {})()
+    keyless = make_asker(replace(SETTINGS, refine_base_url="http://localhost:8000/v1/"), {})()
     assert keyless.url == "http://localhost:8000/v1/chat/completions"
     assert wants_language_model(SETTINGS, [])
-    assert not wants_language_model({**SETTINGS, "refine_prompt": False}, [request()])
+    assert not wants_language_model(replace(SETTINGS, refine_prompt=False), [request()])
 
 
 def test_local_model(tiny_config, tmp_path):
@@ -132,5 +135,5 @@ def test_local_model(tiny_config, tmp_path):
     CLIPTokenizer.from_pretrained(tiny_config["clip"]["from_pretrained"]).save_pretrained(tmp_path)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=2000, **sizes)).save_pretrained(tmp_path)
-    answer = make_asker({**SETTINGS, "refine_model": str(tmp_path)}, {})()("Answer.", "a cat", None, 4)
+    answer = make_asker(replace(SETTINGS, refine_model=str(tmp_path)), {})()("Answer.", "a cat", None, 4)
     assert isinstance(answer, str)

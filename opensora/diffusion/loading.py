@@ -1,0 +1,41 @@
+"""The models of a prepared run, with their weights."""
+
+import torch
+from torch import nn
+
+from opensora.acceleration.parallel_context import ParallelContext
+from opensora.acceleration.parallel_vae import share_tiles
+from opensora.acceleration.plugins import divide_model
+from opensora.acceleration.shardformer import use_shardformer
+from opensora.diffusion.lora import apply_loras
+from opensora.diffusion.prepared import TEXT_ENCODERS, PreparedRun
+from opensora.models.autoencoder import as_autoencoder
+from opensora.models.build import build_ready
+
+
+def load_models(run: PreparedRun, parallel: ParallelContext | None = None) -> dict[str, nn.Module]:
+    """Models by name, with adapters, on the device (on the CPU with ``offload``).
+
+    Args:
+        run: what is known of them.
+        parallel: ranks that make a sample together; the models are divided over them, and the first of them alone
+            has the text encoders.
+    """
+    cfg = run.cfg
+    home = torch.device("cpu") if cfg.offload else run.device
+    embeds = parallel is None or parallel.sample.first
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)  # for models that start from random weights
+        models = {
+            name: build_ready(section, home, run.dtype, name)
+            for name, section in run.sections.items()
+            if embeds or name not in TEXT_ENCODERS
+        }
+    for name in set(TEXT_ENCODERS) & models.keys():
+        use_shardformer(models[name])
+    models["model"] = apply_loras(models["model"], cfg.pretrained_lora_path, cfg.merge_lora)
+    if parallel is not None:
+        divide_model(models["model"], parallel, cfg.plugin_config)
+        if cfg.plugin_ae not in (None, "none"):
+            share_tiles(as_autoencoder(models["ae"]), parallel.sample)
+    return models

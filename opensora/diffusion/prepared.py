@@ -1,0 +1,185 @@
+"""A sampling run before any weight is loaded: all that can be known and wrong of it, found out once and handed on."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from opensora.acceleration.devices import torch_dtype
+from opensora.acceleration.plugins import check_sizes
+from opensora.config.commands import InferenceOptions
+from opensora.config.options import ModelOptions, SamplingOption
+from opensora.diffusion.conditions import get_spans
+from opensora.diffusion.lora import check_loras
+from opensora.diffusion.plan import SamplePlan, image_plan, make_plan, starts_from_picture
+from opensora.models.autoencoder import LatentSpec, as_autoencoder
+from opensora.models.build import build_on_meta, check_capacity, check_weights
+from opensora.models.mmdit import MMDiTConfig
+from opensora.models.text.config import TextEmbedderConfig
+from opensora.utils.errors import UserError
+from opensora.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+TEXT_ENCODERS = ("t5", "clip")
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A sampling config whose models, sizes and lengths are known to go together.
+
+    Attributes:
+        cfg: the config.
+        device: where the models will work.
+        dtype: of the models.
+        sections: config section of each model that the run needs, by name.
+        models: the same models without weights, on meta; none of the text encoders.
+        plan: a sample of the config's own condition.
+        picture: the picture that it starts from (``use_t2i2v``), else None.
+    """
+
+    cfg: InferenceOptions
+    device: torch.device
+    dtype: torch.dtype
+    sections: Mapping[str, ModelOptions]
+    models: Mapping[str, nn.Module]
+    plan: SamplePlan
+    picture: SamplePlan | None = None
+
+    @classmethod
+    def of(cls, cfg: InferenceOptions, device: torch.device) -> "PreparedRun":
+        """Check the models, sizes and lengths of a config, and keep what that takes.
+
+        Raises:
+            UserError: says what is wrong and what would be right.
+        """
+        _check_numbers(cfg)
+        dtype, sections = torch_dtype(cfg.dtype), needed_sections(cfg)
+        models = {name: build_on_meta(sections[name]) for name in ("model", "ae")}
+        spec = LatentSpec.of(models["ae"])
+        plan = make_plan(cfg.sampling_option, spec, cfg.patch_size, "t2v")
+        _check_channels(cfg, models["model"], models["ae"])
+        if plan.method == "distill" and not _config(models["model"]).guidance_embed:
+            logger.warning("method distill: the model has no guidance_embed, so that guidance has no effect")
+        cond_type = starts_from_picture(cfg.cond_type) if cfg.use_t2i2v else cfg.cond_type
+        if get_spans(cond_type):
+            check_takes_references(models["model"], cond_type)
+            plan = make_plan(cfg.sampling_option, spec, cfg.patch_size, cond_type)
+        picture = None
+        if cfg.use_t2i2v:
+            models |= {name: build_on_meta(sections[name]) for name in ("img_flux", "img_flux_ae")}
+            picture = plan_picture(cfg, models)
+        return cls(cfg, device, dtype, sections, models, plan, picture)
+
+    @property
+    def model_config(self) -> MMDiTConfig:
+        """Of the video model."""
+        return _config(self.models["model"])
+
+    def plans(self, cond_types: Iterable[str]) -> list[SamplePlan]:
+        """One for each condition that prompts ask for, which the model and the length must suit.
+
+        Raises:
+            UserError: a condition that cannot be.
+        """
+        plans = []
+        for cond_type in sorted(set(cond_types)):
+            if get_spans(cond_type):
+                check_takes_references(self.models["model"], cond_type)
+            plans.append(make_plan(self.cfg.sampling_option, self.plan.spec, self.cfg.patch_size, cond_type))
+        return plans
+
+    def check_resources(self) -> None:
+        """See that weights are there and readable, and that the device is up to the model.
+
+        Raises:
+            UserError: says what to download or to use instead.
+        """
+        check_capacity(self.models["model"], self.device, self.cfg.device)
+        for name, section in self.sections.items():
+            check_weights(name, section)
+        check_loras(self.cfg.pretrained_lora_path)
+
+
+def plan_picture(
+    cfg: InferenceOptions, models: Mapping[str, nn.Module], option: SamplingOption | None = None
+) -> SamplePlan:
+    """Run of the image model before a video of these sampling options (default: the config's); meta models will do."""
+    spec, patch_size = LatentSpec.of(models["img_flux_ae"]), _config(models["img_flux"]).patch_size
+    return image_plan(option or cfg.sampling_option, cfg.img_resolution, spec, patch_size)
+
+
+def text_length(encoder: ModelOptions | None) -> int:
+    """Tokens that the text encoder of a section makes of every text."""
+    if isinstance(encoder, TextEmbedderConfig):
+        return encoder.max_length
+    extra = encoder.extra if encoder is not None else {}
+    return extra.get("max_length", TextEmbedderConfig.max_length)
+
+
+def check_parallelism(cfg: InferenceOptions, model: nn.Module, world_size: int) -> None:
+    """See that a config's parallelism suits its model (on meta will do) and the number of processes.
+
+    Raises:
+        UserError: unknown plugins, or sizes that do not divide the model.
+    """
+    for key, plugin in (("plugin", cfg.plugin), ("plugin_ae", cfg.plugin_ae)):
+        if plugin not in (None, "none", "hybrid"):
+            raise UserError(f"{key}={plugin!r}: sampling knows hybrid and none")
+    if cfg.plugin != "hybrid":
+        return
+    if world_size == 1:
+        logger.info("one process: the parallel plugin of the config is not used")
+    check_sizes(cfg.plugin_config, model, world_size)
+
+
+def check_takes_references(model: nn.Module, cond_type: str) -> None:
+    """Raise a UserError if a model has no input for references."""
+    if not _config(model).cond_embed:
+        raise UserError(f"cond_type {cond_type}: this model takes no references (model.cond_embed is False)")
+
+
+def needed_sections(cfg: InferenceOptions) -> dict[str, ModelOptions]:
+    """Sections of the models that a run needs, by name.
+
+    Raises:
+        UserError: one is not there.
+    """
+    found = {"model": cfg.model, "ae": cfg.ae, "t5": cfg.t5, "clip": cfg.clip}
+    if cfg.use_t2i2v:
+        found |= {"img_flux": cfg.img_flux, "img_flux_ae": cfg.img_flux_ae}
+    for name, section in found.items():
+        if section is None:
+            raise UserError(f"the config has no section `{name}`")
+    return {name: section for name, section in found.items() if section is not None}
+
+
+def _config(model: nn.Module) -> MMDiTConfig:
+    config: Any = model.config
+    return config
+
+
+def _check_numbers(cfg: InferenceOptions) -> None:
+    for name, value, least in (
+        ("batch_size", cfg.batch_size, 1),
+        ("num_sample", cfg.num_sample, 1),
+        ("start_index", cfg.start_index, 0),
+    ):
+        if value < least:
+            raise UserError(f"{name}={value}: must be at least {least}")
+    if not 0 < cfg.fps_save <= 1000:
+        raise UserError(f"fps_save={cfg.fps_save}: must be above 0 and at most 1000")
+
+
+def _check_channels(cfg: InferenceOptions, model: nn.Module, ae: nn.Module) -> None:
+    config = _config(model)
+    patch, channels = cfg.patch_size, as_autoencoder(ae).latent_channels
+    if config.cond_embed and config.patch_size != patch:
+        raise UserError(f"patch_size={patch} and model.patch_size={config.patch_size} must be equal")
+    if config.in_channels != channels * patch**2:
+        raise UserError(
+            f"model.in_channels={config.in_channels} does not fit the autoencoder: {channels} latent channels "
+            f"x patch {patch} x {patch} = {channels * patch**2}"
+        )

@@ -1,0 +1,86 @@
+"""Samples and their records, from the pipeline to files."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from opensora.config.commands import InferenceOptions
+from opensora.diffusion.decode import DecodeMemoryError
+from opensora.diffusion.pipeline import SampleResult
+from opensora.generation import outputs
+from opensora.generation.jobs import Job
+from opensora.utils.errors import UserError
+from opensora.utils.main import doing
+from opensora.utils.video import save_image
+
+
+class SampleWriter:
+    """Writes the samples of a run, and what belongs beside them.
+
+    Args:
+        cfg: resolved config.
+        log: gets a line per saved file.
+    """
+
+    def __init__(self, cfg: InferenceOptions, log: Callable[[str], None]) -> None:
+        self.cfg, self.log = cfg, log
+        self.common = {
+            "versions": outputs.versions(),
+            "weights": outputs.weight_records(cfg),
+            "config": cfg.to_dict(),
+        }
+
+    def pictures(self, batch: Sequence[Job], images: Sequence[np.ndarray]) -> None:
+        """Keep the pictures that videos start from, with their prompts."""
+        for job, image in zip(batch, images, strict=True):
+            path = outputs.condition_path(job.stem)
+            outputs.save_text(job.request.picture_text, path.parent / job.stem.name)
+            self.log(f"saved {save_image(image, path)}")
+
+    def sample(self, job: Job, result: SampleResult, index: int) -> Path:
+        """Write a sample. The video comes last: where it is, all else is."""
+        with doing(f"writing {job.stem}"):
+            self._notes(job, result, index)
+            if self.cfg.save_latents:
+                self._latents(job, result, index)
+            path = outputs.save_sample(result.frames[index], job.stem, job.request.fps)
+        self.log(f"saved {path}")
+        return path
+
+    def undecoded(self, batch: Sequence[Job], error: DecodeMemoryError) -> UserError:
+        """Keep the latents of a batch for which decoding had no memory; what to tell the user."""
+        paths = []
+        for index, job in enumerate(batch):
+            self._notes(job, error.result, index)
+            paths.append(self._latents(job, error.result, index))
+        return UserError(
+            f"{error}. Nothing is lost; when there is memory:\n"
+            f"  python scripts/diffusion/decode.py {self.cfg.config_path} {' '.join(map(str, paths))}"
+        )
+
+    def _latents(self, job: Job, result: SampleResult, index: int) -> Path:
+        frames = result.plan.kept_frames()
+        return outputs.save_latents(result.latents[index], job.stem, result.texts[index], job.request.fps, frames)
+
+    def _notes(self, job: Job, result: SampleResult, index: int) -> None:
+        """Write the ``.txt`` and the ``.json`` of a sample."""
+        text, request, plan = result.texts[index], job.request, result.plan
+        kept = plan.kept_frames()
+        record = {
+            "text": text,
+            "prompt": request.text,
+            "negative_prompt": request.neg,
+            "references": request.ref,
+            "cond_type": request.cond_type,
+            "seed": job.seed,
+            "fps": request.fps,
+            "frames": [kept.stop - kept.start, plan.height, plan.width, 3],
+            "latent": list(result.latents[index].shape),
+            "tokens": plan.tokens,
+            "forwards": plan.forwards,
+            "seconds": {stage: round(seconds, 3) for stage, seconds in result.timings.items()},
+            **self.common,
+        }
+        outputs.save_record(record, job.stem)  # first: what else is there without it is not of this program
+        outputs.save_text(text, job.stem)
