@@ -28,8 +28,6 @@ def sampling_config(cfg: Any) -> Any:
     section = cfg.samples
     if not section["prompts"]:
         raise UserError("samples.prompts is empty: give a list of texts, or leave the section samples out")
-    if section["every"] < 1:
-        raise UserError(f"samples.every={section['every']}: must be at least 1")
     if section["refs"] is not None and len(section["refs"]) != len(section["prompts"]):
         raise UserError(f"samples: {len(section['refs'])} refs for {len(section['prompts'])} prompts")
     content = {

@@ -32,12 +32,8 @@ def check_validation(cfg: Any) -> None:
         raise UserError("validation.data_path is not set: give a table of rows that training does not see")
     if section["data_path"] == cfg.dataset.get("data_path"):
         raise UserError(f"validation.data_path {section['data_path']}: this is the training table; hold some rows out")
-    for key in ("every", "max_rows"):
-        if section[key] < 1:
-            raise UserError(f"validation.{key}={section[key]}: must be at least 1")
-    times = section["timesteps"]
-    if not times or not all(0 < t < 1 for t in times):
-        raise UserError(f"validation.timesteps={list(times)}: give numbers between 0 and 1")
+    if not section["timesteps"]:
+        raise UserError("validation.timesteps=[]: give numbers between 0 and 1")
 
 
 def single_clip_buckets(bucket_config: Mapping[str, Mapping]) -> dict[str, dict]:

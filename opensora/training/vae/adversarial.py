@@ -37,7 +37,7 @@ class AdversarialOptions:
         disc_loss_type: "hinge", "vanilla" or "wgan-gp".
 
     Raises:
-        UserError: unknown form of the loss, or a start before 0.
+        UserError: unknown form of the loss.
     """
 
     gen_start: int = 0
@@ -52,12 +52,6 @@ class AdversarialOptions:
             raise UserError(
                 f"disc_loss_config.disc_loss_type={self.disc_loss_type!r}: use {', '.join(DISCRIMINATOR_LOSSES)}"
             )
-        for key, value in (
-            ("gen_loss_config.gen_start", self.gen_start),
-            ("disc_loss_config.disc_start", self.disc_start),
-        ):
-            if value < 0:
-                raise UserError(f"{key}={value}: a number of optimizer steps, 0 or more")
 
     @classmethod
     def from_config(

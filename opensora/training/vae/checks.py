@@ -101,8 +101,6 @@ def check_config(cfg: Any, world_size: int = 1) -> VAEPlan:
         raise UserError(f"grad_checkpoint=True: {cfg.model['type']!r} does not recompute blocks; set False")
     adversarial = check_adversarial(cfg, tables) if cfg.discriminator else None
     check_freeze(cfg.freeze_layers, autoencoder, adversarial is not None)
-    if not 0 <= cfg.mixed_image_ratio <= 1:
-        raise UserError(f"mixed_image_ratio={cfg.mixed_image_ratio}: a share, from 0 to 1")
     mixer = LengthMixer(cfg.mixed_strategy, cfg.mixed_image_ratio, LatentSpec.of(autoencoder))
     return VAEPlan(multiple, mixer, adversarial)
 
