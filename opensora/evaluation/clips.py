@@ -36,6 +36,7 @@ SIZE_MULTIPLE = 16
 NAMED = 3  # clips listed in messages
 RESULTS = ("orig", "recn", "side_by_side", "sheet.png")  # what reconstruction writes below save_dir, to look at
 
+
 @dataclass(frozen=True)
 class EvalClip:
     """A clip or picture and what is taken of it.

@@ -43,16 +43,13 @@ class TensorBoardTracker:
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """See :class:`Tracker`."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
     def video(self, name: str, frames: np.ndarray, path: Path, fps: float, step: int) -> None:
-        """See :class:`Tracker`."""
         self.writer.add_image(name, filmstrip(frames), step, dataformats="HWC")
 
     def close(self) -> None:
-        """See :class:`Tracker`."""
         self.writer.close()
 
 
@@ -82,15 +79,12 @@ class WandbTracker:
             raise UserError(f"wandb=True: {error}") from error
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """See :class:`Tracker`."""
         self._run.log(dict(values), step=step)
 
     def video(self, name: str, frames: np.ndarray, path: Path, fps: float, step: int) -> None:
-        """See :class:`Tracker`."""
         self._run.log({name: self._wandb.Video(str(path))}, step=step)
 
     def close(self) -> None:
-        """See :class:`Tracker`."""
         self._run.finish()
 
 

@@ -189,7 +189,6 @@ class AdversarialEngine:
             self.log.add(numbers)
 
     def no_sync(self) -> AbstractContextManager:
-        """See :class:`Engine`."""
         stack = ExitStack()
         for engine in self._engines:
             stack.enter_context(engine.no_sync())
@@ -213,24 +212,19 @@ class AdversarialEngine:
         return self.model if self.generator is None else self.generator.unwrap()
 
     def gather(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """See :class:`Engine`; of the autoencoder."""
         return state if self.generator is None else self.generator.gather(state)
 
     def scatter(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See :class:`Engine`; of the autoencoder."""
         return dict(state) if self.generator is None else self.generator.scatter(state)
 
     def master_state(self) -> Mapping[str, Tensor]:
-        """See :class:`Engine`; of the autoencoder."""
         return {} if self.generator is None else self.generator.master_state()
 
     def load_master_state(self, state: Mapping[str, Tensor]) -> None:
-        """See :class:`Engine`; of the autoencoder."""
         if self.generator is not None:
             self.generator.load_master_state(state)
 
     def on_any_rank(self, flag: bool) -> bool:
-        """See :class:`Engine`."""
         return self._engines[0].on_any_rank(flag)
 
     def state_dict(self) -> Mapping[str, Any]:
