@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
+from opensora.config.commands import LoopOptions
 from opensora.utils.errors import UserError
 
 
@@ -96,7 +97,7 @@ def _import_wandb() -> Any:
     return wandb
 
 
-def check_trackers(cfg: Any) -> None:
+def check_trackers(cfg: LoopOptions) -> None:
     """See that what the config asks for is installed and will not ask for a password later.
 
     Raises:
@@ -109,9 +110,9 @@ def check_trackers(cfg: Any) -> None:
         raise UserError("wandb=True: not logged in; run `wandb login`, or set WANDB_MODE=offline to keep it local")
 
 
-def create_trackers(cfg: Any, folder: Path, start_step: int) -> Sequence[Tracker]:
+def create_trackers(cfg: LoopOptions, folder: Path, start_step: int) -> Sequence[Tracker]:
     """Trackers of a training config."""
     trackers: list[Tracker] = [TensorBoardTracker(folder, start_step)]
     if cfg.wandb:
-        trackers.append(WandbTracker(folder, cfg.wandb_project, cfg.to_dict(), cfg.get("wandb_expr_name")))
+        trackers.append(WandbTracker(folder, cfg.wandb_project, cfg.to_dict(), getattr(cfg, "wandb_expr_name", None)))
     return trackers
