@@ -168,7 +168,7 @@ class FSDP2Engine(DistributedEngine):
             )
             # FSDP hangs its backward on the output, and warns of views, which could be changed under it
             model.register_forward_hook(lambda module, args, out: out.clone() if out._is_view() else out)
-            for block in [block for group in ("double_blocks", "single_blocks") for block in getattr(model, group)]:
+            for block in [block for group in ("double_blocks", "single_blocks") for block in getattr(model, group, ())]:
                 fully_shard(block, **options)
             fully_shard(model, **options)
         elif dtype != torch.float32:

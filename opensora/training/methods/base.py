@@ -89,7 +89,7 @@ class TrainingMethod(ABC):
         self.context = context
         self.roles: list[Role] = []
 
-    @classmethod
+    @classmethod  # noqa: B027 - most find nothing
     def check(cls, cfg: TrainOptions, options: Any, model: nn.Module) -> None:
         """Find what is wrong before any weights are loaded.
 

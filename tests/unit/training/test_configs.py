@@ -27,7 +27,7 @@ def test_every_config_is_listed():
 @pytest.mark.parametrize("name", [*RELEASED, *SMALL])
 def test_parts_fit(name, monkeypatch):
     monkeypatch.chdir(FOLDER.parents[2])
-    options = check_config(load(name))
+    options = check_config(load(name)).inputs
     # Both are dropped on one sample in ten in the released recipe, in sixteen in the small one.
     assert options.t5_dropout == options.clip_dropout == pytest.approx(0.1**0.5 if name in RELEASED else 0.25)
     assert options.spatial_multiple == (32 if name in ("high_compression", "demo_cpu_hc") else 16)
