@@ -36,6 +36,7 @@ DType = Literal["bf16", "fp16", "fp32", "half", "bfloat16", "float16", "float32"
 ConditionType = Literal[
     "t2v", "i2v_head", "i2v_tail", "i2v_loop", "v2v_head", "v2v_tail", "v2v_head_easy", "v2v_tail_easy"
 ]
+BUCKETS_SAY = "bucket_config holds the batch size of each bucket"
 # resolution name -> number of frames -> (probability or pair of them, batch size)
 Buckets = dict[str, dict[int, Any]] | None
 
@@ -179,6 +180,7 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
 
     aliases: ClassVar[dict[str, str]] = {"ckpt_path": "model.from_pretrained"}
 
+    batch_size: int | None = opt(None, "samples per step", "samples", least=1, no_effect=BUCKETS_SAY)
     model: ModelOptions | None = component("model", "diffusion", "diffusion model")
     ae: ModelOptions | None = component("model", "autoencoder", "autoencoder, if latents are not cached")
     t5: ModelOptions | None = component("model", "text", "encoder of the text tokens, if not cached")
@@ -227,6 +229,7 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
 class CacheOptions(TrainOptions):
     """Compute latents and text embeddings of a training config beforehand."""
 
+    batch_size: int | None = opt(None, "clips of one size encoded at a time; none is 8", "clips", least=1)
     cache_parts: Literal["both", "video", "text"] = opt("both", "what to compute")
     cache_shard_size: int = opt(64, "clips, or texts, per file", "samples", least=1)
     overwrite: bool = opt(False, "replace a cache that was made with something else")
@@ -238,6 +241,7 @@ class VaeTrainOptions(LoopOptions, LoaderOptions, RunOptions):
 
     aliases: ClassVar[dict[str, str]] = {"ckpt_path": "model.from_pretrained"}
 
+    batch_size: int | None = opt(None, "samples per step", "samples", least=1, no_effect=BUCKETS_SAY)
     model: ModelOptions | None = component("model", "autoencoder", "autoencoder")
     grad_checkpoint: bool = opt(False, "recompute blocks in backward")
     vae_loss_config: VaeLossOptions | None = section(VaeLossOptions, "reconstruction loss")

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,6 @@ class Run:
         device, dtype: where and in what models work.
         parallel: all processes.
         resume: checkpoint to go on from.
-        states: where the run stands; the loop updates it.
     """
 
     cfg: TrainOptions | VaeTrainOptions
@@ -58,7 +59,6 @@ class Run:
     dtype: torch.dtype
     parallel: ParallelContext
     resume: Path | None
-    states: RunningStates
 
     @classmethod
     def start(cls, cfg: TrainOptions | VaeTrainOptions, local_rank: int = 0, world_size: int = 1) -> "Run":
@@ -79,12 +79,21 @@ class Run:
             parallel = create_context(cfg.plugin, cfg.plugin_config, device)
         resume = find_checkpoint(cfg.load, cfg.outputs) if cfg.load else None
         experiment_folder(cfg, resume)  # refuses one that is taken
+        return cls(cfg, device, torch_dtype(cfg.dtype), parallel, resume)
+
+    @cached_property
+    def states(self) -> RunningStates:
+        """Where the run stands; the loop updates it.
+
+        Raises:
+            UserError: the checkpoint is not one of this program's.
+        """
         states = RunningStates(0, 0, 0, 0)
-        if resume is not None:
-            states = load_states(resume)
-            logger.info("--load %s: resuming %s after optimizer step %d", cfg.load, resume, states.global_step)
-        states.move_to(parallel.dp.size)
-        return cls(cfg, device, torch_dtype(cfg.dtype), parallel, resume, states)
+        if self.resume is not None:
+            states = load_states(self.resume)
+            logger.info("--load %s: resuming %s after step %d", self.cfg.load, self.resume, states.global_step)
+        states.move_to(self.parallel.dp.size)
+        return states
 
     def last_step(self, steps_in: Callable[[int], int]) -> int:
         """Optimizer step that the run ends at: at ``max_steps`` or after ``epochs``, whichever comes first.

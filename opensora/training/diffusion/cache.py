@@ -118,7 +118,7 @@ def cache_writer(cfg: Any) -> CacheWriter:
     folder, parts = _check_writing(cfg)
     ae = meta_autoencoder(cfg)
     source = build_source(source_section(cfg), keep_in_memory=False)  # each clip is read once
-    plan = make_plan(source, BucketTable(cfg.bucket_config, ae.compression[1] * cfg.patch_size), cfg.seed)
+    plan = make_plan(source, BucketTable(cfg.bucket_config or {}, ae.compression[1] * cfg.patch_size), cfg.seed)
     runs = {n: condition_runs(cfg.condition_config, ae, n) for n in {key.num_frames for key in plan.keys}}
     info = CacheInfo(
         video=_video_fingerprint(cfg) if "video" in parts else None,

@@ -3,6 +3,7 @@
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from opensora.config import load_config
 from opensora.config.commands import InferenceOptions, TrainOptions
@@ -80,7 +81,7 @@ class SamplesHook:
         self.ema = ema if section.use_ema else None
         self._scratch = tempfile.TemporaryDirectory() if folder is None else None
         self.folder = Path(self._scratch.name if self._scratch is not None else str(folder)) / "samples"
-        models = {"model": weights.model, "ae": encode.ae, "t5": encode.t5, "clip": encode.clip}
+        models: dict[str, Any] = {"model": weights.model, "ae": encode.ae, "t5": encode.t5, "clip": encode.clip}
         self.pipeline = VideoPipeline(models, config, run.device, run.dtype)
 
     def after_step(self, step: int) -> None:

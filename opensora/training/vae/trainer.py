@@ -53,6 +53,7 @@ class VAETrainer:
         self.start = Run.start(cfg, local_rank, world_size)
         if self.start.resume is not None:
             check_match(self.plan.model, open_weights(self.start.resume / "model"))
+        assert cfg.dataset is not None
         self.dataset = build_source(cfg.dataset, require_text=False)
         length = len(self.start.loader(self.dataset, cfg.bucket_config or {}, self.plan.multiple)[1])
         per_epoch = length // cfg.accumulation_steps
