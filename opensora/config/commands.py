@@ -145,7 +145,7 @@ class LoopOptions(Options):
     max_steps: int | None = opt(None, "where to stop, if epochs do not end before", "optimizer steps", least=1)
     accumulation_steps: int = opt(1, "batches per optimizer step", "batches", least=1)
     optim: OptimOptions = section(OptimOptions, "optimizer", {}, open=True)
-    lr: float | None = opt(None, "learning rate, also sets optim.lr", above=0, also="optim.lr")
+    lr: float | None = opt(None, "learning rate, also sets optim.lr", least=0, also="optim.lr")
     initial_lr: float | None = opt(None, "learning rate at the start of warm-up", least=0)
     update_warmup_steps: bool = opt(
         False, "build the schedule anew when going on", no_effect="it always follows from the config and the step"
@@ -249,7 +249,7 @@ class VaeTrainOptions(LoopOptions, LoaderOptions, RunOptions):
     gen_loss_config: GeneratorLossOptions | None = section(GeneratorLossOptions, "adversarial loss of the autoencoder")
     disc_loss_config: DiscriminatorLossOptions | None = section(DiscriminatorLossOptions, "loss of the discriminator")
     optim_discriminator: OptimOptions | None = section(OptimOptions, "optimizer of the discriminator", open=True)
-    disc_lr: float | None = opt(None, "also sets optim_discriminator.lr", above=0, also="optim_discriminator.lr")
+    disc_lr: float | None = opt(None, "also sets optim_discriminator.lr", least=0, also="optim_discriminator.lr")
     lr_scheduler: SchedulerOptions | None = section(SchedulerOptions, "learning-rate schedule")
     disc_lr_scheduler: SchedulerOptions | None = section(
         SchedulerOptions, "learning-rate schedule of the discriminator"
@@ -258,7 +258,7 @@ class VaeTrainOptions(LoopOptions, LoaderOptions, RunOptions):
     mixed_image_ratio: float = opt(0.0, "share of single frames in mixed_video_image", least=0, most=1)
     image_steps: int = opt(0, "training on single frames before video", "optimizer steps", least=0)
     image_bucket_config: Buckets = opt(None, "buckets of that training")
-    image_lr: float | None = opt(None, "learning rate of that training; none takes optim.lr", above=0)
+    image_lr: float | None = opt(None, "learning rate of that training; none takes optim.lr", least=0)
     restart_disc: bool = opt(False, "start the discriminator anew when going on")
     load_optimizer: bool = opt(True, "go on with the optimizer's state")
     freeze_layers: str | None = opt(None, "parts not to train, separated by commas: encoder, decoder, ..., or all")

@@ -229,7 +229,7 @@ class OptimOptions(Options):
     """Optimizer."""
 
     cls: str = opt("HybridAdam", "optimizer: HybridAdam, AdamW, Adam, Muon")
-    lr: float = opt(1e-5, "learning rate", above=0)
+    lr: float = opt(1e-5, "learning rate", least=0)
     eps: float = opt(1e-8, "term added to the denominator", least=0)
     weight_decay: float = opt(0.0, "decoupled weight decay", least=0)
     betas: tuple[float, float] = opt((0.9, 0.999), "decay of the moments", least=0, below=1)

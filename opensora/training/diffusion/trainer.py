@@ -103,11 +103,13 @@ class Trainer:
             batches = endless(self.loader, self.sampler, start.states.micro_step)
             loop.run(prefetch(batches, start.device, start.dtype), method, hooks)
 
+    def _build(self, section: str, **overrides: Any) -> Any:
+        return self.start.build(getattr(self.cfg, section), **overrides)
+
     def _encoder(self) -> InputEncoder:
         cfg, start = self.cfg, self.start
         known = cached_encoders(cfg, self.dataset, self.plan.ae, start.device, start.dtype)
-        sections = {"ae": cfg.ae, "t5": cfg.t5, "clip": cfg.clip}
-        ae, t5, clip = (known[name] if name in known else start.build(part) for name, part in sections.items() if part)
+        ae, t5, clip = (known[name] if name in known else self._build(name) for name in ("ae", "t5", "clip"))
         use_shardformer(t5)
         if not cfg.samples:
             del ae.decoder  # training only encodes
@@ -127,12 +129,11 @@ class Trainer:
     def _model(self) -> TrainedWeights:
         """The model, its trained part marked, with the weights of the checkpoint to go on from."""
         cfg, start = self.cfg, self.start
-        assert cfg.model is not None
         torch.manual_seed(cfg.seed)
         overrides = {}
         if start.resume is not None and not cfg.lora_config:
             overrides["from_pretrained"] = str(start.resume / "model" / "model.safetensors")
-        model = start.build(cfg.model, torch_dtype=start.master_dtype, **overrides).train()
+        model = self._build("model", torch_dtype=start.master_dtype, **overrides).train()
         adapter = None
         if cfg.lora_config:
             past = start.resume / "lora" if start.resume is not None else cfg.lora_checkpoint

@@ -58,7 +58,7 @@ NONSENSE = [
     ("log_every", 0, "at least 1"),
     ("grad_clip", float("nan"), "a finite number"),
     ("optim.lr", float("inf"), "a finite number"),
-    ("lr", -1e-4, "above 0"),
+    ("lr", -1e-4, "at least 0"),
     ("warmup_steps", -1, "at least 0"),
     ("flat_share", 2.0, "below 1"),
     ("num_workers", 100_000, "at most 512"),
