@@ -46,7 +46,9 @@ def _check_free(folder: Path, resume_from: Path | None) -> None:
 
 
 @contextmanager
-def claimed_experiment(cfg: TrainOptions | VaeTrainOptions, resume_from: Path | None, parallel: ParallelContext) -> Iterator[Path]:
+def claimed_experiment(
+    cfg: TrainOptions | VaeTrainOptions, resume_from: Path | None, parallel: ParallelContext
+) -> Iterator[Path]:
     """Within it, no other process writes into the run's folder, which it gives.
 
     Raises:

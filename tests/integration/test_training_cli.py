@@ -113,12 +113,11 @@ def test_a_run_ends_at_max_steps_or_after_its_epochs(diffusion, vae, caplog):
         assert last_step("--max-steps", "none", "--epochs", "1") == before + 3
 
 
-def test_resuming_says_what_and_from_which_step(diffusion, caplog):
+def test_resuming_says_what_and_from_which_step(diffusion, capsys):
     folder = train(Trainer, TrainOptions, diffusion, "--exp-name", "one", "--max-steps", 1)
-    with caplog.at_level("INFO"):
-        Trainer(parse_config([diffusion, "--load", "latest"], TrainOptions))
+    Trainer(parse_config([diffusion, "--load", "latest"], TrainOptions))
     checkpoint = next(folder.glob("epoch*-global_step1"))
-    assert f"--load latest: resuming {checkpoint} after step 1" in caplog.text
+    assert f"--load latest: resuming {checkpoint} after step 1" in capsys.readouterr().err
 
 
 def test_a_batch_size_without_effect_is_said(diffusion, caplog):

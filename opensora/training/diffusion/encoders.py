@@ -47,18 +47,22 @@ def encoders_to_load(cfg: TrainOptions) -> list[str]:
 
 
 def cached_encoders(
-    cfg: TrainOptions, dataset: ClipSource, ae: Autoencoder, device: torch.device, dtype: torch.dtype
+    cfg: TrainOptions,
+    dataset: ClipSource,
+    device: torch.device,
+    dtype: torch.dtype,
+    ae: Autoencoder | None = None,
 ) -> dict[str, Any]:
     """Stand-ins for the encoders that are not among :func:`encoders_to_load`, by section.
 
     Args:
-        ae: the autoencoder without weights, which knows its sizes and scales latents: stands in for itself. The text
-            encoders that stand in know the empty text.
+        ae: the autoencoder without weights, which knows its sizes and scales latents: stands in for itself; built, if
+            it is not given. The text encoders that stand in know the empty text.
     """
     loaded = encoders_to_load(cfg)
     found: dict[str, Any] = {}
     if "ae" not in loaded:
-        found["ae"] = ae
+        found["ae"] = meta_autoencoder(cfg) if ae is None else ae
     if "t5" not in loaded:
         assert isinstance(dataset, CachedVideoTextDataset)
         assert dataset.cache is not None

@@ -108,7 +108,7 @@ class Trainer:
 
     def _encoder(self) -> InputEncoder:
         cfg, start = self.cfg, self.start
-        known = cached_encoders(cfg, self.dataset, self.plan.ae, start.device, start.dtype)
+        known = cached_encoders(cfg, self.dataset, start.device, start.dtype, self.plan.ae)
         ae, t5, clip = (known[name] if name in known else self._build(name) for name in ("ae", "t5", "clip"))
         use_shardformer(t5)
         if not cfg.samples:
@@ -182,7 +182,8 @@ class Trainer:
             self.cfg, self.plan.method_options, self.start, engine.model, weights.model, encoder, timer,
             self.total_steps,
         )  # fmt: skip
-        with torch.random.fork_rng():
+        device = self.start.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.cfg.seed + METHOD_SEED)
             return self.plan.method(context)
 
