@@ -114,7 +114,7 @@ def broadcast(x: Tensor, axis: Axis, source: int = 0) -> Tensor:
     return x
 
 
-def agree(value: Any, axis: Axis) -> Any:
+def broadcast_object(value: Any, axis: Axis) -> Any:
     """What the first rank of the axis holds, on all of them; any picklable value."""
     if axis.group is None:
         return value
@@ -142,18 +142,18 @@ def gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     return x if axis.group is None else _Gather.apply(x, axis, dim)
 
 
-def share(x: Tensor, axis: Axis) -> Tensor:
+def shared_mean(x: Tensor, axis: Axis) -> Tensor:
     """A tensor that all ranks hold, about to be used for their own tokens: its gradient is the average of theirs."""
     return x if axis.group is None else _Copy.apply(x, axis, True)
 
 
-def copy(x: Tensor, axis: Axis) -> Tensor:
+def shared_sum(x: Tensor, axis: Axis) -> Tensor:
     """A tensor that all ranks hold, about to be used with their own weights: its gradient is the sum of theirs."""
     return x if axis.group is None else _Copy.apply(x, axis, False)
 
 
 def reduce(x: Tensor, axis: Axis) -> Tensor:
-    """Sum of the ranks' contributions, on every rank; the inverse of `copy`."""
+    """Sum of the ranks' contributions, on every rank; the inverse of `shared_sum`."""
     return x if axis.group is None else _Reduce.apply(x, axis)
 
 

@@ -19,6 +19,7 @@ from opensora.acceleration import collectives
 from opensora.acceleration.native import DistributedEngine, OptimizerFactory
 from opensora.acceleration.parallel_context import ParallelContext
 from opensora.acceleration.sharding import Gathered, WeightLayout
+from opensora.config.options import PluginOptions
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
@@ -69,7 +70,7 @@ class ColossalEngine(DistributedEngine):
 
     def __init__(
         self, name: str, model: nn.Module, make_optimizer: OptimizerFactory, context: ParallelContext,
-        max_norm: float, layout: WeightLayout, dtype: torch.dtype, config: Mapping[str, Any],
+        max_norm: float, layout: WeightLayout, dtype: torch.dtype, config: PluginOptions,
     ) -> None:  # fmt: skip
         booster = require_colossalai(context.device.type == "cpu")
         if name == "torch_ddp" and dtype != torch.float32:
@@ -99,16 +100,14 @@ class ColossalEngine(DistributedEngine):
         self.optimizer.step = MethodType(step, self.optimizer)  # type: ignore[method-assign]
 
     def backward(self, loss: Tensor) -> None:
-        """See :class:`Engine`."""
         self._booster.backward(loss, self._boosted)
 
     def no_sync(self) -> AbstractContextManager:
-        """See :class:`Engine`; ZeRO 2 and hybrid exchange gradients of every micro-batch."""
+        """ZeRO 2 and hybrid exchange gradients of every micro-batch."""
         plugin = self._booster.plugin
         return self._booster.no_sync(self.model, self._boosted) if plugin.support_no_sync() else nullcontext()
 
     def step(self) -> float:
-        """See :class:`Engine`."""
         if not self._keeps_norm:
             return super().step()
         self._boosted.step()
@@ -117,7 +116,6 @@ class ColossalEngine(DistributedEngine):
         return float("nan") if norm is None else float(norm)
 
     def state_dict(self) -> Mapping[str, Any]:
-        """See :class:`Engine`."""
         own = self.optimizer.state_dict()
         # where ZeRO or 16 bit have masters, the state is theirs; in the order of the parameters it is put together
         masters = {name: master for name, _, master in self._masters()}
@@ -137,17 +135,14 @@ class ColossalEngine(DistributedEngine):
         return super()._whole_value(name, key, value)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See :class:`Engine`."""
         self._boosted.load_state_dict(self._local_state(state))
 
     def master_state(self) -> Mapping[str, Tensor]:
-        """See :class:`Engine`."""
         masters = {name: master for name, _, master in self._masters()}
         return Gathered(masters, lambda name, master: self._whole_value(name, "master", master))
 
     @torch.no_grad()
     def load_master_state(self, state: Mapping[str, Tensor]) -> None:
-        """See :class:`Engine`."""
         for name, parameter, master in self._masters():
             value = self.layout.local(name, state[name].to(parameter.device), parameter)
             parameter.copy_(value)
@@ -172,13 +167,13 @@ def _is_piece(master: Tensor, parameter: Tensor) -> bool:
 
 def _plugin(
     name: str, model: nn.Module, dtype: torch.dtype, context: ParallelContext,
-    max_norm: float, layout: WeightLayout, config: Mapping[str, Any],
+    max_norm: float, layout: WeightLayout, config: PluginOptions,
 ) -> Any:  # fmt: skip
     """ColossalAI's plugin of a config."""
     from colossalai.booster.plugin import HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 
     on_cpu = context.device.type == "cpu"
-    given = {key: value for key, value in config.items() if key not in OWN_KEYS and value is not None}
+    given = {key: value for key, value in config.to_dict().items() if key not in OWN_KEYS and value is not None}
     try:
         if name == "torch_ddp":
             return TorchDDPPlugin(**{k: v for k, v in given.items() if k == "static_graph"})

@@ -77,15 +77,13 @@ class SingleEngine:
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def backward(self, loss: Tensor) -> None:
-        """See :class:`Engine`."""
         loss.backward()
 
     def no_sync(self) -> AbstractContextManager:
-        """See :class:`Engine`; nothing is exchanged on one device."""
+        """Nothing is exchanged on one device."""
         return nullcontext()
 
     def step(self) -> float:
-        """See :class:`Engine`."""
         norm = self._clip()
         if torch.isfinite(torch.tensor(norm)):
             self.optimizer.step()
@@ -98,32 +96,25 @@ class SingleEngine:
         return float(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
 
     def unwrap(self) -> nn.Module:
-        """See :class:`Engine`."""
         return self.model
 
     def gather(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """See :class:`Engine`."""
         return state
 
     def scatter(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See :class:`Engine`."""
         return dict(state)
 
     def state_dict(self) -> Mapping[str, Any]:
-        """See :class:`Engine`."""
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See :class:`Engine`."""
         self.optimizer.load_state_dict(dict(state))
 
     def master_state(self) -> Mapping[str, Tensor]:
-        """See :class:`Engine`."""
         return {}
 
     def load_master_state(self, state: Mapping[str, Tensor]) -> None:
-        """See :class:`Engine`."""
+        """There are none."""
 
     def on_any_rank(self, flag: bool) -> bool:
-        """See :class:`Engine`."""
         return flag

@@ -50,7 +50,6 @@ class DistributedEngine(SingleEngine):
         self._names = [names[id(parameter)] for parameter in self._parameters]
 
     def unwrap(self) -> nn.Module:
-        """See :class:`Engine`."""
         return self._plain
 
     def _clip(self) -> float:
@@ -69,16 +68,13 @@ class DistributedEngine(SingleEngine):
         return norm_of_all
 
     def gather(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """See :class:`Engine`."""
         return Gathered(state, self.layout.whole)
 
     def scatter(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See :class:`Engine`."""
         own = self._plain.state_dict()
         return {name: self.layout.local(name, value, own.get(name, value)) for name, value in state.items()}
 
     def state_dict(self) -> Mapping[str, Any]:
-        """See :class:`Engine`."""
         return self._whole_state(self.optimizer.state_dict())
 
     def _whole_state(self, own: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -94,7 +90,6 @@ class DistributedEngine(SingleEngine):
         return self.layout.whole(name, value) if isinstance(value, Tensor) else value
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See :class:`Engine`."""
         self.optimizer.load_state_dict(self._local_state(state))
 
     def _local_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,7 +106,6 @@ class DistributedEngine(SingleEngine):
         return {"state": local, "param_groups": state["param_groups"]}
 
     def on_any_rank(self, flag: bool) -> bool:
-        """See :class:`Engine`."""
         flags = torch.tensor([float(flag)], device=self.context.device)
         if self.context.world_size > 1:
             dist.all_reduce(flags)
@@ -145,12 +139,10 @@ class DDPEngine(DistributedEngine):
         super().__init__(wrapped, model, named, make_optimizer, max_norm, context, layout or WeightLayout())
 
     def no_sync(self) -> AbstractContextManager:
-        """See :class:`Engine`."""
         wrapped: Any = self.model
         return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else super().no_sync()
 
     def step(self) -> float:
-        """See :class:`Engine`."""
         if self._at_step:
             collectives.average([p.grad for p in self._parameters if p.grad is not None], self.context.replica)
         return super().step()
@@ -176,7 +168,7 @@ class FSDP2Engine(DistributedEngine):
             )
             # FSDP hangs its backward on the output, and warns of views, which could be changed under it
             model.register_forward_hook(lambda module, args, out: out.clone() if out._is_view() else out)
-            for block in [block for group in ("double_blocks", "single_blocks") for block in getattr(model, group)]:
+            for block in [block for group in ("double_blocks", "single_blocks") for block in getattr(model, group, ())]:
                 fully_shard(block, **options)
             fully_shard(model, **options)
         elif dtype != torch.float32:
@@ -186,11 +178,9 @@ class FSDP2Engine(DistributedEngine):
         self.rounded_to = dtype if dtype != torch.float32 else None
 
     def master_state(self) -> Mapping[str, Tensor]:
-        """See :class:`Engine`."""
         return self.gather(self._plain.state_dict()) if self.rounded_to is not None else {}
 
     def load_master_state(self, state: Mapping[str, Tensor]) -> None:
-        """See :class:`Engine`."""
         if self.rounded_to is not None:
             self.layout.load(self._plain, state)
 
@@ -204,5 +194,4 @@ class FSDP2Engine(DistributedEngine):
             model.set_requires_gradient_sync(True)
 
     def no_sync(self) -> AbstractContextManager:
-        """See :class:`Engine`."""
         return self._unsynchronised() if hasattr(self.model, "set_requires_gradient_sync") else super().no_sync()

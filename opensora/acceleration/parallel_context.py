@@ -1,6 +1,5 @@
 """Process groups of a run, as a value that is handed to whoever needs it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -10,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from opensora.config.options import PluginOptions
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
@@ -60,29 +60,23 @@ class Sizes:
     branch: int = 1
 
     @classmethod
-    def of(cls, plugin: str | None, config: Mapping[str, Any] | None) -> "Sizes":
+    def of(cls, plugin: str | None, config: PluginOptions | None) -> "Sizes":
         """Sizes that a config asks for: ``plugin`` and ``plugin_config``, which says nothing without a plugin.
 
         Raises:
-            UserError: a size below 1, or pipeline parallelism.
+            UserError: pipeline parallelism, or weights or tokens divided by a plugin that does not.
         """
-        config = config or {}
-        if plugin in (None, "", "none"):
+        if config is None or plugin in (None, "", "none"):
             return cls()
-        if (config.get("pp_size") or 1) != 1:
-            raise UserError(f"plugin_config.pp_size={config['pp_size']}: pipeline parallelism is not available")
-        found = {}
-        for name in ("tp", "sp", "branch"):
-            size = config.get(f"{name}_size")
-            found[name] = 1 if size is None else size
-            if found[name] < 1:
-                raise UserError(f"plugin_config.{name}_size={found[name]}: must be at least 1")
-        if plugin in ("zero1", "zero2", "torch_ddp") and max(found.values()) > 1:
+        if config.pp_size != 1:
+            raise UserError(f"plugin_config.pp_size={config.pp_size}: pipeline parallelism is not available")
+        found = cls(config.tp_size, config.sp_size, config.branch_size)
+        if plugin in ("zero1", "zero2", "torch_ddp") and found != cls():
             raise UserError(
                 f"plugin {plugin} only divides data; for plugin_config.tp_size or sp_size above 1 use hybrid "
                 "(ColossalAI), ddp or fsdp2"
             )
-        return cls(**found)
+        return found
 
     def fit(self, world_size: int) -> "Sizes":
         """The largest sizes not above these whose product divides ``world_size``; a change is logged."""

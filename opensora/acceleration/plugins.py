@@ -1,7 +1,6 @@
 """From a config's ``plugin`` to an engine for training, or to a divided model for sampling."""
 
 import hashlib
-from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any
 
@@ -15,6 +14,7 @@ from opensora.acceleration.parallel_context import ParallelContext, Sizes
 from opensora.acceleration.sequence_parallel import DEFAULT_MODE, apply_sequence_parallel, check_mode
 from opensora.acceleration.sharding import WeightLayout
 from opensora.acceleration.tensor_parallel import apply_tensor_parallel, check_tensor_parallel, layout_of
+from opensora.config.options import PluginOptions
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
@@ -65,7 +65,7 @@ def check_agreement(model: nn.Module, context: ParallelContext) -> None:
 
 
 def divide_model(
-    model: nn.Module, context: ParallelContext, config: Mapping[str, Any] | None = None, engine: str | None = None
+    model: nn.Module, context: ParallelContext, config: PluginOptions | None = None, engine: str | None = None
 ) -> WeightLayout:
     """Tensor and sequence parallelism of a diffusion model, in place.
 
@@ -82,14 +82,14 @@ def divide_model(
         UserError: sizes that the ranks do not divide.
     """
     layout = (layout_of if engine == "hybrid" else apply_tensor_parallel)(model, context.tp)
-    mode = (config or {}).get("sequence_parallelism_mode") or DEFAULT_MODE
+    mode = (config or PluginOptions()).sequence_parallelism_mode or DEFAULT_MODE
     if context.sp.size > 1:
         described: Any = model.config
         apply_sequence_parallel(model, context.sp, mode, described.num_heads // context.tp.size)
     return layout
 
 
-def check_sizes(config: Mapping[str, Any] | None, model: nn.Module, world_size: int) -> None:
+def check_sizes(config: PluginOptions | None, model: nn.Module, world_size: int) -> None:
     """Whether a ``plugin_config`` can divide a model over that many processes; nothing is exchanged.
 
     Raises:
@@ -98,12 +98,12 @@ def check_sizes(config: Mapping[str, Any] | None, model: nn.Module, world_size: 
     sizes = Sizes.of("hybrid", config).fit(world_size)
     described: Any = model.config
     check_tensor_parallel(described, sizes.tp)
-    mode = (config or {}).get("sequence_parallelism_mode") or DEFAULT_MODE
+    mode = (config or PluginOptions()).sequence_parallelism_mode or DEFAULT_MODE
     if sizes.sp > 1:
         check_mode(mode, described.num_heads // sizes.tp, sizes.sp, described.attn_backend)
 
 
-def check_training(plugin: str | None, config: Mapping[str, Any] | None, model: Any, world_size: int) -> None:
+def check_training(plugin: str | None, config: PluginOptions | None, model: Any, world_size: int) -> None:
     """Everything about parallel training that can be judged before anything is built.
 
     Args:
@@ -129,7 +129,7 @@ def check_training(plugin: str | None, config: Mapping[str, Any] | None, model: 
         require_colossalai(on_cpu=False)
 
 
-def create_context(plugin: str | None, config: Mapping[str, Any] | None, device: torch.device) -> ParallelContext:
+def create_context(plugin: str | None, config: PluginOptions | None, device: torch.device) -> ParallelContext:
     """Groups of ranks that a config asks for; call `launch` first.
 
     Raises:
@@ -146,7 +146,7 @@ def create_engine(
     *,
     max_norm: float = 0.0,
     dtype: torch.dtype = torch.float32,
-    config: Mapping[str, Any] | None = None,
+    config: PluginOptions | None = None,
     layout: WeightLayout | None = None,
     masters: Named | None = None,
 ) -> Engine:
@@ -177,7 +177,7 @@ def create_engine(
     if name in COLOSSAL:
         from opensora.acceleration.colossal import ColossalEngine
 
-        return ColossalEngine(name, model, make_optimizer, context, max_norm, layout, dtype, config or {})
+        return ColossalEngine(name, model, make_optimizer, context, max_norm, layout, dtype, config or PluginOptions())
     if name == "fsdp2":
         return FSDP2Engine(model, make_optimizer, context, max_norm, layout, dtype)
     return DDPEngine(model, make_optimizer, context, max_norm, layout, masters)

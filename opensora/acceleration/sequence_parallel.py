@@ -222,7 +222,7 @@ def _cut_input(name: str, value: Any, layout: Layout, axis: Axis) -> Any:
         part = layout.img if name in IMAGE_INPUTS else layout.txt
         filled = F.pad(value, (0, 0, 0, part.size * axis.size - value.shape[1]))
         return collectives.split(filled, axis, dim=1)
-    return collectives.share(value, axis) if value.requires_grad else value
+    return collectives.shared_mean(value, axis) if value.requires_grad else value
 
 
 def _remember_layout(recompute: Callable[..., Any], shard: TokenShard) -> Callable[..., Any]:

@@ -97,7 +97,7 @@ class ColumnLinear(Share, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., C]`` -> ``[..., C' / ranks]``."""
-        return F.linear(collectives.copy(x, self.axis), self.weight, self.bias)
+        return F.linear(collectives.shared_sum(x, self.axis), self.weight, self.bias)
 
 
 class RowLinear(Share, nn.Linear):
@@ -116,7 +116,7 @@ class HeadNorm(Share, RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, L, H / ranks, D]`` -> the same."""
-        scale = collectives.copy(self.scale, self.axis)
+        scale = collectives.shared_sum(self.scale, self.axis)
         if self.fused is not None:
             return self.fused.apply(x, scale, NORM_EPS, 0.0, "llama", False)
         return F.rms_norm(x, scale.shape, scale, NORM_EPS)

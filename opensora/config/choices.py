@@ -109,3 +109,6 @@ SOLVERS: Choices[Any] = Choices(
     "solver", {name: f"opensora.diffusion.solvers:{name}" for name in ("euler", "heun", "ab2")}
 )
 STEP_CACHES: Choices[Any] = Choices("step cache")
+METHODS: Choices[Any] = Choices(
+    "training method", {"flow_matching": "opensora.training.methods.flow_matching:FlowMatching"}
+)

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Literal
 from opensora.config.choices import CONDITIONS
 from opensora.config.options import (
     AE_KNOWS,
+    MANY_WORKERS,
+    MAX_SEED,
     DatasetOptions,
     DiscriminatorLossOptions,
     DropoutOptions,
@@ -32,6 +34,7 @@ from opensora.config.options import (
 )
 
 DType = Literal["bf16", "fp16", "fp32", "half", "bfloat16", "float16", "float32", "float64"]
+BUCKETS_SAY = "bucket_config holds the batch size of each bucket"
 # resolution name -> number of frames -> (probability or pair of them, batch size)
 Buckets = dict[str, dict[int, Any]] | None
 
@@ -42,7 +45,7 @@ class RunOptions(Options):
 
     device: str | None = opt(None, "cpu or cuda; none takes cuda where there is one")
     dtype: DType = opt("bf16", "precision of the models")
-    seed: int = opt(1024, "seed of everything random except a sample's noise")
+    seed: int = opt(1024, "seed of everything random except a sample's noise", least=0, most=MAX_SEED)
     imports: list[str] | None = opt(None, "modules of your own to import first, for what they register")
     config_path: str = "config"  # where the values come from, for messages
 
@@ -53,11 +56,11 @@ class LoaderOptions(Options):
 
     dataset: DatasetOptions | None = component("dataset", "clips", "clips and texts")
     bucket_config: Buckets = opt(None, "{resolution: {frames: (probability, batch size)}}")
-    batch_size: int | None = opt(None, "samples per step where there are no buckets", "samples")
-    num_workers: int = opt(4, "processes that read data")
-    prefetch_factor: int | None = opt(None, "batches each of them reads ahead", "batches")
+    batch_size: int | None = opt(None, "samples per step where there are no buckets", "samples", least=1)
+    num_workers: int = opt(4, "processes that read data", least=0, most=MANY_WORKERS)
+    prefetch_factor: int | None = opt(None, "batches each of them reads ahead", "batches", least=1, most=MANY_WORKERS)
     num_bucket_build_workers: int = opt(
-        1, "processes that sort clips into buckets", no_effect="one process sorts a million rows in seconds"
+        1, "processes that sort clips into buckets", least=1, no_effect="one process sorts a million rows in seconds"
     )
 
 
@@ -134,33 +137,39 @@ class LoopOptions(Options):
     exp_name: str | None = opt(None, "name of the experiment's folder; none makes one of time and config name")
     wait: bool = opt(False, "wait while another process writes to the same place, instead of refusing")
     load: str | None = opt(None, "checkpoint folder to go on from")
-    start_epoch: int | None = opt(None, "epoch to go on at, instead of the checkpoint's")
-    start_step: int | None = opt(None, "step to go on at, instead of the checkpoint's", "steps")
-    epochs: int = opt(1000, "passes over the data")
-    max_steps: int | None = opt(None, "where to stop", "optimizer steps")
-    accumulation_steps: int = opt(1, "batches per optimizer step", "batches")
+    start_epoch: int | None = opt(None, "epoch to go on at, instead of the checkpoint's", least=0)
+    start_step: int | None = opt(None, "step to go on at, instead of the checkpoint's", "steps", least=0)
+    epochs: int | None = opt(None, "passes over the data at most; none is 1000 without max_steps", least=1)
+    max_steps: int | None = opt(None, "where to stop, if epochs do not end before", "optimizer steps", least=1)
+    accumulation_steps: int = opt(1, "batches per optimizer step", "batches", least=1)
     optim: OptimOptions = section(OptimOptions, "optimizer", {}, open=True)
-    lr: float | None = opt(None, "learning rate, also sets optim.lr", also="optim.lr")
-    initial_lr: float | None = opt(None, "learning rate at the start of warm-up")
+    lr: float | None = opt(None, "learning rate, also sets optim.lr", least=0, also="optim.lr")
+    initial_lr: float | None = opt(None, "learning rate at the start of warm-up", least=0)
     update_warmup_steps: bool = opt(
         False, "build the schedule anew when going on", no_effect="it always follows from the config and the step"
     )
-    grad_clip: float = opt(0.0, "gradient norm limit (0 is none)")
-    ema_decay: float | None = opt(None, "decay of the averaged weights; none keeps no average")
+    grad_clip: float = opt(0.0, "gradient norm limit (0 is none)", least=0)
+    ema_decay: float | None = opt(None, "decay of the averaged weights; none keeps no average", least=0, below=1)
     plugin: str | None = opt(
         "zero2", "parallelism: zero1, zero2, hybrid, torch_ddp (ColossalAI), ddp, fsdp2 (torch), none"
     )
     plugin_config: PluginOptions = section(PluginOptions, "its settings", {}, open=True)
     pin_memory_cache_pre_alloc_numels: list[int] | None = opt(
-        None, "pinned buffers to allocate", "elements", no_effect="torch keeps and reuses pinned buffers itself"
+        None,
+        "pinned buffers to allocate",
+        "elements",
+        least=0,
+        no_effect="torch keeps and reuses pinned buffers itself",
     )
-    log_every: int = opt(1, "distance of log lines", "optimizer steps")
-    ckpt_every: int = opt(0, "distance of checkpoints (0: only at the end)", "optimizer steps")
-    keep_n_latest: int = opt(-1, "checkpoints to keep (-1: all)")
-    ckpt_shard_size_gb: float = opt(4.0, "weights above this size are saved in several files of it", "GiB")
+    log_every: int = opt(1, "distance of log lines", "optimizer steps", least=1)
+    ckpt_every: int = opt(0, "distance of checkpoints (0: only at the end)", "optimizer steps", least=0)
+    keep_n_latest: int = opt(-1, "checkpoints to keep (-1: all)", least=-1)
+    ckpt_shard_size_gb: float = opt(4.0, "weights above this size are saved in several files of it", "GiB", above=0)
     wandb: bool = opt(False, "log to Weights & Biases")
     wandb_project: str = opt("Open-Sora", "its project")
-    max_skipped_steps: int = opt(20, "steps in a row without a finite loss and gradient that end the run", "steps")
+    max_skipped_steps: int = opt(
+        20, "steps in a row without a finite loss and gradient that end the run", "steps", least=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,22 +178,27 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
 
     aliases: ClassVar[dict[str, str]] = {"ckpt_path": "model.from_pretrained"}
 
+    batch_size: int | None = opt(None, "samples per step", "samples", least=1, no_effect=BUCKETS_SAY)
     model: ModelOptions | None = component("model", "diffusion", "diffusion model")
     ae: ModelOptions | None = component("model", "autoencoder", "autoencoder, if latents are not cached")
     t5: ModelOptions | None = component("model", "text", "encoder of the text tokens, if not cached")
     clip: ModelOptions | None = component("model", "text", "encoder of the pooled text vector, if not cached")
+    training_method: str = opt("flow_matching", "what is minimised: flow_matching, or one of your own (docs/train.md)")
+    training_method_config: dict[str, Any] | None = opt(None, "settings of the training method")
     cached_video: bool = opt(False, "clips come as latents, from cache_dir")
     cached_text: bool = opt(False, "texts come as embeddings, from cache_dir")
     cache_dir: str | None = opt(None, "folder that scripts/diffusion/cache.py writes")
     is_causal_vae: bool = opt(False, "first frame has a latent of its own", no_effect=AE_KNOWS)
-    patch_size: int = opt(2, "latent pixels per token side", "latent px")
-    condition_config: dict[str, float] | None = opt(None, "{condition type: weight}; none trains on text only")
+    patch_size: int = opt(2, "latent pixels per token side", "latent px", least=1)
+    condition_config: dict[str, float] | None = opt(None, "{condition type: weight}; none trains on text only", least=0)
     dropout_ratio: DropoutOptions | None = section(DropoutOptions, "share of samples that train without their text")
-    guidance: float = opt(4.0, "guidance scale told to models with guidance_embed")
-    sigma_min: float = opt(1e-5, "noise that remains at the end of the path")
+    guidance: float = opt(4.0, "guidance scale told to models with guidance_embed", least=0)
+    sigma_min: float = opt(1e-5, "noise that remains at the end of the path", least=0, below=1)
     no_i2v_ref_loss: bool = opt(False, "leave given first and last frames out of the loss")
     grad_checkpoint: bool = opt(True, "recompute blocks in backward")
-    grad_ckpt_buffer_size: int = opt(0, "host memory for inputs of recomputed blocks (0: on the device)", "bytes")
+    grad_ckpt_buffer_size: int = opt(
+        0, "host memory for inputs of recomputed blocks (0: on the device)", "bytes", least=0
+    )
     lora_config: dict[str, Any] | None = opt(None, "PEFT LoraConfig; none trains all weights")
     lora_checkpoint: str | None = opt(None, "adapter to start from")
     freeze_layers: list[str] | str | None = opt(None, "what not to train, by name: txt_in, double_blocks.*.txt_mlp")
@@ -194,9 +208,9 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
     samples: TrainSampleOptions | None = section(
         TrainSampleOptions, "videos of fixed prompts on the way; none makes none", fill=True
     )
-    warmup_steps: int | None = opt(None, "linear warm-up", "optimizer steps")
+    warmup_steps: int | None = opt(None, "linear warm-up", "optimizer steps", least=0)
     use_cosine_scheduler: bool = opt(False, "cosine decay to zero after warm-up and plateau")
-    flat_share: float = opt(0.0, "share of the run on the plateau before the cosine")
+    flat_share: float = opt(0.0, "share of the run on the plateau before the cosine", least=0, below=1)
     keep_encoded: bool = opt(False, "keep latents and text embeddings in memory, read each clip once (small datasets)")
     warmup_ae: bool = opt(False, "run the autoencoder on every bucket shape first")
     async_io: bool = opt(False, "write checkpoints while training goes on")
@@ -205,16 +219,17 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
     record_time: bool = opt(False, "log seconds per stage")
     record_barrier: bool = opt(False, "ranks wait for each other before each stage's time is taken")
     nsys: bool = opt(False, "let Nsight Systems record some steps")
-    nsys_warmup_steps: int = opt(2, "steps before the record", "steps")
-    nsys_num_steps: int = opt(2, "steps in the record", "steps")
+    nsys_warmup_steps: int = opt(2, "steps before the record", "steps", least=0)
+    nsys_num_steps: int = opt(2, "steps in the record", "steps", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions(TrainOptions):
     """Compute latents and text embeddings of a training config beforehand."""
 
+    batch_size: int | None = opt(None, "clips of one size encoded at a time; none is 8", "clips", least=1)
     cache_parts: Literal["both", "video", "text"] = opt("both", "what to compute")
-    cache_shard_size: int = opt(64, "clips, or texts, per file", "samples")
+    cache_shard_size: int = opt(64, "clips, or texts, per file", "samples", least=1)
     overwrite: bool = opt(False, "replace a cache that was made with something else")
 
 
@@ -224,6 +239,7 @@ class VaeTrainOptions(LoopOptions, LoaderOptions, RunOptions):
 
     aliases: ClassVar[dict[str, str]] = {"ckpt_path": "model.from_pretrained"}
 
+    batch_size: int | None = opt(None, "samples per step", "samples", least=1, no_effect=BUCKETS_SAY)
     model: ModelOptions | None = component("model", "autoencoder", "autoencoder")
     grad_checkpoint: bool = opt(False, "recompute blocks in backward")
     vae_loss_config: VaeLossOptions | None = section(VaeLossOptions, "reconstruction loss")
@@ -231,16 +247,16 @@ class VaeTrainOptions(LoopOptions, LoaderOptions, RunOptions):
     gen_loss_config: GeneratorLossOptions | None = section(GeneratorLossOptions, "adversarial loss of the autoencoder")
     disc_loss_config: DiscriminatorLossOptions | None = section(DiscriminatorLossOptions, "loss of the discriminator")
     optim_discriminator: OptimOptions | None = section(OptimOptions, "optimizer of the discriminator", open=True)
-    disc_lr: float | None = opt(None, "also sets optim_discriminator.lr", also="optim_discriminator.lr")
+    disc_lr: float | None = opt(None, "also sets optim_discriminator.lr", least=0, also="optim_discriminator.lr")
     lr_scheduler: SchedulerOptions | None = section(SchedulerOptions, "learning-rate schedule")
     disc_lr_scheduler: SchedulerOptions | None = section(
         SchedulerOptions, "learning-rate schedule of the discriminator"
     )
     mixed_strategy: Literal["mixed_video_image", "mixed_video_random"] | None = opt(None, "how lengths are mixed")
-    mixed_image_ratio: float = opt(0.0, "share of single frames in mixed_video_image")
-    image_steps: int = opt(0, "training on single frames before video", "optimizer steps")
+    mixed_image_ratio: float = opt(0.0, "share of single frames in mixed_video_image", least=0, most=1)
+    image_steps: int = opt(0, "training on single frames before video", "optimizer steps", least=0)
     image_bucket_config: Buckets = opt(None, "buckets of that training")
-    image_lr: float | None = opt(None, "learning rate of that training; none takes optim.lr")
+    image_lr: float | None = opt(None, "learning rate of that training; none takes optim.lr", least=0)
     restart_disc: bool = opt(False, "start the discriminator anew when going on")
     load_optimizer: bool = opt(True, "go on with the optimizer's state")
     freeze_layers: str | None = opt(None, "parts not to train, separated by commas: encoder, decoder, ..., or all")
@@ -259,12 +275,12 @@ class VaeInferenceOptions(LoaderOptions, RunOptions):
     save_dir: str = opt("samples", "folder for the results")
     wait: bool = opt(False, "wait while another process writes to the same place, instead of refusing")
     eval_setting: str | None = opt(None, "frames x side (17x256) or frames x height x width, instead of bucket_config")
-    fps: int = opt(16, "frame rate of the clips", "frames/s")
-    frame_interval: int = opt(1, "distance of sampled frames; files play at fps // frame_interval", "frames")
+    fps: int = opt(16, "frame rate of the clips", "frames/s", least=1, most=1000)
+    frame_interval: int = opt(1, "distance of sampled frames; files play at fps // frame_interval", "frames", least=1)
     lpips: LpipsOptions | None = section(LpipsOptions, "weights of LPIPS; none leaves this measure out")
-    max_clips: int | None = opt(None, "clips to reconstruct; none takes all", "clips")
-    sheet_clips: int = opt(8, "clips on the picture of originals and reconstructions", "clips")
-    verbose: int = opt(1, "amount of log output (0, 1, 2)")
+    max_clips: int | None = opt(None, "clips to reconstruct; none takes all", "clips", least=1)
+    sheet_clips: int = opt(8, "clips on the picture of originals and reconstructions", "clips", least=0)
+    verbose: int = opt(1, "amount of log output (0, 1, 2)", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,5 +292,5 @@ class VaeStatsOptions(LoaderOptions, RunOptions):
     model: ModelOptions | None = component("model", "autoencoder", "autoencoder")
     dtype: DType = opt("fp32", "precision of the model")
     eval_setting: str | None = opt(None, "frames x side (17x256) or frames x height x width, instead of bucket_config")
-    max_batches: int | None = opt(None, "batches to look at; none takes the whole dataset", "batches")
-    verbose: int = opt(1, "amount of log output (0, 1, 2)")
+    max_batches: int | None = opt(None, "batches to look at; none takes the whole dataset", "batches", least=1)
+    verbose: int = opt(1, "amount of log output (0, 1, 2)", least=0)

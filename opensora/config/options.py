@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -28,6 +28,8 @@ BOUNDS: Mapping[str, tuple[Callable[[Any, Any], bool], str]] = MappingProxyType(
     }
 )
 AE_KNOWS = "the autoencoder knows it"
+MAX_SEED = 2**63 - 1
+MANY_WORKERS, MANY_PROCESSES = 512, 65_536  # more is a slip of the finger
 
 
 def opt(default: Any, help: str, unit: str = "", **extra: Any) -> Any:
@@ -37,9 +39,9 @@ def opt(default: Any, help: str, unit: str = "", **extra: Any) -> Any:
         default: value when nobody sets the key; lists and dicts are copied per instance.
         help: one line for ``--help``.
         unit: unit of the value, empty if it has none.
-        extra: bounds of a number, or of each number of a list: ``least`` and ``most`` (may be reached), ``above`` and
-            ``below`` (may not); numbers are always finite. ``required=True``: every config has to give the key.
-            ``choices=TABLE``: a text that is one of the names in a table of ``opensora.config.choices``.
+        extra: bounds of a number, or of each number of a list or dict: ``least`` and ``most`` (may be reached),
+            ``above`` and ``below`` (may not); numbers are always finite. ``required=True``: every config has to give
+            the key. ``choices=TABLE``: a text that is one of the names in a table of ``opensora.config.choices``.
             ``verbatim=True`` keeps a command line's ``none`` as text; ``also="optim.lr"`` sets that key too;
             ``no_effect=REASON`` marks a key that configs of Open-Sora 2.0 hold and that nothing needs any more.
     """
@@ -72,9 +74,16 @@ def component(registry: str, role: str, help: str, default: dict | None = None) 
     return field(default=None, metadata=metadata)
 
 
+def _numbers(value: Any) -> Collection[Any]:
+    """What a value holds: itself, or the items of a list, tuple or dict."""
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list | tuple) else [value]
+
+
 def check_bounds(value: Any, metadata: Mapping[str, Any], name: str) -> None:
-    """Refuse a number outside the bounds of its key, NaN and infinity; of a list or tuple, each of its numbers. Refuse
-    a text that is not among the choices of its key.
+    """Refuse a number outside the bounds of its key, NaN and infinity; of a list, tuple or dict, each of its numbers.
+    Refuse a text that is not among the choices of its key.
 
     Raises:
         UserError: names the key and what it may be.
@@ -82,7 +91,7 @@ def check_bounds(value: Any, metadata: Mapping[str, Any], name: str) -> None:
     choices: Choices | None = metadata.get("choices")
     if choices is not None and value is not None and value not in choices:
         raise UserError(f"{name} {value}: expected one of {choices.listing}")
-    for number in value if isinstance(value, list | tuple) else [value]:
+    for number in _numbers(value):
         if not isinstance(number, int | float) or isinstance(number, bool):
             continue
         if not math.isfinite(number):
@@ -224,40 +233,42 @@ class OptimOptions(Options):
     """Optimizer."""
 
     cls: str = opt("HybridAdam", "optimizer: HybridAdam, AdamW, Adam, Muon")
-    lr: float = opt(1e-5, "learning rate")
-    eps: float = opt(1e-8, "term added to the denominator")
-    weight_decay: float = opt(0.0, "decoupled weight decay")
-    betas: tuple[float, float] = opt((0.9, 0.999), "decay of the moments")
+    lr: float = opt(1e-5, "learning rate", least=0)
+    eps: float = opt(1e-8, "term added to the denominator", least=0)
+    weight_decay: float = opt(0.0, "decoupled weight decay", least=0)
+    betas: tuple[float, float] = opt((0.9, 0.999), "decay of the moments", least=0, below=1)
     adamw_mode: bool = opt(True, "AdamW rather than Adam with L2")
-    momentum: float | None = opt(None, "momentum of Muon (0.95)")
+    momentum: float | None = opt(None, "momentum of Muon (0.95)", least=0, below=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerOptions(Options):
     """Learning-rate schedule."""
 
-    warmup_steps: int | None = opt(None, "linear warm-up", "optimizer steps")
+    warmup_steps: int | None = opt(None, "linear warm-up", "optimizer steps", least=0)
     cosine: bool = opt(False, "cosine decay to zero after warm-up and plateau")
-    flat_share: float = opt(0.0, "share of the run on the plateau before the cosine")
+    flat_share: float = opt(0.0, "share of the run on the plateau before the cosine", least=0, below=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PluginOptions(Options):
     """Parallelism; further keys of a file go to the ColossalAI plugin as they are."""
 
-    tp_size: int = opt(1, "tensor-parallel group", "ranks")
-    pp_size: int = opt(1, "pipeline-parallel group", "ranks")
-    sp_size: int = opt(1, "sequence-parallel group", "ranks")
-    branch_size: int = opt(1, "group that shares the guidance branches of a sampling step", "ranks")
+    tp_size: int = opt(1, "tensor-parallel group", "ranks", least=1, most=MANY_PROCESSES)
+    pp_size: int = opt(1, "pipeline-parallel group", "ranks", least=1, most=MANY_PROCESSES)
+    sp_size: int = opt(1, "sequence-parallel group", "ranks", least=1, most=MANY_PROCESSES)
+    branch_size: int = opt(
+        1, "group that shares the guidance branches of a sampling step", "ranks", least=1, most=MANY_PROCESSES
+    )
     sequence_parallelism_mode: str | None = opt(None, "how tokens are exchanged: ring_attn, all_to_all")
     enable_sequence_parallelism: bool = opt(
         False, "split tokens over the sequence-parallel group", no_effect="sp_size above 1 does it"
     )
     static_graph: bool = opt(False, "every step runs the same graph")
-    zero_stage: int = opt(2, "ZeRO stage of the hybrid plugin")
+    zero_stage: int = opt(2, "ZeRO stage of the hybrid plugin", least=0, most=2)
     overlap_allgather: bool = opt(True, "gather parameters while computing")
-    reduce_bucket_size_in_m: int = opt(20, "gradient bucket", "million elements")
-    initial_scale: float = opt(2.0**16, "first loss scale in fp16")
+    reduce_bucket_size_in_m: int = opt(20, "gradient bucket", "million elements", least=1)
+    initial_scale: float = opt(2.0**16, "first loss scale in fp16", above=0)
     cast_inputs: bool = opt(False, "cast inputs to the training precision")
 
 
@@ -265,8 +276,8 @@ class PluginOptions(Options):
 class DropoutOptions(Options):
     """Share of samples that train without their text."""
 
-    t5: float = opt(0.0, "probability of an empty T5 text")
-    clip: float = opt(0.0, "probability of an empty CLIP text")
+    t5: float = opt(0.0, "probability of an empty T5 text", least=0, most=1)
+    clip: float = opt(0.0, "probability of an empty CLIP text", least=0, most=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,10 +295,12 @@ class ValidationOptions(Options):
     """Loss on held-out rows, at fixed times and noise, so that it only changes with the model."""
 
     data_path: str | None = opt(None, "csv or parquet table of rows that training does not see")
-    every: int = opt(500, "distance of validations", "optimizer steps")
-    max_rows: int = opt(64, "rows to take, from the start of the table", "rows")
-    timesteps: list[float] = opt([0.1, 0.3, 0.5, 0.7, 0.9], "diffusion times of every row, in (0, 1); 1 is noise")
-    seed: int = opt(0, "seed of its noise and conditions")
+    every: int = opt(500, "distance of validations", "optimizer steps", least=1)
+    max_rows: int = opt(64, "rows to take, from the start of the table", "rows", least=1)
+    timesteps: list[float] = opt(
+        [0.1, 0.3, 0.5, 0.7, 0.9], "diffusion times of every row, in (0, 1); 1 is noise", above=0, below=1
+    )
+    seed: int = opt(0, "seed of its noise and conditions", least=0, most=MAX_SEED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,9 +310,9 @@ class TrainSampleOptions(Options):
     prompts: list[str] = opt([], "one video each")
     refs: list[str] | None = opt(None, "pictures or clips, one per prompt, for a cond_type other than t2v")
     cond_type: str = opt("t2v", "what the references fix", choices=CONDITIONS)
-    every: int = opt(1000, "distance of samples", "optimizer steps")
-    seed: int = opt(42, "seed of the starting noise")
-    fps: int = opt(24, "frame rate of the files, also told to the model", "frames/s")
+    every: int = opt(1000, "distance of samples", "optimizer steps", least=1)
+    seed: int = opt(42, "seed of the starting noise", least=0, most=MAX_SEED)
+    fps: int = opt(24, "frame rate of the files, also told to the model", "frames/s", above=0, most=1000)
     use_ema: bool = opt(True, "take the averaged weights where there are some")
     sampling_option: SamplingOption = section(SamplingOption, "size, length and guidance", {}, fill=True)
 
@@ -308,27 +321,27 @@ class TrainSampleOptions(Options):
 class VaeLossOptions(Options):
     """Reconstruction loss."""
 
-    perceptual_loss_weight: float = opt(0.0, "weight of LPIPS")
+    perceptual_loss_weight: float = opt(0.0, "weight of LPIPS", least=0)
     lpips: LpipsOptions | None = section(LpipsOptions, "weights of LPIPS")
-    kl_loss_weight: float = opt(1e-6, "weight of the KL divergence")
-    mse_loss_weight: float = opt(0.0, "weight of the squared beside the absolute error")
-    object_weight: float = opt(0.0, "extra weight of pixels that differ from the clip's background")
-    logvar_init: float = opt(0.0, "log variance of the reconstruction")
+    kl_loss_weight: float = opt(1e-6, "weight of the KL divergence", least=0)
+    mse_loss_weight: float = opt(0.0, "weight of the squared beside the absolute error", least=0)
+    object_weight: float = opt(0.0, "extra weight of pixels that differ from the clip's background", least=0)
+    logvar_init: float = opt(0.0, "log variance of the reconstruction", least=-30, most=20)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorLossOptions(Options):
     """Adversarial loss of the autoencoder."""
 
-    gen_start: int = opt(0, "first step with this loss", "optimizer steps")
-    disc_factor: float = opt(1.0, "constant factor")
-    disc_weight: float = opt(0.5, "weight on top of the adaptive one")
+    gen_start: int = opt(0, "first step with this loss", "optimizer steps", least=0)
+    disc_factor: float = opt(1.0, "constant factor", least=0)
+    disc_weight: float = opt(0.5, "weight on top of the adaptive one", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiscriminatorLossOptions(Options):
     """Loss of the discriminator."""
 
-    disc_start: int = opt(0, "first step with this loss", "optimizer steps")
-    disc_factor: float = opt(1.0, "constant factor")
+    disc_start: int = opt(0, "first step with this loss", "optimizer steps", least=0)
+    disc_factor: float = opt(1.0, "constant factor", least=0)
     disc_loss_type: Literal["hinge", "vanilla", "wgan-gp"] = opt("hinge", "form of the loss")

@@ -42,7 +42,7 @@ def _parse_lengths(resolution: str, lengths: Mapping) -> list[_Length]:
         try:
             prob, batch_size = value
             keep, skip = prob if isinstance(prob, tuple | list) else (prob, 0.0)
-            entry = _Length(int(frames), float(keep), float(skip), int(batch_size))
+            entry = _Length(_whole(frames), float(keep), float(skip), _whole(batch_size))
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"bucket_config[{resolution!r}][{frames!r}] = {value!r}: expected (probability, batch_size) or "
@@ -55,6 +55,13 @@ def _parse_lengths(resolution: str, lengths: Mapping) -> list[_Length]:
             )
         parsed.append(entry)
     return sorted(parsed, key=lambda entry: -entry.num_frames)
+
+
+def _whole(number: float) -> int:
+    """A whole number; raises a ValueError for another."""
+    if int(number) != number:
+        raise ValueError(number)
+    return int(number)
 
 
 class BucketTable:

@@ -68,7 +68,7 @@ class BrokenRows:
         return "\n".join(lines + ([f"and {more} more"] if more > 0 else []))
 
 
-def outlive_sigterm(worker: int) -> None:
+def ignore_foreign_sigterm(worker: int) -> None:
     """Let a process that reads clips go on after a SIGTERM that does not come from the one it reads for.
 
     torchrun and schedulers send SIGTERM to all processes of a run at once, and the run needs its readers to finish and
@@ -156,7 +156,7 @@ def build_train_loader(
         prefetch_factor=(prefetch_factor or 2) if num_workers else None,
         pin_memory=pin_memory,
         persistent_workers=False,
-        worker_init_fn=outlive_sigterm,
+        worker_init_fn=ignore_foreign_sigterm,
     )
     return loader, sampler
 

@@ -244,7 +244,7 @@ class VideoPipeline:
         if axis.size == 1:
             return TextEmbeddings(*self._embed(texts))
         mine = [x.cpu() for x in self._embed(texts)] if axis.first else None
-        return TextEmbeddings(*(x.to(self.device) for x in collectives.agree(mine, axis)))
+        return TextEmbeddings(*(x.to(self.device) for x in collectives.broadcast_object(mine, axis)))
 
     def _embed(self, texts: Sequence[str]) -> list[Tensor]:
         embedded = []
@@ -371,7 +371,7 @@ class VideoPipeline:
     def _seeds(self, seed: int | Sequence[int] | None, count: int) -> list[int]:
         if seed is None:
             drawn = [random.SystemRandom().getrandbits(32) for _ in range(count)]
-            return collectives.agree(drawn, self.parallel.sample)
+            return collectives.broadcast_object(drawn, self.parallel.sample)
         return [check_seed(value) for value in _per_prompt(seed, count, "seeds")]
 
 

@@ -23,7 +23,7 @@ from opensora.datasets.table import MEDIA_COLUMNS, read_table, require_columns, 
 from opensora.datasets.transforms import resize_crop, to_model_range
 from opensora.datasets.video_io import BrokenMediaError, read_frames, read_image
 from opensora.models.autoencoder import Autoencoder
-from opensora.utils.errors import UserError, check_least
+from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from opensora.utils.media.kinds import is_picture, kind_of
 from opensora.utils.paths import expand_home
@@ -35,7 +35,6 @@ MIN_SIDE = 16  # px; what the measures need
 SIZE_MULTIPLE = 16
 NAMED = 3  # clips listed in messages
 RESULTS = ("orig", "recn", "side_by_side", "sheet.png")  # what reconstruction writes below save_dir, to look at
-LEAST = {"fps": 1, "frame_interval": 1, "max_clips": 1, "num_workers": 0}
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,6 @@ def choose_clips(cfg: Any, autoencoder: Autoencoder, source: ClipSource | None =
     Raises:
         UserError: sizes that the autoencoder does not take, or no clip is large and long enough.
     """
-    check_least(cfg, LEAST)
     table, strides = _listed_clips(cfg) if source is None else _clips_of(source)
     strides = strides * cfg.frame_interval
     sizes, asked = _sizes(cfg, autoencoder, table, strides)

@@ -13,7 +13,7 @@ from opensora.datasets.source import build_source
 from opensora.evaluation.clips import SIZE_MULTIPLE, bucket_of
 from opensora.models.autoencoder import as_autoencoder, check_buckets, listed
 from opensora.models.build import build_on_meta, build_ready, check_weights
-from opensora.utils.errors import UserError, check_least
+from opensora.utils.errors import UserError
 
 
 class RunningMoments:
@@ -75,7 +75,6 @@ def latent_statistics(cfg: Any) -> str:
     for key in ("model", "dataset"):
         if not cfg.get(key):
             raise UserError(f"{cfg.config_path}: '{key}' is missing")
-    check_least(cfg, {"max_batches": 1, "num_workers": 0})
     device, dtype = pick_device(cfg.device), torch_dtype(cfg.dtype)
     check_weights("model", cfg.model)
     buckets = bucket_of(cfg.eval_setting) if cfg.eval_setting else cfg.bucket_config

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from opensora.acceleration.parallel_context import ParallelContext
 from opensora.acceleration.rank_zero import from_rank_zero
 from opensora.config import config_to_text
+from opensora.config.commands import TrainOptions, VaeTrainOptions
 from opensora.training.checkpoint.folder import load_states, remove_unfinished
 from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
@@ -26,7 +26,7 @@ def experiment_name(config_path: str) -> str:
     return f"{datetime.now():%y%m%d_%H%M%S}-{'_'.join(p for p in parts if p not in ('/', '.', '..'))}"
 
 
-def experiment_folder(cfg: Any, resume_from: Path | None) -> Path:
+def experiment_folder(cfg: TrainOptions | VaeTrainOptions, resume_from: Path | None) -> Path:
     """Where a run's results go; one that is resumed without ``exp_name`` goes on where its checkpoint is.
 
     Raises:
@@ -46,7 +46,9 @@ def _check_free(folder: Path, resume_from: Path | None) -> None:
 
 
 @contextmanager
-def claimed_experiment(cfg: Any, resume_from: Path | None, parallel: ParallelContext) -> Iterator[Path]:
+def claimed_experiment(
+    cfg: TrainOptions | VaeTrainOptions, resume_from: Path | None, parallel: ParallelContext
+) -> Iterator[Path]:
     """Within it, no other process writes into the run's folder, which it gives.
 
     Raises:
@@ -64,7 +66,7 @@ def claimed_experiment(cfg: Any, resume_from: Path | None, parallel: ParallelCon
         yield from_rank_zero(take, parallel.device, parallel.rank, parallel.world_size)
 
 
-def create_experiment(cfg: Any, resume_from: Path | None, folder: Path) -> None:
+def create_experiment(cfg: TrainOptions | VaeTrainOptions, resume_from: Path | None, folder: Path) -> None:
     """Write ``config.txt`` into the run's folder and start ``log.txt``.
 
     A ``config.txt`` that says something else is kept as ``config_to_stepN.txt``, N being where the run goes on (0 for

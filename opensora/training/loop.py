@@ -1,9 +1,10 @@
 """The training loop that all trainers share: accumulate, step, average, log, save."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -12,17 +13,17 @@ import torch
 from torch import Tensor
 from torch.distributed import is_torchelastic_launched
 
-from opensora.acceleration.engine import Engine
 from opensora.acceleration.sharding import Gathered
 from opensora.datasets.table import row_number
 from opensora.training.checkpoint.content import CheckpointContent
 from opensora.training.checkpoint.folder import RunningStates
 from opensora.training.checkpoint.writer import SHARD_BYTES, CheckpointWriter
-from opensora.training.report.metrics import MetricLog, StageTimer, Value
+from opensora.training.hooks import Hook
+from opensora.training.report.metrics import MetricLog, StageTimer
+from opensora.training.roles import MODEL, Role, Turn
 from opensora.training.stopping import EXIT_STATUS, StopRequest
 from opensora.training.weights.adapters import TrainedWeights
 from opensora.training.weights.ema import EMA
-from opensora.training.weights.optimizer import Schedule
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from opensora.utils.main import doing
@@ -32,11 +33,14 @@ logger = get_logger(__name__)
 NAMED_ROWS = 8  # rows listed when a run stops because of its batches
 
 
-class LossFunction(Protocol):
-    """Loss of one micro-batch: a scalar to minimise and numbers to log."""
+class Losses(Protocol):
+    """What a micro-batch is minimised for: one turn per backward pass, the first one usually the model's.
 
-    def __call__(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, Mapping[str, Value]]:
-        """All randomness comes from ``generator``."""
+    The graph of a turn is gone when the next one is asked for, so that two never share the memory.
+    """
+
+    def __call__(self, batch: dict[str, Any], generator: torch.Generator) -> Iterator[Turn]:
+        """All randomness comes from ``generator``. At least one turn; whether another follows is up to the step."""
 
 
 @dataclass
@@ -83,8 +87,9 @@ class TrainLoop:
     """Optimizer steps until ``settings.stop_at``.
 
     Args:
-        engine: model and optimizer.
-        schedule: learning rate per optimizer step.
+        roles: what trains. The first one's gradient norm and learning rate are the run's. Without ``model`` among them
+            that is frozen as a whole.
+        weights: of the model: what is averaged and saved.
         ema: averaged weights or None.
         log: where metrics go.
         folder: experiment folder for checkpoints.
@@ -92,14 +97,13 @@ class TrainLoop:
         states: where the run stands; updated in place.
         epoch_length: micro-batches per epoch (for the checkpoint's name).
         metadata: strings for the header of saved weights.
-        weights: what is averaged and saved; None is the engine's whole model.
         timer: takes the time of the backward pass and the update.
     """
 
     def __init__(
         self,
-        engine: Engine,
-        schedule: Schedule,
+        roles: Sequence[Role],
+        weights: TrainedWeights,
         ema: EMA | None,
         log: MetricLog,
         folder: Path,
@@ -107,26 +111,19 @@ class TrainLoop:
         states: RunningStates,
         epoch_length: int,
         metadata: dict[str, str] | None = None,
-        weights: TrainedWeights | None = None,
         timer: StageTimer | None = None,
     ) -> None:
-        self.engine, self.schedule, self.ema, self.log = engine, schedule, ema, log
+        self.roles, self.lead = {role.name: role for role in roles}, roles[0]
+        self.weights, self.ema, self.log = weights, ema, log
         self.folder, self.settings, self.states = folder, settings, states
         self.epoch_length, self.metadata = epoch_length, metadata
-        self.weights = weights or TrainedWeights(engine.unwrap())
-        self.writer = CheckpointWriter(
-            folder, settings.keep_n_latest, settings.async_io, engine.ranks, settings.shard_bytes
-        )
+        ranks = self.lead.engine.ranks
+        self.writer = CheckpointWriter(folder, settings.keep_n_latest, settings.async_io, ranks, settings.shard_bytes)
         self.timer = timer or StageTimer(torch.device("cpu"), enabled=False)
         self._skipped_in_a_row = 0
 
-    def run(
-        self,
-        batches: Iterator[dict[str, Any]],
-        loss_function: LossFunction,
-        on_step: Callable[[int], None] | None = None,
-    ) -> None:
-        """Train until ``stop_at``; ``on_step(global_step)`` is called after every optimizer step.
+    def run(self, batches: Iterator[dict[str, Any]], losses: Losses, hooks: Sequence[Hook] = ()) -> None:
+        """Train until ``stop_at``, with the hooks after every optimizer step.
 
         Raises:
             UserError: too many steps in a row had no finite gradient (the rows of the batch are named), or the last
@@ -138,22 +135,23 @@ class TrainLoop:
             with StopRequest(is_torchelastic_launched()) as stop:
                 while self.states.global_step < settings.stop_at:
                     with doing(f"step {self.states.global_step + 1}"):
-                        self._step(batches, loss_function)
-                    if on_step is not None:
-                        on_step(self.states.global_step)
+                        self._step(batches, losses)
                     step = self.states.global_step
-                    done, ends = step == settings.stop_at, self.engine.on_any_rank(stop.requested)
+                    with self.log.paused():
+                        for hook in hooks:
+                            hook.after_step(step)
+                    done, ends = step == settings.stop_at, self.lead.engine.on_any_rank(stop.requested)
                     if done or ends or (settings.ckpt_every and step % settings.ckpt_every == 0):
                         path = self.save(last=done or ends)
                         if ends and not done:
-                            if self.engine.ranks.first:
+                            if self.lead.engine.ranks.first:
                                 logger.warning("ended by SIGTERM after step %d; go on with --load %s", step, path)
                             raise SystemExit(EXIT_STATUS)
         finally:
             self.writer.wait()
 
-    def _step(self, batches: Iterator[dict[str, Any]], loss_function: LossFunction) -> None:
-        rows = [self._micro_step(batch, loss_function, i) for i, batch in self._group(batches)]
+    def _step(self, batches: Iterator[dict[str, Any]], losses: Losses) -> None:
+        rows = [self._micro_step(batch, losses, i) for i, batch in self._group(batches)]
         self._optimizer_step([row for of_batch in rows for row in of_batch])
 
     def _group(self, batches: Iterator[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -163,29 +161,40 @@ class TrainLoop:
             self.log.add({"data_seconds": perf_counter() - start})
             yield i, batch
 
-    def _micro_step(self, batch: dict[str, Any], loss_function: LossFunction, i: int) -> list[str]:
+    def _micro_step(self, batch: dict[str, Any], losses: Losses, i: int) -> list[str]:
         """Forward and backward of one batch; returns the names of its rows."""
         settings, states = self.settings, self.states
-        generator = step_generator(settings.seed, states.micro_step, settings.rank)
+        turns = losses(batch, step_generator(settings.seed, states.micro_step, settings.rank))
         with doing(", ".join(row_names(batch)[:NAMED_ROWS])):
-            loss, metrics = loss_function(batch, generator)
-        # A loss that is not finite makes every gradient NaN, on every rank, and so the step is skipped; a finite one
-        # is multiplied by exactly 1. (Looking at the value here would wait for the GPU.)
-        scaled = loss * (1 + 0 * loss.detach()) / settings.accumulation
-        accumulates = i < settings.accumulation - 1
-        with self.timer("backward"), self.engine.no_sync() if accumulates else nullcontext():
-            self.engine.backward(scaled)
-        self.log.add({"loss": loss.detach(), **metrics})
+            first = next(turns)
+        with self.timer("backward"), ExitStack() as stack:
+            if i < settings.accumulation - 1:
+                for role in self.roles.values():
+                    stack.enter_context(role.engine.no_sync())
+            for turn in chain((first,), turns):
+                self._backward(turn)
         states.micro_step += 1
         states.epoch, states.step = divmod(states.micro_step, self.epoch_length)
         return row_names(batch)
 
+    def _backward(self, turn: Turn) -> None:
+        loss = turn.loss.detach()
+        if turn.role in self.roles:  # otherwise the model, frozen
+            # A loss that is not finite makes every gradient NaN, on every rank, and so the step is skipped; a finite
+            # one is multiplied by exactly 1. (Looking at the value here would wait for the GPU.)
+            self.roles[turn.role].engine.backward(turn.loss * (1 + 0 * loss) / self.settings.accumulation)
+        self.log.add({"loss": loss, **turn.metrics} if turn.role == MODEL else turn.metrics)
+
     def _optimizer_step(self, rows: list[str]) -> None:
-        lr = float(self.schedule.get_last_lr()[0])
+        lr = float(self.lead.schedule.get_last_lr()[0])
         with self.timer("update"):
-            norm = self.engine.step()
-        self.schedule.step()
+            norms = {name: role.engine.step() for name, role in self.roles.items()}
+        for role in self.roles.values():
+            role.schedule.step()
+            if role is not self.lead:
+                self._log_norm(role, norms[role.name])
         self.states.global_step += 1
+        norm = norms[self.lead.name]
         if math.isfinite(norm):
             self._skipped_in_a_row = 0
             if self.ema is not None:
@@ -195,6 +204,12 @@ class TrainLoop:
             self._skip(rows)
         self.log.add(self.timer.take())
         self.log.step_done(self.states.global_step, lr)
+
+    def _log_norm(self, role: Role, norm: float) -> None:
+        if math.isfinite(norm):
+            self.log.add({f"{role.prefix}_grad_norm": norm})
+        else:
+            logger.warning("the %s's gradient is not finite: its weights are left as they are", role.name)
 
     def _skip(self, rows: list[str]) -> None:
         """Count a step that left the weights as they are; too many in a row end the run."""
@@ -217,27 +232,31 @@ class TrainLoop:
     def content(self) -> CheckpointContent:
         """What a checkpoint of this moment holds; tensors are the run's own, whole ones made when they are read."""
         self.states.ema_updates = self.ema.updates if self.ema is not None else 0
-        masters, adapter = self.weights.masters, self.weights.adapter
-        gather = self.engine.gather
-        saved, rounded_to = gather(self.weights.saved()), self.engine.rounded_to
+        main, adapter = self.roles.get(MODEL), self.weights.adapter
+        others = [role for role in self.roles.values() if role is not main]
+        gather = main.engine.gather if main is not None else _as_it_is
+        saved, rounded_to = gather(self.weights.saved()), main.engine.rounded_to if main is not None else None
         if rounded_to is not None:
             saved = Gathered(saved, lambda name, value: value.to(rounded_to))
-        master = None
-        if self.settings.save_masters:
-            master = (gather(masters.state_dict()) if masters is not None else self.engine.master_state()) or None
+        optimizers = {"optimizer": main.engine.state_dict() if main is not None else {}}
         return CheckpointContent(
             self.states,
             saved,
-            {"optimizer": self.engine.state_dict()},
+            {**optimizers, **{role.files.optimizer: role.engine.state_dict() for role in others}},
             ema=gather(self.ema.state_dict()) if self.ema is not None else None,
+            extra_models={name: weights for role in others for name, weights in role.saved().items()},
             metadata=self.metadata,
-            master=master,
+            master=main.master_state() or None if main is not None and self.settings.save_masters else None,
             write_adapter_config=adapter.write_config if adapter is not None else None,
         )
 
     def save(self, last: bool = False) -> Path:
         """Write a checkpoint of this moment and drop those past ``keep_n_latest``; see :class:`CheckpointWriter`."""
         return self.writer.save(self.content(), last)
+
+
+def _as_it_is(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return state
 
 
 def row_names(batch: Mapping[str, Any]) -> list[str]:

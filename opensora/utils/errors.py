@@ -1,7 +1,6 @@
 """The one exception for what a user can get wrong, and words for its messages."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 
 class UserError(ValueError):
@@ -20,10 +19,3 @@ def first_line(error: Exception) -> str:
 def few(names: Sequence[str], limit: int = 5) -> str:
     """The first names of a long list, for a message."""
     return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
-
-
-def check_least(cfg: Mapping[str, Any], least: Mapping[str, float]) -> None:
-    """Raise a UserError that names the first key of a config whose value is given and below its least one."""
-    for key, bound in least.items():
-        if cfg[key] is not None and cfg[key] < bound:
-            raise UserError(f"{key}={cfg[key]}: must be at least {bound}")

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from opensora.config import parse_config
-from opensora.config.commands import TrainOptions, VaeTrainOptions
+from opensora.config.commands import CacheOptions, TrainOptions, VaeTrainOptions
 from opensora.training.diffusion.trainer import Trainer
 from opensora.training.vae.trainer import VAETrainer
 from opensora.utils.errors import UserError
@@ -93,6 +93,39 @@ def test_mistakes_are_named(diffusion, tmp_path, overrides, message):
     with pytest.raises(UserError, match=message):
         train(Trainer, TrainOptions, diffusion, *overrides)
     assert not list(tmp_path.glob("outputs/*/epoch*"))
+
+
+def test_a_run_ends_at_max_steps_or_after_its_epochs(diffusion, vae, caplog):
+    """Six clips in batches of two are three steps per epoch; whichever comes first ends the run."""
+    for trainer, options, config in ((Trainer, TrainOptions, diffusion), (VAETrainer, VaeTrainOptions, vae)):
+        before = 2 if trainer is VAETrainer else 0  # steps on single frames, which epochs do not count
+
+        def last_step(*words, trainer=trainer, options=options, config=config):
+            made = trainer(parse_config([config, *words], options))
+            return made.total_steps if isinstance(made, Trainer) else made.stages[-1].end
+
+        with caplog.at_level("INFO"):
+            assert last_step("--max-steps", "50", "--epochs", "2") == before + 6
+        assert f"epochs=2 end the run at step {before + 6}, before max_steps=50" in caplog.text
+        assert last_step("--max-steps", "4", "--epochs", "2") == 4
+        assert last_step("--max-steps", "5000") == 5000
+        assert last_step("--max-steps", "none") == before + 3000
+        assert last_step("--max-steps", "none", "--epochs", "1") == before + 3
+
+
+def test_resuming_says_what_and_from_which_step(diffusion, capsys):
+    folder = train(Trainer, TrainOptions, diffusion, "--exp-name", "one", "--max-steps", 1)
+    Trainer(parse_config([diffusion, "--load", "latest"], TrainOptions))
+    checkpoint = next(folder.glob("epoch*-global_step1"))
+    assert f"--load latest: resuming {checkpoint} after step 1" in capsys.readouterr().err
+
+
+def test_a_batch_size_without_effect_is_said(diffusion, caplog):
+    parse_config([diffusion, "--batch-size", "4"], TrainOptions)
+    assert "--batch-size has no effect: bucket_config holds" in caplog.text
+    caplog.clear()
+    assert parse_config([diffusion, "--batch-size", "4"], CacheOptions).batch_size == 4
+    assert "no effect" not in caplog.text
 
 
 def test_a_vae_does_not_go_on_from_another_model(vae, tmp_path):

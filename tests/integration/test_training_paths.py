@@ -231,12 +231,12 @@ def test_validation_and_samples(train, table, tmp_path):
 def test_steps_without_a_finite_loss_are_skipped(train, monkeypatch, caplog):
     micro_step = TrainLoop._micro_step
 
-    def broken(self, batch, loss_function, i):
-        def loss(batch, generator):
-            value, metrics = loss_function(batch, generator)
-            return (value * float("inf") if self.states.global_step in bad else value), metrics
+    def broken(self, batch, losses, i):
+        def turns(batch, generator):
+            for turn in losses(batch, generator):
+                yield turn._replace(loss=turn.loss * float("inf")) if self.states.global_step in bad else turn
 
-        return micro_step(self, batch, loss, i)
+        return micro_step(self, batch, turns, i)
 
     monkeypatch.setattr(TrainLoop, "_micro_step", broken)
     bad = {0, 2}

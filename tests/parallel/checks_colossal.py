@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from opensora.acceleration.engine import Engine
 from opensora.acceleration.plugins import create_engine, divide_model
 from opensora.acceleration.tensor_parallel import layout_of
+from opensora.config.options import PluginOptions
 from opensora.utils.errors import UserError
 from tests.parallel.checks_engines import (
     MAX_NORM,
@@ -107,7 +108,12 @@ def bfloat16_masters(folder: Path) -> None:
 
     def engine_of(plugin: str, place: Any) -> Engine:
         return create_engine(
-            plugin, tiny_model().train(), make_optimizer, place, dtype=torch.bfloat16, config={"zero_stage": 1}
+            plugin,
+            tiny_model().train(),
+            make_optimizer,
+            place,
+            dtype=torch.bfloat16,
+            config=PluginOptions(zero_stage=1),
         )
 
     def step(engine: Engine) -> Tensor:
@@ -145,7 +151,7 @@ def bad_steps_are_skipped(folder: Path) -> None:
 
 def settings_it_does_not_know(folder: Path) -> None:
     with pytest.raises(UserError, match="no_such_key"):
-        create_engine("zero1", tiny_model(), make_optimizer, context(), config={"no_such_key": 1})
+        create_engine("zero1", tiny_model(), make_optimizer, context(), config=PluginOptions(extra={"no_such_key": 1}))
 
 
 CHECKS = [

@@ -13,6 +13,7 @@ from torch.optim import AdamW
 from opensora.acceleration.engine import Engine
 from opensora.acceleration.parallel_context import ParallelContext
 from opensora.acceleration.plugins import create_engine
+from opensora.config.options import PluginOptions
 from opensora.utils.errors import UserError
 from tests.parallel.harness import assert_close
 from tests.parallel.tiny import context, loss_of, tiny_inputs, tiny_model
@@ -27,7 +28,7 @@ def make_optimizer(named: Any) -> AdamW:
 
 def make_engine(plugin: str, place: ParallelContext, mode: str = "ring_attn", **model_options: Any) -> Engine:
     model = tiny_model(**model_options).train()
-    config = {"sequence_parallelism_mode": mode}
+    config = PluginOptions(sequence_parallelism_mode=mode)
     return create_engine(plugin, model, make_optimizer, place, max_norm=MAX_NORM, config=config)
 
 

@@ -14,6 +14,7 @@ from opensora.acceleration.parallel_vae import share_tiles
 from opensora.acceleration.torchrun import Torchrun
 from opensora.config import load_config
 from opensora.config.commands import InferenceOptions
+from opensora.config.options import PluginOptions
 from opensora.diffusion.pipeline import SampleResult, VideoPipeline
 from opensora.generation.run import generate
 from opensora.models.hunyuan_vae import AutoencoderKLCausal3D, HunyuanVAEConfig
@@ -114,11 +115,11 @@ def sizes_fit_the_processes(folder: Path) -> None:
     assert Sizes(tp=8).fit(4) == Sizes(tp=4)
     assert Sizes(sp=8, tp=2).fit(6) == Sizes(tp=2, sp=3)
     assert Sizes(sp=4).fit(1) == Sizes()
-    assert Sizes.of("none", {"sp_size": 8}) == Sizes()
-    assert Sizes.of("hybrid", {"sp_size": 8, "tp_size": None}) == Sizes(sp=8)
+    assert Sizes.of("none", PluginOptions(sp_size=8)) == Sizes()
+    assert Sizes.of("hybrid", PluginOptions(sp_size=8)) == Sizes(sp=8)
     for size in (0, -1):
         with pytest.raises(UserError, match=f"plugin_config.sp_size={size}: must be at least 1"):
-            Sizes.of("hybrid", {"sp_size": size})
+            load_config({}, InferenceOptions, {"plugin_config.sp_size": size})
 
 
 CHECKS = [

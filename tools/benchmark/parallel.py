@@ -29,6 +29,7 @@ from opensora.acceleration.parallel_context import ParallelContext, Sizes
 from opensora.acceleration.plugins import divide_model
 from opensora.acceleration.sequence_parallel import Part
 from opensora.config import run_main
+from opensora.config.options import PluginOptions
 from opensora.models.mmdit import MMDiTConfig, MMDiTModel
 from opensora.models.mmdit.flops import forward_flops
 from tools.benchmark.traffic import bytes_sent
@@ -111,7 +112,7 @@ def sent_per_forward(way: str, image: int, text: int) -> int:
     config = small_config()
     model = MMDiTModel(config).eval()
     context = ParallelContext.create(Sizes(**{axis: dist.get_world_size()}))
-    divide_model(model, context, {"sequence_parallelism_mode": mode})
+    divide_model(model, context, PluginOptions(sequence_parallelism_mode=mode))
     inputs: dict[str, Any] = {
         "img": torch.randn(1, image, config.in_channels),
         "img_ids": torch.zeros(1, image, 3),

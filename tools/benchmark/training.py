@@ -25,6 +25,7 @@ if __package__ in (None, ""):
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from opensora.config import load_config, parse_config, run_main
 from opensora.config.commands import TrainOptions
@@ -32,9 +33,13 @@ from opensora.datasets.buckets import BucketTable
 from opensora.datasets.dataloader import to_device
 from opensora.datasets.dataset import collate
 from opensora.training.diffusion.checks import check_config
-from opensora.training.diffusion.inputs import diffusion_loss
+from opensora.training.diffusion.inputs import InputEncoder, diffusion_loss
 from opensora.training.diffusion.trainer import Trainer
+from opensora.training.hooks import Hook
 from opensora.training.loop import step_generator
+from opensora.training.report.metrics import MetricLog
+from opensora.training.weights.adapters import TrainedWeights
+from opensora.training.weights.ema import EMA
 from opensora.training.weights.optimizer import create_optimizer
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
@@ -85,6 +90,33 @@ def draw_clips(folder: Path, bucket_config: dict, multiple: int, batches: int) -
     return str(folder / "clips.csv")
 
 
+class Stopwatch:
+    """Takes the times between the trainer's steps, and those of a bare step after each.
+
+    Args:
+        wait: both clocks, once the device has nothing left to do.
+        measured: gets the times.
+        bare: the bare step, None for none.
+    """
+
+    def __init__(
+        self, wait: Callable[[], tuple[float, float]], measured: Measured, bare: Callable[[], None] | None
+    ) -> None:
+        self.wait, self.measured, self.bare = wait, measured, bare
+        self._last = wait()
+
+    def after_step(self, step: int) -> None:
+        now = self.wait()
+        self.measured.trainer.append(_since(self._last, now))
+        if self.bare is not None:
+            self.bare()
+            self.measured.bare.append(_since(now, self.wait()))
+        self._last = self.wait()
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
 class TimedTrainer(Trainer):
     """The trainer, with a stopwatch between its steps.
 
@@ -94,7 +126,7 @@ class TimedTrainer(Trainer):
         overhead: run a bare step after each of the trainer's.
     """
 
-    def __init__(self, cfg: Any, measured: Measured, overhead: bool) -> None:
+    def __init__(self, cfg: TrainOptions, measured: Measured, overhead: bool) -> None:
         super().__init__(cfg)
         self.measured, self.overhead = measured, overhead
         if overhead and len({(b.num_frames, b.height, b.width) for b in self._used_buckets()}) > 1:
@@ -107,34 +139,23 @@ class TimedTrainer(Trainer):
 
     def _wait(self) -> tuple[float, float]:
         """Both clocks, once the device has nothing left to do."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.start.device.type == "cuda":
+            torch.cuda.synchronize(self.start.device)
         return perf_counter(), process_time()
 
-    def _on_step(self, weights: Any, encoder: Any, ema: Any, log: Any, folder: Path) -> Callable[[int], None]:
+    def _hooks(
+        self, weights: TrainedWeights, encoder: InputEncoder, ema: EMA | None, log: MetricLog, folder: Path
+    ) -> list[Hook]:
         bare = self._bare_step(weights.model, encoder) if self.overhead else None
-        last = self._wait()
+        return [Stopwatch(self._wait, self.measured, bare)]
 
-        def on_step(step: int) -> None:
-            nonlocal last
-            now = self._wait()
-            self.measured.trainer.append(_since(last, now))
-            with log.paused():
-                if bare is not None:
-                    bare()
-                    last = self._wait()
-                    self.measured.bare.append(_since(now, last))
-            last = self._wait()
-
-        return on_step
-
-    def _bare_step(self, trained: Any, encoder: Any) -> Callable[[], None]:
+    def _bare_step(self, trained: nn.Module, encoder: InputEncoder) -> Callable[[], None]:
         """Forward, backward, clipping and update of a copy of the model, on inputs that are ready."""
         model = copy.deepcopy(trained)
-        optimizer = create_optimizer(model.named_parameters(), self.cfg.optim)
+        optimizer = create_optimizer(model.named_parameters(), self.cfg.optim.to_dict())
         parameters = [p for p in model.parameters() if p.requires_grad]
         batch = collate([self.dataset[key] for key in next(iter(self.sampler))])
-        prepared = encoder(to_device(batch, self.device, self.dtype), step_generator(0, 0, 0))
+        prepared = encoder(to_device(batch, self.start.device, self.start.dtype), step_generator(0, 0, 0))
         limit = self.cfg.grad_clip or float("inf")
 
         def step() -> None:
@@ -164,7 +185,7 @@ def read_curves(folder: Path, warm_up: int) -> dict[str, float]:
     }
 
 
-def measure(cfg: Any, warm_up: int, overhead: bool) -> dict[str, Any]:
+def measure(cfg: TrainOptions, warm_up: int, overhead: bool) -> dict[str, Any]:
     """Train and summarise; see the module."""
     measured = Measured()
     trainer = TimedTrainer(cfg, measured, overhead)
@@ -179,14 +200,16 @@ def measure(cfg: Any, warm_up: int, overhead: bool) -> dict[str, Any]:
         result["overhead"] = statistics.median(ours[0] / theirs[0] for ours, theirs in pairs) - 1
         # Reading clips in this process (num_workers=0) or waiting for them is the data's time, not the trainer's.
         result["overhead_without_data"] = (1 + result["overhead"]) * (1 - result["data_wait"]) - 1
-        if trainer.device.type == "cpu":  # processor time does not count what other programs take
+        if trainer.start.device.type == "cpu":  # processor time does not count what other programs take
             result["overhead_cpu_time"] = statistics.median(ours[1] / theirs[1] for ours, theirs in pairs) - 1
-    gpu = trainer.device.type == "cuda"
-    result["device"] = torch.cuda.get_device_name(trainer.device) if gpu else f"CPU, {torch.get_num_threads()} threads"
+    gpu = trainer.start.device.type == "cuda"
+    result["device"] = (
+        torch.cuda.get_device_name(trainer.start.device) if gpu else f"CPU, {torch.get_num_threads()} threads"
+    )
     return result
 
 
-def resolve(args: argparse.Namespace, words: Sequence[str], folder: Path) -> Any:
+def resolve(args: argparse.Namespace, words: Sequence[str], folder: Path) -> TrainOptions:
     """The config to measure: as it is, but without checkpoints, samples and validation, and with its own data if it has
     none."""
     cfg = parse_config([args.config, *words], TrainOptions)
@@ -197,7 +220,7 @@ def resolve(args: argparse.Namespace, words: Sequence[str], folder: Path) -> Any
         changes["bucket_config"] = {resolution: {int(frames): (1.0, int(batch))}}
     cfg = load_config(cfg, TrainOptions, changes)
     if not any(word.replace("_", "-").startswith("--dataset.data-path") for word in words):
-        multiple = check_config(cfg).spatial_multiple
+        multiple = check_config(cfg).inputs.spatial_multiple
         table = draw_clips(folder, dict(cfg.bucket_config or {}), multiple, args.clips)
         cfg = load_config(cfg, TrainOptions, {"dataset.data_path": table})
     return cfg

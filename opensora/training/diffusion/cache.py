@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from opensora.acceleration.devices import pick_device, torch_dtype
-from opensora.config.options import DatasetOptions
+from opensora.config.commands import CacheOptions, TrainOptions
+from opensora.config.options import DatasetOptions, ModelOptions
 from opensora.datasets.buckets import BucketTable
 from opensora.datasets.config import VideoTextConfig
 from opensora.datasets.source import ClipSource, build_source
@@ -19,18 +20,20 @@ from opensora.encoded.dataset import CachedVideoTextDataset, table_of
 from opensora.encoded.fingerprint import describe_changes, text_fingerprint, video_fingerprint
 from opensora.encoded.store import WHOLE, CacheInfo
 from opensora.encoded.writer import CacheWriter, make_plan
+from opensora.models.autoencoder import Autoencoder
 from opensora.models.build import check_weights
 from opensora.registry import MODELS, build_module
 from opensora.training.diffusion.encoders import cache_folder, meta_autoencoder
 from opensora.utils.errors import UserError
 
 
-def source_section(cfg: Any) -> DatasetOptions:
+def source_section(cfg: TrainOptions) -> DatasetOptions:
     """The config's ``dataset`` as clips and captions themselves, whatever is cached of them."""
+    assert cfg.dataset is not None
     return table_of(cfg.dataset) if isinstance(cfg.dataset, VideoTextConfig) else cfg.dataset
 
 
-def build_dataset(cfg: Any) -> ClipSource:
+def build_dataset(cfg: TrainOptions) -> ClipSource:
     """The config's ``dataset``, read from its cache as far as ``cached_video`` and ``cached_text`` say.
 
     Raises:
@@ -38,6 +41,7 @@ def build_dataset(cfg: Any) -> ClipSource:
             wrong with the dataset or the cache.
     """
     section = cfg.dataset
+    assert section is not None
     reader = section if isinstance(section, CachedVideoTextConfig) else CachedVideoTextConfig()
     for key in ("cached_video", "cached_text"):
         if getattr(reader, key) and not getattr(cfg, key):
@@ -48,12 +52,13 @@ def build_dataset(cfg: Any) -> ClipSource:
     return CachedVideoTextDataset(build_source(source_section(cfg)), config)
 
 
-def check_cache(cfg: Any, dataset: ClipSource) -> None:
+def check_cache(cfg: TrainOptions, dataset: ClipSource, ae: Autoencoder | None = None) -> None:
     """Refuse a cache that was not made with this config's encoders, sizes and conditions.
 
     Args:
         cfg: resolved config (``TrainOptions``).
         dataset: of :func:`build_dataset`; one without a cache passes.
+        ae: the config's autoencoder, without weights will do; built, if it is not given.
 
     Raises:
         UserError: says what differs, or what is not cached, and how to write the cache anew.
@@ -65,19 +70,22 @@ def check_cache(cfg: Any, dataset: ClipSource) -> None:
             raise UserError("condition_config: single latent files hold no conditions; set dataset.load_original_video")
         return
     info = dataset.cache.info
+    ae = meta_autoencoder(cfg) if ae is None else ae
     if cfg.cached_video:
-        _compare(dataset, info.video or {}, _video_fingerprint(cfg, must_exist=False))
-        _check_runs(cfg, dataset)
+        _compare(dataset, info.video or {}, _video_fingerprint(cfg, ae, must_exist=False))
+        _check_runs(cfg, dataset, ae)
     if cfg.cached_text:
         _compare(dataset, info.text or {}, _text_fingerprint(cfg, must_exist=False))
 
 
-def _video_fingerprint(cfg: Any, must_exist: bool = True) -> dict[str, Any]:
-    scaling_keys = meta_autoencoder(cfg).scaling_keys
-    return video_fingerprint(cfg.ae, scaling_keys, source_section(cfg), torch_dtype(cfg.dtype), must_exist)
+def _video_fingerprint(cfg: TrainOptions, ae: Autoencoder, must_exist: bool = True) -> dict[str, Any]:
+    assert cfg.ae is not None
+    return video_fingerprint(cfg.ae, ae.scaling_keys, source_section(cfg), torch_dtype(cfg.dtype), must_exist)
 
 
-def _text_fingerprint(cfg: Any, must_exist: bool = True) -> dict[str, Any]:
+def _text_fingerprint(cfg: TrainOptions, must_exist: bool = True) -> dict[str, Any]:
+    assert cfg.t5 is not None
+    assert cfg.clip is not None
     return text_fingerprint(cfg.t5, cfg.clip, torch_dtype(cfg.dtype), must_exist)
 
 
@@ -91,11 +99,10 @@ def _compare(dataset: CachedVideoTextDataset, made_with: Mapping[str, Any], now:
         )
 
 
-def _check_runs(cfg: Any, dataset: CachedVideoTextDataset) -> None:
+def _check_runs(cfg: TrainOptions, dataset: CachedVideoTextDataset, ae: Autoencoder) -> None:
     assert dataset.cache is not None
     if dataset.load_original_video:
         return
-    ae = meta_autoencoder(cfg)
     frames = {int(n) for n in dataset.cache.column("num_frames") if n > 0}
     needed = {run.name for n in frames for run in condition_runs(cfg.condition_config, ae, n)}
     missing = sorted(needed - set(dataset.cache.info.runs))
@@ -106,7 +113,7 @@ def _check_runs(cfg: Any, dataset: CachedVideoTextDataset) -> None:
         )
 
 
-def cache_writer(cfg: Any) -> CacheWriter:
+def cache_writer(cfg: CacheOptions) -> CacheWriter:
     """What computes the latents and text embeddings of a training config's clips.
 
     Args:
@@ -118,10 +125,10 @@ def cache_writer(cfg: Any) -> CacheWriter:
     folder, parts = _check_writing(cfg)
     ae = meta_autoencoder(cfg)
     source = build_source(source_section(cfg), keep_in_memory=False)  # each clip is read once
-    plan = make_plan(source, BucketTable(cfg.bucket_config, ae.compression[1] * cfg.patch_size), cfg.seed)
+    plan = make_plan(source, BucketTable(cfg.bucket_config or {}, ae.compression[1] * cfg.patch_size), cfg.seed)
     runs = {n: condition_runs(cfg.condition_config, ae, n) for n in {key.num_frames for key in plan.keys}}
     info = CacheInfo(
-        video=_video_fingerprint(cfg) if "video" in parts else None,
+        video=_video_fingerprint(cfg, ae) if "video" in parts else None,
         text=_text_fingerprint(cfg) if "text" in parts else None,
         runs=[WHOLE, *(run.name for run in sorted({run for found in runs.values() for run in found}))],
         plan=plan.digest(),
@@ -144,35 +151,34 @@ def cache_writer(cfg: Any) -> CacheWriter:
     )
 
 
-def _check_writing(cfg: Any) -> tuple[Path, Sequence[str]]:
+def _check_writing(cfg: CacheOptions) -> tuple[Path, Sequence[str]]:
     """Folder of the cache to write, and what it is to hold: ``video``, ``text``."""
     for key in ("dataset", "bucket_config"):
-        if not cfg.get(key):
+        if not getattr(cfg, key):
             raise UserError(f"{cfg.config_path}: '{key}' is missing; a cache needs dataset and bucket_config")
     folder = cache_folder(cfg)
     if not folder:
         raise UserError("cache_dir is not set: say where to write, e.g. --cache-dir caches/clips")
-    if cfg.cache_shard_size < 1:
-        raise UserError(f"cache_shard_size={cfg.cache_shard_size}: must be at least 1")
     parts = ("video", "text") if cfg.cache_parts == "both" else (cfg.cache_parts,)
     for section in ("ae", *(("t5", "clip") if "text" in parts else ())):
-        if not cfg.get(section):
+        if not getattr(cfg, section):
             raise UserError(f"{cfg.config_path}: '{section}' is missing")
     return Path(folder), parts
 
 
-def _load(cfg: Any, section: str) -> Any:
-    check_weights(section, cfg[section])
+def _load(cfg: CacheOptions, section: str) -> Any:
+    options: ModelOptions = getattr(cfg, section)
+    check_weights(section, options)
     device, dtype = pick_device(cfg.device), torch_dtype(cfg.dtype)
-    model = build_module(dict(cfg[section]), MODELS, device_map=str(device), torch_dtype=dtype)
+    model = build_module(options, MODELS, device_map=str(device), torch_dtype=dtype)
     return model.eval().requires_grad_(False)
 
 
-def _load_autoencoder(cfg: Any) -> Callable[[Tensor], Tensor]:
+def _load_autoencoder(cfg: CacheOptions) -> Callable[[Tensor], Tensor]:
     ae, device, dtype = _load(cfg, "ae"), pick_device(cfg.device), torch_dtype(cfg.dtype)
     return lambda clips: ae.encode_stored(clips.to(device, dtype)).cpu()
 
 
-def _load_text_encoders(cfg: Any) -> Callable[[Sequence[str]], tuple[Tensor, Tensor]]:
+def _load_text_encoders(cfg: CacheOptions) -> Callable[[Sequence[str]], tuple[Tensor, Tensor]]:
     t5, clip = _load(cfg, "t5"), _load(cfg, "clip")
     return lambda texts: (t5(texts).cpu(), clip(texts).cpu())

@@ -1,6 +1,8 @@
 """Everything about a diffusion training config that can be wrong, found before any model is built."""
 
+import copy
 import json
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,18 +11,21 @@ import torch
 from torch import nn
 
 from opensora.acceleration.devices import torch_dtype
-from opensora.config.choices import CONDITIONS
-from opensora.config.options import OptimOptions
+from opensora.acceleration.plugins import check_training
+from opensora.config.choices import CONDITIONS, METHODS
+from opensora.config.commands import InferenceOptions, TrainOptions
+from opensora.config.keys import read_group
+from opensora.config.options import ModelOptions, Options
 from opensora.datasets.buckets import BucketTable
 from opensora.models.autoencoder import Autoencoder, check_buckets
 from opensora.models.build import MAX_CPU_PARAMETERS, build_on_meta, check_weights, count_parameters
 from opensora.models.mmdit.loading import explain_mismatch, layout_metadata
-from opensora.registry import MODELS, build_module
 from opensora.training.checks import check_loop
-from opensora.training.diffusion.encoders import encoders_to_load
+from opensora.training.diffusion.encoders import encoders_to_load, meta_autoencoder
 from opensora.training.diffusion.inputs import InputOptions
 from opensora.training.diffusion.samples import sampling_config
 from opensora.training.diffusion.validation import check_validation
+from opensora.training.methods.base import TrainingMethod
 from opensora.training.report.trackers import check_trackers
 from opensora.training.weights.adapters import LoraAdapter, freeze, read_adapter
 from opensora.utils.errors import UserError
@@ -31,65 +36,89 @@ SECTIONS = ("model", "ae", "t5", "clip", "dataset", "bucket_config", "optim")
 WIDTH_KEYS = {"t5": ("context_in_dim", "d_model"), "clip": ("vec_in_dim", "hidden_size")}
 
 
-def check_config(cfg: Any) -> InputOptions:
-    """Check a resolved training config (``TrainOptions``), except for its table and its checkpoint.
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What `check_config` found out. The models have no weights; they are built once, for all who ask them for sizes.
 
-    Returns:
-        The numbers of the training objective.
+    Attributes:
+        inputs: numbers of the training objective.
+        model: the diffusion model.
+        ae: the autoencoder.
+        method: what is minimised.
+        method_options: its settings.
+        samples: inference config of the videos to make on the way, None for none.
+    """
+
+    inputs: InputOptions
+    model: nn.Module
+    ae: Autoencoder
+    method: type[TrainingMethod]
+    method_options: Options
+    samples: InferenceOptions | None
+
+
+def check_config(cfg: TrainOptions, world_size: int = 1) -> TrainingPlan:
+    """Check a resolved training config, except for its table, its weights and its checkpoint.
+
+    Args:
+        cfg: resolved config.
+        world_size: number of processes.
 
     Raises:
         UserError: names the key and what would be right.
     """
     for key in SECTIONS:
-        section = cfg[key]
-        if not section or (isinstance(section, OptimOptions) and not section.given):
+        if not getattr(cfg, key) or (key == "optim" and not cfg.optim.given):
             raise UserError(f"{cfg.config_path}: '{key}' is missing; training needs {', '.join(SECTIONS)}")
-    _check_numbers(cfg)
-    _check_conditions(cfg)
-    model: Any = build_on_meta(cfg.model)
-    ae = build_module({**cfg.ae, "from_pretrained": None}, MODELS, device_map="meta")
+    assert cfg.model is not None
+    assert cfg.bucket_config is not None
+    check_loop(cfg)
+    if torch_dtype(cfg.dtype) == torch.float16:
+        raise UserError(f"dtype={cfg.dtype}: training works in bf16 (with fp32 master weights) or fp32")
+    model, ae = build_on_meta(cfg.model), meta_autoencoder(cfg)
+    _check_conditions(cfg, model)
     _check_sizes(cfg, model, ae)
     check_buckets(cfg.bucket_config, ae)
     multiple = ae.compression[1] * cfg.patch_size
     BucketTable(cfg.bucket_config, multiple)
-    _check_trained(cfg, model)
+    _check_trained(cfg, copy.deepcopy(model))
+    check_training(cfg.plugin, cfg.plugin_config, model, world_size)
+    _check_parts(cfg, world_size)
     check_trackers(cfg)
-    dropout = cfg.dropout_ratio or {}
+    check_validation(cfg)
+    method = METHODS.get(cfg.training_method)
+    options = read_group(method.options, cfg.training_method_config or {}, "training_method_config", cfg.config_path)
+    method.check(cfg, options, model)
+    samples = sampling_config(cfg) if cfg.samples else None
+    return TrainingPlan(_input_options(cfg, multiple), model, ae, method, options, samples)
+
+
+def _input_options(cfg: TrainOptions, multiple: int) -> InputOptions:
+    dropout = cfg.dropout_ratio
     return InputOptions(
         patch_size=cfg.patch_size,
         spatial_multiple=multiple,
         sigma_min=cfg.sigma_min,
         guidance=cfg.guidance,
         no_i2v_ref_loss=cfg.no_i2v_ref_loss,
-        t5_dropout=dropout.get("t5", 0.0),
-        clip_dropout=dropout.get("clip", 0.0),
+        t5_dropout=dropout.t5 if dropout else 0.0,
+        clip_dropout=dropout.clip if dropout else 0.0,
         condition_weights=dict(cfg.condition_config) if cfg.condition_config else None,
     )
 
 
-def _check_numbers(cfg: Any) -> None:
-    check_loop(cfg)
-    for key, share in (cfg.dropout_ratio or {}).items():
-        if not 0 <= share <= 1:
-            raise UserError(f"dropout_ratio.{key}={share}: a probability, from 0 to 1")
-    if torch_dtype(cfg.dtype) == torch.float16:
-        raise UserError(f"dtype={cfg.dtype}: training works in bf16 (with fp32 master weights) or fp32")
-
-
-def _check_conditions(cfg: Any) -> None:
+def _check_conditions(cfg: TrainOptions, model: Any) -> None:
     weights = cfg.condition_config
-    for name, weight in (weights or {}).items():
+    for name in weights or {}:
         if name not in CONDITIONS:
             raise UserError(f"condition_config: unknown condition {name!r}; valid: {CONDITIONS.listing}")
-        if weight < 0:
-            raise UserError(f"condition_config.{name}={weight}: weights must not be negative")
-    if bool(weights) != bool(cfg.model.get("cond_embed", False)):
+    if bool(weights) != bool(model.config.cond_embed):
         raise UserError(
             "condition_config and model.cond_embed belong together: set both (image conditions) or neither (text only)"
         )
 
 
-def _check_sizes(cfg: Any, model: Any, ae: Autoencoder) -> None:
+def _check_sizes(cfg: TrainOptions, model: Any, ae: Autoencoder) -> None:
     """Channels, patches and text widths of the sections against each other."""
     patch, channels = cfg.patch_size, ae.latent_channels
     expected = channels * patch**2
@@ -101,7 +130,8 @@ def _check_sizes(cfg: Any, model: Any, ae: Autoencoder) -> None:
     if model.config.cond_embed and model.config.patch_size != patch:
         raise UserError(f"patch_size={patch} and model.patch_size={model.config.patch_size} must be equal")
     for section, (key, width_key) in WIDTH_KEYS.items():
-        file = Path(str(cfg[section].get("from_pretrained"))) / "config.json"
+        encoder: ModelOptions = getattr(cfg, section)
+        file = Path(str(encoder.from_pretrained)) / "config.json"
         if not file.is_file():
             continue
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -113,7 +143,7 @@ def _check_sizes(cfg: Any, model: Any, ae: Autoencoder) -> None:
             )
 
 
-def _check_trained(cfg: Any, model: nn.Module) -> None:
+def _check_trained(cfg: TrainOptions, model: nn.Module) -> None:
     """What is trained: LoRA, frozen parts. Changes ``model``, which is on the meta device."""
     if cfg.lora_checkpoint and not cfg.lora_config:
         raise UserError("lora_checkpoint is set without lora_config: give both, to train an adapter")
@@ -122,20 +152,38 @@ def _check_trained(cfg: Any, model: nn.Module) -> None:
         return
     if cfg.freeze_layers:
         raise UserError("freeze_layers and lora_config: an adapter leaves all of the model's weights frozen; set one")
-    if not cfg.model.get("from_pretrained"):
+    if cfg.model is None or not cfg.model.from_pretrained:
         raise UserError("lora_config: an adapter needs a trained model; give its weights with --model.from_pretrained")
     LoraAdapter(model, cfg.lora_config)
     if cfg.lora_checkpoint:
         read_adapter(cfg.lora_checkpoint)
 
 
-def check_resources(cfg: Any, device: torch.device, resume: Path | None) -> None:
+def _check_parts(cfg: TrainOptions, world_size: int) -> None:
+    """Raises a UserError for what cannot be divided over processes."""
+    if world_size == 1 or (cfg.plugin == "ddp" and cfg.plugin_config.tp_size == 1):
+        return
+    if cfg.optim.cls == "Muon":
+        raise UserError(
+            "optim.cls=Muon needs whole matrices on every rank: use --plugin ddp, or --optim.cls AdamW under any plugin"
+        )
+    if cfg.lora_config:
+        raise UserError("lora_config: adapters are trained with whole weights on every rank: use --plugin ddp")
+
+
+def check_resources(cfg: TrainOptions, model: nn.Module, device: torch.device, resume: Path | None) -> None:
     """See that weights are there, readable and of this architecture, and that the device is up to the model.
+
+    Args:
+        cfg: resolved config.
+        model: its diffusion model, on the meta device.
+        device: where it will train.
+        resume: checkpoint to go on from.
 
     Raises:
         UserError: says what to download, which key to change, or what to use instead.
     """
-    model = build_on_meta(cfg.model)
+    assert cfg.model is not None
     if device.type == "cpu" and cfg.device is None:
         parameters = count_parameters(model)
         if parameters > MAX_CPU_PARAMETERS:
@@ -144,20 +192,18 @@ def check_resources(cfg: Any, device: torch.device, resume: Path | None) -> None
                 "configs/diffusion/train/demo_cpu.py for a model that trains on a CPU, or --device cpu to insist"
             )
     for name in encoders_to_load(cfg):
-        check_weights(name, cfg[name])
+        check_weights(name, getattr(cfg, name))
     if resume is not None and not cfg.lora_config:
         if not (resume / "model").is_dir():
             raise UserError(f"--load {resume}: it holds an adapter, not a model; set lora_config as in its config.txt")
         check_architecture(model, resume / "model" / "model.safetensors", strict=True)
-    elif cfg.model.get("from_pretrained"):
+    elif cfg.model.from_pretrained:
         check_weights("model", cfg.model)
-        if Path(cfg.model["from_pretrained"]).expanduser().exists():
-            check_architecture(model, Path(cfg.model["from_pretrained"]), bool(cfg.model.get("strict_load", True)))
+        path = Path(cfg.model.from_pretrained)
+        if path.expanduser().exists():
+            check_architecture(model, path, bool(getattr(cfg.model, "strict_load", True)))
     if resume is not None and cfg.lora_config:
         read_adapter(resume / "lora")
-    check_validation(cfg)
-    if cfg.samples:
-        sampling_config(cfg)
 
 
 def check_architecture(model: Any, path: Path, strict: bool) -> None:

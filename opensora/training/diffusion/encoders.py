@@ -6,19 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opensora.config.commands import TrainOptions
+from opensora.datasets.source import ClipSource
 from opensora.encoded.dataset import CachedVideoTextDataset
 from opensora.models.autoencoder import Autoencoder, as_autoencoder
 from opensora.registry import MODELS, build_module
 
 
-def cache_folder(cfg: Any) -> str | None:
+def cache_folder(cfg: TrainOptions) -> str | None:
     """The config's ``cache_dir``, or that of its ``dataset``."""
     return cfg.cache_dir or getattr(cfg.dataset, "cache_dir", None)
 
 
-def meta_autoencoder(cfg: Any) -> Autoencoder:
+def meta_autoencoder(cfg: TrainOptions) -> Autoencoder:
     """The autoencoder without weights: enough to know its sizes and to scale latents."""
-    return as_autoencoder(build_module({**cfg.ae, "from_pretrained": None}, MODELS, device_map="meta"))
+    return as_autoencoder(build_module(cfg.ae, MODELS, from_pretrained=None, device_map="meta"))
 
 
 class EmptyText:
@@ -33,7 +35,7 @@ class EmptyText:
         return self.embedding[None]
 
 
-def encoders_to_load(cfg: Any) -> list[str]:
+def encoders_to_load(cfg: TrainOptions) -> list[str]:
     """Sections of the encoders that a run needs, cached or not: those whose output is not cached, all of them where
     held-out rows or sample videos need them too, and those that single files (see ``cached_video_text``) leave open."""
     if cfg.validation or cfg.samples:
@@ -44,16 +46,23 @@ def encoders_to_load(cfg: Any) -> list[str]:
     return [*([] if video else ["ae"]), *([] if text else ["t5", "clip"])]
 
 
-def cached_encoders(cfg: Any, dataset: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def cached_encoders(
+    cfg: TrainOptions,
+    dataset: ClipSource,
+    device: torch.device,
+    dtype: torch.dtype,
+    ae: Autoencoder | None = None,
+) -> dict[str, Any]:
     """Stand-ins for the encoders that are not among :func:`encoders_to_load`, by section.
 
-    The autoencoder that stands in has no weights: it knows its sizes and scales latents. The text encoders know the
-    empty text.
+    Args:
+        ae: the autoencoder without weights, which knows its sizes and scales latents: stands in for itself; built, if
+            it is not given. The text encoders that stand in know the empty text.
     """
     loaded = encoders_to_load(cfg)
     found: dict[str, Any] = {}
     if "ae" not in loaded:
-        found["ae"] = meta_autoencoder(cfg)
+        found["ae"] = meta_autoencoder(cfg) if ae is None else ae
     if "t5" not in loaded:
         assert isinstance(dataset, CachedVideoTextDataset)
         assert dataset.cache is not None

@@ -81,7 +81,7 @@ class InputEncoder:
         tokens = height * width // 4  # the schedule counts 2x2 patches, whatever the model's patch is
         if timesteps is None:
             timesteps = sample_timesteps(len(x_0), tokens, frames, generator)
-        t = timesteps.to(x_0.device)
+        t = timesteps.to(x_0)  # rounded once, for the mix and for the model
         noise = torch.randn(x_0.shape, generator=generator).to(x_0)
         img_ids, txt_ids = prepare_ids(
             len(x_0), (frames, height, width), patch, txt.shape[1], x_0.device, torch.float32

@@ -2,24 +2,25 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from itertools import islice
 
 import torch
 from torch import nn
 
+from opensora.config.commands import TrainOptions
 from opensora.datasets.dataloader import build_train_loader, to_device
 from opensora.datasets.source import build_source
-from opensora.diffusion.flow import flow_matching_loss
 from opensora.training.diffusion.cache import source_section
-from opensora.training.diffusion.inputs import InputEncoder, InputOptions
+from opensora.training.diffusion.inputs import InputEncoder, InputOptions, diffusion_loss
 from opensora.training.loop import step_generator
+from opensora.training.report.metrics import MetricLog
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
 
-def check_validation(cfg: Any) -> None:
+def check_validation(cfg: TrainOptions) -> None:
     """See that the section ``validation`` makes sense.
 
     Raises:
@@ -28,16 +29,12 @@ def check_validation(cfg: Any) -> None:
     section = cfg.validation
     if not section:
         return
-    if not section["data_path"]:
+    if not section.data_path:
         raise UserError("validation.data_path is not set: give a table of rows that training does not see")
-    if section["data_path"] == cfg.dataset.get("data_path"):
-        raise UserError(f"validation.data_path {section['data_path']}: this is the training table; hold some rows out")
-    for key in ("every", "max_rows"):
-        if section[key] < 1:
-            raise UserError(f"validation.{key}={section[key]}: must be at least 1")
-    times = section["timesteps"]
-    if not times or not all(0 < t < 1 for t in times):
-        raise UserError(f"validation.timesteps={list(times)}: give numbers between 0 and 1")
+    if cfg.dataset is not None and section.data_path == cfg.dataset.data_path:
+        raise UserError(f"validation.data_path {section.data_path}: this is the training table; hold some rows out")
+    if not section.timesteps:
+        raise UserError("validation.timesteps=[]: give numbers between 0 and 1")
 
 
 def single_clip_buckets(bucket_config: Mapping[str, Mapping]) -> dict[str, dict]:
@@ -56,15 +53,17 @@ class Validation:
         UserError: anything wrong with the table.
     """
 
-    def __init__(self, cfg: Any, options: InputOptions) -> None:
+    def __init__(self, cfg: TrainOptions, options: InputOptions) -> None:
         section = cfg.validation
-        self.every, self.times, self.seed = section["every"], list(section["timesteps"]), section["seed"]
-        source = replace(source_section(cfg), data_path=section["data_path"])
+        assert section is not None
+        assert cfg.bucket_config is not None
+        self.every, self.times, self.seed = section.every, list(section.timesteps), section.seed
+        source = replace(source_section(cfg), data_path=section.data_path)
         dataset = build_source(source, keep_in_memory=False)
         self.loader, sampler = build_train_loader(
             dataset, single_clip_buckets(cfg.bucket_config), multiple=options.spatial_multiple, seed=self.seed
         )
-        self.rows = min(section["max_rows"], len(sampler))
+        self.rows = min(section.max_rows, len(sampler))
         self.options = replace(options, t5_dropout=0.0, clip_dropout=0.0)
 
     def encoder(self, training: InputEncoder) -> InputEncoder:
@@ -82,14 +81,43 @@ class Validation:
         was_training = model.training
         model.eval()
         sums = dict.fromkeys(self.times, 0.0)
-        for number, batch in zip(range(self.rows), self.loader):
+        for batch in islice(self.loader, self.rows):
             moved = to_device(batch, device, dtype)
             for t in self.times:
                 generator = step_generator(self.seed, int(batch["index"][0]), 0)
                 prepared = encode(moved, generator, torch.full((1,), t))
-                loss = flow_matching_loss(model(**prepared["inputs"]), prepared["target"], prepared["mask"])
-                sums[t] += float(loss)
-            del number
+                sums[t] += float(diffusion_loss(model, prepared))
         model.train(was_training)
         means = {f"val_loss_time/{t:g}": total / self.rows for t, total in sums.items()}
         return {"val_loss": sum(means.values()) / len(means), **means}
+
+
+class ValidationHook:
+    """Validates every so many optimizer steps and logs the losses.
+
+    Args:
+        validation: of the config.
+        model: what is measured.
+        training: encoder of the training clips, whose models it shares.
+        device, dtype: where and in what they work.
+        log: takes the losses.
+    """
+
+    def __init__(
+        self,
+        validation: Validation,
+        model: nn.Module,
+        training: InputEncoder,
+        device: torch.device,
+        dtype: torch.dtype,
+        log: MetricLog,
+    ) -> None:
+        self.validation, self.model, self.log = validation, model, log
+        self.encode, self.device, self.dtype = validation.encoder(training), device, dtype
+
+    def after_step(self, step: int) -> None:
+        if step % self.validation.every == 0:
+            self.log.record(self.validation(self.model, self.encode, self.device, self.dtype), step)
+
+    def close(self) -> None:
+        """Nothing is held."""

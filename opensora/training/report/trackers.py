@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
+from opensora.config.commands import LoopOptions
 from opensora.utils.errors import UserError
 
 
@@ -43,16 +44,13 @@ class TensorBoardTracker:
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """See :class:`Tracker`."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
     def video(self, name: str, frames: np.ndarray, path: Path, fps: float, step: int) -> None:
-        """See :class:`Tracker`."""
         self.writer.add_image(name, filmstrip(frames), step, dataformats="HWC")
 
     def close(self) -> None:
-        """See :class:`Tracker`."""
         self.writer.close()
 
 
@@ -82,15 +80,12 @@ class WandbTracker:
             raise UserError(f"wandb=True: {error}") from error
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """See :class:`Tracker`."""
         self._run.log(dict(values), step=step)
 
     def video(self, name: str, frames: np.ndarray, path: Path, fps: float, step: int) -> None:
-        """See :class:`Tracker`."""
         self._run.log({name: self._wandb.Video(str(path))}, step=step)
 
     def close(self) -> None:
-        """See :class:`Tracker`."""
         self._run.finish()
 
 
@@ -102,7 +97,7 @@ def _import_wandb() -> Any:
     return wandb
 
 
-def check_trackers(cfg: Any) -> None:
+def check_trackers(cfg: LoopOptions) -> None:
     """See that what the config asks for is installed and will not ask for a password later.
 
     Raises:
@@ -115,9 +110,9 @@ def check_trackers(cfg: Any) -> None:
         raise UserError("wandb=True: not logged in; run `wandb login`, or set WANDB_MODE=offline to keep it local")
 
 
-def create_trackers(cfg: Any, folder: Path, start_step: int) -> Sequence[Tracker]:
+def create_trackers(cfg: LoopOptions, folder: Path, start_step: int) -> Sequence[Tracker]:
     """Trackers of a training config."""
     trackers: list[Tracker] = [TensorBoardTracker(folder, start_step)]
     if cfg.wandb:
-        trackers.append(WandbTracker(folder, cfg.wandb_project, cfg.to_dict(), cfg.get("wandb_expr_name")))
+        trackers.append(WandbTracker(folder, cfg.wandb_project, cfg.to_dict(), getattr(cfg, "wandb_expr_name", None)))
     return trackers

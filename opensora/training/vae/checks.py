@@ -1,7 +1,8 @@
 """What a config of autoencoder training asks for, and all about it that can be judged before models are built."""
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch import nn
 
 from opensora.acceleration.parallel_context import Sizes
 from opensora.acceleration.plugins import plugin_name
-from opensora.config.options import OptimOptions
+from opensora.config.commands import VaeTrainOptions
+from opensora.config.options import DiscriminatorLossOptions, GeneratorLossOptions, VaeLossOptions
 from opensora.datasets.buckets import BucketTable
 from opensora.models.autoencoder import Autoencoder, LatentSpec, as_autoencoder, check_buckets
 from opensora.models.build import build_on_meta, check_weights
@@ -47,67 +49,68 @@ class VAEPlan:
     """What `check_config` found out.
 
     Args:
+        model: the autoencoder without weights, built once for all who ask it for sizes.
         multiple: heights and widths are multiples of this many pixels.
         mixer: shortens clips.
         adversarial: options of the losses of and against the discriminator, None without one.
     """
 
+    model: nn.Module
     multiple: int
     mixer: LengthMixer
     adversarial: AdversarialOptions | None
 
 
-def plan_stages(cfg: Any, steps_per_epoch: int) -> list[Stage]:
-    """Single frames first (``image_steps``), then the video buckets up to ``max_steps`` (or ``epochs``)."""
-    total = cfg.max_steps or cfg.image_steps + cfg.epochs * steps_per_epoch
+def plan_stages(cfg: VaeTrainOptions, total: int) -> list[Stage]:
+    """Single frames first (``image_steps``), then the video buckets up to optimizer step ``total``."""
     stages = []
+    assert cfg.bucket_config is not None
     if cfg.image_steps:
         if not cfg.image_bucket_config:
             raise UserError("image_steps needs image_bucket_config, e.g. {'64px': {1: (1.0, 32)}}")
         end = min(cfg.image_steps, total)
-        stages.append(Stage("images", 0, end, cfg.image_bucket_config, cfg.image_lr or cfg.optim["lr"]))
+        stages.append(Stage("images", 0, end, cfg.image_bucket_config, cfg.image_lr or cfg.optim.lr))
     if total > cfg.image_steps:
-        stages.append(Stage("videos", cfg.image_steps, total, cfg.bucket_config, cfg.optim["lr"]))
+        stages.append(Stage("videos", cfg.image_steps, total, cfg.bucket_config, cfg.optim.lr))
     return stages
 
 
-def check_config(cfg: Any, world_size: int = 1) -> VAEPlan:
+def check_config(cfg: VaeTrainOptions, world_size: int = 1) -> VAEPlan:
     """Judge a config of autoencoder training; nothing is built but models without memory.
 
     Args:
-        cfg: resolved config (``VaeTrainOptions``).
+        cfg: resolved config.
         world_size: number of processes.
 
     Raises:
         UserError: names the key and what would be right.
     """
     for key in ("model", "dataset", "bucket_config", "optim"):
-        section = cfg[key]
-        if not section or (isinstance(section, OptimOptions) and not section.given):
+        if not getattr(cfg, key) or (key == "optim" and not cfg.optim.given):
             raise UserError(
                 f"{cfg.config_path}: '{key}' is missing; VAE training needs model, dataset, bucket_config and optim"
             )
+    assert cfg.model is not None
     check_loop(cfg)
     check_plugin(cfg, world_size)
     check_trackers(cfg)
     check_weights("model", cfg.model)
-    autoencoder: Any = as_autoencoder(build_on_meta(cfg.model))
+    model = build_on_meta(cfg.model)
+    autoencoder = as_autoencoder(model)
     multiple = max(SIZE_MULTIPLE, *autoencoder.compression[1:])
     tables = [BucketTable(config, multiple) for config in (cfg.bucket_config, cfg.image_bucket_config) if config]
     for config in (cfg.bucket_config, cfg.image_bucket_config):
         check_lengths(config or {}, autoencoder)
     check_loss(cfg.vae_loss_config)
     if cfg.grad_checkpoint and not autoencoder.supports_grad_checkpoint:
-        raise UserError(f"grad_checkpoint=True: {cfg.model['type']!r} does not recompute blocks; set False")
+        raise UserError(f"grad_checkpoint=True: {cfg.model.type!r} does not recompute blocks; set False")
     adversarial = check_adversarial(cfg, tables) if cfg.discriminator else None
-    check_freeze(cfg.freeze_layers, autoencoder, adversarial is not None)
-    if not 0 <= cfg.mixed_image_ratio <= 1:
-        raise UserError(f"mixed_image_ratio={cfg.mixed_image_ratio}: a share, from 0 to 1")
+    check_freeze(cfg.freeze_layers, copy.deepcopy(model), adversarial is not None)
     mixer = LengthMixer(cfg.mixed_strategy, cfg.mixed_image_ratio, LatentSpec.of(autoencoder))
-    return VAEPlan(multiple, mixer, adversarial)
+    return VAEPlan(model, multiple, mixer, adversarial)
 
 
-def check_plugin(cfg: Any, world_size: int) -> None:
+def check_plugin(cfg: VaeTrainOptions, world_size: int) -> None:
     """See that the plugin can train an autoencoder on that many processes: they divide the data, not the model.
 
     Raises:
@@ -146,32 +149,26 @@ def check_lengths(bucket_config: Mapping[str, Mapping[int, Any]], autoencoder: A
                 )
 
 
-def check_loss(section: Mapping[str, Any] | None) -> None:
-    """See that the reconstruction loss can be built: known keys, weights of LPIPS where it counts.
+def check_loss(section: VaeLossOptions | None) -> None:
+    """See that the weights of LPIPS are there, where it counts.
 
     Raises:
         UserError: they are missing or do not fit.
     """
-    options = dict(section or {})
-    source = options.pop("lpips", None)
-    known = {field.name for field in fields(VAELoss)} - {"perceptual"}
-    for key in options:
-        if key not in known:
-            raise UserError(f"vae_loss_config.{key} is unknown; use {', '.join(sorted(known))}, lpips")
-    if options.get("perceptual_loss_weight"):
-        LPIPSSource(**(source or {})).check()
+    if section is not None and section.perceptual_loss_weight:
+        LPIPSSource(**(section.lpips.to_dict() if section.lpips is not None else {})).check()
 
 
-def build_loss(section: Mapping[str, Any] | None, device: torch.device, grad_checkpoint: bool) -> VAELoss:
+def build_loss(section: VaeLossOptions | None, device: torch.device, grad_checkpoint: bool) -> VAELoss:
     """The reconstruction loss of a config, with LPIPS on ``device`` where it counts."""
-    options = dict(section or {})
+    options = section.to_dict() if section is not None else {}
     source = options.pop("lpips", None)
     if not options.get("perceptual_loss_weight"):
         return VAELoss(**options)
     return VAELoss(**options, perceptual=build_lpips(source, device, grad_checkpoint=grad_checkpoint))
 
 
-def check_adversarial(cfg: Any, tables: list[BucketTable]) -> AdversarialOptions:
+def check_adversarial(cfg: VaeTrainOptions, tables: list[BucketTable]) -> AdversarialOptions:
     """Options of adversarial training.
 
     Raises:
@@ -182,7 +179,7 @@ def check_adversarial(cfg: Any, tables: list[BucketTable]) -> AdversarialOptions
             "discriminator: it needs an optimizer of its own; give optim_discriminator, e.g. "
             "dict(cls='HybridAdam', lr=1e-4, betas=(0.9, 0.98)), or remove the discriminator"
         )
-    options = AdversarialOptions.from_config(cfg.gen_loss_config, cfg.disc_loss_config)
+    assert cfg.discriminator is not None
     check_weights("discriminator", cfg.discriminator)
     discriminator: Any = build_on_meta(cfg.discriminator)
     mixed = cfg.mixed_strategy is not None
@@ -195,7 +192,9 @@ def check_adversarial(cfg: Any, tables: list[BucketTable]) -> AdversarialOptions
                 f"{bucket.height}x{bucket.width} have {patches} patches of it, and it needs 2; lower n_layers, or take "
                 "larger clips or batches"
             )
-    return options
+    return AdversarialOptions(
+        cfg.gen_loss_config or GeneratorLossOptions(), cfg.disc_loss_config or DiscriminatorLossOptions()
+    )
 
 
 def check_freeze(parts: str | None, autoencoder: nn.Module, adversarial: bool) -> None:

@@ -1,7 +1,7 @@
 """One micro-batch of autoencoder training: from clips to the loss, with mixed lengths and the discriminator's turn."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from opensora.datasets.dataloader import to_device
 from opensora.models.autoencoder import LatentSpec
 from opensora.models.vae.losses import VAELoss
 from opensora.training.checkpoint.folder import RunningStates
-from opensora.training.vae.adversarial import AdversarialEngine
+from opensora.training.roles import MODEL, Turn
+from opensora.training.vae.adversarial import DISCRIMINATOR, Adversary
 
 VIDEO_IMAGE, VIDEO_RANDOM = "mixed_video_image", "mixed_video_random"
 CAUSAL = LatentSpec((4, 8, 8), is_causal=True)
@@ -64,7 +65,9 @@ class LengthMixer:
 
 
 class VAEStep:
-    """Loss of a micro-batch of clips, with the numbers to log.
+    """What a micro-batch of clips is minimised for, with the numbers to log.
+
+    The discriminator's forward and backward come after the autoencoder's backward, when its graph is gone.
 
     Args:
         model: the autoencoder as it is called, wrapped or not.
@@ -73,7 +76,7 @@ class VAEStep:
         mixer: shortens clips.
         device, dtype: where and in what the model works.
         states: where the run stands; the adversarial losses begin by it.
-        engine: with a discriminator, the engine of both.
+        adversary: the discriminator, None without one.
     """
 
     def __init__(
@@ -85,30 +88,37 @@ class VAEStep:
         device: torch.device,
         dtype: torch.dtype,
         states: RunningStates,
-        engine: AdversarialEngine | None = None,
+        adversary: Adversary | None = None,
     ) -> None:
         self.model, self.plain, self.loss, self.mixer = model, plain, loss, mixer
-        self.device, self.dtype, self.states, self.engine = device, dtype, states, engine
+        self.device, self.dtype, self.states, self.adversary = device, dtype, states, adversary
         self.trainable = any(p.requires_grad for p in plain.parameters())
 
-    def __call__(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `opensora.training.loop.LossFunction`; all randomness follows from ``generator``."""
+    def __call__(self, batch: dict[str, Any], generator: torch.Generator) -> Iterator[Turn]:
+        """Turns of the autoencoder and, once it has begun, of the discriminator; all randomness is ``generator``'s."""
         video = self.mixer(to_device(batch, self.device, self.dtype)["video"], generator)
         torch.manual_seed(generator.initial_seed())  # dropout draws from torch's own generator
+        turn, fake = self._autoencoder(video, generator)
+        yield turn
+        del turn
+        if self.adversary is None:
+            return
+        loss, numbers = self.adversary.discriminator_loss(video, fake, self.states.global_step, generator)
+        if loss is not None:
+            yield Turn(DISCRIMINATOR, loss, numbers)
+
+    def _autoencoder(self, video: Tensor, generator: torch.Generator) -> tuple[Turn, Tensor]:
+        """The autoencoder's turn, and its reconstruction without graph."""
         with torch.set_grad_enabled(self.trainable):
             reconstruction, posterior, _ = self.model(video, generator=generator)
             terms = self.loss.terms(video, reconstruction, posterior)
-        total = terms.total
-        numbers = dict(terms.parts)
-        if self.engine is not None:
-            step, adversary = self.states.global_step, self.engine.adversary
-            if self.trainable:
-                last_layer = self.plain.get_last_layer()
-                adversarial, more = adversary.generator_loss(terms.nll, reconstruction, last_layer, step)
-                total = total if adversarial is None else total + adversarial
-                numbers |= more
-            fake = reconstruction.detach()
-            self.engine.then(partial(adversary.discriminator_loss, video, fake, step, generator))
+        total, numbers = terms.total, dict(terms.parts)
+        if self.adversary is not None and self.trainable:
+            adversarial, more = self.adversary.generator_loss(
+                terms.nll, reconstruction, self.plain.get_last_layer(), self.states.global_step
+            )
+            total = total if adversarial is None else total + adversarial
+            numbers |= more
         if self.mixer.strategy is not None and video.shape[2] == 1:  # the curves of clips stay comparable
             numbers = {f"image_{name}": value for name, value in numbers.items()}
-        return total, numbers
+        return Turn(MODEL, total, numbers), reconstruction.detach()

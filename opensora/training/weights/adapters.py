@@ -43,7 +43,7 @@ def freeze(model: nn.Module, patterns: str | Sequence[str] | None) -> list[str]:
     return sorted(frozen)
 
 
-def unmap(model: nn.Module) -> None:
+def copy_from_mmap(model: nn.Module) -> None:
     """Copy weights that lie in host memory to where any new tensor could lie; read from a file, they lie as they lay
     there. Kernels of a CPU round the last bit differently by where in memory a tensor begins, and a run that goes on
     from a file must round as one that never stopped."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from opensora.training.weights.adapters import TrainedWeights
 
 
-class Followed(Protocol):
+class HasStateDict(Protocol):
     """A model, or :class:`TrainedWeights`."""
 
     def state_dict(self) -> Mapping[str, Any]:
@@ -28,7 +28,7 @@ class EMA:
         decay: in [0, 1).
     """
 
-    def __init__(self, model: Followed, decay: float) -> None:
+    def __init__(self, model: HasStateDict, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay={decay} must lie in [0, 1)")
         self.decay = decay
@@ -36,7 +36,7 @@ class EMA:
         self.shadow = {k: v.detach().clone().float() for k, v in model.state_dict().items() if v.is_floating_point()}
 
     @torch.no_grad()
-    def update(self, model: Followed) -> None:
+    def update(self, model: HasStateDict) -> None:
         """Take in the weights after one optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1

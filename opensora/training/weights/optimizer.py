@@ -208,7 +208,7 @@ def create_schedule(
 
     def factor(step: int) -> float:
         if step < warmup_steps:
-            start = min(initial_lr / base, 1.0)
+            start = min(initial_lr / base, 1.0) if base else 1.0
             return start + (1.0 - start) * (step + 1) / (warmup_steps + 1)
         if not cosine or total_steps is None or step < flat_until:
             return 1.0

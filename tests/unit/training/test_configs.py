@@ -27,7 +27,7 @@ def test_every_config_is_listed():
 @pytest.mark.parametrize("name", [*RELEASED, *SMALL])
 def test_parts_fit(name, monkeypatch):
     monkeypatch.chdir(FOLDER.parents[2])
-    options = check_config(load(name))
+    options = check_config(load(name)).inputs
     # Both are dropped on one sample in ten in the released recipe, in sixteen in the small one.
     assert options.t5_dropout == options.clip_dropout == pytest.approx(0.1**0.5 if name in RELEASED else 0.25)
     assert options.spatial_multiple == (32 if name in ("high_compression", "demo_cpu_hc") else 16)
@@ -63,7 +63,8 @@ def test_published_numbers():
         ("demo_cpu", {"dtype": "fp16"}, "dtype=fp16"),
         ("demo_cpu", {"accumulation_steps": 0}, "accumulation_steps=0"),
         ("demo_cpu", {"ema_decay": 1.5}, "ema_decay=1.5"),
-        ("demo_cpu", {"ckpt_shard_size_gb": 0.0}, "ckpt_shard_size_gb=0.0: must be more than 0"),
+        ("demo_cpu", {"ckpt_shard_size_gb": 0.0}, "ckpt_shard_size_gb=0.0: must be above 0"),
+        ("demo_cpu", {"keep_n_latest": 0}, "keep_n_latest=0: no checkpoint would stay"),
         ("demo_cpu", {"bucket_config": {"300furlongs": {1: (1.0, 1)}}}, "300furlongs"),
         ("stage1", {"bucket_config": {"256px": {6: (1.0, 1)}}}, "6 frames .* use 5 or 9"),
         ("stage1", {"patch_size": 1}, "in_channels=64 does not fit: 16 latent channels in patches of 1x1 make 16"),

@@ -46,7 +46,7 @@ def test_training_of_the_video_dc_ae_is_the_original_one():
     assert adversarial.grad_checkpoint
     assert adversarial.model.disc_off_grad_ckpt
     assert adversarial.model.from_scratch
-    assert check_adversarial(adversarial, []).disc_weight == 0.05
+    assert check_adversarial(adversarial, []).generator.disc_weight == 0.05
     with pytest.raises(UserError, match=r"lpips\.(backbone|heads): No weights at ./ckpts/lpips"):
         check_config(plain)
 

@@ -1,0 +1,34 @@
+"""The command behind ``scripts/diffusion/train.py`` and ``scripts/vae/train.py``."""
+
+import importlib
+import os
+from collections.abc import Sequence
+
+from opensora.acceleration.failures import reported_once
+from opensora.acceleration.torchrun import Torchrun
+from opensora.config import parse_config
+from opensora.config.commands import TrainOptions, VaeTrainOptions
+from opensora.utils.logging import setup_logging
+
+
+def train(argv: Sequence[str] | None, options: type[TrainOptions | VaeTrainOptions], place: str) -> None:
+    """Parse a command line, train, and print the experiment's folder.
+
+    Args:
+        argv: words after the script's name; None takes those of this process.
+        options: the script's option group.
+        place: its trainer, as ``module:Class``; imported after parsing, so that ``--help`` and typos answer at once.
+    """
+    with reported_once(os.environ):
+        cfg = parse_config(argv, options)
+    from opensora.acceleration.parallel_context import shutdown
+
+    module, _, name = place.partition(":")
+    processes = Torchrun.read(os.environ)
+    setup_logging(rank=processes.rank)
+    with reported_once(os.environ):
+        trainer = getattr(importlib.import_module(module), name)(cfg, processes.local_rank, processes.world_size)
+        folder = trainer.run()
+    if trainer.start.parallel.rank == 0:
+        print(folder)
+    shutdown()

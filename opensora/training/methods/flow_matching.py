@@ -1,0 +1,69 @@
+"""Flow matching: the model learns the velocity of the straight path between data and noise (arXiv:2209.03003)."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opensora.datasets.dataloader import to_device
+from opensora.diffusion.flow import flow_matching_loss
+from opensora.training.methods.base import MethodContext, TrainingMethod
+from opensora.training.report.metrics import Mean, Rate, Value
+from opensora.training.report.throughput import TERA, TrainingFlops
+from opensora.training.roles import MODEL, Turn
+
+TIME_QUARTERS = ("0-0.25", "0.25-0.5", "0.5-0.75", "0.75-1")
+
+
+class FlowMatching(TrainingMethod):
+    """Mean squared error of the predicted velocity, with its metrics. A method that only weighs it otherwise overrides
+    :meth:`loss`."""
+
+    def __init__(self, context: MethodContext) -> None:
+        super().__init__(context)
+        self.flops = TrainingFlops(context.plain)
+
+    def __call__(self, batch: Mapping[str, Any], generator: torch.Generator) -> Iterator[Turn]:
+        """One turn, of the model."""
+        context = self.context
+        with context.timer("encode"):
+            moved = to_device(dict(batch), context.run.device, context.run.dtype)
+            prepared = context.encode(moved, generator)
+        with context.timer("forward"):
+            pred = context.model(**prepared["inputs"])
+            loss = self.loss(pred, prepared)
+        metrics: dict[str, Value] = {
+            f"loss_bucket/{bucket_name(batch)}": loss.detach(),
+            **self._losses(pred, prepared),
+            **self._work(prepared["inputs"]),
+        }
+        yield Turn(MODEL, loss, {**metrics, **context.timer.take()})
+
+    def loss(self, pred: Tensor, prepared: Mapping[str, Any]) -> Tensor:
+        """Loss of a prediction ``[B, L, C]``, a scalar; ``prepared`` as :class:`InputEncoder` makes it."""
+        return flow_matching_loss(pred, prepared["target"], prepared["mask"])
+
+    @torch.no_grad()
+    def _losses(self, pred: Tensor, prepared: Mapping[str, Any]) -> dict[str, Value]:
+        """Loss by quarter of the diffusion time."""
+        per_sample = (pred.float() - prepared["target"].float()).square().mean((1, 2))
+        quarter = (prepared["inputs"]["timesteps"].float() * 4).long().clamp(0, 3)
+        member = torch.nn.functional.one_hot(quarter, 4).to(per_sample)
+        totals, counts = per_sample @ member, member.sum(0)
+        return {f"loss_time/{name}": Mean(totals[i], counts[i]) for i, name in enumerate(TIME_QUARTERS)}
+
+    def _work(self, inputs: Mapping[str, Any]) -> dict[str, Value]:
+        samples, tokens = inputs["img"].shape[:2]
+        text = inputs["txt"].shape[1]
+        work = samples * self.flops.per_sample(tokens, text) / TERA
+        return {
+            "samples": Rate(samples),
+            "tokens": Rate(samples * (tokens + text)),
+            "tflops": Rate(work, per_device=True),
+        }
+
+
+def bucket_name(batch: Mapping[str, Any]) -> str:
+    """Frames x height x width of the batch, in pixels."""
+    return "x".join(map(str, batch["size"][0]))
