@@ -237,7 +237,7 @@ class OptimOptions(Options):
     eps: float = opt(1e-8, "term added to the denominator", least=0)
     weight_decay: float = opt(0.0, "decoupled weight decay", least=0)
     betas: tuple[float, float] = opt((0.9, 0.999), "decay of the moments", least=0, below=1)
-    adamw_mode: bool = opt(True, "AdamW rather than Adam with L2")
+    adamw_mode: bool | None = opt(None, "AdamW rather than Adam with L2; none goes by cls")
     momentum: float | None = opt(None, "momentum of Muon (0.95)", least=0, below=1)
 
 

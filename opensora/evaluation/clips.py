@@ -13,6 +13,7 @@ import pandas as pd
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from opensora.config.commands import VaeInferenceOptions
 from opensora.datasets.buckets import BucketTable
 from opensora.datasets.config import VideoTextConfig
 from opensora.datasets.dataset import target_fps
@@ -113,14 +114,16 @@ def _looks_like_media(path: Path) -> bool:
     return path.suffix.lower() in (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS) or kind_of(path) is not None
 
 
-def own_source(cfg: Any) -> ClipSource | None:
+def own_source(cfg: VaeInferenceOptions) -> ClipSource | None:
     """The config's ``dataset`` if it is of a type of the user's own; None for clips in a folder or a table of files."""
     if cfg.dataset is None or isinstance(cfg.dataset, VideoTextConfig):
         return None
     return build_source(cfg.dataset, require_text=False)
 
 
-def choose_clips(cfg: Any, autoencoder: Autoencoder, source: ClipSource | None = None) -> list[EvalClip]:
+def choose_clips(
+    cfg: VaeInferenceOptions, autoencoder: Autoencoder, source: ClipSource | None = None
+) -> list[EvalClip]:
     """The clips of a config at the sizes it asks for: ``eval_setting``, else ``bucket_config``, else their own.
 
     Args:
@@ -150,7 +153,7 @@ def choose_clips(cfg: Any, autoencoder: Autoencoder, source: ClipSource | None =
         if size is not None
     ]
     if not clips:
-        where = cfg.dataset["data_path"] if source is None else source.data_path
+        where = source.data_path if source is not None else cfg.dataset and cfg.dataset.data_path
         raise UserError(f"{where}: none of {len(table)} clips is large and long enough for {asked or 'it'}")
     if len(clips) < len(table):
         left_out = [names[i] for i, size in enumerate(sizes) if size is None]
@@ -164,13 +167,13 @@ def choose_clips(cfg: Any, autoencoder: Autoencoder, source: ClipSource | None =
     return clips[: cfg.max_clips]
 
 
-def _listed_clips(cfg: Any) -> tuple[pd.DataFrame, np.ndarray]:
+def _listed_clips(cfg: VaeInferenceOptions) -> tuple[pd.DataFrame, np.ndarray]:
     """Files of the config's folder or table, and the distance between the frames taken of each."""
-    section = cfg.dataset or {}
-    if not section.get("data_path"):
+    section = cfg.dataset
+    if section is None or not section.data_path:
         raise UserError("dataset.data_path is not set: give a table of clips, or a folder of videos and pictures")
-    table = list_media(section["data_path"], cfg.save_dir)
-    fps_max = section.get("fps_max") or float("inf")
+    table = list_media(section.data_path, cfg.save_dir)
+    fps_max = section.fps_max if isinstance(section, VideoTextConfig) and "fps_max" in section.given else float("inf")
     return table, np.array([target_fps(float(fps), fps_max)[1] for fps in table["fps"]])
 
 
@@ -187,7 +190,7 @@ def _modified(path: str) -> float:
 
 
 def _sizes(
-    cfg: Any, autoencoder: Autoencoder, table: pd.DataFrame, strides: np.ndarray
+    cfg: VaeInferenceOptions, autoencoder: Autoencoder, table: pd.DataFrame, strides: np.ndarray
 ) -> tuple[list[tuple[int, int, int] | None], str | None]:
     """Size of each row, None where it cannot have one; and what was asked for, in words."""
     available = np.where(table["num_frames"] > 1, -(-table["num_frames"].to_numpy() // strides), 1)

@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from opensora.acceleration.devices import pick_device, torch_dtype
+from opensora.config.commands import VaeStatsOptions
 from opensora.datasets.dataloader import build_train_loader
 from opensora.datasets.source import build_source
 from opensora.evaluation.clips import SIZE_MULTIPLE, bucket_of
@@ -60,7 +61,7 @@ class RunningMoments:
 
 
 @torch.no_grad()
-def latent_statistics(cfg: Any) -> str:
+def latent_statistics(cfg: VaeStatsOptions) -> str:
     """Encode a dataset, and say what its raw latents are like and which config keys scale them to unit variance.
 
     Args:
@@ -72,14 +73,13 @@ def latent_statistics(cfg: Any) -> str:
     Raises:
         UserError: anything wrong with config, table or weights.
     """
-    for key in ("model", "dataset"):
-        if not cfg.get(key):
-            raise UserError(f"{cfg.config_path}: '{key}' is missing")
+    if cfg.model is None or cfg.dataset is None:
+        raise UserError(f"{cfg.config_path}: '{'model' if cfg.model is None else 'dataset'}' is missing")
     device, dtype = pick_device(cfg.device), torch_dtype(cfg.dtype)
     check_weights("model", cfg.model)
-    buckets = bucket_of(cfg.eval_setting) if cfg.eval_setting else cfg.bucket_config
+    buckets = (bucket_of(cfg.eval_setting) if cfg.eval_setting else cfg.bucket_config) or {}
     spec = as_autoencoder(build_on_meta(cfg.model))
-    check_buckets(buckets or {}, spec)
+    check_buckets(buckets, spec)
     dataset = build_source(cfg.dataset, require_text=False)
     loader, _ = build_train_loader(
         dataset,

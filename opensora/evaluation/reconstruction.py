@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from opensora.acceleration.devices import pick_device, torch_dtype
+from opensora.config.commands import VaeInferenceOptions
+from opensora.config.options import ModelOptions
 from opensora.datasets.source import ClipSource
 from opensora.datasets.table import write_table
 from opensora.evaluation.clips import ClipReader, EvalClip, choose_clips, own_source
@@ -23,7 +25,7 @@ from opensora.evaluation.latents import RunningMoments
 from opensora.evaluation.quality import flicker, psnr, ssim
 from opensora.models.autoencoder import as_autoencoder
 from opensora.models.build import build_on_meta, build_ready, check_weights
-from opensora.models.vae.lpips import LPIPSSource, build_lpips
+from opensora.models.vae.lpips import build_lpips, check_lpips
 from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError, few
 from opensora.utils.files import remove_unfinished_files, write_text
@@ -122,7 +124,7 @@ def _perceptual(first: Frames, second: Frames, lpips: nn.Module, device: torch.d
 
 
 @torch.no_grad()
-def reconstruct(cfg: Any) -> Path:
+def reconstruct(cfg: VaeInferenceOptions) -> Path:
     """Reconstruct the clips of a config into ``save_dir``; clips finished by an earlier call are left as they are.
 
     Writes ``orig/``, ``recn/`` and ``side_by_side/`` (videos, pictures for single frames), ``metrics.csv`` (a row per
@@ -138,13 +140,14 @@ def reconstruct(cfg: Any) -> Path:
         return _reconstruct(cfg)
 
 
-def _reconstruct(cfg: Any) -> Path:
+def _reconstruct(cfg: VaeInferenceOptions) -> Path:
     reader, results, settings = prepare(cfg)
     clips = reader.clips
     remove_unfinished_files(results.folder)
     waiting = [clip for clip in clips if results.read(clip) is None]
     logger.info("%d clips, %d of them done before, to %s", len(clips), len(clips) - len(waiting), results.folder)
     if waiting:
+        assert cfg.model is not None
         device = pick_device(cfg.device)
         model: Any = build_ready(cfg.model, device, torch_dtype(cfg.dtype))
         lpips = build_lpips(cfg.lpips, device) if cfg.lpips else None
@@ -156,17 +159,17 @@ def _reconstruct(cfg: Any) -> Path:
     return results.folder
 
 
-def prepare(cfg: Any) -> tuple[ClipReader, Results, str]:
+def prepare(cfg: VaeInferenceOptions) -> tuple[ClipReader, Results, str]:
     """Check everything that can be checked without a model.
 
     Returns:
         The clips, where their results go, and what the folder's settings must be.
     """
-    if not cfg.model:
+    if cfg.model is None:
         raise UserError(f"{cfg.config_path}: 'model' is missing; give the autoencoder")
     check_weights("model", cfg.model)
     if cfg.lpips:
-        LPIPSSource(**cfg.lpips).check()
+        check_lpips(cfg.lpips)
     source = own_source(cfg)
     reader = ClipReader(choose_clips(cfg, as_autoencoder(build_on_meta(cfg.model)), source), source)
     results = Results(Path(cfg.save_dir))
@@ -184,34 +187,38 @@ def prepare(cfg: Any) -> tuple[ClipReader, Results, str]:
     return reader, results, text
 
 
-def _played_fps(cfg: Any) -> int:
+def _played_fps(cfg: VaeInferenceOptions) -> int:
     """Frame rate of the files: clips of which every n-th frame is taken last as long as before."""
     return max(cfg.fps // cfg.frame_interval, 1)
 
 
-def _settings_text(cfg: Any, weights: Any, source: ClipSource | None) -> str:
+def _settings_text(cfg: VaeInferenceOptions, weights: Any, source: ClipSource | None) -> str:
     """What results depend on besides the clip, as the folder's ``settings.json`` has it."""
-    lpips = dict(cfg.lpips) if cfg.lpips else cfg.lpips
-    settings = {"model": dict(cfg.model), "dtype": cfg.dtype, "lpips": lpips, "weights": weights}
+    lpips = cfg.lpips.to_dict() if cfg.lpips else None
+    assert cfg.model is not None
+    settings = {"model": cfg.model.to_dict(), "dtype": cfg.dtype, "lpips": lpips, "weights": weights}
     settings["fps"] = _played_fps(cfg)
     if source is not None:
-        settings["dataset"] = dict(cfg.dataset)  # its clips need not be files, whose times would tell that they changed
+        assert cfg.dataset is not None
+        settings["dataset"] = (
+            cfg.dataset.to_dict()
+        )  # its clips need not be files, whose times would tell that they changed
     return json.dumps(settings, indent=4, default=str) + "\n"
 
 
-def _fingerprint(section: Mapping[str, Any]) -> str | None:
+def _fingerprint(section: ModelOptions) -> str | None:
     """Identifies the weights, to notice that they were replaced; None for random ones."""
-    path = section.get("from_pretrained")
-    return fingerprint(path, section.get("cache_dir")) if path else None
+    path = section.from_pretrained
+    return fingerprint(path, section.cache_dir) if path else None
 
 
-def _file_stamp(section: Mapping[str, Any]) -> list[Any] | None:
+def _file_stamp(section: ModelOptions) -> list[Any] | None:
     """What version 2.1.0 recorded in place of a fingerprint: size and time of the weight file."""
-    path = Path(section.get("from_pretrained") or "")
+    path = Path(section.from_pretrained or "")
     return [path.stat().st_size, path.stat().st_mtime] if path.is_file() else None
 
 
-def _read_ahead(reader: ClipReader, cfg: Any) -> Iterator[tuple[EvalClip, Tensor]]:
+def _read_ahead(reader: ClipReader, cfg: VaeInferenceOptions) -> Iterator[tuple[EvalClip, Tensor]]:
     """Readable clips in order, with a progress bar; others are left out."""
     loader = DataLoader(
         reader,

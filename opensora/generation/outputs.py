@@ -18,6 +18,7 @@ from torch import Tensor
 from opensora.config.commands import InferenceOptions
 from opensora.diffusion.lora import as_list, split_lora
 from opensora.diffusion.prepared import needed_sections
+from opensora.generation import LATENTS_ENDING
 from opensora.generation.requests import Request
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
@@ -27,7 +28,6 @@ from opensora.utils.weights_writing import save_safetensors
 
 # Longest file name without ending: file systems take 255 bytes.
 MAX_NAME_BYTES = 200
-LATENTS_ENDING = ".latents.safetensors"
 NOTES = (".json", ".txt")  # beside a sample
 VERSIONED = ("opensora", "torch", "transformers", "numpy", "av")
 

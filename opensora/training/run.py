@@ -161,7 +161,7 @@ class Run:
         return create_engine(
             cfg.plugin,
             module,
-            optimizer_factory(optim.to_dict(), masters),
+            optimizer_factory(optim, masters),
             self.parallel,
             max_norm=cfg.grad_clip,
             dtype=self.dtype,

@@ -152,7 +152,7 @@ class TimedTrainer(Trainer):
     def _bare_step(self, trained: nn.Module, encoder: InputEncoder) -> Callable[[], None]:
         """Forward, backward, clipping and update of a copy of the model, on inputs that are ready."""
         model = copy.deepcopy(trained)
-        optimizer = create_optimizer(model.named_parameters(), self.cfg.optim.to_dict())
+        optimizer = create_optimizer(model.named_parameters(), self.cfg.optim)
         parameters = [p for p in model.parameters() if p.requires_grad]
         batch = collate([self.dataset[key] for key in next(iter(self.sampler))])
         prepared = encoder(to_device(batch, self.start.device, self.start.dtype), step_generator(0, 0, 0))

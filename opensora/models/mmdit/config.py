@@ -49,13 +49,13 @@ class MMDiTConfig(ModelOptions):
     model_type: ClassVar[str] = "MMDiT"
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "MMDiTConfig":
+    def from_dict(cls, keys: Mapping[str, Any]) -> "MMDiTConfig":
         """Config from the keys of a config file.
 
         Raises:
             UserError: unknown key (with the nearest valid one), a missing one, or a value that cannot be.
         """
-        return read_group(cls, config, "model")
+        return read_group(cls, keys, "model")
 
     def __post_init__(self) -> None:
         super().__post_init__()

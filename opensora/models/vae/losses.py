@@ -1,11 +1,12 @@
 """Losses of the video autoencoders: reconstruction, perceptual, KL, and the adversarial ones of both sides."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opensora.config.options import VaeLossOptions
 from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.utils.errors import UserError
 
@@ -42,27 +43,22 @@ class VAELoss:
     ``loss = sum(w |x - y| + mse w (x - y)^2 + p LPIPS) / (B T) + kl KL / B``, with ``w = 1 + object_weight`` on pixels
     that differ from the clip's background and 1 elsewhere; the LPIPS of a frame counts for each of its values.
 
+    The KL divergence is summed over the latent and averaged over the batch; ``logvar_init`` scales the first sum by
+    ``exp(-logvar_init)``.
+
     Args:
-        kl_loss_weight: weight of the KL divergence (summed over the latent, averaged over the batch).
-        mse_loss_weight: weight of the squared beside the absolute error.
-        object_weight: extra weight of object pixels; 0 is the plain loss.
-        perceptual_loss_weight: weight of LPIPS, ``p``.
-        logvar_init: log-variance of the reconstruction; scales the first sum by ``exp(-logvar_init)``.
+        options: the weights.
         perceptual: LPIPS with its weights, ``([N, 3, H, W], [N, 3, H, W]) -> [N]``.
 
     Raises:
         UserError: a perceptual weight without ``perceptual``.
     """
 
-    kl_loss_weight: float = 1e-6
-    mse_loss_weight: float = 0.0
-    object_weight: float = 0.0
-    perceptual_loss_weight: float = 0.0
-    logvar_init: float = 0.0
+    options: VaeLossOptions = field(default_factory=VaeLossOptions)
     perceptual: nn.Module | None = None
 
     def __post_init__(self) -> None:
-        if self.perceptual_loss_weight and self.perceptual is None:
+        if self.options.perceptual_loss_weight and self.perceptual is None:
             raise UserError(
                 "vae_loss_config.perceptual_loss_weight: the perceptual loss needs LPIPS; give its weights or set 0"
             )
@@ -83,25 +79,28 @@ class VAELoss:
         """
         difference = (video - reconstruction).float()
         error = difference.abs()
-        if self.mse_loss_weight:
-            error = error + self.mse_loss_weight * difference.square()
-        if self.object_weight:
-            error = error * (1.0 + self.object_weight * object_mask(video))
+        if self.options.mse_loss_weight:
+            error = error + self.options.mse_loss_weight * difference.square()
+        if self.options.object_weight:
+            error = error * (1.0 + self.options.object_weight * object_mask(video))
         frames = video.shape[0] * video.shape[2]
         total = error.sum() / frames
         with torch.no_grad():
             # Peak signal is 2 (from -1 to 1).
             mse = difference.square().flatten(1).mean(dim=1)
             parts = {"recon": difference.abs().mean(), "psnr": (10 * torch.log10(4.0 / mse)).mean()}
-        if self.perceptual is not None and self.perceptual_loss_weight:
+        if self.perceptual is not None and self.options.perceptual_loss_weight:
             distance = self.perceptual(_frames(video), _frames(reconstruction)).mean()
-            total = total + self.perceptual_loss_weight * distance * (error.numel() / frames)
+            total = total + self.options.perceptual_loss_weight * distance * (error.numel() / frames)
             parts["perceptual"] = distance.detach()
-        nll = total * torch.exp(torch.tensor(-self.logvar_init)) + self.logvar_init * error.numel() / frames
+        nll = (
+            total * torch.exp(torch.tensor(-self.options.logvar_init))
+            + self.options.logvar_init * error.numel() / frames
+        )
         kl = nll.new_zeros(())
         if posterior is not None:
             divergence = posterior.kl().mean()
-            kl = self.kl_loss_weight * divergence
+            kl = self.options.kl_loss_weight * divergence
             parts["kl"] = divergence.detach()
         return LossTerms(nll, kl, parts)
 

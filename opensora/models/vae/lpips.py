@@ -1,14 +1,13 @@
 """LPIPS, the learned perceptual distance of images (Zhang et al. 2018, arXiv:1801.03924), on VGG16 features."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from opensora.config.options import LpipsOptions
 from opensora.utils.errors import UserError
 from opensora.utils.weights import WeightFiles, open_weights
 from opensora.utils.weights_loading import check_match
@@ -108,68 +107,47 @@ def unit_length(features: Tensor, eps: float = 1e-10) -> Tensor:
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + eps)
 
 
-@dataclass(frozen=True)
-class LPIPSSource:
-    """Where the weights of LPIPS come from.
-
-    Args:
-        heads: the released linear heads (``lin0.model.1.weight`` ...), a local file or ``org/repo/file`` on the hub.
-        backbone: VGG16 trained on ImageNet (``features.0.weight`` ...), likewise.
-        random: random weights instead; the distance then says little about what people see.
-        cache_dir: folder of hub downloads.
+def lpips_files(source: LpipsOptions) -> WeightFiles | None:
+    """Both files of LPIPS as one state dict, None for random weights.
 
     Raises:
-        UserError: neither both files nor ``random``, or both at once.
+        UserError: neither both files nor ``random``, both at once, or files that are missing or unreadable.
     """
-
-    heads: str | None = None
-    backbone: str | None = None
-    random: bool = False
-    cache_dir: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.random and (self.heads or self.backbone):
+    if source.random:
+        if source.heads or source.backbone:
             raise UserError("lpips.random=True and files of weights exclude each other: set random=False, or no files")
-        missing = [name for name in ("heads", "backbone") if not getattr(self, name)]
-        if missing and not self.random:
-            raise UserError(
-                f"the perceptual loss and LPIPS need weights, and lpips.{missing[0]} is not set. Give the files of the "
-                f"linear heads and of VGG16, lpips=dict(heads='./ckpts/lpips/vgg.pth', "
-                f"backbone='./ckpts/lpips/vgg16.pth'), downloaded with:{DOWNLOADS}\n"
-                "or ask for random weights with lpips=dict(random=True), or set perceptual_loss_weight=0"
-            )
+        return None
+    missing = [name for name in ("heads", "backbone") if not getattr(source, name)]
+    if missing:
+        raise UserError(
+            f"the perceptual loss and LPIPS need weights, and lpips.{missing[0]} is not set. Give the files of the "
+            f"linear heads and of VGG16, lpips=dict(heads='./ckpts/lpips/vgg.pth', "
+            f"backbone='./ckpts/lpips/vgg16.pth'), downloaded with:{DOWNLOADS}\n"
+            "or ask for random weights with lpips=dict(random=True), or set perceptual_loss_weight=0"
+        )
+    opened = []
+    for name in ("backbone", "heads"):
+        try:
+            opened.append(open_weights(getattr(source, name), source.cache_dir))
+        except UserError as error:
+            raise UserError(f"lpips.{name}: {error}\nReleased weights are downloaded with:{DOWNLOADS}") from error
+    return WeightFiles(opened[1].path, [file for weights in opened for file in weights.files])
 
-    def files(self) -> WeightFiles | None:
-        """Both files as one state dict, None for random weights.
 
-        Raises:
-            UserError: missing or unreadable.
-        """
-        if self.random:
-            return None
-        opened = []
-        for name in ("backbone", "heads"):
-            path = getattr(self, name)
-            try:
-                opened.append(open_weights(path, self.cache_dir))
-            except UserError as error:
-                raise UserError(f"lpips.{name}: {error}\nReleased weights are downloaded with:{DOWNLOADS}") from error
-        return WeightFiles(opened[1].path, [file for weights in opened for file in weights.files])
+def check_lpips(source: LpipsOptions | None) -> None:
+    """See that the weights are there and fit, before anything else is built.
 
-    def check(self) -> None:
-        """See that the weights are there and fit, before anything else is built.
-
-        Raises:
-            UserError: they are not, or do not.
-        """
-        weights = self.files()
-        if weights is not None:
-            with torch.device("meta"):
-                check_match(LPIPS(), weights, allow_unexpected=CLASSIFIER)
+    Raises:
+        UserError: they are not, or do not.
+    """
+    weights = lpips_files(source or LpipsOptions())
+    if weights is not None:
+        with torch.device("meta"):
+            check_match(LPIPS(), weights, allow_unexpected=CLASSIFIER)
 
 
 def build_lpips(
-    source: LPIPSSource | Mapping[str, Any] | None,
+    source: LpipsOptions | None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     grad_checkpoint: bool = False,
@@ -177,15 +155,14 @@ def build_lpips(
     """LPIPS with released weights, or with random ones where the source asks for them.
 
     Args:
-        source: fields of `LPIPSSource`; None has none.
+        source: where the weights come from; None says nothing of it.
         device, dtype: of the weights.
         grad_checkpoint: see `LPIPS`.
 
     Raises:
         UserError: weights that are not given, not there, or of another model.
     """
-    source = source if isinstance(source, LPIPSSource) else LPIPSSource(**(source or {}))
-    weights = source.files()
+    weights = lpips_files(source or LpipsOptions())
     if weights is None:
         with torch.random.fork_rng(devices=[]):  # the same weights in every run, and nobody else's draws change
             torch.manual_seed(0)

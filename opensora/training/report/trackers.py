@@ -61,19 +61,19 @@ class WandbTracker:
         folder: experiment folder; its name is the run's id (with ``-`` for what an id must not hold), so a resumed run
             goes on in the same curves.
         project: project at Weights & Biases.
-        config: the resolved config.
+        values: the resolved config, as plain values.
         name: of the run; None takes the folder's.
 
     Raises:
         UserError: the package is not installed, or refuses to start.
     """
 
-    def __init__(self, folder: Path, project: str, config: Mapping[str, Any], name: str | None = None) -> None:
+    def __init__(self, folder: Path, project: str, values: Mapping[str, Any], name: str | None = None) -> None:
         self._wandb = _import_wandb()
         run_id = re.sub(r"[^\w.-]", "-", folder.name)
         try:
             self._run = self._wandb.init(
-                project=project, name=name or folder.name, id=run_id, resume="allow", config=dict(config),
+                project=project, name=name or folder.name, id=run_id, resume="allow", config=dict(values),
                 dir=str(folder),
             )  # fmt: skip
         except self._wandb.Error as error:

@@ -16,7 +16,7 @@ from opensora.datasets.buckets import BucketTable
 from opensora.models.autoencoder import Autoencoder, LatentSpec, as_autoencoder, check_buckets
 from opensora.models.build import build_on_meta, check_weights
 from opensora.models.vae.losses import VAELoss
-from opensora.models.vae.lpips import LPIPSSource, build_lpips
+from opensora.models.vae.lpips import build_lpips, check_lpips
 from opensora.training.checks import check_loop
 from opensora.training.report.trackers import check_trackers
 from opensora.training.vae.adversarial import AdversarialOptions
@@ -156,16 +156,15 @@ def check_loss(section: VaeLossOptions | None) -> None:
         UserError: they are missing or do not fit.
     """
     if section is not None and section.perceptual_loss_weight:
-        LPIPSSource(**(section.lpips.to_dict() if section.lpips is not None else {})).check()
+        check_lpips(section.lpips)
 
 
 def build_loss(section: VaeLossOptions | None, device: torch.device, grad_checkpoint: bool) -> VAELoss:
     """The reconstruction loss of a config, with LPIPS on ``device`` where it counts."""
-    options = section.to_dict() if section is not None else {}
-    source = options.pop("lpips", None)
-    if not options.get("perceptual_loss_weight"):
-        return VAELoss(**options)
-    return VAELoss(**options, perceptual=build_lpips(source, device, grad_checkpoint=grad_checkpoint))
+    options = section or VaeLossOptions()
+    if not options.perceptual_loss_weight:
+        return VAELoss(options)
+    return VAELoss(options, build_lpips(options.lpips, device, grad_checkpoint=grad_checkpoint))
 
 
 def check_adversarial(cfg: VaeTrainOptions, tables: list[BucketTable]) -> AdversarialOptions:

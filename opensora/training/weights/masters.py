@@ -6,13 +6,13 @@ as they arise, so that accumulation and clipping are in fp32 too.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from opensora.acceleration.native import OptimizerFactory
+from opensora.config.options import OptimOptions
 from opensora.training.weights.optimizer import create_optimizer
 
 
@@ -66,11 +66,11 @@ class MasterWeights:
         self.copy_to_model()
 
 
-def optimizer_factory(config: Mapping[str, Any], masters: MasterWeights | None) -> OptimizerFactory:
+def optimizer_factory(optim: OptimOptions, masters: MasterWeights | None) -> OptimizerFactory:
     """Maker of a config's optimizer (see `create_optimizer`) whose steps reach the model if there are copies."""
 
     def make(named: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
-        optimizer = create_optimizer(named, config)
+        optimizer = create_optimizer(named, optim)
         if masters is not None:
             masters.attach(optimizer)
         return optimizer

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from opensora.acceleration.engine import Engine
+from opensora.config.options import OptimOptions
 from opensora.training.checkpoint.folder import load_part
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -19,7 +20,6 @@ logger = get_logger(__name__)
 # One process trains with torch's AdamW under either name: HybridAdam is ColossalAI's AdamW for sharded training.
 ADAM_NAMES = ("HybridAdam", "AdamW", "Adam")
 NAMES = (*ADAM_NAMES, "Muon")
-KEYS = ("lr", "betas", "eps", "weight_decay", "adamw_mode", "momentum")
 
 
 class MuonWithAdamW(Optimizer):
@@ -80,26 +80,28 @@ class MuonWithAdamW(Optimizer):
         self._link()
 
 
-def create_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: Mapping[str, Any]) -> Optimizer:
+def create_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimOptions) -> Optimizer:
     """Optimizer over the trainable parameters.
 
     Args:
         named_parameters: as ``model.named_parameters()`` gives them; those without ``requires_grad`` are left out.
-        config: ``cls`` (HybridAdam or AdamW: decoupled decay; Adam; Muon: see :class:`MuonWithAdamW`), ``lr``,
-            ``betas``, ``eps``, ``weight_decay``, ``adamw_mode`` (False: L2 penalty as in Adam), ``momentum`` (Muon).
+        optim: its options. ``cls`` is HybridAdam or AdamW (decoupled decay), Adam, or Muon (:class:`MuonWithAdamW`);
+            ``adamw_mode=False`` is an L2 penalty as in Adam.
 
     Raises:
         UserError: unknown ``cls`` or key.
     """
-    options = {key: value for key, value in config.items() if value is not None}
-    name = options.pop("cls", "HybridAdam")
-    decoupled = options.pop("adamw_mode", name != "Adam")
+    name = optim.cls
     if name not in NAMES:
         raise UserError(f"optim.cls={name!r} is unknown; use one of {', '.join(NAMES)}")
-    known = [key for key in KEYS if key != "momentum" or name == "Muon"]
-    unknown = set(options) - set(known)
+    momentum = {} if optim.momentum is None else {"momentum": optim.momentum}
+    known = ["lr", "betas", "eps", "weight_decay", "adamw_mode", *(["momentum"] if name == "Muon" else [])]
+    unknown = [*optim.extra, *momentum] if name != "Muon" else [*optim.extra]
     if unknown:
         raise UserError(f"optim.{sorted(unknown)[0]} is unknown for {name}; use {', '.join(known)}")
+    decoupled = name != "Adam" if optim.adamw_mode is None else optim.adamw_mode
+    options: dict[str, Any] = {key: getattr(optim, key) for key in ("lr", "betas", "eps", "weight_decay")}
+    options.update(momentum)
     trainable = [(key, p) for key, p in named_parameters if p.requires_grad]
     if name == "Muon":
         if not decoupled:

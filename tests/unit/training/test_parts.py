@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from opensora.config.options import OptimOptions, VaeLossOptions
 from opensora.models.hunyuan_vae.autoencoder import AutoencoderKLCausal3D, HunyuanVAEConfig
 from opensora.models.vae.losses import VAELoss, object_mask
 from opensora.models.vae.posterior import DiagonalGaussian
@@ -28,7 +29,7 @@ from opensora.utils.errors import UserError
 
 
 def rates(steps, **options):
-    optimizer = create_optimizer([("w", nn.Parameter(torch.zeros(1)))], {"cls": "HybridAdam", "lr": 1.0})
+    optimizer = create_optimizer([("w", nn.Parameter(torch.zeros(1)))], OptimOptions(lr=1.0))
     schedule = create_schedule(optimizer, **options)
     out = []
     for _ in range(steps):
@@ -49,9 +50,9 @@ def test_schedule_warms_up_stays_and_decays():
 
 def test_optimizer_names_its_mistakes():
     with pytest.raises(UserError, match="optim.cls='SGD'"):
-        create_optimizer([("w", nn.Parameter(torch.zeros(1)))], {"cls": "SGD"})
+        create_optimizer([("w", nn.Parameter(torch.zeros(1)))], OptimOptions(cls="SGD"))
     with pytest.raises(UserError, match=r"optim\.momentum"):
-        create_optimizer([("w", nn.Parameter(torch.zeros(1)))], {"momentum": 0.9})
+        create_optimizer([("w", nn.Parameter(torch.zeros(1)))], OptimOptions(momentum=0.9))
 
 
 class Net(nn.Module):
@@ -78,7 +79,7 @@ def updates(model, optimizers, steps=3):
 
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
     ours, plain = Net(), Net()
-    config = {"cls": "Muon", "lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
+    config = OptimOptions(cls="Muon", lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
     updates(ours, [create_optimizer(ours.named_parameters(), config)])
     matrix = plain.blocks[0].weight
     rest = [p for p in plain.parameters() if p is not matrix]
@@ -87,11 +88,11 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
     for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(UserError, match="adamw_mode"):
-        create_optimizer(ours.named_parameters(), {"cls": "Muon", "adamw_mode": False})
+        create_optimizer(ours.named_parameters(), OptimOptions(cls="Muon", adamw_mode=False))
 
 
 def test_muon_resumes_and_follows_the_schedule():
-    config = {"cls": "Muon", "lr": 1e-2}
+    config = OptimOptions(cls="Muon", lr=1e-2)
     model = Net()
     optimizer = create_optimizer(model.named_parameters(), config)
     updates(model, [optimizer])
@@ -129,7 +130,7 @@ def test_ema_is_float32_and_equals_the_formula():
 
 def test_another_optimizer_cannot_go_on():
     model = nn.Sequential(nn.Linear(2, 2))
-    muon, adam = (create_optimizer(model.named_parameters(), {"cls": cls}) for cls in ("Muon", "AdamW"))
+    muon, adam = (create_optimizer(model.named_parameters(), OptimOptions(cls=cls)) for cls in ("Muon", "AdamW"))
     check_same_optimizer(adam.state_dict(), adam, "--load x")
     for saved, other in ((muon, adam), (adam, muon)):
         with pytest.raises(UserError, match="--load x: its optimizer .* optim.cls"):
@@ -171,7 +172,9 @@ def test_vae_loss_equals_a_float64_computation():
     video, other = torch.rand(2, 3, 5, 8, 8) * 0.05, torch.rand(2, 3, 5, 8, 8)
     video[:, :, :, 2:4, 2:4] += 0.7
     posterior = DiagonalGaussian(torch.randn(2, 8, 2, 1, 1))
-    total, parts = VAELoss(kl_loss_weight=0.1, mse_loss_weight=2.0, object_weight=3.0)(video, other, posterior)
+    total, parts = VAELoss(VaeLossOptions(kl_loss_weight=0.1, mse_loss_weight=2.0, object_weight=3.0))(
+        video, other, posterior
+    )
     x, y = video.double(), other.double()
     weight = torch.ones(2, 1, 5, 8, 8, dtype=torch.float64)
     weight[:, :, :, 2:4, 2:4] += 3.0
@@ -182,7 +185,7 @@ def test_vae_loss_equals_a_float64_computation():
     assert float(parts["psnr"]) == pytest.approx(float((10 * torch.log10(4 / mse)).mean()), rel=1e-5)
     assert object_mask(video).sum() == 2 * 5 * 4
     with pytest.raises(UserError, match="perceptual"):
-        VAELoss(perceptual_loss_weight=0.5)
+        VAELoss(VaeLossOptions(perceptual_loss_weight=0.5))
 
 
 def test_inflation_keeps_single_frames_exactly():

@@ -5,10 +5,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from opensora.config.options import LpipsOptions, VaeLossOptions
 from opensora.models.vae.config import DiscriminatorConfig
 from opensora.models.vae.discriminator import NLayerDiscriminator3D
 from opensora.models.vae.losses import VAELoss, adaptive_weight, discriminator_loss, gradient_penalty
-from opensora.models.vae.lpips import CONVOLUTIONS, LPIPS, LPIPSSource, build_lpips
+from opensora.models.vae.lpips import CONVOLUTIONS, LPIPS, build_lpips, check_lpips
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
 
@@ -89,26 +90,26 @@ def test_lpips_reads_the_released_layouts(tmp_path, monkeypatch):
     backbone = {k: v for k, v in state.items() if k.startswith("features.")} | {"classifier.0.weight": torch.zeros(2)}
     torch.save(backbone, tmp_path / "vgg16.pth")
     save_file({k: v for k, v in state.items() if k.startswith("lin")}, tmp_path / "vgg.safetensors")
-    source = LPIPSSource(heads=str(tmp_path / "vgg.safetensors"), backbone=str(tmp_path / "vgg16.pth"))
+    source = LpipsOptions(heads=str(tmp_path / "vgg.safetensors"), backbone=str(tmp_path / "vgg16.pth"))
     source.check()
     loaded = build_lpips(source)
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in state.items())
     with pytest.raises(UserError, match="missing in the file"):
-        LPIPSSource(heads=str(tmp_path / "vgg.safetensors"), backbone=str(tmp_path / "vgg.safetensors")).check()
+        check_lpips(LpipsOptions(heads=str(tmp_path / "vgg.safetensors"), backbone=str(tmp_path / "vgg.safetensors")))
     with pytest.raises(UserError, match=r"(?s)lpips\.backbone.*curl"):
-        LPIPSSource(heads=str(tmp_path / "vgg.safetensors"), backbone=str(tmp_path / "no.pth")).check()
+        check_lpips(LpipsOptions(heads=str(tmp_path / "vgg.safetensors"), backbone=str(tmp_path / "no.pth")))
 
 
 def test_lpips_without_weights_must_be_asked_for():
     with pytest.raises(UserError, match=r"lpips\.heads is not set"):
         build_lpips(None)
     with pytest.raises(UserError, match=r"lpips\.backbone is not set"):
-        build_lpips({"heads": "a.pth"})
+        build_lpips(LpipsOptions(heads="a.pth"))
     with pytest.raises(UserError, match="exclude"):
-        LPIPSSource(heads="a.pth", random=True)
+        check_lpips(LpipsOptions(heads="a.pth", random=True))
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    a, b = build_lpips({"random": True}), build_lpips({"random": True})
+    a, b = build_lpips(LpipsOptions(random=True)), build_lpips(LpipsOptions(random=True))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
     assert sum(p.numel() for p in a.features.parameters()) == 14_714_688  # VGG16 without its classifier
@@ -121,7 +122,7 @@ def test_perceptual_term_counts_once_per_value():
     video, other = torch.rand(2, 2, 3, 5, 16, 16) * 2 - 1
     lpips = random_lpips(dtype=torch.float32)
     plain, _ = VAELoss()(video, other, None)
-    terms = VAELoss(perceptual_loss_weight=0.5, perceptual=lpips, logvar_init=0.3).terms(video, other, None)
+    terms = VAELoss(VaeLossOptions(perceptual_loss_weight=0.5, logvar_init=0.3), lpips).terms(video, other, None)
     frames = [(video[b, :, t], other[b, :, t]) for b in range(2) for t in range(5)]
     distances = [float(lpips(a[None], b[None])) for a, b in frames]
     values = 3 * 16 * 16

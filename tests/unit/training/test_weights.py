@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from opensora.acceleration.engine import SingleEngine
+from opensora.config.options import OptimOptions
 from opensora.training.weights.adapters import LoraAdapter, TrainedWeights, freeze, read_adapter
 from opensora.training.weights.ema import EMA
 from opensora.training.weights.masters import MasterWeights
@@ -20,7 +21,7 @@ def net(dtype=torch.float32):
 def train(model, masters, steps, accumulation=2, lr=1e-4):
     """A few steps on fixed data; returns the engine."""
     named = masters.named_parameters() if masters else model.named_parameters()
-    optimizer = create_optimizer(named, {"lr": lr})
+    optimizer = create_optimizer(named, OptimOptions(lr=lr))
     if masters:
         masters.attach(optimizer)
     engine = SingleEngine(model, optimizer, max_norm=1.0)
