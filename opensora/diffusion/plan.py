@@ -142,7 +142,6 @@ def make_plan(
     spec.check_frames(num_frames)
     if num_steps < 1:
         raise UserError(f"num_steps={num_steps}: must be at least 1")
-    SOLVERS.check(option.solver)
     if option.step_cache is not None:
         STEP_CACHES.check(option.step_cache)
     if option.method == "distill" and get_spans(cond_type):
