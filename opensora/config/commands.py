@@ -9,7 +9,7 @@ below them are in ``opensora.config.options`` and may be imported from here too.
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from opensora.config.choices import CONDITIONS
+from opensora.config.choices import CONDITIONS, METHODS
 from opensora.config.options import (
     AE_KNOWS,
     MANY_WORKERS,
@@ -183,7 +183,7 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
     ae: ModelOptions | None = component("model", "autoencoder", "autoencoder, if latents are not cached")
     t5: ModelOptions | None = component("model", "text", "encoder of the text tokens, if not cached")
     clip: ModelOptions | None = component("model", "text", "encoder of the pooled text vector, if not cached")
-    training_method: str = opt("flow_matching", "what is minimised: flow_matching, or one of your own (docs/train.md)")
+    training_method: str = opt("flow_matching", "what is minimised", choices=METHODS)
     training_method_config: dict[str, Any] | None = opt(None, "settings of the training method")
     cached_video: bool = opt(False, "clips come as latents, from cache_dir")
     cached_text: bool = opt(False, "texts come as embeddings, from cache_dir")

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from opensora.datasets.table import locate, reading_table, require_columns, row_name
-from opensora.utils.errors import UserError, few
+from opensora.utils.errors import UserError, shorten
 from opensora.utils.files import write_beside, write_text
 from opensora.utils.logging import get_logger
 from opensora.utils.paths import expand_home
@@ -225,7 +225,7 @@ def write_shards(path: str | Path, shards: int | None = None, overwrite: bool = 
         raise UserError(f"{folder} holds {len(old)} shards already; --overwrite replaces them")
     foreign = [file.name for file in old if not SHARD_NAME.fullmatch(file.name)]
     if foreign:
-        raise UserError(f"{folder} holds {few(foreign)}, which would be read as shards; move them away")
+        raise UserError(f"{folder} holds {shorten(foreign)}, which would be read as shards; move them away")
     table = table.drop_columns([name for name in DROPPED_COLUMNS if name in table.column_names])
     size = math.ceil(len(table) / count)
     new = folder / NEW

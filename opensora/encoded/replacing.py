@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from opensora.encoded.store import CacheInfo
-from opensora.utils.errors import UserError, few
+from opensora.utils.errors import UserError, shorten
 from opensora.utils.files import UNFINISHED, put_in_place, remove_folder, remove_unfinished_folders
 
 NEW = ".new"
@@ -28,14 +28,14 @@ def check_ours(folder: Path) -> None:
     parts = [name for name in (*PARTS, INDEX, BROKEN) if (folder / name).exists()]
     if parts and not (folder / DESCRIPTION).is_file():
         raise UserError(
-            f"{folder} holds {few(parts)}, but no cache ({DESCRIPTION} is missing): give another --cache-dir, or move "
-            "them away"
+            f"{folder} holds {shorten(parts)}, but no cache ({DESCRIPTION} is missing): give another --cache-dir, or "
+            "move them away"
         )
     if parts:
         CacheInfo.read(folder)
     strange = [str(path.relative_to(folder)) for path in _strange(folder)]
     if strange:
-        raise UserError(f"{folder} holds files that are no cache's: {few(sorted(strange))}; move them away")
+        raise UserError(f"{folder} holds files that are no cache's: {shorten(sorted(strange))}; move them away")
 
 
 def _strange(folder: Path) -> Iterator[Path]:

@@ -27,7 +27,7 @@ from opensora.models.autoencoder import as_autoencoder
 from opensora.models.build import build_on_meta, build_ready, check_weights
 from opensora.models.vae.lpips import build_lpips, check_lpips
 from opensora.utils.claims import claimed
-from opensora.utils.errors import UserError, few
+from opensora.utils.errors import UserError, shorten
 from opensora.utils.files import remove_unfinished_files, write_text
 from opensora.utils.logging import get_logger
 from opensora.utils.main import doing
@@ -177,8 +177,8 @@ def prepare(cfg: VaeInferenceOptions) -> tuple[ClipReader, Results, str]:
     path = results.settings
     if not path.is_file() and (foreign := [name for name in RESULTS if (results.folder / name).exists()]):
         raise UserError(
-            f"save_dir={cfg.save_dir} holds {few(foreign)}, but no results of this program ({path.name} is missing); "
-            "give another --save-dir"
+            f"save_dir={cfg.save_dir} holds {shorten(foreign)}, but no results of this program ({path.name} is "
+            "missing); give another --save-dir"
         )
     if path.is_file() and path.read_text(encoding="utf-8") not in (text, older):
         raise UserError(

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from opensora.utils import hub
-from opensora.utils.errors import UserError, few, first_line
+from opensora.utils.errors import UserError, first_line, shorten
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
@@ -241,7 +241,7 @@ def open_weights(path: str | Path, cache_dir: str | None = None) -> WeightFiles:
             names = ", ".join(file.name for file in singles)
             raise UserError(f"{folder} has several weight files and no index ({names}): name one of them.")
     checkpoints = sorted(folder.name for folder in found.glob("epoch*-global_step*"))
-    hint = f" Name one of its checkpoints: {few(checkpoints)}." if checkpoints else ""
+    hint = f" Name one of its checkpoints: {shorten(checkpoints)}." if checkpoints else ""
     raise UserError(f"{found} holds no weights: no *.index.json and no {' / '.join(WEIGHT_SUFFIXES)} file.{hint}")
 
 
@@ -275,7 +275,7 @@ def _open_index(index: Path) -> WeightFiles:
     weights = WeightFiles(index.parent, files)
     lost = sorted(set(weight_map) - set(weights.shapes))
     if lost:
-        raise UserError(f"{index} names tensors that no shard has: {few(lost)}.")
+        raise UserError(f"{index} names tensors that no shard has: {shorten(lost)}.")
     recorded = content.get("metadata") or {}
     weights.metadata.update((key, str(value)) for key, value in recorded.items() if not isinstance(value, dict | list))
     return weights

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from opensora.utils.errors import UserError, few
+from opensora.utils.errors import UserError, shorten
 from opensora.utils.logging import get_logger
 from opensora.utils.weights import WeightFiles, open_weights
 
@@ -62,7 +62,7 @@ def check_match(
         for key, value in (metadata or {}).items()
         if weights.metadata.get(key, value) != value and not any(f".{key}=" in hint for hint in hints)
     ]
-    hints += [f"Tensors {kind}: {few(names)}." for kind, names in problems.items() if names]
+    hints += [f"Tensors {kind}: {shorten(names)}." for kind, names in problems.items() if names]
     if hints:
         raise UserError("\n  ".join([f"The weights {weights.path} do not fit the configured model.", *hints]))
     return tolerated
@@ -118,7 +118,7 @@ def load_model(
         state[key] = torch.full(model.get_parameter(key).shape, value, dtype=dtype, device=device)
         logger.info("%s is not in %s: filled with %g", key, weights.path, value)
     if unexpected:
-        logger.info("Left out from %s: %s", weights.path, few(unexpected))
+        logger.info("Left out from %s: %s", weights.path, shorten(unexpected))
     model.load_state_dict(state, assign=True)
     for name, module in model.named_modules():
         own_buffers = dict(module.named_buffers(recurse=False))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opensora.models.mmdit import MMDiTConfig, MMDiTModel
 from opensora.models.mmdit.loading import Shapes, config_of_shapes
-from opensora.utils.errors import UserError, few
+from opensora.utils.errors import UserError, shorten
 
 State = dict[str, Tensor]
 
@@ -183,7 +183,7 @@ def from_diffusers(state: Mapping[str, Tensor]) -> State:
         # (scale, shift) there, (shift, scale) here
         renamed[name] = torch.cat(value.chunk(2)[::-1]) if "adaLN_modulation" in name else value
     if unknown:
-        raise UserError(f"it has tensors that FluxTransformer2DModel does not have: {few(unknown)}")
+        raise UserError(f"it has tensors that FluxTransformer2DModel does not have: {shorten(unknown)}")
     converted: State = {}
     for key, value in renamed.items():
         prefix, name, kind = _split_key(key)

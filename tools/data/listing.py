@@ -5,7 +5,7 @@ from pathlib import Path
 
 import polars as pl
 
-from opensora.utils.errors import UserError, few
+from opensora.utils.errors import UserError, shorten
 from opensora.utils.logging import get_logger
 from opensora.utils.media.kinds import kind_of
 from opensora.utils.paths import expand_home
@@ -43,7 +43,7 @@ def list_files(folder: Path) -> pl.DataFrame:
         what = f"{len(others)} files, none of them a" if others else "no"
         raise UserError(f"--input {folder}: {what} picture or video")
     if others:
-        logger.info("%d files are neither pictures nor videos: %s", len(others), few(sorted(others), 3))
+        logger.info("%d files are neither pictures nor videos: %s", len(others), shorten(sorted(others), 3))
     for path in found:
         if not _is_utf8(path):
             raise UserError(f"--input {folder}: the file name {os.fsencode(path)!r} is not UTF-8; rename it")

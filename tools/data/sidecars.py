@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from opensora.utils.errors import UserError, few
+from opensora.utils.errors import UserError, shorten
 from opensora.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -37,7 +37,7 @@ def with_captions(table: pl.DataFrame, folders: Iterable[Path] = ()) -> pl.DataF
     found = [_beside(Path(path)) or listed.get(name) for path, name in zip(paths, names)]
     others = sorted(listed.keys() - set(names))
     if others:
-        logger.warning("captions of %d files that are not among the footage: %s", len(others), few(others))
+        logger.warning("captions of %d files that are not among the footage: %s", len(others), shorten(others))
     if not any(found):
         return table
     logger.info("captions beside the footage: %d of %d files", sum(map(bool, found)), len(found))

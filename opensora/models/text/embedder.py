@@ -15,7 +15,7 @@ from opensora.config.keys import given_config
 from opensora.models.text.config import TextEmbedderConfig
 from opensora.registry import MODELS
 from opensora.utils import hub
-from opensora.utils.errors import UserError, few
+from opensora.utils.errors import UserError, shorten
 
 KINDS = {"t5": "t5", "clip": "clip", "clip_text_model": "clip"}  # model_type of a config.json -> kind of encoder
 
@@ -49,7 +49,7 @@ def _load_model(model_class: Any, path: str, **options: Any) -> Any:
     """A model of transformers, which itself only warns of weights that the files lack, and draws them at random."""
     model, loading = model_class.from_pretrained(path, output_loading_info=True, **options)
     if loading["missing_keys"]:
-        raise ValueError(f"its weights lack {few(sorted(loading['missing_keys']))}")
+        raise ValueError(f"its weights lack {shorten(sorted(loading['missing_keys']))}")
     return model
 
 
@@ -68,7 +68,7 @@ def _load_tokenizer(tokenizer_class: Any, path: str, cache_dir: str | None, **op
     whole = "tokenizer.json"  # takes the place of all others
     absent = [name for name in tokenizer_class.vocab_files_names.values() if name != whole and not is_there(name)]
     if tokenizer is None or (absent and not is_there(whole)):
-        raise ValueError(f"its tokenizer lacks {few(absent) or 'readable files'}")
+        raise ValueError(f"its tokenizer lacks {shorten(absent) or 'readable files'}")
     return tokenizer
 
 

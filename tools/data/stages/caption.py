@@ -14,7 +14,7 @@ import polars as pl
 from PIL import Image
 
 from opensora.config.options import Options, opt
-from opensora.utils.errors import UserError, few, first_line
+from opensora.utils.errors import UserError, first_line, shorten
 from opensora.utils.hub import only_local
 from opensora.utils.logging import get_logger
 from opensora.utils.video import read_image
@@ -261,7 +261,7 @@ class LocalModel:
         except Exception as error:  # of many kinds, by what is wrong with the files
             raise UserError(f"--caption.local {path}: cannot be loaded ({first_line(error)})") from error
         if info["missing_keys"]:
-            lacking = few(sorted(info["missing_keys"]))
+            lacking = shorten(sorted(info["missing_keys"]))
             raise UserError(f"--caption.local {path}: its weights lack {lacking}; another model, or half of one")
         self.model = cast(Any, model).to(device).eval()
 

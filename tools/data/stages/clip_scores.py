@@ -11,7 +11,7 @@ import polars as pl
 from PIL import Image
 
 from opensora.config.options import Options, opt
-from opensora.utils.errors import UserError, few, first_line
+from opensora.utils.errors import UserError, first_line, shorten
 from opensora.utils.video import read_image
 from tools.data.engine.stage import Row, Stage, Worker
 
@@ -45,7 +45,7 @@ def check_clip(path: str | None, key: str, parts: Sequence[str]) -> Path:
         raise UserError(f"--{key} {path}: a model of type '{kind}', not CLIP (config.json: model_type); {HELP}")
     missing = sorted(_parameters(folder, parts) - _weight_names(folder, key))
     if missing:
-        raise UserError(f"--{key} {path}: its weights lack {few(missing)}; {HELP}")
+        raise UserError(f"--{key} {path}: its weights lack {shorten(missing)}; {HELP}")
     return folder
 
 
