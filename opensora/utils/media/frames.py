@@ -15,10 +15,18 @@ from opensora.utils.media.kinds import DECODE_ERRORS, decoding, open_clip, video
 from opensora.utils.media.pixels import FrameConverter, OnHdr
 from opensora.utils.media.timing import Timeline, mean_rate, same_rate, scan
 
+MAX_BYTES = 2**33  # of the frames that are held at a time
 UNDECODABLE = "{path}: cannot be decoded ({reason})"
 TIMED_FORMATS = {"mov", "mp4", "matroska", "webm"}  # containers that store when each frame is shown
 TABLE_FORMATS = {"mov", "mp4"}  # whose header has it of all frames
 JUMPING_FORMATS = {"mpegts", "mpeg"}  # recordings of streams, whose clocks jump
+
+
+def check_bytes(count: int, frame: NDArray[np.uint8]) -> None:
+    """Raise a MemoryError if so many frames like this one are more than :data:`MAX_BYTES`."""
+    if count * frame.nbytes > MAX_BYTES:
+        height, width = frame.shape[:2]
+        raise MemoryError(f"{count} frames of {height}x{width} pixels take more than {MAX_BYTES / 2**30:.0f} GiB")
 
 
 def is_timed(container: "av.container.InputContainer") -> bool:
@@ -79,6 +87,7 @@ class _Collected:
             return
         rgb = self._convert(frame)
         if self._pixels is None:
+            check_bytes(self._count, rgb)
             self._pixels = np.empty((self._count, *rgb.shape), dtype=np.uint8)
         for position in positions:
             self._pixels[position] = rgb
@@ -251,6 +260,7 @@ def _read_in_order(path: str | Path, max_frames: int | None, from_end: bool, on_
                 if max_frames is not None and not from_end and len(frames) >= max_frames:
                     break
                 frames.append(convert(frame))
+                check_bytes(len(frames), frames[-1])
         except DECODE_ERRORS:
             # A damaged tail still leaves the frames before it.
             if not frames:

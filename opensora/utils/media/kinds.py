@@ -36,7 +36,7 @@ PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "AVIF", "
 # Demuxers that take a text for a film, or lead to other files and to the network.
 NO_CLIP = {"tty", "image2", "image2pipe", "hls", "dash", "concat", "sdp", "rtp", "rtsp", "sap", "imf", "lavfi"}
 UNREADABLE = "not a readable video: {path} ({reason})"
-MAX_PIXELS = 2**27  # of a frame; 16384x8192
+MAX_PIXELS = 2**26  # of a frame; 8192x8192
 DECODE_ERRORS = (av.FFmpegError, OSError, ValueError, IndexError, EOFError)  # what PyAV raises for damaged files
 
 

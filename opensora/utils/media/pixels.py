@@ -117,7 +117,9 @@ def _has_alpha(frame: "av.VideoFrame") -> bool:
 
 def on_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """uint8 ``[..., 4]`` laid on white: ``[..., 3]``."""
-    alpha = rgba[..., 3:].astype(np.uint32)
+    if rgba[..., 3].min(initial=255) == 255:
+        return rgba[..., :3]
+    alpha = rgba[..., 3:].astype(np.uint16)
     return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
