@@ -227,7 +227,7 @@ def test_perceptual_loss_trains(train, monkeypatch):
         ("dc_ae", dict(freeze_layers="all", discriminator=None), "nothing to train"),
         ("dc_ae", dict(freeze_layers="encoders"), "fits no parameter"),
         ("dc_ae", dict(freeze_layers="decoder"), "last layer"),
-        ("dc_ae", dict(mixed_image_ratio=2.0), "mixed_image_ratio=2.0: must be at most 1"),
+        ("dc_ae", dict(mixed_image_ratio=2.0), "mixed_image_ratio=2.0: must be at least 0 and at most 1"),
         ("dc_ae", dict(accumulation_steps=0), "accumulation_steps=0: must be at least 1"),
         ("dc_ae", dict(num_workers=-1), "num_workers=-1: must be at least 0"),
         ("dc_ae", dict(gen_loss_config=dict(gen_start=-1)), "gen_start"),
