@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -138,31 +138,6 @@ class Options:
         content = {**values, **self.extra}
         names = dict.fromkeys([*(name for name in self.given if name in content), *changed, *self.extra])
         return {name: _plain(content[name]) for name in names}
-
-    # What follows is a dict's, for readers that are not typed yet.
-
-    def keys(self) -> Iterator[str]:
-        return iter(self.to_dict())
-
-    def __iter__(self) -> Iterator[str]:
-        return self.keys()
-
-    def items(self) -> Any:
-        return [(key, self[key]) for key in self.keys()]
-
-    def __getitem__(self, key: str) -> Any:
-        if key in self.extra:
-            return self.extra[key]
-        try:
-            return getattr(self, key)
-        except AttributeError:
-            raise KeyError(key) from None
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default  # noqa: SIM401 - this is what it would call
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.extra or (hasattr(self, key) and not key.startswith("_"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,7 +108,7 @@ def test_cached_and_read_back(written):
     check_cache(cfg, dataset)
     assert sorted(dataset.cache.rows) == [0, 1, 2, 4, 5, 6, 7]
     assert dataset.cache.info.runs == ["all", "tail_1"]
-    ae = build_module(dict(cfg.ae), MODELS, torch_dtype=torch.float32)
+    ae = build_module(cfg.ae, MODELS, torch_dtype=torch.float32)
     (batch, *_), source = (
         list(build_train_loader(dataset, BUCKETS)[0]),
         build_source(read_section({"type": "moving_bars"}, DATASETS)),

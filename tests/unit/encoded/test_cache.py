@@ -95,11 +95,11 @@ def losses(cfg, count):
     check_cache(cfg, dataset)
     device, dtype = torch.device("cpu"), torch.float32
     stand_ins = cached_encoders(cfg, dataset, device, dtype)
-    encoders = [stand_ins.get(key) or encoder(json.dumps(dict(cfg[key]))) for key in ENCODERS]
+    encoders = [stand_ins.get(key) or encoder(json.dumps(getattr(cfg, key).to_dict())) for key in ENCODERS]
     weights = dict(cfg.condition_config)
     encode = InputEncoder(*encoders, InputOptions(t5_dropout=0.3, clip_dropout=0.3, condition_weights=weights))
     torch.manual_seed(0)
-    model = build_module(dict(cfg.model), MODELS, torch_dtype=dtype).eval()
+    model = build_module(cfg.model, MODELS, torch_dtype=dtype).eval()
     loader, sampler = build_train_loader(dataset, cfg.bucket_config, seed=cfg.seed)
     found, rows = [], []
     for step, batch in zip(range(count), endless(loader, sampler, 0)):

@@ -91,7 +91,7 @@ def test_lpips_reads_the_released_layouts(tmp_path, monkeypatch):
     torch.save(backbone, tmp_path / "vgg16.pth")
     save_file({k: v for k, v in state.items() if k.startswith("lin")}, tmp_path / "vgg.safetensors")
     source = LpipsOptions(heads=str(tmp_path / "vgg.safetensors"), backbone=str(tmp_path / "vgg16.pth"))
-    source.check()
+    check_lpips(source)
     loaded = build_lpips(source)
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in state.items())
     with pytest.raises(UserError, match="missing in the file"):
