@@ -34,6 +34,7 @@ from opensora.config.options import (
 )
 
 DType = Literal["bf16", "fp16", "fp32", "half", "bfloat16", "float16", "float32", "float64"]
+PROMPTS = "prompts are read in this process, at once"
 BUCKETS_SAY = "bucket_config holds the batch size of each bucket"
 # resolution name -> number of frames -> (probability or pair of them, batch size)
 Buckets = dict[str, dict[int, Any]] | None
@@ -56,7 +57,7 @@ class LoaderOptions(Options):
 
     dataset: DatasetOptions | None = component("dataset", "clips", "clips and texts")
     bucket_config: Buckets = opt(None, "{resolution: {frames: (probability, batch size)}}")
-    batch_size: int | None = opt(None, "samples per step where there are no buckets", "samples", least=1)
+    batch_size: int | None = opt(None, "samples per step", "samples", least=1, no_effect=BUCKETS_SAY)
     num_workers: int = opt(4, "processes that read data", least=0, most=MANY_WORKERS)
     prefetch_factor: int | None = opt(None, "batches each of them reads ahead", "batches", least=1, most=MANY_WORKERS)
     num_bucket_build_workers: int = opt(
@@ -91,8 +92,8 @@ class InferenceOptions(RunOptions):
     end_index: int | None = opt(None, "row after the last one")
     num_samples: int | None = opt(None, "rows from start_index, if there is no end_index", "rows")
     batch_size: int = opt(1, "prompts sampled at a time", "prompts")
-    num_workers: int = opt(4, "processes that read data")
-    prefetch_factor: int | None = opt(None, "batches each of them reads ahead", "batches")
+    num_workers: int = opt(4, "processes that read data", no_effect=PROMPTS)
+    prefetch_factor: int | None = opt(None, "batches each of them reads ahead", "batches", no_effect=PROMPTS)
     sampling_option: SamplingOption = section(SamplingOption, "size, length and guidance", {}, fill=True)
     num_sample: int = opt(1, "videos per prompt", "videos")
     fps_save: int = opt(16, "frame rate of the file, also told to the model", "frames/s")
@@ -124,7 +125,7 @@ class InferenceOptions(RunOptions):
     plugin_config_ae: PluginOptions = section(
         PluginOptions, "its settings", {}, open=True, no_effect="tiles are divided over all ranks that share a video"
     )
-    grad_clip: float = opt(0.0, "gradient norm limit handed to the plugin (unused in sampling)")
+    grad_clip: float = opt(0.0, "gradient norm limit", no_effect="sampling computes no gradients")
     pretrained_lora_path: list[str] | str | None = opt(None, "PEFT adapters to load: folder, or folder@strength")
     merge_lora: bool = opt(True, "add adapters to the weights; false keeps them beside (slower, exact in bf16)")
 
@@ -178,7 +179,6 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
 
     aliases: ClassVar[dict[str, str]] = {"ckpt_path": "model.from_pretrained"}
 
-    batch_size: int | None = opt(None, "samples per step", "samples", least=1, no_effect=BUCKETS_SAY)
     model: ModelOptions | None = component("model", "diffusion", "diffusion model")
     ae: ModelOptions | None = component("model", "autoencoder", "autoencoder, if latents are not cached")
     t5: ModelOptions | None = component("model", "text", "encoder of the text tokens, if not cached")
@@ -239,7 +239,6 @@ class VaeTrainOptions(LoopOptions, LoaderOptions, RunOptions):
 
     aliases: ClassVar[dict[str, str]] = {"ckpt_path": "model.from_pretrained"}
 
-    batch_size: int | None = opt(None, "samples per step", "samples", least=1, no_effect=BUCKETS_SAY)
     model: ModelOptions | None = component("model", "autoencoder", "autoencoder")
     grad_checkpoint: bool = opt(False, "recompute blocks in backward")
     vae_loss_config: VaeLossOptions | None = section(VaeLossOptions, "reconstruction loss")

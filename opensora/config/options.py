@@ -243,7 +243,12 @@ class PluginOptions(Options):
     zero_stage: int = opt(2, "ZeRO stage of the hybrid plugin", least=0, most=2)
     overlap_allgather: bool = opt(True, "gather parameters while computing")
     reduce_bucket_size_in_m: int = opt(20, "gradient bucket", "million elements", least=1)
-    initial_scale: float = opt(2.0**16, "first loss scale in fp16", above=0)
+    initial_scale: float = opt(
+        2.0**16,
+        "first loss scale in fp16",
+        above=0,
+        no_effect="training works in bf16 or fp32, which need no loss scale",
+    )
     cast_inputs: bool = opt(False, "cast inputs to the training precision")
 
 

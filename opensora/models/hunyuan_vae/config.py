@@ -26,7 +26,7 @@ class HunyuanVAEConfig(ModelOptions):
 
     key_prefix: ClassVar[str] = "ae."
 
-    act_fn: Literal["silu"] = opt("silu", "activation")
+    act_fn: Literal["silu"] = opt("silu", "activation", no_effect="there is only this one")
     in_channels: int = opt(3, "channels of the video", least=1)
     out_channels: int = opt(3, "channels of the output", least=1)
     latent_channels: int = opt(16, "channels of the latent", least=1)

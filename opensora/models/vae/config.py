@@ -64,5 +64,5 @@ class DiscriminatorConfig(ModelOptions):
     input_nc: int = opt(3, "channels of the video", least=1)
     ndf: int = opt(64, "channels of the first layer", least=1)
     n_layers: int = opt(5, "layers", least=1)
-    conv_cls: Literal["conv3d"] = opt("conv3d", "kind of convolution")
+    conv_cls: Literal["conv3d"] = opt("conv3d", "kind of convolution", no_effect="there is only this one")
     dropout: float = opt(0.3, "dropout after each layer", least=0, below=1)
