@@ -3,42 +3,18 @@
 import argparse
 import errno
 import filecmp
-import functools
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from opensora.utils.errors import UserError
-from opensora.utils.files import write_beside
-
-NAME_BYTES = 255  # longest name that file systems take
-Result = TypeVar("Result")
+from opensora.utils.files import NAME_BYTES, write_beside
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
     """The flag that lets a tool replace what is there."""
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-
-
-def named_errors(main: Callable[..., Result]) -> Callable[..., Result]:
-    """Let a command's ``main`` say which file the system refused, as a UserError."""
-
-    @functools.wraps(main)
-    def run(*args: Any, **kwargs: Any) -> Result:
-        try:
-            return main(*args, **kwargs)
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
-            raise UserError(f"{where}{error.strerror or error}") from error
-        except RuntimeError as error:
-            if "Symlink loop" not in str(error):  # pathlib's own, up to Python 3.12
-                raise
-            raise UserError(str(error)) from error
-
-    return run
 
 
 def check_place(path: Path, flag: str, folder: bool = False) -> None:

@@ -21,7 +21,7 @@ from opensora.config import run_main
 from opensora.utils.errors import UserError, first_line
 from tools.arguments import Bounded, user_path
 from tools.data.engine.tables import check_format, fill_table, read_table
-from tools.outputs import add_overwrite, check_no_input, check_place, named_errors, write_new
+from tools.outputs import add_overwrite, check_no_input, check_place, write_new
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
@@ -216,7 +216,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Read, change, write; print what came of it."""
     args = parse_args(argv)

@@ -24,7 +24,7 @@ from opensora.utils.files import remove_unfinished_files, write_text
 from opensora.utils.video import save_video
 from tools.demo.captions import random_caption
 from tools.demo.world import FPS, NUM_FRAMES, SIZE, SPLITS, Scene, combinations, draw_clip, sample_scene
-from tools.outputs import add_overwrite, check_place, named_errors, write_new
+from tools.outputs import add_overwrite, check_place, write_new
 
 CRF = 12  # of h264: low enough that compression is not what a model learns
 MOST_CLIPS = 10_000_000
@@ -123,7 +123,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Draw the clips and print where the table is."""
     args = parse_args(argv)

@@ -55,7 +55,7 @@ def test_a_stage_is_added_by_adding_a_file(new_stage, config):
     (stage,) = chain.make_stages(["length"], cfg, Path())
     assert stage.worker()({"path": "abcd"}) == [{"letters": 12}]
     assert chain_for("length", cfg, ["path", "size", "mtime"]) == ["ingest", "length"]
-    with pytest.raises(UserError, match="--length.factor=10: must be at most 9"):
+    with pytest.raises(UserError, match="--length.factor=10: must be at least 1 and at most 9"):
         chain.parse([config, "--length.factor", "10"])
 
 
