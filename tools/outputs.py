@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
 from opensora.utils.files import NAME_BYTES, write_beside
 
@@ -66,7 +67,7 @@ def check_no_input(path: Path, inputs: Iterable[Path], flag: str = "--out") -> N
 
 def write_new(path: Path, write: Callable[[Path], Any], overwrite: bool = False, flag: str = "--out") -> Path:
     """Write a file whole or not at all (``write_beside``), unless there is another one. One that is there and the same
-    stays, so that a command may be given twice.
+    does no harm, so that a command may be given twice, also at once.
 
     Raises:
         UserError: something else is there and ``overwrite`` is off; or nothing can be written there.
@@ -79,7 +80,8 @@ def write_new(path: Path, write: Callable[[Path], Any], overwrite: bool = False,
             raise UserError(f"{flag} {path} exists and holds something else; give another name, or --overwrite")
 
     try:
-        return write_beside(path, fill)
+        with claimed(path, is_folder=False, wait=True):
+            return write_beside(path, fill)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise UserError(f"{flag} {path}: {error.strerror}") from error

@@ -36,9 +36,9 @@ def list_files(folder: Path) -> pl.DataFrame:
         walked.append(Path(parent))
         folders[:] = [n for n in sorted(folders) if not n.startswith(".") and _is_new(Path(parent, n), seen)]
         for name in names:
-            path = Path(parent) / name
-            is_media = not name.startswith(".") and (path.suffix.lower() in MEDIA or kind_of(path) is not None)
-            (found if is_media else others).append(str(path))
+            file = Path(parent) / name
+            is_media = not name.startswith(".") and (file.suffix.lower() in MEDIA or kind_of(file) is not None)
+            (found if is_media else others).append(str(file))
     if not found:
         what = f"{len(others)} files, none of them a" if others else "no"
         raise UserError(f"--input {folder}: {what} picture or video")

@@ -156,7 +156,8 @@ def split_by_source(table: pl.DataFrame, share: float, column: str, seed: int) -
         )
     counts = table.group_by(column).len().rows()
     counts.sort(key=lambda row: hashlib.sha256(f"{seed} {row[0]}".encode("utf-8", "surrogatepass")).digest())
-    wanted, taken, chosen = share * table.height, 0, []
+    wanted, taken = share * table.height, 0
+    chosen: list[Any] = []
     for name, count in counts[:-1]:  # one source is left for training
         if chosen and taken + count / 2 > wanted:
             break

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import filelock
-
+from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_beside, write_text
 from opensora.utils.logging import get_logger
@@ -68,7 +67,7 @@ class OwnFiles:
         return self.write(name, lambda path: path.write_text(text, "utf-8"))
 
     def _note(self, name: str, content: str) -> None:
-        with filelock.FileLock(self.root / ".written.lock"):
+        with claimed(self.root / NOTE, is_folder=False, wait=True):
             written = self._read()
             written[name] = [*(c for c in written.get(name, ()) if c != content), content][-REMEMBERED:]
             write_text(json.dumps(written, indent=2, sort_keys=True), self.root / NOTE)

@@ -6,7 +6,7 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import polars as pl
 from PIL import Image
@@ -237,15 +237,16 @@ class LocalModel:
         local = only_local(path)
         try:
             self.processor = AutoProcessor.from_pretrained(path, local_files_only=local)
-            model, info = AutoModelForImageTextToText.from_pretrained(
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 path, dtype="auto", local_files_only=local, output_loading_info=True
             )
         except Exception as error:  # of many kinds, by what is wrong with the files
             raise UserError(f"--caption.local {path}: cannot be loaded ({first_line(error)})") from error
+        model, info = loaded
         if info["missing_keys"]:
             lacking = shorten(sorted(info["missing_keys"]))
             raise UserError(f"--caption.local {path}: its weights lack {lacking}; another model, or half of one")
-        self.model = cast(Any, model).to(device).eval()
+        self.model = model.to(device).eval()
 
     def __call__(self, prompt: str, images: Sequence[Image.Image]) -> Answer:
         """Ask."""

@@ -261,7 +261,7 @@ def find_borders(path: Path, spans: list[tuple[float, float]], settings: CutOpti
     with open_video(path) as container:
         stream = video_stream(container)
         shower = Shower(stream)
-        origin = float((stream.start_time or 0) * stream.time_base)
+        origin = float((stream.start_time or 0) * (stream.time_base or 0))
         for start, end in spans:
             times = [origin + start + share * (end - start) for share in BORDER_SAMPLES]
             images: list[np.ndarray] = []
@@ -290,7 +290,7 @@ def _frame_at(container: Any, shower: Shower, time: float, first: float) -> np.n
     """Luma of the first frame from the key frame before ``time`` on that is shown at ``first`` or later."""
     stream = video_stream(container)
     try:
-        container.seek(int(time / stream.time_base), stream=stream)
+        container.seek(int(time / (stream.time_base or 1)), stream=stream)
         for frame in container.decode(stream):
             if frame.time is None or frame.time >= first - 1e-3:
                 return luma(shower(frame).frame).copy()
@@ -378,7 +378,7 @@ class _Encoder:
         """Filters to upright, square, without borders, of even size, in the limited range of BT.709."""
         frame = given.frame
         left, top, width, height = self.box or (0, 0, frame.width, frame.height)
-        shown = given.upright.size(height, width * given.aspect)
+        shown = given.upright.size(height, round(width * given.aspect))
         scale = min(self.settings.max_side / max(shown), 1.0)
         size = tuple(max(int(side * scale) // 2 * 2, 2) for side in shown)
         # One odd row or column is cut off rather than the picture be resampled for it.
