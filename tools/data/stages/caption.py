@@ -16,7 +16,7 @@ from opensora.utils.chat import Answer, ChatClient, content_of, data_url, requir
 from opensora.utils.errors import UserError, first_line, shorten
 from opensora.utils.hub import only_local
 from opensora.utils.logging import get_logger
-from opensora.utils.video import read_image
+from opensora.utils.media.pictures import read_picture
 from tools.data.engine.stage import LARGEST_SIDE, SMALLEST_SIDE, Row, Stage, Worker, shrink
 
 logger = get_logger(__name__)
@@ -145,7 +145,7 @@ class Caption(Stage):
             paths = row["frame_paths"]
             step = max(len(paths) / self.settings.frames, 1)
             chosen = [paths[int((i + 0.5) * step)] for i in range(min(self.settings.frames, len(paths)))]
-            images = [Image.fromarray(shrink(read_image(self.root / p), self.settings.side)) for p in chosen]
+            images = [Image.fromarray(shrink(read_picture(self.root / p), self.settings.side)) for p in chosen]
             answer, tokens_in, tokens_out = ask(self.prompt().format_map(row), images)
             text = clean_caption(answer) if self.settings.clean else answer.strip()
             if not text:

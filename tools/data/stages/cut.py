@@ -19,8 +19,8 @@ from opensora.utils.errors import UserError
 from opensora.utils.files import write_beside
 from opensora.utils.media.kinds import video_stream
 from opensora.utils.media.orientation import Orientation
+from opensora.utils.media.pictures import read_picture
 from opensora.utils.media.pixels import tag_bt709
-from opensora.utils.video import SAME_EVERYWHERE, read_image
 from tools.data.engine.decode import Shower, Shown, clip_info, decode, frame_rate, luma, open_video
 from tools.data.engine.stage import (
     LARGEST_SIDE,
@@ -134,7 +134,7 @@ class Cut(Stage):
     def _image(self, row: Row) -> Row:
         clip_id = self.clip_id(row["source_id"], 0.0, 0.0)
         target = self._target(clip_id, ".png")
-        image = read_image(row["path"])
+        image = read_picture(row["path"])
         if self.settings.remove_borders:
             left, top, width, height = content_box(image.max(axis=2), self.settings.border_level)
             image = image[top : top + height, left : left + width]
@@ -401,6 +401,8 @@ class _Encoder:
         return graph
 
     def _stream(self, target: Any, shown: Any) -> Any:
+        from opensora.utils.video import SAME_EVERYWHERE  # not above: it imports torch, and --help reads this file
+
         stream = target.add_stream("libx264", rate=self.rate)
         stream.width, stream.height = shown.width, shown.height
         stream.pix_fmt = "yuv420p"
