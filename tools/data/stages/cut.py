@@ -42,6 +42,8 @@ EVEN = 4  # levels of brightness by which the black of a border may differ
 EDGE, STRAIGHT = 3, 0.5  # lines at a picture's edge, of one of which so much is bright where a border ends
 FULL_RANGE = 2  # FFmpeg's number
 SCALING = "bicubic+accurate_rnd"
+THIN = 0.1  # of a side: borders that need none like them at the opposite side
+ALIKE, ALL_ALIKE = 0.5, 0.8  # of the larger of two opposite borders: how much the smaller one must be; all around
 MIN_LEFT = 0.3  # of a side: a border that would leave less is a dark picture
 SHORT_SHOT, SHORT_REST = "shot too short", "rest of a shot too short"
 TOLERANCE = 0.25  # of a frame: how far time stamps may be off
@@ -215,8 +217,8 @@ def split_scenes(scenes: list[list[float]], shortest: float, longest: float) -> 
 def content_box(image: np.ndarray, level: int) -> Box:
     """What is left of a picture (uint8 [H, W], brightest over time) without its black borders.
 
-    Dark is not black: what goes is even, and ends in a straight line at which the picture begins. A night sky, a
-    vignette or a light in the dark has no such line, and stays.
+    Dark is not black: what goes is even, ends in a straight line at which the picture begins, and is the same at the
+    opposite side unless it is thin. A night sky, a vignette or a light in the dark is not like that, and stays.
     """
     height, width = image.shape
     whole = (0, 0, width, height)
@@ -231,9 +233,21 @@ def content_box(image: np.ndarray, level: int) -> Box:
     bottom = bottom if _is_border(image[bottom:][::-1], inner[-EDGE:]) else height
     left = left if _is_border(image[:, :left].T, inner[:, :EDGE].T) else 0
     right = right if _is_border(image[:, right:].T[::-1], inner[:, -EDGE:].T) else width
+    rows_alike, columns_alike = _alike(top, height - bottom, height), _alike(left, width - right, width)
+    if rows_alike < ALIKE:
+        top, bottom = 0, height
+    if columns_alike < ALIKE:
+        left, right = 0, width
+    if (top, bottom) != (0, height) and (left, right) != (0, width) and min(rows_alike, columns_alike) < ALL_ALIKE:
+        return whole  # borders all around are rarer than something bright in the dark
     if bottom - top < MIN_LEFT * height or right - left < MIN_LEFT * width:
         return whole
     return left, top, right - left, bottom - top
+
+
+def _alike(one: int, other: int, side: int) -> float:
+    """The smaller of two opposite borders by the larger one; 1 for thin ones, as careless cropping leaves them."""
+    return 1.0 if max(one, other) <= THIN * side else min(one, other) / max(one, other)
 
 
 def _is_border(outside: np.ndarray, edge: np.ndarray) -> bool:
