@@ -108,7 +108,7 @@ class Pipeline:
         self.check(table.columns)
         table = with_status(table)
         with claimed(self.root, advice="wait for it or choose another --output"):
-            folders = {"stages", "clips", "frames"}.union(*(stage.folders for stage in self.stages))
+            folders = {"stages", "clips", "frames", "report"}.union(*(stage.folders for stage in self.stages))
             remove_leftovers(self.root, folders)
             table = self._run_all(table)
             remove_leftovers(self.root, folders)  # of a worker that died on the way
