@@ -33,7 +33,7 @@ demo: $(STAMP)
 	$(BIN)/python tools/demo/run.py
 
 pictures: $(STAMP)
-	$(BIN)/python tools/demo/pictures.py
+	$(BIN)/python tools/demo/pictures.py --overwrite
 
 test: lint types tests
 

@@ -3,42 +3,19 @@
 import argparse
 import errno
 import filecmp
-import functools
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
-from opensora.utils.files import write_beside
-
-NAME_BYTES = 255  # longest name that file systems take
-Result = TypeVar("Result")
+from opensora.utils.files import NAME_BYTES, write_beside
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
     """The flag that lets a tool replace what is there."""
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-
-
-def named_errors(main: Callable[..., Result]) -> Callable[..., Result]:
-    """Let a command's ``main`` say which file the system refused, as a UserError."""
-
-    @functools.wraps(main)
-    def run(*args: Any, **kwargs: Any) -> Result:
-        try:
-            return main(*args, **kwargs)
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
-            raise UserError(f"{where}{error.strerror or error}") from error
-        except RuntimeError as error:
-            if "Symlink loop" not in str(error):  # pathlib's own, up to Python 3.12
-                raise
-            raise UserError(str(error)) from error
-
-    return run
 
 
 def check_place(path: Path, flag: str, folder: bool = False) -> None:
@@ -90,7 +67,7 @@ def check_no_input(path: Path, inputs: Iterable[Path], flag: str = "--out") -> N
 
 def write_new(path: Path, write: Callable[[Path], Any], overwrite: bool = False, flag: str = "--out") -> Path:
     """Write a file whole or not at all (``write_beside``), unless there is another one. One that is there and the same
-    stays, so that a command may be given twice.
+    does no harm, so that a command may be given twice, also at once.
 
     Raises:
         UserError: something else is there and ``overwrite`` is off; or nothing can be written there.
@@ -103,7 +80,8 @@ def write_new(path: Path, write: Callable[[Path], Any], overwrite: bool = False,
             raise UserError(f"{flag} {path} exists and holds something else; give another name, or --overwrite")
 
     try:
-        return write_beside(path, fill)
+        with claimed(path, is_folder=False, wait=True):
+            return write_beside(path, fill)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise UserError(f"{flag} {path}: {error.strerror}") from error

@@ -44,7 +44,7 @@ from tools.data.stages.ingest import Ingest, IngestOptions
 from tools.data.stages.motion import Blur, BlurOptions, Flow, FlowOptions, Motion, MotionOptions
 from tools.data.stages.ocr import Ocr, OcrOptions
 from tools.data.stages.scenes import Scenes, ScenesOptions
-from tools.outputs import add_overwrite, check_new, named_errors
+from tools.outputs import add_overwrite, check_new
 
 SIZE = (720, 1280)
 FPS = 24
@@ -224,7 +224,6 @@ def measure_table(root: Path, report: Report) -> None:
 PARTS = ("stages", "workers", "table")
 
 
-@named_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

@@ -41,7 +41,7 @@ from tools.benchmark.measuring import MIB, peak_of
 from tools.benchmark.models import markdown
 from tools.benchmark.sampler import compare_samplers
 from tools.benchmark.text_encoders import random_text_encoder
-from tools.outputs import add_overwrite, check_new, named_errors
+from tools.outputs import add_overwrite, check_new
 
 TERA = 1e12
 
@@ -167,7 +167,6 @@ def environment(device: torch.device, random_weights: bool) -> dict[str, Any]:
     }
 
 
-@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Read the command line, measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

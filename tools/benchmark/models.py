@@ -33,7 +33,7 @@ from tools.benchmark.cases import BASELINE, CASES, SIZES, Build, Sizes, diffuser
 from tools.benchmark.measuring import MIB, in_own_process, peak_of, seconds_of, tensor_bytes
 from tools.benchmark.released import released
 from tools.benchmark.vae import VAE_SIZES, VaeSizes, autoencoder_rows
-from tools.outputs import add_overwrite, check_new, named_errors
+from tools.outputs import add_overwrite, check_new
 
 
 def time_case(builds: Mapping[str, Build], device: torch.device, repeats: int) -> dict[str, list[float]]:
@@ -113,7 +113,6 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Read the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

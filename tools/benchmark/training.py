@@ -44,7 +44,7 @@ from opensora.training.weights.optimizer import create_optimizer
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
 from opensora.utils.video import save_image, save_video
-from tools.outputs import add_overwrite, check_new, named_errors
+from tools.outputs import add_overwrite, check_new
 
 CURVES = ("seconds_per_step", "tokens_per_s", "samples_per_s", "tflops_per_s", "mfu", "data_wait", "memory_gib")
 SYNTHETIC_FPS = 8
@@ -226,7 +226,6 @@ def resolve(args: argparse.Namespace, words: Sequence[str], folder: Path) -> Tra
     return cfg
 
 
-@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Read the command line, measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

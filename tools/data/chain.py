@@ -94,9 +94,13 @@ def read_input(cfg: DataOptions) -> pl.DataFrame:
     check_text(place, "--input")
     if place.suffix.lower() in READ_FORMATS:
         return read_list(place)
-    if cfg.output and expand_home(cfg.output).resolve().is_relative_to(place.resolve()):
+    if cfg.output and _is_below(expand_home(cfg.output), place):
         raise UserError(f"--output {cfg.output} lies in --input {cfg.input}: its clips would be taken for raw footage")
     return list_files(place)
+
+
+def _is_below(path: Path, folder: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def make_runner(cfg: DataOptions) -> Runner:

@@ -1,6 +1,7 @@
 """The training table of a finished run: ``python tools/data/export.py OUTPUT [--out train.csv] [--tier NAME]``."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +18,7 @@ from tools.arguments import user_path
 from tools.data.engine.own_files import OwnFiles
 from tools.data.engine.pipeline import TABLE_FILE, is_active, read_result
 from tools.data.engine.tables import check_format, fill_table
-from tools.outputs import add_overwrite, check_no_input, check_place, named_errors, write_new
+from tools.outputs import add_overwrite, check_no_input, check_place, write_new
 
 TRAIN_COLUMNS = ("path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps")
 EXTRA_COLUMNS = ("score_vmafmotion", "aesthetic", "match", "camera_motion", "tier")
@@ -94,8 +95,8 @@ def export(
     check_place(out, "--out")
     check_no_input(out, [root / TABLE_FILE])
     table = training_table(read_result(root), tier, columns)
-    here = root.resolve()
-    if out.resolve().parent == here:
+    here = Path(os.path.realpath(root))
+    if os.path.realpath(out.parent) == str(here):
         OwnFiles(root, overwrite).write(out.name, partial(fill_table, table))
     else:
         table = table.with_columns(pl.Series("path", [str(here / path) for path in table["path"]], pl.String))
@@ -103,7 +104,6 @@ def export(
     return out, table.height
 
 
-@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Write the table and say where it is."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

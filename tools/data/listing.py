@@ -9,12 +9,10 @@ from opensora.utils.errors import UserError, shorten
 from opensora.utils.logging import get_logger
 from opensora.utils.media.kinds import kind_of
 from opensora.utils.paths import expand_home
-from opensora.utils.video import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from tools.data.engine.tables import read_table
 from tools.data.sidecars import FILE_KEYS, TEXT_KEYS, with_captions
 
 logger = get_logger(__name__)
-MEDIA = {*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS}  # which others are is told by their content
 
 
 def list_files(folder: Path) -> pl.DataFrame:
@@ -24,6 +22,9 @@ def list_files(folder: Path) -> pl.DataFrame:
     Raises:
         UserError: no such folder, nothing in it that looks like a picture or a video, or a name that no table can hold.
     """
+    from opensora.utils.video import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS  # not above: it imports torch
+
+    usual = {*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS}
     if folder.is_file():
         raise UserError(f"--input {folder} is a file; give its folder, or a .csv / .parquet table that lists files")
     if not folder.is_dir():
@@ -36,9 +37,9 @@ def list_files(folder: Path) -> pl.DataFrame:
         walked.append(Path(parent))
         folders[:] = [n for n in sorted(folders) if not n.startswith(".") and _is_new(Path(parent, n), seen)]
         for name in names:
-            path = Path(parent) / name
-            is_media = not name.startswith(".") and (path.suffix.lower() in MEDIA or kind_of(path) is not None)
-            (found if is_media else others).append(str(path))
+            file = Path(parent) / name
+            is_media = not name.startswith(".") and (file.suffix.lower() in usual or kind_of(file) is not None)
+            (found if is_media else others).append(str(file))
     if not found:
         what = f"{len(others)} files, none of them a" if others else "no"
         raise UserError(f"--input {folder}: {what} picture or video")

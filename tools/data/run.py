@@ -18,10 +18,8 @@ from tools.data.chain import make_pipeline, parse, read_input
 from tools.data.engine.pipeline import TABLE_FILE, Pipeline
 from tools.data.export import TRAIN_FILE, count_uncaptioned, export
 from tools.data.status import error_text, funnel_text
-from tools.outputs import named_errors
 
 
-@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Run the chain, print the funnel, write the training table."""
     setup_logging()

@@ -19,7 +19,7 @@ from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
 from opensora.utils.video import save_image, save_video
 from tools.arguments import user_path
-from tools.outputs import check_place, named_errors
+from tools.outputs import check_place
 
 Frames = np.ndarray
 
@@ -144,7 +144,6 @@ def make_footage(folder: Path, size: tuple[int, int] = (180, 320), fps: int = 24
     return [*paths, broken]
 
 
-@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Make the footage and say where it is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)

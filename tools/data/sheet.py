@@ -22,7 +22,6 @@ from tools.arguments import Bounded, user_path
 from tools.data.engine.pipeline import read_result
 from tools.data.engine.stage import shrink
 from tools.data.report import Report, add_report
-from tools.outputs import named_errors
 
 SCORES = ("score_vmafmotion", "sharpness", "text_area", "aesthetic", "match", "camera_motion")
 SIDE = 200  # px of a frame on the sheet
@@ -72,7 +71,6 @@ def make_sheets(report: Report, root: Path, rows: int, frames: int, seed: int) -
     return paths
 
 
-@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Write the sheets and say where they are."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

@@ -18,10 +18,8 @@ from tools.data.chain import STAGES, chain_for, make_pipeline, parse, read_input
 from tools.data.engine.tables import fill_table
 from tools.data.run import print_plan
 from tools.data.status import error_text
-from tools.outputs import named_errors
 
 
-@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Run the stage and write its table."""
     setup_logging()

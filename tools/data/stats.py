@@ -20,7 +20,6 @@ from tools.arguments import user_path
 from tools.data.engine.funnel import FunnelStep, read_funnel
 from tools.data.engine.pipeline import read_result
 from tools.data.report import Report, add_report
-from tools.outputs import named_errors
 
 NUMBERS = (
     "num_frames",
@@ -135,7 +134,6 @@ def draw_histograms(table: pl.DataFrame, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Draw and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

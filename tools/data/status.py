@@ -14,7 +14,6 @@ from opensora.config import run_main
 from tools.arguments import user_path
 from tools.data.engine.funnel import FunnelStep, read_funnel
 from tools.data.engine.pipeline import TABLE_FILE, read_result
-from tools.outputs import named_errors
 
 MOST_ERRORS = 10
 
@@ -46,7 +45,6 @@ def error_text(table: pl.DataFrame) -> str:
     return "\n".join(lines)
 
 
-@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Print the funnel and the errors."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

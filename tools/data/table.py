@@ -21,7 +21,7 @@ from opensora.config import run_main
 from opensora.utils.errors import UserError, first_line
 from tools.arguments import Bounded, user_path
 from tools.data.engine.tables import check_format, fill_table, read_table
-from tools.outputs import add_overwrite, check_no_input, check_place, named_errors, write_new
+from tools.outputs import add_overwrite, check_no_input, check_place, write_new
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
@@ -156,7 +156,8 @@ def split_by_source(table: pl.DataFrame, share: float, column: str, seed: int) -
         )
     counts = table.group_by(column).len().rows()
     counts.sort(key=lambda row: hashlib.sha256(f"{seed} {row[0]}".encode("utf-8", "surrogatepass")).digest())
-    wanted, taken, chosen = share * table.height, 0, []
+    wanted, taken = share * table.height, 0
+    chosen: list[Any] = []
     for name, count in counts[:-1]:  # one source is left for training
         if chosen and taken + count / 2 > wanted:
             break
@@ -216,7 +217,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Read, change, write; print what came of it."""
     args = parse_args(argv)

@@ -21,7 +21,7 @@ from opensora.utils.video import IMAGE_EXTENSIONS, save_image
 from tools.arguments import Bounded
 from tools.demo.lighthouse import draw_lighthouse
 from tools.demo.world import BACKGROUNDS, COLORS, MARGIN, SHAPES, SIZE, Scene, draw_frame
-from tools.outputs import add_overwrite, named_errors, write_new
+from tools.outputs import add_overwrite, write_new
 
 PICTURES = {"shape": Path("assets/demo/blue_square.png"), "lighthouse": Path("assets/texts/i2v.png")}
 
@@ -43,7 +43,6 @@ def draw(args: argparse.Namespace) -> np.ndarray:
     return draw_frame(scene, 0.0)
 
 
-@named_errors
 def main(argv: list[str] | None = None) -> int:
     """Draw the picture and print its path."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -19,12 +19,13 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.config import run_main
+from opensora.utils.claims import FOLDER_LOCK, claimed
 from opensora.utils.errors import UserError
 from opensora.utils.files import remove_unfinished_files, write_text
 from opensora.utils.video import save_video
 from tools.demo.captions import random_caption
 from tools.demo.world import FPS, NUM_FRAMES, SIZE, SPLITS, Scene, combinations, draw_clip, sample_scene
-from tools.outputs import add_overwrite, check_place, named_errors, write_new
+from tools.outputs import add_overwrite, check_place, write_new
 
 CRF = 12  # of h264: low enough that compression is not what a model learns
 MOST_CLIPS = 10_000_000
@@ -60,7 +61,7 @@ def prepare_folder(out: Path, recipe: dict[str, object]) -> None:
         UserError: the folder holds something else; nothing is overwritten.
     """
     note = out / "recipe.json"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if any(path.name != FOLDER_LOCK for path in out.iterdir()):
         try:
             found = json.loads(note.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -99,7 +100,13 @@ def make_clips(
             raise UserError(f"--{flag} is {value}; it must be at most {most}")
     check_place(out, "--out", folder=True)
     out = out.resolve()
-    prepare_folder(out, {"version": RECIPE_VERSION, "num": num, "seed": seed, "split": split})
+    recipe = {"version": RECIPE_VERSION, "num": num, "seed": seed, "split": split}
+    with claimed(out, advice="wait for it or give another --out"):
+        prepare_folder(out, recipe)
+        return _make_all(out, num, seed, split, workers, overwrite)
+
+
+def _make_all(out: Path, num: int, seed: int, split: str, workers: int | None, overwrite: bool) -> Path:
     job = partial(make_clip, out=out, seed=seed, split=split)
     with ProcessPoolExecutor(workers) as pool:
         rows = list(tqdm(pool.map(job, range(num), chunksize=8), total=num, desc="clips", unit="clip"))
@@ -123,7 +130,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@named_errors
 def main(argv: list[str] | None = None) -> None:
     """Draw the clips and print where the table is."""
     args = parse_args(argv)

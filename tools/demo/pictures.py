@@ -6,6 +6,7 @@ Each is a contact sheet of videos that the commands beside it in the text make t
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from opensora.config import run_main
 from opensora.diffusion.pipeline import VideoPipeline
 from opensora.utils.logging import setup_logging
 from opensora.utils.video import contact_sheet, read_image
+from tools.outputs import add_overwrite, check_place, write_new
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "diffusion" / "inference" / "demo.py"
@@ -53,12 +55,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(SHEETS), help="make this one alone")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images", help="default: docs/images")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
+    check_place(args.out, "--out", folder=True)
     setup_logging()
     pipe = VideoPipeline.from_config(CONFIG)
     for name in [args.only] if args.only else SHEETS:
         labels, videos = zip(*SHEETS[name](pipe))
-        print(contact_sheet(videos, args.out / f"{name}.png", frames=FRAMES, labels=labels, scale=SCALE))
+        draw = partial(contact_sheet, videos, frames=FRAMES, labels=labels, scale=SCALE)
+        print(write_new(args.out / f"{name}.png", draw, args.overwrite))
 
 
 if __name__ == "__main__":

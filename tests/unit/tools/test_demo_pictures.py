@@ -76,3 +76,7 @@ def test_sheets(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures.VideoPipeline, "from_config", lambda path: None)
     pictures.main(["--out", str(tmp_path)])
     assert (tmp_path / "text_to_video.png").is_file()
+    (tmp_path / "text_to_video.png").write_text("mine")
+    with pytest.raises(UserError, match="exists and holds something else"):
+        pictures.main(["--out", str(tmp_path)])
+    assert (tmp_path / "text_to_video.png").read_text() == "mine"

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
 from opensora.utils.video import read_video
 from tools.demo.captions import plain_caption, random_caption
@@ -132,6 +133,15 @@ def test_a_table_that_was_changed_stays(tmp_path: Path):
     assert not left.exists()
     make_clips(tmp_path / "clips", num=2, seed=5, workers=1, overwrite=True)
     assert table.read_bytes() == drawn
+
+
+def test_one_program_at_a_time_in_a_folder(tmp_path: Path):
+    make_clips(tmp_path / "clips", num=1, seed=5, workers=1)
+    with claimed(tmp_path / "clips"), pytest.raises(UserError, match=r"is in use by process \d+ .*give another --out"):
+        make_clips(tmp_path / "clips", num=1, seed=5, workers=1)
+    with claimed(tmp_path / "new"), pytest.raises(UserError, match="is in use by"):
+        make_clips(tmp_path / "new", num=1, seed=5, workers=1)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("place", ["file", "file/deeper", "loop", "x" * 300])

@@ -15,8 +15,8 @@ from opensora.utils.media.frames import converter_for
 from opensora.utils.media.hdr import needs_mapping
 from opensora.utils.media.kinds import DECODE_ERRORS, is_picture, open_clip, reason, video_stream
 from opensora.utils.media.orientation import Orientation, orientation_of
+from opensora.utils.media.pictures import read_picture
 from opensora.utils.media.probe import probe
-from opensora.utils.video import read_image
 from tools.data.engine.stage import Analyser, ClipInfo, Picture, PixelStage, Row
 
 LUMA_FORMATS = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "nv12", "gray")
@@ -171,7 +171,7 @@ def frame_rate(stream: Any) -> float:
 
 
 def _image_picture(path: str | Path) -> Picture:
-    rgb = read_image(path)
+    rgb = read_picture(path)
     return Picture(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), lambda: rgb)
 
 

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import filelock
-
+from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_beside, write_text
 from opensora.utils.logging import get_logger
@@ -55,23 +54,23 @@ class OwnFiles:
         Raises:
             UserError: a file of the user's is there.
         """
-        self.claim(name)
 
         def fill(temporary: Path) -> None:
             write(temporary)
             self._note(name, digest_weights(temporary))
 
-        return write_beside(self.root / name, fill)
+        with claimed(self.root / NOTE, is_folder=False, wait=True):
+            self.claim(name)
+            return write_beside(self.root / name, fill)
 
     def write_text(self, name: str, text: str) -> Path:
         """The same for a text."""
         return self.write(name, lambda path: path.write_text(text, "utf-8"))
 
     def _note(self, name: str, content: str) -> None:
-        with filelock.FileLock(self.root / ".written.lock"):
-            written = self._read()
-            written[name] = [*(c for c in written.get(name, ()) if c != content), content][-REMEMBERED:]
-            write_text(json.dumps(written, indent=2, sort_keys=True), self.root / NOTE)
+        written = self._read()
+        written[name] = [*(c for c in written.get(name, ()) if c != content), content][-REMEMBERED:]
+        write_text(json.dumps(written, indent=2, sort_keys=True), self.root / NOTE)
 
     def _read(self) -> dict[str, list[str]]:
         try:
@@ -81,10 +80,10 @@ class OwnFiles:
             return self._written_before_notes()
         except (OSError, ValueError, AttributeError, TypeError) as error:
             logger.warning("%s is damaged (%s); a new one is begun", self.root / NOTE, error)
-            return {}
+            return self._written_before_notes()
 
     def _written_before_notes(self) -> dict[str, list[str]]:
-        """What a run of an earlier version of these tools left: it wrote no note, but a funnel."""
+        """What a run left that has no note, as those of earlier versions of these tools, but a funnel."""
         try:
             read_funnel(self.root)
         except UserError:

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
 import polars as pl
 from tqdm import tqdm
 
+from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
 from opensora.utils.files import UNFINISHED, write_beside
 from opensora.utils.logging import get_logger
@@ -107,17 +107,13 @@ class Pipeline:
         """
         self.check(table.columns)
         table = with_status(table)
-        self.root.mkdir(parents=True, exist_ok=True)
-        try:
-            with filelock.FileLock(self.root / ".lock", timeout=0):
-                folders = {"stages", "clips", "frames"}.union(*(stage.folders for stage in self.stages))
-                remove_leftovers(self.root, folders)
-                table = self._run_all(table)
-                remove_leftovers(self.root, folders)  # of a worker that died on the way
-                self.own.write(TABLE_FILE, table.write_parquet)
-                return table
-        except filelock.Timeout:
-            raise UserError(f"another run is at work in {self.root}; wait for it or choose another --output") from None
+        with claimed(self.root, advice="wait for it or choose another --output"):
+            folders = {"stages", "clips", "frames", "report"}.union(*(stage.folders for stage in self.stages))
+            remove_leftovers(self.root, folders)
+            table = self._run_all(table)
+            remove_leftovers(self.root, folders)  # of a worker that died on the way
+            self.own.write(TABLE_FILE, table.write_parquet)
+            return table
 
     def _run_all(self, table: pl.DataFrame) -> pl.DataFrame:
         self.funnel = []

@@ -26,18 +26,16 @@ def read_table(path: Path, needs: Sequence[str] = ()) -> pl.DataFrame:
     Raises:
         UserError: missing, of another kind, damaged, two columns of one name, or without a column that it needs.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file (expected a CSV or parquet table)")
-    if path.suffix.lower() not in READ_FORMATS:
-        raise UserError(f"{path}: '{path.suffix}' is not a table format; use {', '.join(FORMATS)}")
-    try:
-        table = _read(path)
-    except DAMAGED as error:
-        raise UserError(f"{path}: cannot be read as a table ({first_line(error)})") from error
-    for name in table.columns:
-        again = TWICE.fullmatch(name)
-        if again and again[1] in table.columns and path.suffix.lower() == ".csv":
-            raise UserError(f"{path}: two columns are called '{again[1]}'; rename one")
+    from opensora.datasets.table import reading_table  # not above: it imports pandas, and --help reads this file
+
+    if path.suffix.lower() == ".jsonl" and path.is_file():
+        try:
+            table = _read(path)
+        except ValueError as error:
+            raise UserError(f"{path}: cannot be read as JSON lines ({error})") from error
+    else:
+        with reading_table(path):
+            table = _read(path)
     absent = [name for name in needs if name not in table.columns]
     if absent:
         raise UserError(f"{path}: no column '{absent[0]}'; found {', '.join(table.columns)}")
@@ -45,11 +43,20 @@ def read_table(path: Path, needs: Sequence[str] = ()) -> pl.DataFrame:
 
 
 def _read(path: Path) -> pl.DataFrame:
-    if path.suffix.lower() == ".parquet":
-        return pl.read_parquet(path, glob=False)
-    if path.suffix.lower() == ".jsonl":
-        return pl.read_ndjson(path, infer_schema_length=None)
-    return pl.read_csv(path, infer_schema_length=None, schema_overrides=TEXTS, glob=False)
+    """Raises a ValueError of one line, whatever is wrong."""
+    try:
+        if path.suffix.lower() == ".parquet":
+            return pl.read_parquet(path, glob=False)
+        if path.suffix.lower() == ".jsonl":
+            return pl.read_ndjson(path, infer_schema_length=None)
+        table = pl.read_csv(path, infer_schema_length=None, schema_overrides=TEXTS, glob=False)
+    except DAMAGED as error:
+        raise ValueError(first_line(error)) from error
+    for name in table.columns:
+        again = TWICE.fullmatch(name)
+        if again and again[1] in table.columns:
+            raise ValueError(f"two columns are named '{again[1]}'")
+    return table
 
 
 def check_format(path: Path) -> None:

@@ -1,23 +1,22 @@
 """Captions by a vision-language model: behind an OpenAI-compatible endpoint, or a local one."""
 
-import base64
 import os
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import polars as pl
 from PIL import Image
 
 from opensora.config.options import Options, opt
+from opensora.utils.chat import Answer, ChatClient, content_of, data_url, require_openai
 from opensora.utils.errors import UserError, first_line, shorten
 from opensora.utils.hub import only_local
 from opensora.utils.logging import get_logger
-from opensora.utils.video import read_image
+from opensora.utils.media.pictures import read_picture
 from tools.data.engine.stage import LARGEST_SIDE, SMALLEST_SIDE, Row, Stage, Worker, shrink
 
 logger = get_logger(__name__)
@@ -40,7 +39,7 @@ OPENINGS = re.compile(
     r"(?: (?:shows|depicts|features|captures|presents|displays|begins with|opens with)|,)\s+)",
     re.IGNORECASE,
 )
-Ask = Callable[[str, Sequence[Image.Image]], tuple[str, int, int]]
+Ask = Callable[[str, Sequence[Image.Image]], Answer]
 """``ask(prompt, pictures)`` gives the answer, and the tokens read and written."""
 
 
@@ -134,6 +133,7 @@ class Caption(Stage):
                 "Qwen/Qwen2.5-VL-7B-Instruct --local-dir ckpts/Qwen2.5-VL-7B-Instruct"
             )
         if not local:
+            require_openai("stage 'caption'")
             endpoint_of(self.settings, os.environ)
 
     def worker(self) -> Worker:
@@ -145,7 +145,7 @@ class Caption(Stage):
             paths = row["frame_paths"]
             step = max(len(paths) / self.settings.frames, 1)
             chosen = [paths[int((i + 0.5) * step)] for i in range(min(self.settings.frames, len(paths)))]
-            images = [Image.fromarray(shrink(read_image(self.root / p), self.settings.side)) for p in chosen]
+            images = [Image.fromarray(shrink(read_picture(self.root / p), self.settings.side)) for p in chosen]
             answer, tokens_in, tokens_out = ask(self.prompt().format_map(row), images)
             text = clean_caption(answer) if self.settings.clean else answer.strip()
             if not text:
@@ -197,43 +197,25 @@ class Endpoint:
 
         url, key = endpoint_of(settings, environment)
         self.settings = settings
-        retries, timeout = settings.attempts - 1, settings.timeout
-        # repeats with growing pauses what fails for the moment: no connection, 408, 409, 429, 5xx
-        self.client = openai.OpenAI(base_url=url, api_key=key or "none", max_retries=retries, timeout=timeout)
+        self.chat = ChatClient(url, key or "", settings.model, settings.timeout, settings.attempts)
+        address = self.chat.client.base_url
         try:
-            self.client.with_options(max_retries=0).models.list()
+            self.chat.client.models.list()
         except openai.APIConnectionError as error:
             raise UserError(
-                f"caption endpoint {self.client.base_url}: {error} Is the server running and --caption.base_url right? "
+                f"caption endpoint {address}: {error} Is the server running and --caption.base_url right? "
                 "What was done before stays done: run again when it answers"
             ) from error
         except openai.AuthenticationError as error:
-            raise UserError(f"caption endpoint {self.client.base_url} refuses OPENAI_API_KEY: {error}") from error
+            raise UserError(f"caption endpoint {address} refuses OPENAI_API_KEY: {first_line(error)}") from error
         except openai.OpenAIError:
             pass  # it answers; not every server lists its models
 
-    def __call__(self, prompt: str, images: Sequence[Image.Image]) -> tuple[str, int, int]:
+    def __call__(self, prompt: str, images: Sequence[Image.Image]) -> Answer:
         """Ask."""
-        content: list[Any] = [{"type": "text", "text": prompt}]
-        content += [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
-        answer = self.client.chat.completions.create(
-            model=self.settings.model,
-            messages=[{"role": "user", "content": content}],
-            max_tokens=self.settings.max_tokens,
-            temperature=self.settings.temperature,
-        )
-        if not answer.choices:
-            raise UserError("the endpoint's answer holds no choices")
-        usage = answer.usage
-        text = answer.choices[0].message.content or ""
-        return text, usage.prompt_tokens if usage else 0, usage.completion_tokens if usage else 0
-
-
-def data_url(image: Image.Image) -> str:
-    """A picture as text for a request."""
-    buffer = BytesIO()
-    image.save(buffer, "JPEG", quality=90)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+        content = content_of(prompt, [data_url(image, quality=90) for image in images])
+        options = {"max_tokens": self.settings.max_tokens, "temperature": self.settings.temperature}
+        return self.chat.ask([{"role": "user", "content": content}], **options)
 
 
 class LocalModel:
@@ -255,17 +237,18 @@ class LocalModel:
         local = only_local(path)
         try:
             self.processor = AutoProcessor.from_pretrained(path, local_files_only=local)
-            model, info = AutoModelForImageTextToText.from_pretrained(
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 path, dtype="auto", local_files_only=local, output_loading_info=True
             )
         except Exception as error:  # of many kinds, by what is wrong with the files
             raise UserError(f"--caption.local {path}: cannot be loaded ({first_line(error)})") from error
+        model, info = loaded
         if info["missing_keys"]:
             lacking = shorten(sorted(info["missing_keys"]))
             raise UserError(f"--caption.local {path}: its weights lack {lacking}; another model, or half of one")
-        self.model = cast(Any, model).to(device).eval()
+        self.model = model.to(device).eval()
 
-    def __call__(self, prompt: str, images: Sequence[Image.Image]) -> tuple[str, int, int]:
+    def __call__(self, prompt: str, images: Sequence[Image.Image]) -> Answer:
         """Ask."""
         content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": prompt}]
         inputs = self.processor.apply_chat_template(
@@ -278,4 +261,4 @@ class LocalModel:
         out = self.model.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False)
         read = inputs["input_ids"].shape[1]
         written = out[0, read:]
-        return self.processor.decode(written, skip_special_tokens=True), int(read), len(written)
+        return Answer(self.processor.decode(written, skip_special_tokens=True), int(read), len(written))

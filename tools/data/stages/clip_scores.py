@@ -12,7 +12,7 @@ from PIL import Image
 
 from opensora.config.options import Options, opt
 from opensora.utils.errors import UserError, first_line, shorten
-from opensora.utils.video import read_image
+from opensora.utils.media.pictures import read_picture
 from tools.data.engine.stage import Row, Stage, Worker
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -151,7 +151,7 @@ class ClipFeatures(Stage):
 
         @torch.no_grad()
         def work(row: Row) -> list[Row]:
-            images = [image_input(read_image(self.root / path), side) for path in row["frame_paths"]]
+            images = [image_input(read_picture(self.root / path), side) for path in row["frame_paths"]]
             pooled = model.vision_model(pixel_values=torch.from_numpy(np.stack(images)).to(device))[1]
             features = torch.nn.functional.normalize(model.visual_projection(pooled), dim=-1).mean(0)
             return [{"clip_features": features.cpu().tolist()}]

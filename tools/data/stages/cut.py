@@ -19,8 +19,8 @@ from opensora.utils.errors import UserError
 from opensora.utils.files import write_beside
 from opensora.utils.media.kinds import video_stream
 from opensora.utils.media.orientation import Orientation
+from opensora.utils.media.pictures import read_picture
 from opensora.utils.media.pixels import tag_bt709
-from opensora.utils.video import SAME_EVERYWHERE, read_image
 from tools.data.engine.decode import Shower, Shown, clip_info, decode, frame_rate, luma, open_video
 from tools.data.engine.stage import (
     LARGEST_SIDE,
@@ -42,6 +42,8 @@ EVEN = 4  # levels of brightness by which the black of a border may differ
 EDGE, STRAIGHT = 3, 0.5  # lines at a picture's edge, of one of which so much is bright where a border ends
 FULL_RANGE = 2  # FFmpeg's number
 SCALING = "bicubic+accurate_rnd"
+THIN = 0.1  # of a side: borders that need none like them at the opposite side
+ALIKE, ALL_ALIKE = 0.5, 0.8  # of the larger of two opposite borders: how much the smaller one must be; all around
 MIN_LEFT = 0.3  # of a side: a border that would leave less is a dark picture
 SHORT_SHOT, SHORT_REST = "shot too short", "rest of a shot too short"
 TOLERANCE = 0.25  # of a frame: how far time stamps may be off
@@ -134,7 +136,7 @@ class Cut(Stage):
     def _image(self, row: Row) -> Row:
         clip_id = self.clip_id(row["source_id"], 0.0, 0.0)
         target = self._target(clip_id, ".png")
-        image = read_image(row["path"])
+        image = read_picture(row["path"])
         if self.settings.remove_borders:
             left, top, width, height = content_box(image.max(axis=2), self.settings.border_level)
             image = image[top : top + height, left : left + width]
@@ -215,8 +217,8 @@ def split_scenes(scenes: list[list[float]], shortest: float, longest: float) -> 
 def content_box(image: np.ndarray, level: int) -> Box:
     """What is left of a picture (uint8 [H, W], brightest over time) without its black borders.
 
-    Dark is not black: what goes is even, and ends in a straight line at which the picture begins. A night sky, a
-    vignette or a light in the dark has no such line, and stays.
+    Dark is not black: what goes is even, ends in a straight line at which the picture begins, and is the same at the
+    opposite side unless it is thin. A night sky, a vignette or a light in the dark is not like that, and stays.
     """
     height, width = image.shape
     whole = (0, 0, width, height)
@@ -231,9 +233,21 @@ def content_box(image: np.ndarray, level: int) -> Box:
     bottom = bottom if _is_border(image[bottom:][::-1], inner[-EDGE:]) else height
     left = left if _is_border(image[:, :left].T, inner[:, :EDGE].T) else 0
     right = right if _is_border(image[:, right:].T[::-1], inner[:, -EDGE:].T) else width
+    rows_alike, columns_alike = _alike(top, height - bottom, height), _alike(left, width - right, width)
+    if rows_alike < ALIKE:
+        top, bottom = 0, height
+    if columns_alike < ALIKE:
+        left, right = 0, width
+    if (top, bottom) != (0, height) and (left, right) != (0, width) and min(rows_alike, columns_alike) < ALL_ALIKE:
+        return whole  # borders all around are rarer than something bright in the dark
     if bottom - top < MIN_LEFT * height or right - left < MIN_LEFT * width:
         return whole
     return left, top, right - left, bottom - top
+
+
+def _alike(one: int, other: int, side: int) -> float:
+    """The smaller of two opposite borders by the larger one; 1 for thin ones, as careless cropping leaves them."""
+    return 1.0 if max(one, other) <= THIN * side else min(one, other) / max(one, other)
 
 
 def _is_border(outside: np.ndarray, edge: np.ndarray) -> bool:
@@ -261,7 +275,7 @@ def find_borders(path: Path, spans: list[tuple[float, float]], settings: CutOpti
     with open_video(path) as container:
         stream = video_stream(container)
         shower = Shower(stream)
-        origin = float((stream.start_time or 0) * stream.time_base)
+        origin = float((stream.start_time or 0) * (stream.time_base or 0))
         for start, end in spans:
             times = [origin + start + share * (end - start) for share in BORDER_SAMPLES]
             images: list[np.ndarray] = []
@@ -290,7 +304,7 @@ def _frame_at(container: Any, shower: Shower, time: float, first: float) -> np.n
     """Luma of the first frame from the key frame before ``time`` on that is shown at ``first`` or later."""
     stream = video_stream(container)
     try:
-        container.seek(int(time / stream.time_base), stream=stream)
+        container.seek(int(time / (stream.time_base or 1)), stream=stream)
         for frame in container.decode(stream):
             if frame.time is None or frame.time >= first - 1e-3:
                 return luma(shower(frame).frame).copy()
@@ -378,7 +392,7 @@ class _Encoder:
         """Filters to upright, square, without borders, of even size, in the limited range of BT.709."""
         frame = given.frame
         left, top, width, height = self.box or (0, 0, frame.width, frame.height)
-        shown = given.upright.size(height, width * given.aspect)
+        shown = given.upright.size(height, round(width * given.aspect))
         scale = min(self.settings.max_side / max(shown), 1.0)
         size = tuple(max(int(side * scale) // 2 * 2, 2) for side in shown)
         # One odd row or column is cut off rather than the picture be resampled for it.
@@ -401,6 +415,8 @@ class _Encoder:
         return graph
 
     def _stream(self, target: Any, shown: Any) -> Any:
+        from opensora.utils.video import SAME_EVERYWHERE  # not above: it imports torch, and --help reads this file
+
         stream = target.add_stream("libx264", rate=self.rate)
         stream.width, stream.height = shown.width, shown.height
         stream.pix_fmt = "yuv420p"

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 
 from opensora.config.options import Options, opt
-from opensora.utils.video import read_image
+from opensora.utils.media.pictures import read_picture
 from tools.data.engine.stage import Row, Stage, Worker, require
 
 DETECT_SIDE = 960  # px; larger pictures are shrunk before text is looked for, smaller ones stay
@@ -48,7 +48,7 @@ class Ocr(Stage):
         engine = RapidOCR(params={"Global.log_level": "error", **size, **one_thread})
 
         def read(row: Row) -> list[Row]:
-            found = [self._read(engine, read_image(self.root / path)) for path in row["frame_paths"]]
+            found = [self._read(engine, read_picture(self.root / path)) for path in row["frame_paths"]]
             words = dict.fromkeys(word for _, texts in found for word in texts)
             return [{"text_area": max(area for area, _ in found), "text_found": " | ".join(words)}]
 

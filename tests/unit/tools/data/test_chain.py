@@ -1,5 +1,7 @@
 """Stages by name: found in their files, their options in the config, the chain that one alone needs."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,7 +57,7 @@ def test_a_stage_is_added_by_adding_a_file(new_stage, config):
     (stage,) = chain.make_stages(["length"], cfg, Path())
     assert stage.worker()({"path": "abcd"}) == [{"letters": 12}]
     assert chain_for("length", cfg, ["path", "size", "mtime"]) == ["ingest", "length"]
-    with pytest.raises(UserError, match="--length.factor=10: must be at most 9"):
+    with pytest.raises(UserError, match="--length.factor=10: must be at least 1 and at most 9"):
         chain.parse([config, "--length.factor", "10"])
 
 
@@ -78,6 +80,13 @@ def test_every_stage_can_stand_alone(name, config):
     assert (found[0], found[-1]) == ("ingest", name)
     assert ("whole" in found) == (whole and name not in ("filter", "final")) or name in ("filter", "final")
     assert "cut" not in found or name == "cut"
+
+
+def test_help_and_mistyped_keys_need_no_torch(config):
+    code = "import sys; from tools.data import chain; chain.parse([sys.argv[1]]); print('torch' in sys.modules)"
+    words = [sys.executable, "-c", code, config]
+    made = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[4], check=True)
+    assert made.stdout.split() == ["False"]
 
 
 def test_every_number_has_a_range():

@@ -325,7 +325,7 @@ def bars(
     [
         {"top": 12, "bottom": 12},
         {"left": 20, "right": 20},
-        {"top": 9},
+        {"top": 8},
         {"right": 7},
         dict(top=8, bottom=9, left=7, right=6),
     ],
@@ -356,13 +356,32 @@ def night(kind: str) -> np.ndarray:
         image += 150 * (y > 40 + 25 * np.sin(x / 9))
     elif kind == "a road":  # head lights below a black sky
         image += 200 * ((y > 40) & (abs(x - 80) < (y - 38)))
+    elif kind == "a screen":  # straight, and the dark around it even
+        image[20:60, 30:110] = 180
+    elif kind == "a sea":  # under a black sky
+        image[45:] = 120
+    elif kind == "a lit side":
+        image[:, 60:] = 120
     elif kind == "stars":
         image[rng.integers(0, 90, 20), rng.integers(0, 160, 20)] = 255
     return image.clip(0, 255).astype(np.uint8)
 
 
 @pytest.mark.parametrize(
-    "kind", ["nothing", "a window", "a lamp", "a vignette", "a dark room", "a skyline", "a road", "stars"]
+    "kind",
+    [
+        "nothing",
+        "a window",
+        "a lamp",
+        "a vignette",
+        "a dark room",
+        "a skyline",
+        "a road",
+        "a screen",
+        "a sea",
+        "a lit side",
+        "stars",
+    ],
 )
 def test_dark_scenes_stay_whole(kind):
     assert content_box(night(kind), 24) == (0, 0, 160, 90)

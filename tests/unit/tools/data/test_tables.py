@@ -133,10 +133,11 @@ def test_a_split_that_cannot_be(tmp_path):
     ("name", "content", "message"),
     [
         ("empty.csv", b"", "cannot be read as a table"),
-        ("twice.csv", b"path,text,text\na,b,c\n", "two columns are called 'text'"),
+        ("twice.csv", b"path,text,text\na,b,c\n", r"cannot be read as a table \(two columns are named 'text'\)"),
         ("ragged.csv", b"path,text\na,b,c\n", "cannot be read as a table"),
         ("not.parquet", b"PAR1PAR1", "cannot be read as a table"),
         ("text.parquet", b"hello", "cannot be read as a table"),
+        ("lines.jsonl", b"{\n", "cannot be read as JSON lines"),
         ("latin.csv", b"path,text\na,\xff\xfe\n", "cannot be read as a table"),
     ],
 )
