@@ -68,17 +68,17 @@ class BucketTable:
     """All buckets of a config, and the assignment of rows to them.
 
     Args:
-        config: see the module.
+        buckets: see the module.
         multiple: heights and widths are multiples of this many pixels (VAE compression times patch size).
 
     Raises:
         UserError: unknown resolution name or malformed entry.
     """
 
-    def __init__(self, config: Mapping[str, Mapping], multiple: int = 16) -> None:
-        if not config:
+    def __init__(self, buckets: Mapping[str, Mapping], multiple: int = 16) -> None:
+        if not buckets:
             raise UserError("bucket_config is empty: give {resolution: {num_frames: (probability, batch_size)}}")
-        levels = [(name, *resolution_table(name, multiple), _parse_lengths(name, config[name])) for name in config]
+        levels = [(name, *resolution_table(name, multiple), _parse_lengths(name, buckets[name])) for name in buckets]
         self.levels = sorted(levels, key=lambda level: -level[1])
         self.buckets = [
             Bucket(name, length.num_frames, ratio, *size, length.batch_size)
