@@ -119,11 +119,11 @@ def heun(velocity: Velocity, x: Tensor, steps: Sequence[Step]) -> Iterator[Tenso
 
 
 def ab2(velocity: Velocity, x: Tensor, steps: Sequence[Step]) -> Iterator[Tensor]:
-    """Second order, one evaluation per step and one more in the first of each phase: Adams-Bashforth of two steps.
+    """Second order, one evaluation per step: Adams-Bashforth of two steps.
 
     ``x' = x + h (v + h/2 (v - v_last) / (t - t_last))`` with the last velocity of the same phase: what tAB-DEIS (Zhang
-    and Chen 2022, arXiv:2204.13902) comes to for a rectified flow, whose equation has no linear part. As in PNDM (Liu
-    et al. 2022, arXiv:2202.09778) a Runge-Kutta step, here Heun's, comes first. (DPM-Solver++(2M), arXiv:2211.01095,
+    and Chen 2022, arXiv:2204.13902) comes to for a rectified flow, whose equation has no linear part. The first step of
+    a phase is Euler's: one step of first order leaves the whole of second order. (DPM-Solver++(2M), arXiv:2211.01095,
     extrapolates the data in log signal-to-noise ratio, which is infinite at both ends of a rectified flow: there it
     makes Euler steps, and it is not of second order over the whole time.)
     """
@@ -135,8 +135,6 @@ def ab2(velocity: Velocity, x: Tensor, steps: Sequence[Step]) -> Iterator[Tensor
         if step.phase in last:
             before, then = last[step.phase]
             slope = (start - before) / (step.now - then)
-        elif step is not steps[-1]:
-            slope = (velocity(x + change * start, step.after, step.index) - start) / change
         last[step.phase] = start, step.now
         x = x + change * (start + change / 2 * slope)
         yield x

@@ -33,7 +33,7 @@ from tools.demo.analyse import psnr
 from tools.demo.evaluate import plan_cases
 
 STEPS = {"euler": (15, 30, 50), "heun": (6, 8, 10)}
-OTHER_STEPS = (10, 12, 14, 20)  # of solvers with one evaluation per step
+OTHER_STEPS = (10, 15, 20)  # of solvers with one evaluation per step
 
 
 @dataclass(frozen=True)
