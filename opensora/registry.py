@@ -27,7 +27,8 @@ def build_module(
             (returned as it is), or None (None is returned).
         registry: ``MODELS`` or ``DATASETS``.
         overrides: keys that replace or complete those of the section, and arguments of the factory that no config
-            holds (``device_map``, ``torch_dtype``).
+            holds (``device_map``, ``torch_dtype``). A module's class that is registered itself need not take them, nor
+            load weights: that is done here.
 
     Raises:
         UserError: no ``type``, an unknown one, a key that the type does not take, or one of another kind than its
@@ -44,8 +45,26 @@ def build_module(
     if name is None:
         raise UserError(f"a {registry.name} section has no `type`; known: {', '.join(registry.names)}")
     factory = registry.resolve(name)
-    group = registry.config_of(name)
-    if group is not None and next(iter(inspect.signature(factory).parameters.values())).name == "config":
+    if isinstance(factory, type) and hasattr(factory, "state_dict"):
+        return _load_class(name, factory, registry.config_of(name), arguments)
+    return _call(name, factory, registry.config_of(name), arguments)
+
+
+def _load_class(name: str, model: type, group: type[Component] | None, arguments: dict[str, Any]) -> Any:
+    """Make a model whose class is registered itself; what the class does not take is done here."""
+    from opensora.utils.weights_loading import load_model  # needs torch
+
+    taken = {*group_options(group), *inspect.signature(model).parameters}
+    given = {key: arguments.get(key) for key in ("from_pretrained", "device_map", "torch_dtype", "cache_dir")}
+    arguments = {key: value for key, value in arguments.items() if key in taken or key not in given}
+    if "device_map" in taken:
+        return _call(name, model, group, arguments)
+    source, device, dtype, cache = given.values()
+    return load_model(lambda: _call(name, model, group, arguments), source, device or "cpu", dtype, cache_dir=cache)
+
+
+def _call(name: str, factory: Callable[..., Any], group: type[Component] | None, arguments: Mapping[str, Any]) -> Any:
+    if group is not None and next(iter(inspect.signature(factory).parameters), "") == "config":
         return _build_typed(name, factory, group, arguments)
     return factory(**_checked_arguments(name, factory, group, arguments))
 

@@ -168,8 +168,10 @@ class FSDP2Engine(DistributedEngine):
             )
             # FSDP hangs its backward on the output, and warns of views, which could be changed under it
             model.register_forward_hook(lambda module, args, out: out.clone() if out._is_view() else out)
-            for block in [block for group in ("double_blocks", "single_blocks") for block in getattr(model, group, ())]:
-                fully_shard(block, **options)
+            for name in ("double_blocks", "single_blocks", "blocks"):
+                group = getattr(model, name, None)
+                for block in group if isinstance(group, nn.ModuleList) else ():
+                    fully_shard(block, **options)
             fully_shard(model, **options)
         elif dtype != torch.float32:
             raise UserError("plugin fsdp2: all ranks are tensor parallel, none is left to divide weights over; use ddp")

@@ -15,6 +15,7 @@ from opensora.acceleration.sequence_parallel import DEFAULT_MODE, apply_sequence
 from opensora.acceleration.sharding import WeightLayout
 from opensora.acceleration.tensor_parallel import apply_tensor_parallel, check_tensor_parallel, layout_of
 from opensora.config.options import PluginOptions
+from opensora.models.mmdit import MMDiTConfig
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
@@ -96,7 +97,14 @@ def check_sizes(config: PluginOptions | None, model: nn.Module, world_size: int)
         UserError: sizes or a mode that cannot be.
     """
     sizes = Sizes.of("hybrid", config).fit(world_size)
+    if max(sizes.tp, sizes.sp) == 1:
+        return
     described: Any = model.config
+    if not isinstance(described, MMDiTConfig):
+        raise UserError(
+            f"plugin_config: tp_size and sp_size divide the MMDiT, not a {type(model).__name__}; set both to 1 and "
+            "use fsdp2, ddp or zero2 to train it, branch_size to sample"
+        )
     check_tensor_parallel(described, sizes.tp)
     mode = (config or PluginOptions()).sequence_parallelism_mode or DEFAULT_MODE
     if sizes.sp > 1:

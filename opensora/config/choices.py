@@ -12,6 +12,27 @@ T = TypeVar("T")
 Registered = TypeVar("Registered")
 
 
+def is_again(before: Any, now: Any) -> bool:
+    """Whether two registered things are one, from a module that was read a second time (in a notebook, say)."""
+    place = [(getattr(each, "__module__", None), getattr(each, "__qualname__", None)) for each in (before, now)]
+    return before == now or (place[0] == place[1] and None not in place[0])
+
+
+def check_whole(what: str, value: Any) -> None:
+    """Refuse a class that lacks methods of its contract, when it is registered.
+
+    Args:
+        what: how messages call it.
+        value: a class, or anything else.
+
+    Raises:
+        UserError: names what is missing.
+    """
+    missing = sorted(getattr(value, "__abstractmethods__", ()))
+    if missing:
+        raise UserError(f"{what}: {value.__name__} lacks {', '.join(missing)}")
+
+
 class Choices(Generic[T]):
     """Names that a config key may hold, and what they stand for.
 
@@ -71,9 +92,10 @@ class Choices(Generic[T]):
         """Add a choice.
 
         Raises:
-            UserError: the name is taken.
+            UserError: the name is taken by another one, or a class lacks methods of its contract.
         """
-        if name in self:
+        check_whole(f"the {self.kind} {name!r}", value)
+        if name in self and not (name in self._added and is_again(self._added[name], value)):
             raise UserError(f"the {self.kind} {name!r} is there already: register yours under another name")
         self._added[name] = value
 

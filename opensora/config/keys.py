@@ -133,13 +133,13 @@ def check_value(value: Any, option: Option, path: str, where: str) -> Any:
 
 def _check_type(name: Any, option: Option, path: str, where: str) -> None:
     """Refuse a ``type`` that this section cannot hold; a user's own registered types may go anywhere."""
-    allowed = option.types
     assert option.registry is not None
+    allowed = [*option.types, *option.registry.own]
     if name is None:
         raise UserError(f"{where}: section {path} has no type; expected {' or '.join(allowed)}")
-    if name not in allowed and name not in option.registry.own:
+    if name not in allowed:
         near = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0.4)
-        hint = f"did you mean '{near[0]}'?" if near else f"expected {' or '.join(allowed)}"
+        hint = f"did you mean '{near[0]}'?" if near else f"expected {' or '.join(allowed)}, or what `imports` register"
         raise UserError(f"{where}: {path}.type = {name!r} is not possible here; {hint}")
 
 

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import json
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -66,12 +67,12 @@ def parse_config(argv: Sequence[str] | None, options: type[Group]) -> Group:
     script = Path(sys.argv[0]).name
     path, overrides, wants_help = _split_words(list(sys.argv[1:] if argv is None else argv))
     if wants_help:
-        data = _read(Path(path)) if path else None
-        print(help_text(options, _checked_file(data, options, path or "") if data is not None else None, script))
+        data = _checked_file(_read(Path(path)), options, overrides, path) if path else None
+        print(help_text(options, data, script))
         raise SystemExit(0)
     if path is None:
         raise UserError(f"no config file given; usage: {script} CONFIG [--key value ...], --help lists the keys")
-    return _resolve(_checked_file(_read(Path(path)), options, path), options, overrides, path)
+    return _resolve(_checked_file(_read(Path(path)), options, overrides, path), options, overrides, path)
 
 
 def load_config(path: str | Path | Mapping | Options, options: type[Group], overrides: Mapping | None = None) -> Group:
@@ -97,9 +98,8 @@ def load_config(path: str | Path | Mapping | Options, options: type[Group], over
     else:
         data = copy.deepcopy(path.to_dict() if hasattr(path, "to_dict") else dict(path))
         where = data.get("config_path") or "config"
-    data = _checked_file(data, options, where)
     changes = [Override(key, value, key) for key, value in (overrides or {}).items()]
-    return _resolve(data, options, changes, where)
+    return _resolve(_checked_file(data, options, changes, where), options, changes, where)
 
 
 def config_to_text(cfg: Options) -> str:
@@ -123,21 +123,44 @@ def _read(path: Path) -> dict:
         raise UserError(f"{path}: cannot be read as a config: {type(error).__name__}: {error}") from error
 
 
-def import_own(modules: Any, where: str) -> None:
+def import_own(modules: Sequence[str], where: str) -> None:
     """Import the modules of a user's own that a config names, for what they register.
 
     They are looked for as Python does, then in the working folder and beside the config.
 
     Raises:
-        UserError: one cannot be imported; says why.
+        UserError: one cannot be imported; says why, and in which line.
     """
-    for name in [modules] if isinstance(modules, str) else modules or []:
-        added = [folder for folder in (str(Path.cwd()), str(Path(where).absolute().parent)) if folder not in sys.path]
-        sys.path += added  # stays: workers import the module again
+    folders = list(dict.fromkeys((str(Path.cwd()), str(Path(where).absolute().parent))))
+    for name in modules:
+        sys.path += [folder for folder in folders if folder not in sys.path]  # stays: workers import the module again
         try:
-            importlib.import_module(str(name))
-        except Exception as error:  # the module is a program: anything may go wrong in it
-            raise UserError(f"{where}: imports: {name} cannot be imported: {type(error).__name__}: {error}") from error
+            importlib.import_module(name)
+        except (Exception, SystemExit) as error:  # the module is a program: anything may go wrong in it
+            raise UserError(f"{where}: imports: {name}{_why_not(error, name, folders)}") from error
+
+
+def _why_not(error: BaseException, name: str, folders: Sequence[str]) -> str:
+    """Why a module of the user's own cannot be imported, after its name."""
+    if isinstance(error, ModuleNotFoundError) and error.name is not None and f"{name}.".startswith(f"{error.name}."):
+        hint = "; name it as an import statement does: my_package.my_module" if name.endswith(".py") else ""
+        return f" is not there: looked for where Python looks, and in {' and '.join(folders)}{hint}"
+    ours = ("<", str(Path(__file__).parents[1]), importlib.__file__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    theirs = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(frames[0].filename).parent)]
+    place = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return f" cannot be imported{place}: {kind}{' '.join(str(error).splitlines()[:1])}"
+
+
+def _import_named(data: Mapping[str, Any], options: type, overrides: Sequence[Override], where: str) -> None:
+    """Import what ``imports`` names, of a command line or else of the file: other keys may hold what it registers."""
+    place = locate({}, options, "imports", "imports")
+    assert place.option is not None
+    named = check_value(data.get("imports"), place.option, "imports", where)
+    for override in overrides:
+        named = _typed(override, place) if override.key == "imports" else named
+    import_own(named or [], where)
 
 
 def _configs_beside(path: Path) -> list[str]:
@@ -146,11 +169,11 @@ def _configs_beside(path: Path) -> list[str]:
     return sorted(p.name for p in path.parent.iterdir() if p.suffix in (".py", ".json", ".yaml", ".yml"))
 
 
-def _checked_file(data: dict, options: type, where: str) -> dict:
-    """Content of a file with aliases resolved and values in the schema's types."""
+def _checked_file(data: dict, options: type, overrides: Sequence[Override], where: str) -> dict:
+    """Content of a file with aliases resolved and values in the schema's types, once ``imports`` are imported."""
     for key in IGNORED_KEYS:
         data.pop(key, None)
-    import_own(data.get("imports"), where)
+    _import_named(data, options, overrides, where)
     for key in [key for key in data if key in options.aliases]:  # type: ignore[attr-defined]
         value = data.pop(key)
         if value is not None:

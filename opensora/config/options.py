@@ -14,7 +14,7 @@ import operator
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_type_hints
 
 from opensora.config.choices import CONDITIONS, SOLVERS, Choices
 from opensora.utils.errors import UserError
@@ -164,6 +164,31 @@ class DatasetOptions(Component):
     main_key: ClassVar[str] = "data_path"
 
     data_path: str | None = opt(None, "csv or parquet table")
+
+
+def check_group(group: Any, base: type[Options], owner: str) -> None:
+    """Refuse what is no option group, when it is registered.
+
+    Args:
+        group: of the user's own.
+        base: group that it must derive from.
+        owner: what it belongs to, for messages.
+
+    Raises:
+        UserError: says what is wrong with it.
+    """
+    if not (isinstance(group, type) and issubclass(group, base)):
+        raise UserError(f"{owner}: the option group {group!r} must be a class derived from {base.__name__}")
+    if "__dataclass_fields__" not in vars(group) and vars(group).get("__annotations__"):
+        raise UserError(f"{owner}: write @dataclass(frozen=True, kw_only=True) above the option group {group.__name__}")
+    known = {key.name for key in dataclasses.fields(base)}
+    bare = [key.name for key in dataclasses.fields(group) if not key.metadata and key.name not in known]
+    if bare:
+        raise UserError(f"{owner}: {group.__name__}.{bare[0]}: write it as `{bare[0]}: TYPE = opt(DEFAULT, HELP)`")
+    try:
+        get_type_hints(group)
+    except NameError as error:
+        raise UserError(f"{owner}: a type in {group.__name__} cannot be read: {error}") from None
 
 
 def default_of(key: dataclasses.Field) -> Any:

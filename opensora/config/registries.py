@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from mmengine.registry import Registry
 
-from opensora.config.options import DatasetOptions, ModelOptions
+from opensora.config.choices import check_whole, is_again
+from opensora.config.options import DatasetOptions, ModelOptions, Options, check_group
 from opensora.utils.errors import UserError
 
 
@@ -36,7 +37,7 @@ class LazyRegistry(Registry):
     user's own module (``@MODELS.register_module("name", config=Group)``) work as in any mmengine registry.
     """
 
-    def __init__(self, name: str, entries: Mapping[str, Entry], base: type) -> None:
+    def __init__(self, name: str, entries: Mapping[str, Entry], base: type[Options]) -> None:
         super().__init__(name)
         self.base = base  # option group of a section whose type has none
         self.entries = MappingProxyType(dict(entries))
@@ -66,17 +67,32 @@ class LazyRegistry(Registry):
         """Register a factory; as mmengine's, and with the option group that it takes as its first argument.
 
         Without ``config`` the keys of a section reach the factory as keyword arguments.
+
+        Raises:
+            UserError: the name is taken by another factory, a class lacks methods of its contract, or ``config`` is no
+                option group.
         """
-        register = super().register_module(name, force, module)
-        if config is None:
-            return register
 
-        def remember(factory: Any) -> Any:
-            for key in [name] if isinstance(name, str) else name or [factory.__name__]:
-                self._configs[key] = config
-            return register(factory) if module is None else factory
+        def register(factory: Any) -> Any:
+            names = [name] if isinstance(name, str) else name or [factory.__name__]
+            for key in names:
+                check_whole(f"the {self.name} {key!r}", factory)
+                if config is not None:
+                    check_group(config, self.base, f"the {self.name} {key!r}")
+                if not force and self._is_taken(key, factory):
+                    raise UserError(f"the {self.name} {key!r} is there already: register yours under another name")
+            super(LazyRegistry, self).register_module(names, True, factory)
+            self._configs = {key: group for key, group in self._configs.items() if key not in names}
+            self._configs.update(dict.fromkeys(names, config) if config is not None else {})
+            return factory
 
-        return remember if module is None else remember(module)
+        return register if module is None else register(module)
+
+    def _is_taken(self, name: str, factory: Any) -> bool:
+        """Whether a name stands for another factory, imported or not."""
+        if name in self.module_dict:
+            return not is_again(self.module_dict[name], factory)
+        return name in self.entries and factory.__module__ != self.entries[name].module
 
     def config_of(self, name: str) -> type | None:
         """Option group of a registered name; None for names that have none."""

@@ -70,7 +70,10 @@ def get_spans(cond_type: str) -> tuple[Span, ...]:
     """
     if cond_type not in CONDITIONS:
         raise UserError(f"unknown cond_type {cond_type!r}; valid: {CONDITIONS.listing}")
-    return CONDITIONS.get(cond_type)
+    spans = CONDITIONS.get(cond_type)
+    if not isinstance(spans, tuple) or not all(isinstance(span, Span) for span in spans):
+        raise UserError(f"cond_type {cond_type!r} is {spans!r}: a condition is a tuple of Span")
+    return spans
 
 
 def fits(cond_type: str, latent_frames: int, is_causal: bool) -> bool:

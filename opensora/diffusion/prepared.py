@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ from opensora.diffusion.lora import check_loras
 from opensora.diffusion.plan import SamplePlan, image_plan, make_plan, starts_from_picture
 from opensora.models.autoencoder import LatentSpec, as_autoencoder
 from opensora.models.build import build_on_meta, check_capacity, check_weights
-from opensora.models.mmdit import MMDiTConfig
+from opensora.models.diffusion import DiffusionConfig, DiffusionModel, as_diffusion_model
 from opensora.models.text.config import TextEmbedderConfig
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -63,6 +62,9 @@ class PreparedRun:
         _check_channels(cfg, models["model"], models["ae"])
         if plan.method == "distill" and not _config(models["model"]).guidance_embed:
             logger.warning("method distill: the model has no guidance_embed, so that guidance has no effect")
+        if plan.step_cache is not None and not as_diffusion_model(models["model"]).takes_step_cache:
+            kind = type(models["model"]).__name__
+            raise UserError(f"sampling_option.step_cache={plan.step_cache}: {kind} takes no step cache")
         cond_type = starts_from_picture(cfg.cond_type) if cfg.use_t2i2v else cfg.cond_type
         if get_spans(cond_type):
             check_takes_references(models["model"], cond_type)
@@ -74,9 +76,9 @@ class PreparedRun:
         return cls(cfg, device, dtype, sections, models, plan, picture)
 
     @property
-    def model_config(self) -> MMDiTConfig:
-        """Of the video model."""
-        return _config(self.models["model"])
+    def model(self) -> DiffusionModel:
+        """The video model, on meta."""
+        return as_diffusion_model(self.models["model"])
 
     def plans(self, cond_types: Iterable[str]) -> list[SamplePlan]:
         """One for each condition that prompts ask for, which the model and the length must suit.
@@ -156,8 +158,8 @@ def needed_sections(cfg: InferenceOptions) -> dict[str, ModelOptions]:
     return {name: section for name, section in found.items() if section is not None}
 
 
-def _config(model: nn.Module) -> MMDiTConfig:
-    config: Any = model.config
+def _config(model: nn.Module) -> DiffusionConfig:
+    config: DiffusionConfig = as_diffusion_model(model).config
     return config
 
 

@@ -23,15 +23,17 @@ ABSENT = "weights that are not at hand"
 
 
 def _encoder_fingerprint(
-    name: str, section: ModelOptions, must_exist: bool, ignored: Sequence[str] = ()
+    name: str, section: ModelOptions, must_exist: bool, ignored: Sequence[str] = (), has_weights: bool = True
 ) -> dict[str, Any]:
     path = section.from_pretrained
+    kept = {k: v for k, v in sorted(section.to_dict().items()) if k not in (*WHEREABOUTS, *ignored) and v is not None}
+    fingerprint = {f"{name}.{key}": list(v) if isinstance(v, tuple) else v for key, v in kept.items()}
+    if not has_weights:
+        return fingerprint
     if not path:
         raise UserError(
             f"{name}.from_pretrained is not set: what an encoder with random weights makes is of no use later"
         )
-    kept = {k: v for k, v in sorted(section.to_dict().items()) if k not in (*WHEREABOUTS, *ignored) and v is not None}
-    fingerprint = {f"{name}.{key}": list(v) if isinstance(v, tuple) else v for key, v in kept.items()}
     if not must_exist and not Path(path).expanduser().exists():
         logger.warning("%s.from_pretrained %s is not here: not compared with the weights of the cache", name, path)
         return {**fingerprint, f"{name}.from_pretrained": ABSENT}
@@ -59,6 +61,7 @@ def video_fingerprint(
     source: DatasetOptions,
     dtype: torch.dtype,
     must_exist: bool = True,
+    has_weights: bool = True,
 ) -> dict[str, Any]:
     """What latents depend on: autoencoder and weights, precision, and the rules that choose and fit frames.
 
@@ -68,8 +71,9 @@ def video_fingerprint(
         source: section of the clips' dataset.
         dtype: precision that clips are encoded in.
         must_exist: refuse weights that are not at hand, instead of leaving them uncompared.
+        has_weights: whether the autoencoder has any.
     """
-    encoder = _encoder_fingerprint("ae", ae, must_exist, ignored=scaling_keys)
+    encoder = _encoder_fingerprint("ae", ae, must_exist, scaling_keys, has_weights)
     return {**encoder, **source_fingerprint(source), "dtype": str(dtype)}
 
 

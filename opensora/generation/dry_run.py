@@ -3,13 +3,12 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from opensora.diffusion.prepared import TEXT_ENCODERS, PreparedRun, text_length
 from opensora.diffusion.velocity import MAX_TOKENS_AT_ONCE
 from opensora.generation.jobs import Job
 from opensora.models.build import count_parameters
-from opensora.models.mmdit.flops import activation_bytes, forward_flops
+from opensora.models.diffusion import as_diffusion_model
 from opensora.utils.weights import read_header
 
 
@@ -19,9 +18,9 @@ def dry_run_report(run: PreparedRun, jobs: Sequence[Job]) -> str:
     plans = run.plans(job.request.cond_type for job in jobs)
     plans.sort(key=lambda plan: plan.forwards, reverse=True)  # the most costly first
     plan = plans[0]
-    model: Any = run.models["model"]
+    model = run.model
     counts = {name: count_parameters(model) for name, model in run.models.items()}
-    unset = [name for name in run.models if not run.sections[name].from_pretrained]
+    unset = [name for name in run.models if not run.sections[name].from_pretrained and counts[name]]
     uncounted = []
     for name in TEXT_ENCODERS:
         found = encoder_parameters(run.sections[name].from_pretrained)
@@ -30,7 +29,7 @@ def dry_run_report(run: PreparedRun, jobs: Sequence[Job]) -> str:
         else:
             counts[name] = found
     text_tokens = text_length(run.sections["t5"])
-    flops = forward_flops(model, plan.tokens, text_tokens) * plan.forwards
+    flops = model.forward_flops(plan.tokens, text_tokens) * plan.forwards
     tokens = plan.tokens + text_tokens
     batch = cfg.batch_size
     branches = 1 if plan.method == "distill" else 3 if plan.has_image else 2
@@ -48,7 +47,7 @@ def dry_run_report(run: PreparedRun, jobs: Sequence[Job]) -> str:
         f"device       {run.device}, {cfg.dtype}, offload {'on' if cfg.offload else 'off'}",
         *(f"parameters   {count / 1e6:,.1f}M {name}" for name, count in counts.items()),
         f"memory       about {_size(weights)} of weights on the device{without}, and "
-        f"{_size(activation_bytes(model, tokens, rows, run.dtype))} of activations while sampling",
+        f"{_size(model.activation_bytes(tokens, rows, run.dtype))} of activations while sampling",
         f"compute      about {flops / 1e12:,.3g} TFLOP per sample",
         *_picture_lines(run, text_tokens),
         *(f"weights      {name}: random, no from_pretrained" for name in unset),
@@ -78,8 +77,7 @@ def _picture_lines(run: PreparedRun, text_tokens: int) -> list[str]:
     plan = run.picture
     if plan is None:
         return []
-    model: Any = run.models["img_flux"]
-    flops = forward_flops(model, plan.tokens, text_tokens) * plan.forwards
+    flops = as_diffusion_model(run.models["img_flux"]).forward_flops(plan.tokens, text_tokens) * plan.forwards
     return [
         f"picture      {plan.height} x {plan.width} first, {plan.tokens} tokens, {plan.forwards} forwards, about "
         f"{flops / 1e12:,.3g} TFLOP"

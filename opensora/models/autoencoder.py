@@ -163,6 +163,10 @@ class Autoencoder(Protocol):
         """
         return
 
+    def forget_decoder(self) -> None:
+        """Free the room of what only `decode` needs, which is over then; here the submodule ``decoder``, if any."""
+        vars(self).get("_modules", {}).pop("decoder", None)
+
     def inflate_from_images(self) -> bool:
         """Go over from single frames to clips, in place: each frame is then coded as the picture it was trained as.
 

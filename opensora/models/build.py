@@ -38,7 +38,7 @@ def build_ready(
     Without ``from_pretrained`` it starts from random weights, and the log says so.
     """
     model = build_module(section, MODELS, device_map=device, torch_dtype=dtype).eval().requires_grad_(False)
-    if not section.from_pretrained and not released_weights(section):
+    if not section.from_pretrained and not released_weights(section) and count_parameters(model):
         logger.warning("%s: random weights (%s.from_pretrained is not set), so its output means nothing", name, name)
     return model
 

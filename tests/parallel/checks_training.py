@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from opensora.acceleration.parallel_context import ParallelContext, Sizes
+from opensora.acceleration.plugins import NATIVE
 from opensora.config import parse_config
 from opensora.config.commands import TrainOptions
 from opensora.training.checkpoint.folder import load_weights
@@ -22,6 +23,7 @@ from opensora.training.report.metrics import Mean, MetricLog, Rate
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_video
 from tests.conftest import tiny_inference_config
+from tests.integration.own_package import with_page, write_package
 from tests.parallel.harness import assert_close
 
 
@@ -174,6 +176,20 @@ def refusals(folder: Path) -> None:
             Trainer(parse_config([config, *map(str, words)], TrainOptions), 0, 2)
 
 
-CHECKS = [layouts, data_parallel, curves, bfloat16, refusals]
+def own_types(folder: Path) -> None:
+    """What a package of a user's own adds, diffusion model included, trains under both engines alike."""
+    if dist.get_rank() == 0:
+        write_package(folder)
+        small = {"dataset": {"type": "moving_bars", "count": 8, "side": 32}, "num_workers": 1}
+        config = tiny_run(folder, **{**with_page({}, "train.py"), **small})
+        keys = ("in_channels", "vec_in_dim", "context_in_dim", "cond_embed")
+        model = {"type": "plain_transformer", **{key: tiny_inference_config()["model"][key] for key in keys}}
+        (folder / "own_model.py").write_text(f"_base_ = [{str(config)!r}]\nmodel = dict(_delete_=True, **{model!r})\n")
+    dist.barrier()
+    words = ("--max-steps", 1, "--plugin")
+    compare(*(run(str(folder / "own_model.py"), [*words, name, "--exp-name", name]) for name in NATIVE), step=1)
+
+
+CHECKS = [layouts, data_parallel, curves, bfloat16, refusals, own_types]
 if importlib.util.find_spec("colossalai") is not None:
     CHECKS.append(booster)

@@ -51,7 +51,7 @@ def build_pipeline(cfg: InferenceOptions, device: torch.device, random_weights: 
     if not random_weights:
         return VideoPipeline.from_config(cfg, device)
     run = PreparedRun.of(cfg, device)
-    dtype, config = run.dtype, run.model_config
+    dtype, config = run.dtype, run.model.config
     home = torch.device("cpu") if cfg.offload else device
     models: dict[str, nn.Module] = {}
     widths = {"t5": config.context_in_dim, "clip": config.vec_in_dim}

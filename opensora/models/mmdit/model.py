@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from opensora.config.keys import given_config
-from opensora.models.kinds import WeightKind
+from opensora.models.diffusion import DiffusionModel
+from opensora.models.kinds import Shapes, WeightKind
 from opensora.models.mmdit.attention import JointAttention, Rotary, resolve_attention, rotary_table
 from opensora.models.mmdit.config import MMDiTConfig
+from opensora.models.mmdit.flops import activation_bytes, forward_flops
 from opensora.models.mmdit.layers import (
     DoubleStreamBlock,
     LastLayer,
@@ -24,26 +25,27 @@ from opensora.registry import MODELS
 from opensora.utils.weights_loading import load_model
 
 TIME_EMBED_DIM = 256
+ALL_BLOCKS = 10**6
 
 RunBlocks = Callable[[Tensor, Tensor, Tensor, Rotary], Tensor]
 """``run(img, txt, vec, rope)``: image tokens after all blocks, see :meth:`MMDiTModel.run_blocks`."""
 
 
-class MMDiTModel(nn.Module):
+class MMDiTModel(DiffusionModel):
     """Multimodal diffusion transformer of FLUX.1 and Open-Sora 2.0 (arXiv:2403.03206, arXiv:2503.09642).
 
     Written for one device: parallelism replaces the blocks' ``attention`` modules and shards the inputs in hooks.
-    `recompute` is what runs a checkpointed block; an engine may replace it (for instance to offload activations).
 
     Args:
         config: sizes and layouts.
     """
 
+    takes_step_cache = True
+
     def __init__(self, config: MMDiTConfig):
         super().__init__()
         self.config = config
         self.grad_ckpt_settings = tuple(config.grad_ckpt_settings or (0, 0))
-        self.recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
         backend = resolve_attention(config.attn_backend)
         hidden = config.hidden_size
 
@@ -108,11 +110,26 @@ class MMDiTModel(nn.Module):
         rope = rotary_table(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
         return x, self.txt_in(txt), vec, rope
 
-    def run_block(self, block: nn.Module, checkpointed: bool, *args: Any) -> Any:
-        """Run one block, keeping only its inputs for the backward pass if ``checkpointed``."""
-        if checkpointed and self.training and torch.is_grad_enabled():
-            return self.recompute(block, *args)
-        return block(*args)
+    def set_grad_checkpoint(self, enabled: bool) -> None:
+        """Of the numbers of double and single blocks, from the first, that the config says; else of all."""
+        chosen = tuple(self.config.grad_ckpt_settings or (ALL_BLOCKS, ALL_BLOCKS))
+        self.grad_ckpt_settings = chosen if enabled else (0, 0)
+
+    def forward_flops(self, image_tokens: int, text_tokens: int) -> float:
+        """See :func:`opensora.models.mmdit.flops.forward_flops`."""
+        return forward_flops(self, image_tokens, text_tokens)
+
+    def activation_bytes(self, tokens: int, rows: int, dtype: torch.dtype) -> float:
+        """See :func:`opensora.models.mmdit.flops.activation_bytes`."""
+        return activation_bytes(self, tokens, rows, dtype)
+
+    def file_metadata(self) -> dict[str, str]:
+        """See :func:`opensora.models.mmdit.loading.layout_metadata`."""
+        return layout_metadata(self.config)
+
+    def explain_mismatch(self, shapes: Shapes, strict: bool = True) -> list[str]:
+        """See :func:`opensora.models.mmdit.loading.explain_mismatch`."""
+        return explain_mismatch(self.config, shapes, strict)
 
     def forward(
         self,

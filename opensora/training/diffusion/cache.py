@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from opensora.acceleration.devices import pick_device, torch_dtype
 from opensora.config.commands import CacheOptions, TrainOptions
@@ -21,7 +21,7 @@ from opensora.encoded.fingerprint import describe_changes, text_fingerprint, vid
 from opensora.encoded.store import WHOLE, CacheInfo
 from opensora.encoded.writer import CacheWriter, make_plan
 from opensora.models.autoencoder import Autoencoder
-from opensora.models.build import check_weights
+from opensora.models.build import check_weights, count_parameters
 from opensora.registry import MODELS, build_module
 from opensora.training.diffusion.encoders import cache_folder, meta_autoencoder
 from opensora.utils.errors import UserError
@@ -80,7 +80,8 @@ def check_cache(cfg: TrainOptions, dataset: ClipSource, ae: Autoencoder | None =
 
 def _video_fingerprint(cfg: TrainOptions, ae: Autoencoder, must_exist: bool = True) -> dict[str, Any]:
     assert cfg.ae is not None
-    return video_fingerprint(cfg.ae, ae.scaling_keys, source_section(cfg), torch_dtype(cfg.dtype), must_exist)
+    dtype, has_weights = torch_dtype(cfg.dtype), not isinstance(ae, nn.Module) or count_parameters(ae) > 0
+    return video_fingerprint(cfg.ae, ae.scaling_keys, source_section(cfg), dtype, must_exist, has_weights)
 
 
 def _text_fingerprint(cfg: TrainOptions, must_exist: bool = True) -> dict[str, Any]:

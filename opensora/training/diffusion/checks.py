@@ -5,7 +5,6 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +18,7 @@ from opensora.config.options import ModelOptions, Options
 from opensora.datasets.buckets import BucketTable
 from opensora.models.autoencoder import Autoencoder, check_buckets
 from opensora.models.build import MAX_CPU_PARAMETERS, build_on_meta, check_weights, count_parameters
-from opensora.models.mmdit.loading import explain_mismatch, layout_metadata
+from opensora.models.diffusion import DiffusionModel, as_diffusion_model
 from opensora.training.checks import check_loop
 from opensora.training.diffusion.encoders import encoders_to_load, meta_autoencoder
 from opensora.training.diffusion.inputs import InputOptions
@@ -50,7 +49,7 @@ class TrainingPlan:
     """
 
     inputs: InputOptions
-    model: nn.Module
+    model: DiffusionModel
     ae: Autoencoder
     method: type[TrainingMethod]
     method_options: Options
@@ -75,7 +74,7 @@ def check_config(cfg: TrainOptions, world_size: int = 1) -> TrainingPlan:
     check_loop(cfg)
     if torch_dtype(cfg.dtype) == torch.float16:
         raise UserError(f"dtype={cfg.dtype}: training works in bf16 (with fp32 master weights) or fp32")
-    model, ae = build_on_meta(cfg.model), meta_autoencoder(cfg)
+    model, ae = as_diffusion_model(build_on_meta(cfg.model)), meta_autoencoder(cfg)
     _check_conditions(cfg, model)
     _check_sizes(cfg, model, ae)
     check_buckets(cfg.bucket_config, ae)
@@ -87,6 +86,8 @@ def check_config(cfg: TrainOptions, world_size: int = 1) -> TrainingPlan:
     check_trackers(cfg)
     check_validation(cfg)
     method = METHODS.get(cfg.training_method)
+    if not (isinstance(method, type) and issubclass(method, TrainingMethod)):
+        raise UserError(f"training_method={cfg.training_method}: {method!r} is no class derived from TrainingMethod")
     options = read_group(method.options, cfg.training_method_config or {}, "training_method_config", cfg.config_path)
     method.check(cfg, options, model)
     samples = sampling_config(cfg) if cfg.samples else None
@@ -107,7 +108,7 @@ def _input_options(cfg: TrainOptions, multiple: int) -> InputOptions:
     )
 
 
-def _check_conditions(cfg: TrainOptions, model: Any) -> None:
+def _check_conditions(cfg: TrainOptions, model: DiffusionModel) -> None:
     weights = cfg.condition_config
     for name in weights or {}:
         if name not in CONDITIONS:
@@ -118,7 +119,7 @@ def _check_conditions(cfg: TrainOptions, model: Any) -> None:
         )
 
 
-def _check_sizes(cfg: TrainOptions, model: Any, ae: Autoencoder) -> None:
+def _check_sizes(cfg: TrainOptions, model: DiffusionModel, ae: Autoencoder) -> None:
     """Channels, patches and text widths of the sections against each other."""
     patch, channels = cfg.patch_size, ae.latent_channels
     expected = channels * patch**2
@@ -171,7 +172,7 @@ def _check_parts(cfg: TrainOptions, world_size: int) -> None:
         raise UserError("lora_config: adapters are trained with whole weights on every rank: use --plugin ddp")
 
 
-def check_resources(cfg: TrainOptions, model: nn.Module, device: torch.device, resume: Path | None) -> None:
+def check_resources(cfg: TrainOptions, model: DiffusionModel, device: torch.device, resume: Path | None) -> None:
     """See that weights are there, readable and of this architecture, and that the device is up to the model.
 
     Args:
@@ -206,7 +207,7 @@ def check_resources(cfg: TrainOptions, model: nn.Module, device: torch.device, r
         read_adapter(resume / "lora")
 
 
-def check_architecture(model: Any, path: Path, strict: bool) -> None:
+def check_architecture(model: DiffusionModel, path: Path, strict: bool) -> None:
     """Compare weights on disk with a model on the meta device, before either is loaded.
 
     Raises:
@@ -215,8 +216,8 @@ def check_architecture(model: Any, path: Path, strict: bool) -> None:
     check_match(
         model,
         open_weights(path),
-        explain=partial(explain_mismatch, model.config, strict=strict),
-        metadata=layout_metadata(model.config),
+        explain=partial(model.explain_mismatch, strict=strict),
+        metadata=model.file_metadata(),
         allow_missing=() if strict else ("cond_in.",),
         allow_unexpected=() if strict else ("cond_in.", "guidance_in."),
     )

@@ -13,7 +13,7 @@ from opensora.config.commands import TrainOptions
 from opensora.config.options import SchedulerOptions
 from opensora.datasets.dataloader import endless, prefetch
 from opensora.encoded.memory import EncodedMemory
-from opensora.models.mmdit.loading import layout_metadata
+from opensora.models.diffusion import as_diffusion_model
 from opensora.training.checkpoint.folder import load_weights
 from opensora.training.diffusion.cache import build_dataset, check_cache
 from opensora.training.diffusion.checks import check_config, check_resources
@@ -98,7 +98,7 @@ class Trainer:
                 stack.callback(hook.close)
             loop = TrainLoop(
                 [model, *method.roles], weights, ema, log, folder, self._settings(), start.states, len(self.sampler),
-                layout_metadata(plain.config), timer,
+                plain.file_metadata(), timer,
             )  # fmt: skip
             batches = endless(self.loader, self.sampler, start.states.micro_step)
             loop.run(prefetch(batches, start.device, start.dtype), method, hooks)
@@ -112,7 +112,7 @@ class Trainer:
         ae, t5, clip = (known[name] if name in known else self._build(name) for name in ("ae", "t5", "clip"))
         use_shardformer(t5)
         if not cfg.samples:
-            del ae.decoder  # training only encodes
+            ae.forget_decoder()  # training only encodes
         encoder = InputEncoder(ae.eval().requires_grad_(False), t5, clip, self.plan.inputs, self.memory)
         if cfg.warmup_ae and "ae" not in known:
             self._warm_up(ae)
@@ -179,8 +179,8 @@ class Trainer:
         self, engine: Engine, weights: TrainedWeights, encoder: InputEncoder, timer: StageTimer
     ) -> TrainingMethod:
         context = MethodContext(
-            self.cfg, self.plan.method_options, self.start, engine.model, weights.model, encoder, timer,
-            self.total_steps,
+            self.cfg, self.plan.method_options, self.start, engine.model, as_diffusion_model(weights.model), encoder,
+            timer, self.total_steps,
         )  # fmt: skip
         device = self.start.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

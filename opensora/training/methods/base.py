@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from opensora.config.commands import TrainOptions
-from opensora.config.options import OptimOptions, Options, SchedulerOptions
+from opensora.config.options import OptimOptions, Options, SchedulerOptions, check_group
+from opensora.models.diffusion import DiffusionModel
 from opensora.training.diffusion.inputs import InputEncoder
 from opensora.training.report.metrics import StageTimer
 from opensora.training.roles import Role, Turn
@@ -50,7 +51,7 @@ class MethodContext:
     options: Any
     run: Run
     model: nn.Module
-    plain: nn.Module
+    plain: DiffusionModel
     encode: InputEncoder
     timer: StageTimer
     total_steps: int
@@ -84,6 +85,10 @@ class TrainingMethod(ABC):
     """
 
     options: ClassVar[type[Options]] = Options
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        check_group(cls.options, Options, f"the training method {cls.__name__}")
 
     def __init__(self, context: MethodContext) -> None:
         self.context = context

@@ -1,11 +1,8 @@
 """How much arithmetic a training step is, and how much a device could do."""
 
-from typing import Any
-
 import torch
-from torch import nn
 
-from opensora.models.mmdit.flops import forward_flops
+from opensora.models.diffusion import DiffusionModel
 
 # Peak of dense bf16 / fp16 matrix products in TFLOP/s, without sparsity, from the makers' data sheets. The first name
 # that the device's name contains counts.
@@ -42,18 +39,18 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 class TrainingFlops:
-    """Operations of one training sample (forward and backward) of an MMDiT, by its size.
+    """Operations of one training sample (forward and backward) of a diffusion model, by its size.
 
     The backward pass costs one forward for the gradients of the activations, and one more for those of the weights,
     in the share of them that is trained. Blocks that are computed again do not count: this is the work of the model,
     not of the method (the usual definition of MFU).
 
     Args:
-        model: the MMDiT, adapters included.
+        model: adapters included.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model: Any = model
+    def __init__(self, model: DiffusionModel) -> None:
+        self._model = model
         counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
         self.trained_share = sum(n for n, trained in counts if trained) / max(sum(n for n, _ in counts), 1)
         self._known: dict[tuple[int, int], float] = {}
@@ -62,5 +59,5 @@ class TrainingFlops:
         """Floating-point operations, 2 per multiply-add."""
         key = (image_tokens, text_tokens)
         if key not in self._known:
-            self._known[key] = forward_flops(self._model, *key) * (2 + self.trained_share)
+            self._known[key] = self._model.forward_flops(*key) * (2 + self.trained_share)
         return self._known[key]

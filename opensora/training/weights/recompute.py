@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from opensora.models.diffusion import DiffusionModel
 from opensora.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-ALL_BLOCKS = 10**6
 ALIGNMENT = 256  # bytes; keeps copies on boundaries that every device likes
 
 
@@ -147,17 +147,15 @@ class OffloadedRecompute:
         return parked
 
 
-def apply_recompute(model: Any, enabled: bool, buffer_size: int, device: torch.device) -> None:
-    """Set up gradient checkpointing of an MMDiT.
+def apply_recompute(model: DiffusionModel, enabled: bool, buffer_size: int, device: torch.device) -> None:
+    """Set up gradient checkpointing.
 
     Args:
-        model: its config's ``grad_ckpt_settings`` are the numbers of double and single blocks, from the first, that
-            recompute; without them all do.
+        model: see :meth:`DiffusionModel.set_grad_checkpoint`.
         enabled: ``grad_checkpoint`` of the training config.
         buffer_size: bytes of host memory for the inputs of those blocks; 0 keeps them on the device.
         device: where the model is.
     """
-    settings = model.config.grad_ckpt_settings or (ALL_BLOCKS, ALL_BLOCKS)
-    model.grad_ckpt_settings = tuple(settings) if enabled else (0, 0)
+    model.set_grad_checkpoint(enabled)
     if enabled and buffer_size:
         model.recompute = OffloadedRecompute(buffer_size, device)
