@@ -87,7 +87,8 @@ def join(cfg: InferenceOptions, device: torch.device, processes: Torchrun) -> Pa
     """Groups of ranks that make samples together, each rank on its own without a parallel plugin."""
     if processes.world_size == 1:
         return ParallelContext(device=device)
-    return ParallelContext.create(Sizes.of(cfg.plugin, cfg.plugin_config), device)
+    plugin = cfg.plugin if cfg.plugin == "hybrid" else None  # others do nothing in sampling
+    return ParallelContext.create(Sizes.of(plugin, cfg.plugin_config), device)
 
 
 def check_requests(run: PreparedRun, requests: Sequence[Request]) -> None:
