@@ -6,6 +6,15 @@ from typing import Any
 
 from opensora.utils.errors import UserError
 
+MOST_LETTERS = 100_000  # encoders take a few thousand
+
+
+def check_prompt(text: str, where: str) -> str:
+    """The text, unless it is too long for one; raises a UserError then."""
+    if len(text) > MOST_LETTERS:
+        raise UserError(f"{where}: a text of {len(text):,} letters; a prompt has at most {MOST_LETTERS:,}")
+    return text
+
 
 def add_fps(text: str, fps: float) -> str:
     """Prompt with ``... 24 FPS.`` at its end, unless it has that already."""

@@ -12,7 +12,7 @@ from opensora.datasets.table import row_name
 from opensora.diffusion.conditions import get_spans
 from opensora.diffusion.plan import starts_from_picture
 from opensora.diffusion.references import locate_references
-from opensora.diffusion.wording import check_motion_score, check_seed, final_text
+from opensora.diffusion.wording import check_motion_score, check_prompt, check_seed, final_text
 from opensora.registry import DATASETS, build_module
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -129,14 +129,14 @@ def _request(
         raise UserError(f"{where}: fps {fps:g} must be above 0 and at most 1000")
     seed = _seed(cell("seed"), where) if cell("seed") else cfg.sampling_option.seed
     return Request(
-        text=cell("text"),
+        text=check_prompt(cell("text"), where),
         index=index,
         where=where,
         name=cell("name") or None,
         ref=cell("ref") if refs else "",
         refs=tuple(refs),
         cond_type=cond_type,
-        neg=cell("neg"),
+        neg=check_prompt(cell("neg"), f"{where}: neg"),
         fps=fps,
         motion_score=check_motion_score(cell("motion_score") or cfg.motion_score, where),
         seed=None if seed is None else check_seed(seed, where),

@@ -83,6 +83,15 @@ def test_a_picture_of_the_users_own_takes_the_place_of_a_drawn_one(tiny_config, 
     assert [(request.cond_type, len(request.refs)) for request in requests] == [("i2v_head", 0), ("i2v_head", 1)]
 
 
+def test_a_book_is_no_prompt(tiny_config, tmp_path):
+    (tmp_path / "t.csv").write_text(f"text,neg\na,b\na,{'x' * 200_000}\n")
+    section = {"type": "text", "data_path": str(tmp_path / "t.csv")}
+    with pytest.raises(UserError, match=r"row 3: neg: a text of 200,000 letters; a prompt has at most 100,000"):
+        read_requests(load_config({**tiny_config, "dataset": section}, InferenceOptions), tmp_path)
+    with pytest.raises(UserError, match="--prompt: a text of 20,000,000 letters"):
+        read_requests(load_config({**tiny_config, "prompt": "x" * 20_000_000}, InferenceOptions), tmp_path)
+
+
 def test_nothing_to_make(tiny_config, tmp_path):
     with pytest.raises(UserError, match="nothing to make: give --prompt"):
         read_requests(load_config(tiny_config, InferenceOptions), tmp_path)
