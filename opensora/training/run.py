@@ -144,8 +144,12 @@ class Run:
             if end is not None and in_epochs < end:
                 logger.info("epochs=%s end the run at step %d, before max_steps=%d", cfg.epochs, in_epochs, end)
             end = in_epochs if end is None else min(end, in_epochs)
-        if self.states.global_step >= end and cfg.resume:
-            assert self.resume is not None
+        if end == 0:
+            raise UserError(
+                f"epochs={cfg.epochs}: that makes no optimizer step of accumulation_steps={cfg.accumulation_steps} "
+                "batches; raise epochs, or lower accumulation_steps or the batch sizes in bucket_config"
+            )
+        if self.resume is not None and cfg.resume and self.states.global_step >= end:
             raise RunComplete(self.resume.parent, self.states.global_step)
         if self.states.global_step >= end:
             raise UserError(
@@ -313,6 +317,13 @@ class Run:
             save_masters=save_masters,
             shard_bytes=int(cfg.ckpt_shard_size_gb * 2**30),
         )
+
+
+def log_data(sampler: BucketBatchSampler, steps: str) -> None:
+    """Say which steps are to be done on which rows, and what a user should know of these."""
+    if sampler.notice:
+        logger.warning("%s", sampler.notice)
+    logger.info("%s\n%s", steps, sampler.describe())
 
 
 def log_size(module: nn.Module, what: str, device: torch.device) -> None:

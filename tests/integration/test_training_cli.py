@@ -120,6 +120,17 @@ def test_a_run_ends_at_max_steps_or_after_its_epochs(diffusion, vae, caplog):
         assert last_step("--max-steps", "none", "--epochs", "1") == before + 3
 
 
+def test_one_clip_trains(diffusion, vae, table, tmp_path, capsys):
+    one = tmp_path / "one.csv"
+    one.write_text("\n".join(Path(table).read_text().splitlines()[:2]))
+    for trainer, options, config in ((Trainer, TrainOptions, diffusion), (VAETrainer, VaeTrainOptions, vae)):
+        train(trainer, options, config, "--dataset.data-path", one, "--max-steps", 3, "--exp-name", options.__name__)
+        notices = re.findall(r"WARNING \| .*fewer clips than a batch.*", capsys.readouterr().err)
+        assert len(notices) == (2 if trainer is VAETrainer else 1), "one for each stage"
+    with pytest.raises(UserError, match="epochs=1: that makes no optimizer step of accumulation_steps=2"):
+        train(Trainer, TrainOptions, diffusion, "--dataset.data-path", one, "--epochs", 1, "--accumulation-steps", 2)
+
+
 def test_resuming_says_what_and_from_which_step(diffusion, capsys):
     folder = train(Trainer, TrainOptions, diffusion, "--exp-name", "one", "--max-steps", 1)
     Trainer(parse_config([diffusion, "--load", "latest"], TrainOptions))
