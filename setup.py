@@ -20,6 +20,7 @@ setup(
         "peft>=0.14",
         "pillow>=11.3",
         "protobuf>=4",
+        "psutil>=5.9",
         "pyarrow>=15",
         "safetensors>=0.4.5",
         "scikit-image>=0.22",

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from opensora.config.choices import CONDITIONS, METHODS
 from opensora.config.options import (
     AE_KNOWS,
+    MANY_ROWS,
     MANY_WORKERS,
     MAX_SEED,
     DatasetOptions,
@@ -81,6 +82,9 @@ class InferenceOptions(RunOptions):
         "prompt_refine": "refine_prompt",
     }
 
+    seed: int = opt(
+        1024, "seed of everything random except a sample's noise", least=0, most=MAX_SEED, none_is_default=True
+    )
     prompt: str | None = opt(None, "text of the video", verbatim=True)
     ref: str | None = opt(None, "picture or clip to start from, several separated by ;")
     cond_type: str = opt("t2v", "what the references fix", choices=CONDITIONS)
@@ -88,15 +92,19 @@ class InferenceOptions(RunOptions):
     dataset: DatasetOptions | None = component(
         "dataset", "prompts", "table of prompts, instead of prompt", {"type": "text"}
     )
-    start_index: int = opt(0, "first row of the table")
-    end_index: int | None = opt(None, "row after the last one")
-    num_samples: int | None = opt(None, "rows from start_index, if there is no end_index", "rows")
-    batch_size: int = opt(1, "prompts sampled at a time", "prompts")
-    num_workers: int = opt(4, "processes that read data", no_effect=PROMPTS)
-    prefetch_factor: int | None = opt(None, "batches each of them reads ahead", "batches", no_effect=PROMPTS)
+    start_index: int = opt(0, "first row of the table", least=0, most=MANY_ROWS)
+    end_index: int | None = opt(None, "row after the last one", least=-MANY_ROWS, most=MANY_ROWS)
+    num_samples: int | None = opt(
+        None, "rows from start_index, if there is no end_index", "rows", least=1, most=MANY_ROWS
+    )
+    batch_size: int = opt(1, "prompts sampled at a time", "prompts", least=1, most=1024)
+    num_workers: int = opt(4, "processes that read data", least=0, most=MANY_WORKERS, no_effect=PROMPTS)
+    prefetch_factor: int | None = opt(
+        None, "batches each of them reads ahead", "batches", least=1, most=MANY_WORKERS, no_effect=PROMPTS
+    )
     sampling_option: SamplingOption = section(SamplingOption, "size, length and guidance", {}, fill=True)
-    num_sample: int = opt(1, "videos per prompt", "videos")
-    fps_save: int = opt(16, "frame rate of the file, also told to the model", "frames/s")
+    num_sample: int = opt(1, "videos per prompt", "videos", least=1, most=100_000)
+    fps_save: int = opt(16, "frame rate of the file, also told to the model", "frames/s", above=0, most=1000)
     motion_score: str | None = opt(None, "amount of motion told to the model: a number, or dynamic")
     refine_prompt: bool = opt(False, "let a language model write the prompt out")
     refine_model: str | None = opt(None, "folder or hub id of a local language model for that")
@@ -106,7 +114,7 @@ class InferenceOptions(RunOptions):
     ae: ModelOptions | None = component("model", "autoencoder", "video autoencoder")
     t5: ModelOptions | None = component("model", "text", "encoder of the text tokens")
     clip: ModelOptions | None = component("model", "text", "encoder of the pooled text vector")
-    patch_size: int = opt(2, "latent pixels per token side", "latent px")
+    patch_size: int = opt(2, "latent pixels per token side", "latent px", least=1, most=64)
     use_t2i2v: bool = opt(False, "make a picture from the prompt first, then a video from it")
     img_resolution: str = opt("768px", "pixel count of that picture, by name")
     img_flux: ModelOptions | None = component("model", "diffusion", "image diffusion model")
@@ -125,7 +133,7 @@ class InferenceOptions(RunOptions):
     plugin_config_ae: PluginOptions = section(
         PluginOptions, "its settings", {}, open=True, no_effect="tiles are divided over all ranks that share a video"
     )
-    grad_clip: float = opt(0.0, "gradient norm limit", no_effect="sampling computes no gradients")
+    grad_clip: float = opt(0.0, "gradient norm limit", least=0, no_effect="sampling computes no gradients")
     pretrained_lora_path: list[str] | str | None = opt(None, "PEFT adapters to load: folder, or folder@strength")
     merge_lora: bool = opt(True, "add adapters to the weights; false keeps them beside (slower, exact in bf16)")
 
@@ -137,7 +145,9 @@ class LoopOptions(Options):
     outputs: str = opt("./outputs", "folder of the experiments")
     exp_name: str | None = opt(None, "name of the experiment's folder; none makes one of time and config name")
     wait: bool = opt(False, "wait while another process writes to the same place, instead of refusing")
-    load: str | None = opt(None, "checkpoint folder to go on from")
+    load: str | None = opt(None, "checkpoint or experiment folder to go on from, or latest (below outputs)")
+    load_changed: bool = opt(False, "let --load latest and --resume go on with another table or config")
+    resume: Literal["auto"] | None = opt(None, "auto: go on from the newest checkpoint of exp_name, or start it")
     start_epoch: int | None = opt(None, "epoch to go on at, instead of the checkpoint's", least=0)
     start_step: int | None = opt(None, "step to go on at, instead of the checkpoint's", "steps", least=0)
     epochs: int | None = opt(None, "passes over the data at most; none is 1000 without max_steps", least=1)

@@ -10,7 +10,10 @@ from opensora.config.options import Options, check_bounds
 from opensora.config.registries import REGISTRIES, LazyRegistry
 from opensora.config.values import coerce, describe, mapping_types, parse_text
 from opensora.utils.errors import UserError
+from opensora.utils.logging import get_logger
 from opensora.utils.nearest import nearest_key
+
+logger = get_logger(__name__)
 
 Group = TypeVar("Group", bound=Options)
 
@@ -103,6 +106,7 @@ def check_value(value: Any, option: Option, path: str, where: str) -> Any:
         UserError: a value of another type, or a key that a section does not have.
     """
     if not option.is_section:
+        value = default_for_none(value, option.metadata, f"{where}: {path}")
         try:
             value = coerce(value, option.hint)
         except ValueError:
@@ -129,6 +133,21 @@ def check_value(value: Any, option: Option, path: str, where: str) -> Any:
             valid = [dotted for dotted, _, _ in walk_options(group, value, f"{path}.")] if group else []
             raise_unknown(f"{path}.{key}", valid, f"{where}: {path}.{key}")
     return checked
+
+
+def default_for_none(value: Any, metadata: Mapping[str, Any], shown: str) -> Any:
+    """The value, or the default where the key takes ``none`` for it, which the log says.
+
+    Args:
+        value: None, or the word on a command line.
+        metadata: of the key.
+        shown: the key as the user wrote it.
+    """
+    is_none = value is None or (isinstance(value, str) and value.lower() == "none")
+    if not is_none or not metadata.get("none_is_default"):
+        return value
+    logger.warning("%s none: the default is taken, %s", shown, metadata["default"])
+    return metadata["default"]
 
 
 def _check_type(name: Any, option: Option, path: str, where: str) -> None:

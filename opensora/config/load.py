@@ -13,13 +13,14 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from mmengine.config import Config
 
 from opensora.config.help import help_text
-from opensora.config.keys import Option, Place, as_group, check_value, group_options, locate
-from opensora.config.options import Options, check_bounds
+from opensora.config.keys import Option, Place, as_group, check_value, default_for_none, group_options, locate
+from opensora.config.options import AE_KNOWS, Options, check_bounds
 from opensora.config.values import coerce, describe, parse_text
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -27,8 +28,10 @@ from opensora.utils.logging import get_logger
 logger = get_logger(__name__)
 
 HELP_FLAGS = ("--help", "-h")
-# Keys that files written for Open-Sora 2.0 hold and that nothing needs: autoencoders know their compression.
-IGNORED_KEYS = ("ae_spatial_compression",)
+
+
+# Keys that configs and command lines of Open-Sora 2.0 hold and that nothing needs, and why.
+IGNORED_KEYS: Mapping[str, str] = MappingProxyType({"ae_spatial_compression": AE_KNOWS})
 
 
 class _Text(str):
@@ -171,9 +174,9 @@ def _configs_beside(path: Path) -> list[str]:
 
 def _checked_file(data: dict, options: type, overrides: Sequence[Override], where: str) -> dict:
     """Content of a file with aliases resolved and values in the schema's types, once ``imports`` are imported."""
+    _import_named(data, options, overrides, where)
     for key in IGNORED_KEYS:
         data.pop(key, None)
-    _import_named(data, options, overrides, where)
     for key in [key for key in data if key in options.aliases]:  # type: ignore[attr-defined]
         value = data.pop(key)
         if value is not None:
@@ -260,6 +263,9 @@ def _set(data: dict, options: type, override: Override) -> str:
     """Set one dotted key and return its canonical name."""
     dotted = override.key.replace("-", "_")
     dotted = options.aliases.get(dotted, dotted)  # type: ignore[attr-defined]
+    if dotted in IGNORED_KEYS:
+        logger.warning("%s has no effect: %s", override.shown, IGNORED_KEYS[dotted])
+        return dotted
     place = locate(data, options, dotted, override.shown)
     if place.option and "no_effect" in place.option.metadata:
         logger.warning("%s has no effect: %s", override.shown, place.option.metadata["no_effect"])
@@ -283,6 +289,7 @@ def _typed(override: Override, place: Place) -> Any:
     metadata = place.option.metadata if place.option else {}
     if isinstance(value, Options):
         return value.to_dict()
+    value = default_for_none(value, metadata, override.shown)
     try:
         if not isinstance(value, _Text):
             value = coerce(value, hint)

@@ -29,7 +29,9 @@ BOUNDS: Mapping[str, tuple[Callable[[Any, Any], bool], str]] = MappingProxyType(
 )
 AE_KNOWS = "the autoencoder knows it"
 MAX_SEED = 2**63 - 1
-MANY_WORKERS, MANY_PROCESSES = 512, 65_536  # more is a slip of the finger
+# more than these is a slip of the finger
+MANY_WORKERS, MANY_PROCESSES, MANY_ROWS = 512, 65_536, 2**31
+MANY_PIXELS, MANY_FRAMES, MANY_STEPS, MANY_BLOCKS = 32_768, 100_000, 10_000, 1000
 
 
 def opt(default: Any, help: str, unit: str = "", **extra: Any) -> Any:
@@ -42,7 +44,8 @@ def opt(default: Any, help: str, unit: str = "", **extra: Any) -> Any:
         extra: bounds of a number, or of each number of a list or dict: ``least`` and ``most`` (may be reached),
             ``above`` and ``below`` (may not); numbers are always finite. ``required=True``: every config has to give
             the key. ``choices=TABLE``: a text that is one of the names in a table of ``opensora.config.choices``.
-            ``verbatim=True`` keeps a command line's ``none`` as text; ``also="optim.lr"`` sets that key too;
+            ``verbatim=True`` keeps a command line's ``none`` as text; ``none_is_default=True`` takes ``none`` for the
+            default, and says so; ``also="optim.lr"`` sets that key too;
             ``no_effect=REASON`` marks a key that configs of Open-Sora 2.0 hold and that nothing needs any more.
     """
     metadata = {"help": help, "unit": unit, "default": default, **extra}
@@ -207,23 +210,29 @@ def _plain(value: Any) -> Any:
 class SamplingOption(Options):
     """What one sample looks like and how it is drawn."""
 
-    width: int | None = opt(None, "width, if no resolution is given; rounded up to a multiple of 16", "px")
-    height: int | None = opt(None, "height, if no resolution is given; rounded up to a multiple of 16", "px")
+    width: int | None = opt(
+        None, "width, if no resolution is given; rounded up to a multiple of 16", "px", least=1, most=MANY_PIXELS
+    )
+    height: int | None = opt(
+        None, "height, if no resolution is given; rounded up to a multiple of 16", "px", least=1, most=MANY_PIXELS
+    )
     resolution: str | None = opt(None, "pixel count by name: 256px, 512px, 768px, 1024px, ...")
     aspect_ratio: str | None = opt(None, "width:height: 16:9, 9:16, 1:1, 2.39:1, ...")
-    num_frames: int = opt(1, "length; 1 makes an image", "frames")
-    num_steps: int = opt(50, "solver steps from noise to sample", "steps")
+    num_frames: int = opt(1, "length; 1 makes an image", "frames", least=1, most=MANY_FRAMES)
+    num_steps: int = opt(50, "solver steps from noise to sample", "steps", least=1, most=MANY_STEPS)
     solver: str = opt("euler", "how steps are made", choices=SOLVERS)
     step_cache: str | None = opt(None, "reuse of the transformer's work between steps, by name; none runs all of it")
-    guidance: float = opt(4.0, "text guidance scale (1 is none)")
+    guidance: float = opt(4.0, "text guidance scale (1 is none)", least=-1000, most=1000)
     text_osci: bool = opt(False, "text guidance on every other step only, after the first ten")
-    guidance_img: float | None = opt(None, "image guidance scale (1 is none)")
+    guidance_img: float | None = opt(None, "image guidance scale (1 is none)", least=-1000, most=1000)
     image_osci: bool = opt(False, "image guidance on every other step only, after the first ten")
     scale_temporal_osci: bool = opt(False, "image guidance grows along the frames, less so on later steps")
-    seed: int | None = opt(None, "seed of the sample's noise; none draws one")
+    seed: int | None = opt(None, "seed of the sample's noise; none draws one", most=MAX_SEED)  # least: check_seed
     shift: bool = opt(True, "move the time schedule towards noise for large samples")
     method: Literal["i2v", "distill"] = opt("i2v", "guidance by several forwards (i2v), or as an input of the model")
-    temporal_reduction: int = opt(1, "frames per latent frame of the autoencoder", "frames", no_effect=AE_KNOWS)
+    temporal_reduction: int = opt(
+        1, "frames per latent frame of the autoencoder", "frames", least=1, no_effect=AE_KNOWS
+    )
     is_causal_vae: bool = opt(False, "first frame has a latent of its own (lengths 4k+1)")
     flow_shift: float | None = opt(None, "shift of the schedule in place of the one that sizes give", above=0)
 

@@ -4,8 +4,9 @@ A bucket config reads ``{resolution: {num_frames: (probability, batch_size)}}``,
 ``(keep, skip)``: with probability ``skip`` a clip goes on to a shorter length, otherwise it is kept with ``keep``.
 """
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -117,6 +118,25 @@ class BucketTable:
                 searching &= ~reached
         return result
 
+    def shrunk(self, assigned: np.ndarray, replicas: int) -> "BucketTable":
+        """A copy whose buckets have a full batch for each of ``replicas`` ranks, as far as they have clips enough.
+
+        Args:
+            assigned: bucket number of every row, -1 where none fits.
+        """
+        counts = np.bincount(assigned[assigned >= 0], minlength=len(self.buckets)).tolist()
+        table = copy.copy(self)
+        table.buckets = [
+            replace(bucket, batch_size=max(min(bucket.batch_size, count // replicas), 1))
+            for bucket, count in zip(self.buckets, counts)
+        ]
+        return table
+
+    def lonely(self, assigned: np.ndarray) -> dict[Bucket, int]:
+        """Buckets with fewer clips than a batch, and how many they have."""
+        counts = np.bincount(assigned[assigned >= 0], minlength=len(self.buckets)).tolist()
+        return {bucket: count for bucket, count in zip(self.buckets, counts) if 0 < count < bucket.batch_size}
+
     def describe(self, assigned: np.ndarray) -> str:
         """Printable table of buckets in use, with clips and micro-batches, and the number of unused rows."""
         counts = np.bincount(assigned[assigned >= 0], minlength=len(self.buckets))
@@ -128,7 +148,8 @@ class BucketTable:
                     f"{f'{bucket.height}x{bucket.width}':>11} {bucket.batch_size:>5} {count:>9} "
                     f"{count // bucket.batch_size:>8}"
                 )
-        lines.append(f"{int((assigned >= 0).sum())} of {len(assigned)} rows are used")
+        used = int((assigned >= 0).sum()) - sum(self.lonely(assigned).values())
+        lines.append(f"{used} of {len(assigned)} rows are used")
         return "\n".join(lines)
 
     def explain(self, table: pd.DataFrame, strides: np.ndarray, assigned: np.ndarray) -> str:
@@ -148,7 +169,8 @@ class BucketTable:
             fits_length |= large & ((frames == 1) & (shortest == 1) | (frames > 1) & (frames >= videos))
         unused = assigned < 0
         counts = np.bincount(assigned[~unused], minlength=len(self.buckets))
-        left_over = sum(int(count) % bucket.batch_size for bucket, count in zip(self.buckets, counts))
+        lonely = sum(self.lonely(assigned).values())
+        left_over = sum(int(count) % bucket.batch_size for bucket, count in zip(self.buckets, counts)) - lonely
         smallest, shortest = self.levels[-1][0], min(length.num_frames for *_, ls in self.levels for length in ls)
         reasons = {
             f"have less than {MIN_AREA_SHARE:g} of the pixels of {smallest}": int((unused & ~fits_size).sum()),
@@ -156,7 +178,8 @@ class BucketTable:
                 (unused & fits_size & ~fits_length).sum()
             ),
             "were not kept by the probabilities": int((unused & fits_size & fits_length).sum()),
-            "do not fill a batch of their bucket": left_over,
+            "are fewer than a batch of their bucket, which is left out": lonely,
+            "do not fill a batch of their bucket and wait for another epoch": left_over,
         }
         return "\n".join(f"{count:>9} rows {reason}" for reason, count in reasons.items() if count)
 

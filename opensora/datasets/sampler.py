@@ -8,8 +8,9 @@ from torch.utils.data import Sampler
 
 from opensora.datasets.buckets import BucketTable
 from opensora.datasets.source import ClipSource, SampleKey
-from opensora.utils.errors import UserError
+from opensora.utils.errors import UserError, shorten
 
+DRAWS = 64  # of buckets, until one draw keeps a row
 SPARES = 8  # rows that may take the place of a broken one, tried in turn
 
 
@@ -31,7 +32,8 @@ class BucketBatchSampler(Sampler[list[SampleKey]]):
     """Yields micro-batches of one bucket each.
 
     Everything follows from (seed, epoch): clips are shuffled within their bucket, incomplete micro-batches dropped,
-    the micro-batches of all buckets shuffled together, and number ``i * num_replicas + rank`` given to ``rank``.
+    the micro-batches of all buckets shuffled together, and number ``i * num_replicas + rank`` given to ``rank``. Where
+    no bucket has a full micro-batch for every rank, micro-batches are made smaller.
 
     Args:
         dataset: rows with num_frames, height, width.
@@ -43,7 +45,10 @@ class BucketBatchSampler(Sampler[list[SampleKey]]):
             batches before it is used. Which batches are drawn does not depend on it.
 
     Raises:
-        UserError: no bucket holds a full micro-batch for every rank; says why.
+        UserError: no bucket holds a clip for every rank; says why.
+
+    Attributes:
+        notice: what a user should know of how the rows are used, in one line; None if there is nothing to say.
     """
 
     def __init__(
@@ -58,11 +63,38 @@ class BucketBatchSampler(Sampler[list[SampleKey]]):
         self._strides = dataset.strides()
         self._first = self._assign(0)
         self._length = len(self._plan(0)) // num_replicas
+        self.notice = self._notice_of_lonely()
+        if self._length == 0:
+            self._fit_few()
         if self._length == 0:
             raise UserError(
                 f"{dataset.data_path}: no bucket has a full batch{f' for {num_replicas} ranks' * (num_replicas > 1)}.\n"
                 f"{self.describe(0)}\nAdd clips, lower the batch sizes, or change bucket_config."
             )
+
+    def _fit_few(self) -> None:
+        """Make the batches of a dataset smaller that would not fill a single one for every rank."""
+        draws = (self._assign(epoch) for epoch in range(DRAWS))  # probabilities may keep none of a few rows
+        self._first = next((assigned for assigned in draws if (assigned >= 0).any()), self._first)
+        given, self.table = self.table, self.table.shrunk(self._first, self.num_replicas)
+        self._length = len(self._plan(0)) // self.num_replicas
+        used = [(given.buckets[n], self.table.buckets[n]) for n in np.unique(self._first[self._first >= 0])]
+        changes = [f"{old.resolution} {old.ratio} x {old.num_frames} frames: {new.batch_size}, not {old.batch_size}"
+                   for old, new in used]  # fmt: skip
+        self.notice = (
+            f"{self.dataset.data_path}: fewer clips than a batch, so the batches are smaller than bucket_config says "
+            f"({shorten(changes)})"
+        )
+
+    def _notice_of_lonely(self) -> str | None:
+        lonely = self.table.lonely(self._first)
+        if not lonely:
+            return None
+        few = [f"{b.resolution} {b.ratio} x {b.num_frames} frames: {n} of {b.batch_size}" for b, n in lonely.items()]
+        return (
+            f"{self.dataset.data_path}: {sum(lonely.values())} rows are not trained, since their buckets have fewer "
+            f"clips than a batch ({shorten(few)}); a smaller batch in bucket_config takes them in"
+        )
 
     def __len__(self) -> int:
         """Micro-batches per rank in every epoch (as many as the first one has)."""
@@ -106,8 +138,11 @@ class BucketBatchSampler(Sampler[list[SampleKey]]):
         return self.table.assign(self.dataset.data, self._strides, seed=self.seed + epoch).astype(np.int32)
 
     def _plan(self, epoch: int) -> _Plan:
-        """All micro-batches of an epoch in order."""
-        assigned = self._assign(epoch)
+        """All micro-batches of an epoch in order; one without any takes the buckets of the first epoch."""
+        plan = self._plan_of(epoch, self._assign(epoch))
+        return plan if len(plan) else self._plan_of(epoch, self._first)
+
+    def _plan_of(self, epoch: int, assigned: np.ndarray) -> _Plan:
         rng = np.random.default_rng([self.seed, epoch])
         order = np.argsort(assigned, kind="stable").astype(np.int32)
         bounds = np.searchsorted(assigned[order], np.arange(len(self.table.buckets) + 1))

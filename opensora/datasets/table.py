@@ -1,12 +1,15 @@
 """Reading the table (CSV or parquet) that lists a dataset, and finding its mistakes before anything is built."""
 
+import csv
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_beside
@@ -14,6 +17,8 @@ from opensora.utils.paths import expand_home
 
 MEDIA_COLUMNS = ("path", "num_frames", "height", "width", "fps")
 TEXT_COLUMNS = ("path", "text")
+WHOLE_OR_EMPTY = r"-?\d{1,18}|"
+SHOWN_LETTERS = 60  # of a row that cannot be
 
 
 @contextmanager
@@ -44,7 +49,8 @@ def read_table(path: str | Path, as_text: bool = False) -> pd.DataFrame:
     """Read ``.csv`` or ``.parquet``.
 
     Paths and captions of a CSV are taken letter by letter: ``7``, ``007`` and ``None`` are texts there; only an empty
-    cell is none.
+    cell is none. Whole numbers stay whole, with all their digits, where some cells of their column are empty (dtype
+    ``Int64``).
 
     Args:
         path: of the table.
@@ -58,7 +64,7 @@ def read_table(path: str | Path, as_text: bool = False) -> pd.DataFrame:
         if path.suffix == ".csv":
             table = _read_csv(path, as_text)
         else:
-            table = pd.read_parquet(path)
+            table = _read_parquet(path)
             table = table.astype(object).where(table.notna(), "").map(_cell_text) if as_text else table
         _check_names(table.columns)
     return table
@@ -67,13 +73,42 @@ def read_table(path: str | Path, as_text: bool = False) -> pd.DataFrame:
 def _read_csv(path: Path, as_text: bool) -> pd.DataFrame:
     words: dict[str, Any] = {"dtype": str, "keep_default_na": False}
     _check_names(pd.read_csv(path, header=None, nrows=1, **words).iloc[0])  # pandas renames the second of two
-    table = pd.read_csv(path, skip_blank_lines=False, **words) if as_text else pd.read_csv(path)
+    try:
+        table = pd.read_csv(path, skip_blank_lines=False, **words) if as_text else pd.read_csv(path)
+    except pd.errors.ParserError:
+        _check_fields(path)
+        raise
     if not isinstance(table.index, pd.RangeIndex):
-        raise ValueError("its rows have more fields than its header; a text with commas must stand in quotes")
+        _check_fields(path)
+    holed = [] if as_text else [name for name in table if table[name].dtype == float and table[name].isna().any()]
+    cells = pd.read_csv(path, usecols=holed, **words) if holed else pd.DataFrame()
+    for name in holed:
+        if cells[name].str.fullmatch(WHOLE_OR_EMPTY).all() and cells[name].any():
+            table[name] = pd.array([int(cell) if cell else None for cell in cells[name]], "Int64")
     texts = [name for name in TEXT_COLUMNS if name in table and not as_text]
     if texts:  # pandas knows one set of words for "nothing" only, and in numbers NA and null are what they say
         table[texts] = pd.read_csv(path, usecols=texts, na_values=[""], **words)[texts]
     return table
+
+
+def _check_fields(path: Path) -> NoReturn:
+    """Raise a ValueError that names the first row with more fields than the header."""
+    what = "its rows have more fields than its header; a text with commas must stand in quotes"
+    with path.open(newline="", encoding="utf-8", errors="replace") as file, suppress(csv.Error):
+        rows = csv.reader(file)
+        expected = len(next(rows, []))
+        for index, row in enumerate(rows):
+            if len(row) > expected:
+                raise ValueError(f"{what}; row {row_number(index)}: {','.join(row)[:SHOWN_LETTERS]!r}")
+    raise ValueError(what)
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    content = pq.read_table(path)
+    table = content.to_pandas()
+    holed = [f.name for f in content.schema if pa.types.is_integer(f.type) and f.name in table]
+    holed = [name for name in holed if table[name].dtype == float]  # so that there is room for nothing
+    return table.assign(**{name: content[name].to_pandas(integer_object_nulls=True).astype("Int64") for name in holed})
 
 
 def _check_names(names: Iterable[Any]) -> None:

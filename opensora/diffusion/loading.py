@@ -36,6 +36,6 @@ def load_models(run: PreparedRun, parallel: ParallelContext | None = None) -> di
     models["model"] = apply_loras(models["model"], cfg.pretrained_lora_path, cfg.merge_lora)
     if parallel is not None:
         divide_model(models["model"], parallel, cfg.plugin_config)
-        if cfg.plugin_ae not in (None, "none"):
+        if cfg.plugin_ae == "hybrid":
             share_tiles(as_autoencoder(models["ae"]), parallel.sample)
     return models

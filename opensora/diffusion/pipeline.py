@@ -32,7 +32,7 @@ from opensora.diffusion.solvers import SOLVERS, StepCallback, Velocity, solve
 from opensora.diffusion.step_cache import STEP_CACHES
 from opensora.diffusion.timing import as_stage, timed, with_latents
 from opensora.diffusion.velocity import Denoiser, TextEmbeddings, distilled_velocity, guided_velocity
-from opensora.diffusion.wording import check_motion_score, check_seed, final_text
+from opensora.diffusion.wording import check_motion_score, check_prompt, check_seed, final_text
 from opensora.models.autoencoder import LatentSpec, as_autoencoder
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -165,13 +165,13 @@ class VideoPipeline:
             UserError: impossible sizes or conditions, unreadable references.
             DecodeMemoryError: decoding ran out of memory.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [check_prompt(text, "prompt") for text in ([prompt] if isinstance(prompt, str) else prompt)]
         option = self._option(sampling)
         score = check_motion_score(self.cfg.motion_score if motion_score is None else motion_score, "motion_score")
         if score == "dynamic":
             raise UserError("motion_score: give a number; 'dynamic' is worked out by the command line only")
         texts = [final_text(text, fps or self.cfg.fps_save, score) for text in prompts]
-        negatives = _per_prompt(neg or "", len(prompts), "negative prompts")
+        negatives = [check_prompt(text, "neg") for text in _per_prompt(neg or "", len(prompts), "negative prompts")]
         seeds = self._seeds(option.seed if seed is None else seed, len(prompts))
         with tempfile.TemporaryDirectory() as downloads:
             sources = per_prompt_references(ref, len(prompts), Path(downloads))

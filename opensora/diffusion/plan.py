@@ -106,8 +106,6 @@ def frame_size(option: SamplingOption, multiple: int) -> tuple[int, int]:
     if (height is None) != (width is None):
         raise UserError("sampling_option: height and width must be given together")
     if height is not None and width is not None:
-        if height < 1 or width < 1:
-            raise UserError(f"sampling_option: height={height} and width={width} must be at least 1")
         return round_up(height, multiple), round_up(width, multiple)
     if resolution is None and ratio is None:
         raise UserError("sampling_option: give resolution and aspect_ratio (256px, 16:9), or height and width")
@@ -140,8 +138,6 @@ def make_plan(
     height, width = frame_size(option, multiple)
     num_frames, num_steps = option.num_frames, option.num_steps
     spec.check_frames(num_frames)
-    if num_steps < 1:
-        raise UserError(f"num_steps={num_steps}: must be at least 1")
     if option.step_cache is not None:
         STEP_CACHES.check(option.step_cache)
     if option.method == "distill" and get_spans(cond_type):

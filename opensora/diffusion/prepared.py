@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from opensora.acceleration.devices import torch_dtype
-from opensora.acceleration.plugins import check_sizes
+from opensora.acceleration.plugins import check_sizes, plugin_name
 from opensora.config.commands import InferenceOptions
 from opensora.config.options import ModelOptions, SamplingOption
 from opensora.diffusion.conditions import get_spans
@@ -54,7 +54,6 @@ class PreparedRun:
         Raises:
             UserError: says what is wrong and what would be right.
         """
-        _check_numbers(cfg)
         dtype, sections = torch_dtype(cfg.dtype), needed_sections(cfg)
         models = {name: build_on_meta(sections[name]) for name in ("model", "ae")}
         spec = LatentSpec.of(models["ae"])
@@ -128,8 +127,12 @@ def check_parallelism(cfg: InferenceOptions, model: nn.Module, world_size: int) 
         UserError: unknown plugins, or sizes that do not divide the model.
     """
     for key, plugin in (("plugin", cfg.plugin), ("plugin_ae", cfg.plugin_ae)):
-        if plugin not in (None, "none", "hybrid"):
-            raise UserError(f"{key}={plugin!r}: sampling knows hybrid and none")
+        try:
+            name = plugin_name(plugin)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+        if name not in (None, "hybrid"):
+            logger.info("%s=%s has no effect: sampling knows hybrid; each process makes samples of its own", key, name)
     if cfg.plugin != "hybrid":
         return
     if world_size == 1:
@@ -161,18 +164,6 @@ def needed_sections(cfg: InferenceOptions) -> dict[str, ModelOptions]:
 def _config(model: nn.Module) -> DiffusionConfig:
     config: DiffusionConfig = as_diffusion_model(model).config
     return config
-
-
-def _check_numbers(cfg: InferenceOptions) -> None:
-    for name, value, least in (
-        ("batch_size", cfg.batch_size, 1),
-        ("num_sample", cfg.num_sample, 1),
-        ("start_index", cfg.start_index, 0),
-    ):
-        if value < least:
-            raise UserError(f"{name}={value}: must be at least {least}")
-    if not 0 < cfg.fps_save <= 1000:
-        raise UserError(f"fps_save={cfg.fps_save}: must be above 0 and at most 1000")
 
 
 def _check_channels(cfg: InferenceOptions, model: nn.Module, ae: nn.Module) -> None:

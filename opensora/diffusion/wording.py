@@ -6,6 +6,15 @@ from typing import Any
 
 from opensora.utils.errors import UserError
 
+MOST_LETTERS = 100_000  # encoders take a few thousand
+
+
+def check_prompt(text: str, where: str) -> str:
+    """The text, unless it is too long for one; raises a UserError then."""
+    if len(text) > MOST_LETTERS:
+        raise UserError(f"{where}: a text of {len(text):,} letters; a prompt has at most {MOST_LETTERS:,}")
+    return text
+
 
 def add_fps(text: str, fps: float) -> str:
     """Prompt with ``... 24 FPS.`` at its end, unless it has that already."""
@@ -50,6 +59,6 @@ def check_motion_score(score: Any, where: str) -> str | None:
 
 def check_seed(seed: float, where: str = "seed") -> int:
     """The seed as an integer from 0 to 2**63 - 1; raises a UserError otherwise."""
-    if seed != int(seed) or not 0 <= seed < 2**63:
+    if not math.isfinite(seed) or seed != int(seed) or not 0 <= seed < 2**63:
         raise UserError(f"{where}: seed {seed:g} must be a whole number from 0 to 2**63 - 1")
     return int(seed)

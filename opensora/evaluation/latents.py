@@ -15,6 +15,9 @@ from opensora.evaluation.clips import SIZE_MULTIPLE, bucket_of
 from opensora.models.autoencoder import as_autoencoder, check_buckets, listed
 from opensora.models.build import build_on_meta, build_ready, check_weights
 from opensora.utils.errors import UserError
+from opensora.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 
 class RunningMoments:
@@ -81,7 +84,7 @@ def latent_statistics(cfg: VaeStatsOptions) -> str:
     spec = as_autoencoder(build_on_meta(cfg.model))
     check_buckets(buckets, spec)
     dataset = build_source(cfg.dataset, require_text=False)
-    loader, _ = build_train_loader(
+    loader, sampler = build_train_loader(
         dataset,
         buckets,
         multiple=max(SIZE_MULTIPLE, *spec.compression[1:]),
@@ -89,6 +92,8 @@ def latent_statistics(cfg: VaeStatsOptions) -> str:
         num_workers=cfg.num_workers,
         prefetch_factor=cfg.prefetch_factor,
     )
+    if sampler.notice:
+        logger.warning("%s", sampler.notice)
     model = as_autoencoder(build_ready(cfg.model, device, dtype))
     torch.manual_seed(cfg.seed)  # of the posterior's noise, which a diffusion model is trained with as well
     moments = RunningMoments()

@@ -42,7 +42,7 @@ def job_seed(run_seed: int, request: Request, epoch: int) -> int:
     It depends on nothing else, so batches, order and number of ranks do not change a video.
     """
     if request.seed is not None:
-        return request.seed + epoch
+        return (request.seed + epoch) % 2**63
     return random.Random(f"{run_seed}/{request.index}/{epoch}").getrandbits(32)
 
 

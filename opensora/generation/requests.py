@@ -1,5 +1,6 @@
 """Prompts: what is appended to them, and tables (or a single flag) of them read into requests."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from opensora.datasets.table import row_name
 from opensora.diffusion.conditions import get_spans
 from opensora.diffusion.plan import starts_from_picture
 from opensora.diffusion.references import locate_references
-from opensora.diffusion.wording import check_motion_score, check_seed, final_text
+from opensora.diffusion.wording import check_motion_score, check_prompt, check_seed, final_text
 from opensora.registry import DATASETS, build_module
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -109,11 +110,13 @@ def _request(
         raise UserError(f"{where}: column 'text' is empty")
     cond_type = cell("cond_type") or cfg.cond_type
     try:
+        cond_type = starts_from_picture(cond_type) if cfg.use_t2i2v else cond_type
         spans = get_spans(cond_type)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     if cell("ref") and not spans:
-        logger.warning("%s: the reference is not used, since cond_type is t2v (i2v_head starts from a picture)", where)
+        given = "--ref" if where == "--prompt" else f"{where}: ref"
+        raise UserError(f"{given} is given but cond_type is t2v; --cond_type i2v_head starts from a picture")
     if spans and not cell("ref") and not cfg.use_t2i2v:
         logger.warning("%s: no reference for cond_type %s, making a t2v video", where, cond_type)
         cond_type = "t2v"
@@ -124,16 +127,16 @@ def _request(
     fps = _number(cell("fps") or cfg.fps_save, "fps", where)
     if not 0 < fps <= 1000:
         raise UserError(f"{where}: fps {fps:g} must be above 0 and at most 1000")
-    seed = _number(cell("seed"), "seed", where) if cell("seed") else cfg.sampling_option.seed
+    seed = _seed(cell("seed"), where) if cell("seed") else cfg.sampling_option.seed
     return Request(
-        text=cell("text"),
+        text=check_prompt(cell("text"), where),
         index=index,
         where=where,
         name=cell("name") or None,
         ref=cell("ref") if refs else "",
         refs=tuple(refs),
-        cond_type=starts_from_picture(cond_type) if cfg.use_t2i2v else cond_type,
-        neg=cell("neg"),
+        cond_type=cond_type,
+        neg=check_prompt(cell("neg"), f"{where}: neg"),
         fps=fps,
         motion_score=check_motion_score(cell("motion_score") or cfg.motion_score, where),
         seed=None if seed is None else check_seed(seed, where),
@@ -143,6 +146,11 @@ def _request(
 def where_of_ref(where: str) -> str:
     """How to name a request's references to the user: their own flag, or the row."""
     return "--ref" if where == "--prompt" else where
+
+
+def _seed(text: str, where: str) -> float:
+    """All digits of a whole number; others as they come, for :func:`check_seed`."""
+    return int(text) if re.fullmatch(r"[+-]?\d+", text) else _number(text, "seed", where)
 
 
 def _number(value: Any, name: str, where: str) -> float:

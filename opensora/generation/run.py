@@ -23,6 +23,7 @@ from opensora.generation.dry_run import dry_run_report
 from opensora.generation.jobs import Job, hold_jobs, left_to_make, list_jobs, settle_jobs, with_local_references
 from opensora.generation.refine import make_asker, wants_language_model
 from opensora.generation.requests import Request, read_requests, where_of_ref
+from opensora.generation.room import check_room
 from opensora.generation.writer import SampleWriter
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -67,9 +68,11 @@ def generate(
             if processes.rank == 0:
                 log(dry_run_report(run, jobs))
             run.check_resources()
+            check_room(run, requests)
             left_to_make(cfg, jobs)
             return []
         run.check_resources()
+        check_room(run, requests)
         start = make_asker(cfg, environment or {}) if wants_language_model(cfg, requests) else None
         jobs = from_rank_zero(
             lambda: settle_jobs(cfg, requests, start, held), device, processes.rank, processes.world_size
@@ -87,7 +90,8 @@ def join(cfg: InferenceOptions, device: torch.device, processes: Torchrun) -> Pa
     """Groups of ranks that make samples together, each rank on its own without a parallel plugin."""
     if processes.world_size == 1:
         return ParallelContext(device=device)
-    return ParallelContext.create(Sizes.of(cfg.plugin, cfg.plugin_config), device)
+    plugin = cfg.plugin if cfg.plugin == "hybrid" else None  # others do nothing in sampling
+    return ParallelContext.create(Sizes.of(plugin, cfg.plugin_config), device)
 
 
 def check_requests(run: PreparedRun, requests: Sequence[Request]) -> None:

@@ -11,7 +11,7 @@ from opensora.models.kinds import released_weights
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
-from opensora.utils.weights import PICKLE_SUFFIXES, open_weights, resolve_path
+from opensora.utils.weights import PICKLE_SUFFIXES, check_on_hub, is_hub_path, open_weights, resolve_path
 
 logger = get_logger(__name__)
 
@@ -46,7 +46,7 @@ def build_ready(
 def check_weights(name: str, section: ModelOptions) -> None:
     """See that the weights of a section are there and readable, without loading them.
 
-    Hub ids, which would have to be downloaded, pass; so does a model that is to have random weights.
+    The hub is asked about paths there; a model that is to have random weights passes.
 
     Raises:
         UserError: missing (with the command that downloads them) or damaged.
@@ -58,15 +58,12 @@ def check_weights(name: str, section: ModelOptions) -> None:
         if not path:
             raise UserError(f"{name}.from_pretrained is not set: give the folder of a text encoder")
         encoder_kind(str(path))
-    elif path and (Path(path).expanduser().exists() or not _may_be_hub_path(str(path))):
+    elif path and is_hub_path(path) and not Path(path).expanduser().exists():
+        check_on_hub(path, section.cache_dir)
+    elif path:
         found = resolve_path(path)
         if found.suffix not in PICKLE_SUFFIXES:  # those can only be checked by reading them whole
             open_weights(found)
-
-
-def _may_be_hub_path(path: str) -> bool:
-    parts = path.split("/")
-    return len(parts) >= 3 and parts[0] not in ("", ".", "..", "~") and not Path(parts[0]).exists()
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -8,7 +8,9 @@ from opensora.acceleration.failures import reported_once
 from opensora.acceleration.torchrun import Torchrun
 from opensora.config import parse_config
 from opensora.config.commands import TrainOptions, VaeTrainOptions
-from opensora.utils.logging import setup_logging
+from opensora.utils.logging import get_logger, setup_logging
+
+logger = get_logger(__name__)
 
 
 def train(argv: Sequence[str] | None, options: type[TrainOptions | VaeTrainOptions], place: str) -> None:
@@ -27,8 +29,15 @@ def train(argv: Sequence[str] | None, options: type[TrainOptions | VaeTrainOptio
     processes = Torchrun.read(os.environ)
     setup_logging(rank=processes.rank)
     with reported_once(os.environ):
-        trainer = getattr(importlib.import_module(module), name)(cfg, processes.local_rank, processes.world_size)
-        folder = trainer.run()
-    if trainer.start.parallel.rank == 0:
+        from opensora.training.run import RunComplete
+
+        try:
+            folder = getattr(importlib.import_module(module), name)(
+                cfg, processes.local_rank, processes.world_size
+            ).run()
+        except RunComplete as complete:
+            logger.info("%s", complete)
+            folder = complete.folder
+    if processes.rank == 0:
         print(folder)
     shutdown()

@@ -9,7 +9,7 @@ from opensora.acceleration.parallel_context import ParallelContext
 from opensora.acceleration.rank_zero import from_rank_zero
 from opensora.config import config_to_text
 from opensora.config.commands import TrainOptions, VaeTrainOptions
-from opensora.training.checkpoint.folder import load_states, remove_unfinished
+from opensora.training.checkpoint.folder import list_checkpoints, load_states, remove_unfinished
 from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
@@ -39,6 +39,17 @@ def experiment_folder(cfg: TrainOptions | VaeTrainOptions, resume_from: Path | N
     return folder
 
 
+def newest_of_experiment(cfg: TrainOptions | VaeTrainOptions) -> Path | None:
+    """The newest checkpoint of the run that ``exp_name`` names, None before there is one.
+
+    Raises:
+        UserError: there is no ``exp_name``.
+    """
+    if cfg.exp_name is None:
+        raise UserError("--resume auto needs --exp-name: the name by which a run finds what it has done before")
+    return next(reversed(list_checkpoints(Path(cfg.outputs) / cfg.exp_name)), None)
+
+
 def _check_free(folder: Path, resume_from: Path | None) -> None:
     occupied = folder.is_dir() and any(folder.glob("epoch*-global_step*"))
     if occupied and (resume_from is None or resume_from.resolve().parent != folder.resolve()):
@@ -61,6 +72,8 @@ def claimed_experiment(
             advice = "--wait True waits for it, another --exp-name writes elsewhere"
             held.enter_context(claimed(folder, wait=cfg.wait, advice=advice))
             _check_free(folder, resume_from)  # again: the other one may have written what we waited for
+            if cfg.resume and newest_of_experiment(cfg) not in (None, resume_from):
+                raise UserError(f"{folder}: another process has gone on meanwhile; start again to go on from there")
             return folder
 
         yield from_rank_zero(take, parallel.device, parallel.rank, parallel.world_size)

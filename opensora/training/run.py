@@ -23,8 +23,9 @@ from opensora.datasets.dataloader import BucketLoader, build_train_loader
 from opensora.datasets.sampler import BucketBatchSampler
 from opensora.datasets.source import ClipSource
 from opensora.registry import MODELS, build_module
+from opensora.training.changes import check_unchanged
 from opensora.training.checkpoint.folder import RunningStates, find_checkpoint, load_states, load_weights
-from opensora.training.experiment import claimed_experiment, create_experiment, experiment_folder
+from opensora.training.experiment import claimed_experiment, create_experiment, experiment_folder, newest_of_experiment
 from opensora.training.loop import LoopSettings
 from opensora.training.report.metrics import MetricLog
 from opensora.training.report.throughput import peak_flops
@@ -39,6 +40,39 @@ from opensora.utils.weights import is_stored
 logger = get_logger(__name__)
 
 EPOCHS = 1000  # of a run that sets neither epochs nor max_steps
+
+
+class RunComplete(Exception):
+    """A run that is to be resumed has nothing left to do.
+
+    Args:
+        folder: of the experiment.
+        step: optimizer step that it is at.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        super().__init__(f"{folder} is complete at step {step}: nothing is left to do")
+        self.folder = folder
+
+
+def _asked(cfg: TrainOptions | VaeTrainOptions) -> str:
+    """The flag that chose the checkpoint, for messages."""
+    return f"--resume {cfg.resume}" if cfg.resume else f"--load {cfg.load}"
+
+
+def find_resume(cfg: TrainOptions | VaeTrainOptions) -> Path | None:
+    """The checkpoint that a run goes on from, None if it starts anew.
+
+    Raises:
+        UserError: none is where the config says, or it is of a run with another table or config.
+    """
+    own = newest_of_experiment(cfg) if cfg.resume else None
+    found = own or (find_checkpoint(cfg.load, cfg.outputs) if cfg.load else None)
+    if found is not None and (own is not None or cfg.load == "latest"):
+        check_unchanged(cfg, found, _asked(cfg))
+    if cfg.resume and found is None:
+        logger.info("%s: %s/%s has no checkpoint yet, the run starts", _asked(cfg), cfg.outputs, cfg.exp_name)
+    return found
 
 
 @dataclass(frozen=True)
@@ -75,7 +109,7 @@ class Run:
         if world_size > 1:
             launch(device)
             parallel = create_context(cfg.plugin, cfg.plugin_config, device)
-        resume = find_checkpoint(cfg.load, cfg.outputs) if cfg.load else None
+        resume = find_resume(cfg)
         experiment_folder(cfg, resume)  # refuses one that is taken
         return cls(cfg, device, torch_dtype(cfg.dtype), parallel, resume)
 
@@ -89,7 +123,7 @@ class Run:
         states = RunningStates(0, 0, 0, 0)
         if self.resume is not None:
             states = load_states(self.resume)
-            logger.info("--load %s: resuming %s after step %d", self.cfg.load, self.resume, states.global_step)
+            logger.info("%s: resuming %s after step %d", _asked(self.cfg), self.resume, states.global_step)
         states.move_to(self.parallel.dp.size)
         return states
 
@@ -101,6 +135,7 @@ class Run:
 
         Raises:
             UserError: the checkpoint is at this step, or past it.
+            RunComplete: the same where ``resume`` asks for what is left to do.
         """
         cfg = self.cfg
         end = cfg.max_steps
@@ -109,6 +144,13 @@ class Run:
             if end is not None and in_epochs < end:
                 logger.info("epochs=%s end the run at step %d, before max_steps=%d", cfg.epochs, in_epochs, end)
             end = in_epochs if end is None else min(end, in_epochs)
+        if end == 0:
+            raise UserError(
+                f"epochs={cfg.epochs}: that makes no optimizer step of accumulation_steps={cfg.accumulation_steps} "
+                "batches; raise epochs, or lower accumulation_steps or the batch sizes in bucket_config"
+            )
+        if self.resume is not None and cfg.resume and self.states.global_step >= end:
+            raise RunComplete(self.resume.parent, self.states.global_step)
         if self.states.global_step >= end:
             raise UserError(
                 f"--load: the checkpoint is at step {self.states.global_step}, the run ends at {end}; "
@@ -275,6 +317,13 @@ class Run:
             save_masters=save_masters,
             shard_bytes=int(cfg.ckpt_shard_size_gb * 2**30),
         )
+
+
+def log_data(sampler: BucketBatchSampler, steps: str) -> None:
+    """Say which steps are to be done on which rows, and what a user should know of these."""
+    if sampler.notice:
+        logger.warning("%s", sampler.notice)
+    logger.info("%s\n%s", steps, sampler.describe())
 
 
 def log_size(module: nn.Module, what: str, device: torch.device) -> None:

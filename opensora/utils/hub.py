@@ -60,17 +60,23 @@ def download_command(path: str | Path) -> str | None:
     return f'hf download {repo} --include "{inside}/*" --local-dir {folder}'
 
 
-def download(repo: str, inside: str, is_file: bool, cache_dir: str | None = None) -> Path:
+def download(repo: str, inside: str, is_file: bool, cache_dir: str | None = None, only_look: bool = False) -> Path:
     """A file, or a folder, of a repository: where it is in the cache, downloaded first if need be.
+
+    With ``only_look`` nothing is downloaded: the hub is asked whether it is there; the path is that in the repository.
 
     Raises:
         UserError: not there, or not to be had; without a network it names the command that downloads it.
     """
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     logger.info("Looking for %s in the Hugging Face repository %s", inside, repo)
     offline = not is_reachable()
     try:
+        if only_look and not offline:
+            if not HfApi().get_paths_info(repo, [inside]):
+                raise FileNotFoundError(f"it has no {inside}")
+            return Path(inside)
         if is_file:
             return Path(hf_hub_download(repo, inside, cache_dir=cache_dir, local_files_only=offline))
         wanted = f"{inside}/*"

@@ -40,6 +40,25 @@ def is_stored(file: str | Path) -> bool:
     return Path(file).is_file() or index_of(file).is_file()
 
 
+def is_hub_path(path: str | Path) -> bool:
+    """Whether a path that is not there leads to the Hugging Face hub: ``org/repo/path/in/repo``, with no folder ``org``
+    here."""
+    parts = str(path).split("/")
+    return len(parts) >= 3 and parts[0] not in ("", ".", "..", "~") and not Path(parts[0]).exists()
+
+
+def _on_hub(path: str | Path) -> tuple[str, str, bool]:
+    """(repository, path in it, whether that is a file)."""
+    parts = str(path).split("/")
+    inside = "/".join(parts[2:])
+    return "/".join(parts[:2]), inside, inside.endswith(WEIGHT_SUFFIXES)
+
+
+def check_on_hub(path: str | Path, cache_dir: str | None = None) -> None:
+    """See that a hub path is in the cache or on the hub, without a download; raises a UserError otherwise."""
+    hub.download(*_on_hub(path), cache_dir, only_look=True)
+
+
 def resolve_path(path: str | Path, cache_dir: str | None = None) -> Path:
     """Local file or folder of a weight path: what exists locally comes first, then the Hugging Face hub.
 
@@ -57,10 +76,8 @@ def resolve_path(path: str | Path, cache_dir: str | None = None) -> Path:
         return local
     if index_of(local).is_file():
         return index_of(local)
-    parts = str(path).split("/")
-    if len(parts) >= 3 and parts[0] not in ("", ".", "..", "~") and not Path(parts[0]).exists():
-        repo, inside = "/".join(parts[:2]), "/".join(parts[2:])
-        return hub.download(repo, inside, inside.endswith(WEIGHT_SUFFIXES), cache_dir)
+    if is_hub_path(path):
+        return hub.download(*_on_hub(path), cache_dir)
     command = hub.download_command(local)
     hint = f"Download it with:\n  {command}" if command else "Check the path (relative to the current folder)."
     raise UserError(f"No weights at {path}. {hint}")

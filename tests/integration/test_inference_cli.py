@@ -103,6 +103,14 @@ def test_parallel_plugin(run_tiny, monkeypatch):
         run_tiny("--prompt", "a", "--plugin", "hybrid", *sizes)
 
 
+def test_plugins_of_training_are_taken_without_effect(run_tiny, capsys):
+    """As in the original, whose default is zero2 and where only hybrid does something."""
+    assert run_tiny("--prompt", "a", "--plugin", "zero2", "--plugin_config.sp_size", "2", "--dry-run", "True") == []
+    assert "plugin=zero2 has no effect" in capsys.readouterr().err
+    with pytest.raises(UserError, match="plugin_ae: plugin='zero9' is unknown; valid: zero1, zero2, hybrid"):
+        run_tiny("--prompt", "a", "--plugin_ae", "zero9")
+
+
 def test_single_frame_is_a_png(run_tiny):
     run_tiny("--prompt", "a", "--num_frames", "1", "--num_steps", "1")
     assert read_image("samples/image_32px/prompt_0000.png").shape == (32, 32, 3)

@@ -1,11 +1,18 @@
 """Training commands on a handful of real clips: they train, stop, go on exactly, and name mistakes."""
 
+import os
+import re
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from opensora.config import parse_config
 from opensora.config.commands import CacheOptions, TrainOptions, VaeTrainOptions
+from opensora.training.checkpoint.folder import list_checkpoints
+from opensora.training.command import train as command
 from opensora.training.diffusion.trainer import Trainer
 from opensora.training.vae.trainer import VAETrainer
 from opensora.utils.errors import UserError
@@ -113,11 +120,85 @@ def test_a_run_ends_at_max_steps_or_after_its_epochs(diffusion, vae, caplog):
         assert last_step("--max-steps", "none", "--epochs", "1") == before + 3
 
 
+def test_one_clip_trains(diffusion, vae, table, tmp_path, capsys):
+    one = tmp_path / "one.csv"
+    one.write_text("\n".join(Path(table).read_text().splitlines()[:2]))
+    for trainer, options, config in ((Trainer, TrainOptions, diffusion), (VAETrainer, VaeTrainOptions, vae)):
+        train(trainer, options, config, "--dataset.data-path", one, "--max-steps", 3, "--exp-name", options.__name__)
+        notices = re.findall(r"WARNING \| .*fewer clips than a batch.*", capsys.readouterr().err)
+        assert len(notices) == (2 if trainer is VAETrainer else 1), "one for each stage"
+    with pytest.raises(UserError, match="epochs=1: that makes no optimizer step of accumulation_steps=2"):
+        train(Trainer, TrainOptions, diffusion, "--dataset.data-path", one, "--epochs", 1, "--accumulation-steps", 2)
+
+
 def test_resuming_says_what_and_from_which_step(diffusion, capsys):
     folder = train(Trainer, TrainOptions, diffusion, "--exp-name", "one", "--max-steps", 1)
     Trainer(parse_config([diffusion, "--load", "latest"], TrainOptions))
     checkpoint = next(folder.glob("epoch*-global_step1"))
     assert f"--load latest: resuming {checkpoint} after step 1" in capsys.readouterr().err
+
+
+def test_resume_auto_starts_goes_on_and_ends(diffusion, tmp_path, capsys):
+    """The same command again and again, as a queue gives it, until there is nothing left to do."""
+    words = [diffusion, "--exp-name", "queued", "--resume", "auto"]
+    train(Trainer, TrainOptions, diffusion, "--exp-name", "newer", "--max-steps", 1)
+    seen, said = [], []
+    for steps in (1, 2, 2, 3):
+        command([*words, "--max-steps", str(steps)], TrainOptions, "opensora.training.diffusion.trainer:Trainer")
+        out, err = capsys.readouterr()
+        assert Path(out.strip()) == tmp_path / "outputs/queued"
+        said += re.findall("no checkpoint yet|after step \\d|complete at step \\d", err)
+        seen.append([path.name for path in list_checkpoints(Path(out.strip()))])
+    assert seen[0] == ["epoch0-global_step1"]
+    assert seen[1] == seen[2] == [*seen[0], "epoch0-global_step2"], "a complete run stays as it is"
+    assert seen[3][-1].endswith("global_step3")
+    assert said == ["no checkpoint yet", "after step 1", "after step 2", "complete at step 2", "after step 2"]
+    with pytest.raises(UserError, match="--resume auto needs --exp-name"):
+        Trainer(parse_config([diffusion, "--resume", "auto"], TrainOptions))
+    with pytest.raises(UserError, match=r"--resume auto: .*queued/epoch1-global_step3 was trained otherwise: optim.lr"):
+        Trainer(parse_config([*words, "--max-steps", "4", "--lr", "0.5"], TrainOptions))
+
+
+def test_a_complete_run_ends_well_only_where_it_is_resumed(diffusion, vae, capsys):
+    for config, options, place in (
+        (diffusion, TrainOptions, "opensora.training.diffusion.trainer:Trainer"),
+        (vae, VaeTrainOptions, "opensora.training.vae.trainer:VAETrainer"),
+    ):
+        words = [config, "--exp-name", place.rpartition(":")[2], "--max-steps", "3"]
+        command(words, options, place)
+        with pytest.raises(UserError, match="the checkpoint is at step 3, the run ends at 3"):
+            command([*words, "--load", "latest"], options, place)
+        capsys.readouterr()
+        command([*words, "--resume", "auto"], options, place)
+        assert "is complete at step 3: nothing is left to do" in capsys.readouterr().err
+
+
+def test_resume_auto_begins_from_another_run(diffusion, tmp_path):
+    """``--load`` says where a run begins, and once it has checkpoints of its own it goes on from these."""
+    first = train(Trainer, TrainOptions, diffusion, "--exp-name", "first", "--max-steps", 1)
+    words = ["--exp-name", "second", "--resume", "auto", "--load", first]
+    assert Trainer(parse_config([diffusion, *map(str, words)], TrainOptions)).start.resume.parent == first
+    second = train(Trainer, TrainOptions, diffusion, *words, "--max-steps", 2)
+    assert Trainer(parse_config([diffusion, *map(str, words)], TrainOptions)).start.resume.parent == second
+
+
+def test_the_latest_run_is_gone_on_with_only_as_it_was(diffusion, tmp_path, table):
+    folder = train(Trainer, TrainOptions, diffusion, "--exp-name", "one", "--max-steps", 1)
+    other = str(shutil.copy(table, tmp_path / "other.csv"))
+    beside = os.path.relpath(table)
+    for changed, named in (
+        (["--dataset.data-path", other], f"dataset.data_path was {table}, is {other}"),
+        (["--seed", "4"], "seed was 3, is 4"),
+        (["--condition_config.i2v_head", "2"], "condition_config was"),
+        (["--optim.betas", "0.9,0.99"], "optim.betas was"),
+        (["--dropout_ratio.t5", "0.1"], "dropout_ratio.t5 was 0.3, is 0.1"),
+    ):
+        with pytest.raises(UserError, match=f"--load latest: .*one/epoch0-global_step1 was trained otherwise: {named}"):
+            Trainer(parse_config([diffusion, "--load", "latest", *changed], TrainOptions))
+        for told in (["--load", "latest", "--load-changed", "True"], ["--load", str(folder)]):
+            Trainer(parse_config([diffusion, *told, *changed], TrainOptions))
+    same = ["--dataset.data-path", beside, "--max-steps", "7", "--num_workers", "1", "--grad_checkpoint", "True"]
+    Trainer(parse_config([diffusion, "--load", "latest", *same], TrainOptions))
 
 
 def test_a_batch_size_without_effect_is_said(diffusion, caplog):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from opensora.config.choices import ATTENTION_KERNELS
 from opensora.config.keys import read_group
-from opensora.config.options import ModelOptions, opt
+from opensora.config.options import MANY_BLOCKS, ModelOptions, opt
 from opensora.utils.errors import UserError
 
 
@@ -29,8 +29,8 @@ class MMDiTConfig(ModelOptions):
     hidden_size: int = opt(3072, "width of the model", least=1, required=True)
     mlp_ratio: float = opt(4.0, "MLP width over hidden_size", above=0, required=True)
     num_heads: int = opt(24, "attention heads", least=1, required=True)
-    depth: int = opt(19, "double-stream blocks", least=0, required=True)
-    depth_single_blocks: int = opt(38, "single-stream blocks", least=0, required=True)
+    depth: int = opt(19, "double-stream blocks", least=0, most=MANY_BLOCKS, required=True)
+    depth_single_blocks: int = opt(38, "single-stream blocks", least=0, most=MANY_BLOCKS, required=True)
     axes_dim: list[int] = opt(
         [16, 56, 56], "rotary channels of time, row and column; sum is the head width", required=True
     )

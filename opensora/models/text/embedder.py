@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from opensora.config.keys import given_config
 from opensora.models.text.config import TextEmbedderConfig
+from opensora.models.text.fitting import TextNotes, suffix_of
 from opensora.registry import MODELS
 from opensora.utils import hub
 from opensora.utils.errors import UserError, shorten
@@ -80,7 +81,8 @@ class HFEmbedder(nn.Module):
 
     Args:
         config: folder in Hugging Face format, or hub id, as text; or all options. Texts longer than ``max_length``
-            tokens are cut, shorter ones padded (512 for T5, 77 for CLIP). ``shardformer`` is remembered for
+            tokens are cut, shorter ones padded (512 for T5, 77 for CLIP); the log says what is lost, and with
+            ``keep_suffix`` T5 keeps frame rate and motion score at the end. ``shardformer`` is remembered for
             `opensora.acceleration.shardformer`, which may speed T5 up; results stay the same.
         max_length: that option, where ``config`` is a folder.
         device_map: device of the encoder; None is the CPU.
@@ -108,7 +110,8 @@ class HFEmbedder(nn.Module):
             raise UserError("a text encoder needs from_pretrained: the folder of one, or a hub id")
         self.is_clip = encoder_kind(from_pretrained) == "clip"
         self.max_length = max_length
-        self.shardformer = own.shardformer
+        self.shardformer, self.keep_suffix = own.shardformer, own.keep_suffix and not self.is_clip
+        self.notes = TextNotes("CLIP" if self.is_clip else "T5", max_length)
         self.tokenizer, self.model = self._load(from_pretrained, own.cache_dir, torch_dtype or torch.float32)
         positions = self.model.config.max_position_embeddings if self.is_clip else max_length
         if max_length > positions:
@@ -163,8 +166,33 @@ class HFEmbedder(nn.Module):
         ids = self.tokenizer(
             list(texts), truncation=True, max_length=self.max_length, padding="max_length", return_tensors="pt"
         )["input_ids"]
+        for row, text in enumerate(texts):
+            self._fit(text, ids[row])
         extra = -(added_tokens + ids.shape[1]) % seq_align
         return F.pad(ids, (0, extra), value=self.tokenizer.pad_token_id)
+
+    def _fit(self, text: str, ids: Tensor) -> None:
+        """Note what is lost of a text, and write what is kept of its end into its ids ``[max_length]``.
+
+        An end that would take more than half of the room is not kept.
+        """
+        tokens = self._tokens(text)
+        unknown, end = self.tokenizer.unk_token_id, self.tokenizer.eos_token_id
+        if unknown != end and unknown in tokens:
+            self.notes.unknown(text, [word for word in dict.fromkeys(text.split()) if unknown in self._tokens(word)])
+        if len(tokens) <= self.max_length:
+            return
+        kept = suffix_of(text) if self.keep_suffix else ""
+        tail = self._tokens(kept) if kept else []
+        if 2 * len(tail) > self.max_length:
+            kept, tail = "", []
+        self.notes.cut(text, len(tokens), kept)
+        if tail:
+            ids[:] = torch.tensor(tokens[: self.max_length - len(tail)] + tail)
+
+    def _tokens(self, text: str) -> list[int]:
+        """All tokens of a text with those that end it."""
+        return self.tokenizer(text, verbose=False)["input_ids"]
 
     @torch.no_grad()
     def forward(self, texts: Sequence[str], added_tokens: int = 0, seq_align: int = 1) -> Tensor:

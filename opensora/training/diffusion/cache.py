@@ -22,6 +22,7 @@ from opensora.encoded.store import WHOLE, CacheInfo
 from opensora.encoded.writer import CacheWriter, make_plan
 from opensora.models.autoencoder import Autoencoder
 from opensora.models.build import check_weights, count_parameters
+from opensora.models.text.fitting import count_notes
 from opensora.registry import MODELS, build_module
 from opensora.training.diffusion.encoders import cache_folder, meta_autoencoder
 from opensora.utils.errors import UserError
@@ -182,4 +183,5 @@ def _load_autoencoder(cfg: CacheOptions) -> Callable[[Tensor], Tensor]:
 
 def _load_text_encoders(cfg: CacheOptions) -> Callable[[Sequence[str]], tuple[Tensor, Tensor]]:
     t5, clip = _load(cfg, "t5"), _load(cfg, "clip")
+    count_notes(t5, clip)
     return lambda texts: (t5(texts).cpu(), clip(texts).cpu())

@@ -15,6 +15,7 @@ from opensora.diffusion.latents import pack, prepare_ids
 from opensora.encoded.memory import EncodedMemory, even_group
 from opensora.encoded.store import WHOLE, batch_key
 from opensora.models.autoencoder import Autoencoder
+from opensora.models.text.fitting import count_notes
 
 TEXTS_AT_A_TIME = 8  # where embeddings are kept
 
@@ -52,6 +53,7 @@ class InputEncoder:
     ) -> None:  # fmt: skip
         self.ae, self.t5, self.clip, self.options = ae, t5, clip, options
         self.micro_batch = micro_batch
+        count_notes(t5, clip)
         self._memory, self._text_memory = memory, EncodedMemory()
         with torch.no_grad():
             self._null_txt, self._null_vec = t5([""]), clip([""])

@@ -27,7 +27,7 @@ from opensora.training.methods.base import METHOD_SEED, MethodContext, TrainingM
 from opensora.training.report.metrics import MetricLog, StageTimer
 from opensora.training.report.profiling import NsightWindow
 from opensora.training.roles import MODEL, Role
-from opensora.training.run import Run, log_size
+from opensora.training.run import Run, log_data, log_size
 from opensora.training.weights.adapters import LoraAdapter, TrainedWeights, copy_from_mmap, freeze, read_adapter
 from opensora.training.weights.ema import EMA
 from opensora.training.weights.optimizer import load_optimizer
@@ -90,7 +90,7 @@ class Trainer:
         timer = StageTimer(start.device, cfg.record_time, cfg.record_barrier)
         method = self._method(model.engine, weights, encoder, timer)
         log = start.open_log(folder, self.total_steps)
-        logger.info("steps %d to %d\n%s", start.states.global_step, self.total_steps, self.sampler.describe())
+        log_data(self.sampler, f"steps {start.states.global_step} to {self.total_steps}")
         with ExitStack() as stack:
             stack.callback(log.close)
             hooks = self._hooks(weights, encoder, ema, log, folder)

@@ -18,7 +18,7 @@ from opensora.training.loop import TrainLoop
 from opensora.training.report.metrics import MetricLog
 from opensora.training.report.profiling import TorchProfile
 from opensora.training.roles import MODEL, Role
-from opensora.training.run import Run, log_size
+from opensora.training.run import Run, log_data, log_size
 from opensora.training.vae.adversarial import DISC, DISCRIMINATOR, Adversary
 from opensora.training.vae.checks import Stage, build_loss, check_config, plan_stages
 from opensora.training.vae.loss import VAEStep
@@ -149,7 +149,7 @@ class VAETrainer:
             self._inflate()
         autoencoder = self._role(stage)
         loader, sampler = start.loader(self.dataset, stage.bucket_config, self.plan.multiple)
-        logger.info("%s: steps %d to %d\n%s", stage.name, states.global_step, stage.end, sampler.describe())
+        log_data(sampler, f"{stage.name}: steps {states.global_step} to {stage.end}")
         adversary = None
         if self.discriminator is not None and self.plan.adversarial is not None:
             adversary = Adversary(self.discriminator, self.plan.adversarial)

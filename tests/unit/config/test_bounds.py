@@ -9,15 +9,17 @@ import pytest
 from opensora.config import load_config, parse_config
 from opensora.config.commands import (
     CacheOptions,
+    InferenceOptions,
     TrainOptions,
     VaeInferenceOptions,
     VaeStatsOptions,
     VaeTrainOptions,
 )
+from opensora.config.options import SamplingOption
 from opensora.utils.errors import UserError
 
-SCRIPTS = (TrainOptions, CacheOptions, VaeTrainOptions, VaeInferenceOptions, VaeStatsOptions)
-ELSEWHERE = {"SamplingOption"}  # sampling's own
+SCRIPTS = (InferenceOptions, TrainOptions, CacheOptions, VaeTrainOptions, VaeInferenceOptions, VaeStatsOptions)
+ELSEWHERE = {("SamplingOption", "seed")}  # check_seed, which knows the row
 LOWER = {"least", "above"}
 
 
@@ -40,12 +42,44 @@ def test_every_number_has_a_lower_bound(script):
     numbers = [
         (group.__name__, key.name, key.metadata)
         for group in groups_below(script)
-        if group.__name__ not in ELSEWHERE
         for key in dataclasses.fields(group)
-        if key.metadata and is_numeric(get_type_hints(group)[key.name])
+        if key.metadata and is_numeric(get_type_hints(group)[key.name]) and (group.__name__, key.name) not in ELSEWHERE
     ]
     assert len(numbers) >= 7
     assert [(group, name) for group, name, metadata in numbers if not LOWER & metadata.keys()] == []
+
+
+def test_every_size_of_a_sample_has_an_upper_bound():
+    """Nonsense such as a billion steps is refused at once, not computed."""
+    unbounded = {"temporal_reduction", "grad_clip", "flow_shift"}  # no work follows from them
+    open_ended = {
+        key.name
+        for group in (InferenceOptions, SamplingOption)
+        for key in dataclasses.fields(group)
+        if key.metadata and is_numeric(get_type_hints(group)[key.name]) and not {"most", "below"} & key.metadata.keys()
+    }
+    assert open_ended == unbounded
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("sampling_option.num_steps", 10**9),
+        ("num_frames", 4_000_001),
+        ("sampling_option.width", 100_000),
+        ("num_sample", 10**9),
+        ("num_workers", 100_000),
+        ("guidance", float("nan")),
+        ("t5.max_length", 10**8),
+        ("model.depth", 10**9),
+        ("patch_size", 0),
+        ("num_samples", -1),
+    ],
+)
+def test_nonsense_of_sampling_is_refused(key, value):
+    sections = {"t5": {"type": "text_embedder"}, "model": {"type": "flux"}}
+    with pytest.raises(UserError, match=rf"{key.rpartition('.')[2]}=.*must be"):
+        load_config(sections, InferenceOptions, {key: value})
 
 
 def test_what_counts_as_a_number():

@@ -311,6 +311,17 @@ def test_spatial_compression_of_old_files_is_ignored(write):
     assert "ae_spatial_compression" not in cfg.to_dict()
 
 
+def test_what_the_original_takes_and_nothing_needs_is_said_in_the_log(write, caplog):
+    words = ["--ae_spatial_compression", "32", "--seed", "none"]
+    cfg = parse_config([write(""), *words], InferenceOptions)
+    assert "--ae_spatial_compression has no effect" in caplog.text
+    assert "--seed none: the default is taken, 1024" in caplog.text
+    assert cfg.seed == parse_config([write("seed = None")], InferenceOptions).seed == 1024
+    assert "ae_spatial_compression" not in cfg.to_dict()
+    with pytest.raises(UserError, match="--seed none: expected integer"):
+        parse_config([write(""), "--seed", "none"], TrainOptions)
+
+
 # ------------------------------------------------------------------------------------------------------------ defaults
 
 

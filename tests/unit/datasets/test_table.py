@@ -1,10 +1,12 @@
 """Tables as every reader takes them."""
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from opensora.datasets.rows import read_numbers, write_shards
-from opensora.datasets.table import read_table, row_name
+from opensora.datasets.table import read_table, row_name, write_table
 from opensora.utils.errors import UserError
 
 READERS = {
@@ -19,8 +21,10 @@ READERS = {
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("text\na red circle, moving right\n", "more fields than its header"),
-        ("text\na\nb, c\n", "cannot be read as a table"),
+        ("text\na red circle, moving right\n", "more fields than its header.*row 2: 'a red circle, moving right'"),
+        ("text\na\nb, c\n", "more fields than its header.*row 3"),
+        ("text,seed\na red circle, moving right,5\n", "more fields.*row 2"),
+        ('text,seed\n"a, b",4\na red circle, moving right,5\n', "more fields.*row 3"),
         ("text,seed,text\na,1,b\n", "two columns are named 'text'"),
         ("", "cannot be read as a table"),
     ],
@@ -52,6 +56,19 @@ def test_cells_as_text(tmp_path):
     assert found["n"].tolist() == [str(2**60), "1", "0"]
     (tmp_path / "t.csv").write_text("text\nnone\n\n007\n")
     assert read_table(tmp_path / "t.csv", as_text=True)["text"].tolist() == ["none", "", "007"]
+
+
+def test_whole_numbers_beside_empty_cells_keep_all_digits(tmp_path):
+    large, table = 2**53 + 1, pa.table({"text": ["a", "b"], "id": pa.array([2**53 + 1, None], pa.int64())})
+    pq.write_table(table, tmp_path / "t.parquet")
+    (tmp_path / "t.csv").write_text(f"text,id,share\na,{large},\nb,,0.5\n")
+    for name in ("t.parquet", "t.csv"):
+        assert read_table(tmp_path / name, as_text=True)["id"].tolist() == [str(large), ""]
+        found = read_table(tmp_path / name)
+        write_table(found, tmp_path / "again.csv")
+        assert (tmp_path / "again.csv").read_text().splitlines()[1].split(",")[:2] == ["a", str(large)]
+        assert found["id"].isna().tolist() == [False, True]
+    assert read_table(tmp_path / "t.csv")["share"].dtype == float
 
 
 def test_rows_are_counted_as_spreadsheets_do():

@@ -3,10 +3,12 @@
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from opensora.generation import refine
 from opensora.models.text import HFEmbedder
+from opensora.models.text.fitting import count_notes
 from opensora.utils import hub
 from opensora.utils.errors import UserError
 from tests.conftest import ROOT
@@ -67,6 +69,63 @@ def test_a_truncated_file_is_one_line(folder):
 def test_lengths_that_an_encoder_cannot_take(folder, kind, length, said):
     with pytest.raises(UserError, match=f"max_length={length}.* {said}"):
         HFEmbedder(str(folder(kind)), length)
+
+
+LONG = "a red circle moving right, " * 9
+
+
+@pytest.fixture(scope="module")
+def encoders():
+    """The shipped ones, at the lengths of the demo's configs."""
+    return {kind: HFEmbedder(str(ROOT / "assets/demo" / NAMES[kind]), n) for kind, n in (("t5", 24), ("clip", 77))}
+
+
+def words(embedder, text):
+    return embedder.tokenizer.decode(embedder.tokenize([text])[0], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("end", ["8 FPS. 4 motion score.", "8 FPS, 4 motion score.", "29.97 FPS.", "4 motion score."])
+def test_what_is_appended_stays_where_t5_cuts(encoders, end, caplog):
+    t5 = encoders["t5"]
+    for _ in range(2):
+        found = words(t5, f"{LONG.strip(' ,')}. {end}")
+        assert found.endswith(end.lower())
+        assert found.startswith("a red circle moving right")
+        assert len(t5.tokenize([LONG + end])[0]) == 24
+    assert len([record for record in caplog.records if f"tokens are lost, from before '{end}'" in record.message]) == 2
+
+
+def test_texts_that_fit_or_have_no_end_are_as_the_tokenizer_makes_them(encoders):
+    for kind, embedder in encoders.items():
+        plain = {"truncation": True, "padding": "max_length", "max_length": embedder.max_length, "return_tensors": "pt"}
+        for text in ("a red circle. 8 FPS. 4 motion score.", "", LONG, *((LONG + "8 FPS.",) if kind == "clip" else ())):
+            assert torch.equal(embedder.tokenize([text]), embedder.tokenizer([text.strip()], **plain)["input_ids"])
+    short = HFEmbedder(str(ROOT / "assets/demo" / NAMES["t5"]), 6)
+    text = "a red circle moving right. 8 FPS. 4 motion score."
+    assert words(short, text) == "a red circle moving right", "an end takes half of the room at most"
+    off = HFEmbedder(str(ROOT / "assets/demo" / NAMES["t5"]), 24, keep_suffix=False)
+    assert "fps" not in words(off, LONG + "8 FPS.")
+
+
+def test_lost_tokens_and_unknown_words_are_said_once_per_text(encoders, caplog):
+    t5 = HFEmbedder(str(ROOT / "assets/demo" / NAMES["t5"]), 24)
+    for _ in range(2):
+        t5.tokenize(["a красный circle 😀", "a red circle", LONG])
+        encoders["clip"].tokenize(["a красный circle 😀"])
+    first, second = [record.message for record in caplog.records]
+    assert "T5: texts have words that are not known and not told to the model: красный, 😀 (" in first
+    tokens = len(t5.tokenizer(LONG)["input_ids"])
+    assert f"T5: texts are cut to 24 tokens: the last {tokens - 24} of {tokens} tokens are lost" in second
+
+
+def test_many_texts_are_counted(caplog):
+    t5 = HFEmbedder(str(ROOT / "assets/demo" / NAMES["t5"]), 24)
+    count_notes(t5, object())
+    for number in range(25):
+        t5.tokenize([f"{number} {LONG}"] * 2)
+    first, second = [record.message for record in caplog.records]
+    assert "further ones are counted" in first
+    assert second.endswith("texts are cut to 24 tokens: 10 so far")
 
 
 def test_a_folder_below_home(folder, tmp_path, monkeypatch):

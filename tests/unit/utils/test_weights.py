@@ -12,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from opensora.config.options import ModelOptions
+from opensora.models.build import check_weights
 from opensora.utils import hub, weights_writing
 from opensora.utils.errors import UserError
 from opensora.utils.weights import files_hash, fingerprint, load_state_dict, open_weights, resolve_path
@@ -277,6 +279,26 @@ def test_downloaded_files_are_found_without_a_network(tmp_path, monkeypatch):
     assert resolve_path("org/repo/sub/net.safetensors", cache_dir=cache) == stored
     with pytest.raises(UserError, match="hub cannot be reached"):
         resolve_path("org/repo/other/net.safetensors", cache_dir=cache)
+
+
+@pytest.mark.parametrize("path", ["outputs/x/epoch0-global_step2", "org/repo/net.safetensors"])
+def test_a_check_asks_the_hub_without_a_download(path, tmp_path, monkeypatch):
+    """A mistyped path of three parts is found before anything is loaded, as by a dry run."""
+    monkeypatch.chdir(tmp_path)
+    section = ModelOptions(type="flux", from_pretrained=path, cache_dir=str(tmp_path / "cache"))
+    unplug(monkeypatch)
+    with pytest.raises(UserError, match=f"No weights at {path}: there is no such local path, and .*cannot be reached"):
+        check_weights("model", section)
+    monkeypatch.setattr(hub, "is_reachable", lambda: True)
+    repository, _, inside = path.rpartition("/")
+    for there in ([inside], []):
+        monkeypatch.setattr(huggingface_hub.HfApi, "get_paths_info", lambda self, repo, paths, there=there: there)
+        if there:
+            check_weights("model", section)
+        else:
+            with pytest.raises(UserError, match=f"{repository} did not give {inside} .*it has no {inside}"):
+                check_weights("model", section)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_mismatch_lists_keys_and_hints(file):

@@ -1,0 +1,159 @@
+"""What a run needs of memory and disk, from its plan, and whether that is there."""
+
+import math
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from opensora.diffusion.plan import SamplePlan
+from opensora.diffusion.prepared import TEXT_ENCODERS, PreparedRun, text_length
+from opensora.diffusion.velocity import MAX_TOKENS_AT_ONCE
+from opensora.generation.requests import Request
+from opensora.models.autoencoder import as_autoencoder
+from opensora.models.build import count_parameters
+from opensora.utils.errors import UserError
+from opensora.utils.logging import get_logger
+from opensora.utils.weights import read_header
+
+logger = get_logger(__name__)
+
+PIXEL_BYTES = 5  # of a decoded video, three times: as fp32 and as uint8
+FILE_BITS = 0.1  # of a pixel in an mp4, about
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run needs, about, in bytes.
+
+    Attributes:
+        weights: of all models that are on the device at once.
+        activations: of the diffusion model while it samples a batch.
+        pixels: of a batch of decoded videos, in host memory.
+        latents: all files of latents that are to be kept; exact.
+        videos: all files of videos.
+    """
+
+    weights: float
+    activations: float
+    pixels: float
+    latents: float
+    videos: float
+
+    @classmethod
+    def of(cls, run: PreparedRun, plans: Sequence[SamplePlan], samples: int) -> "Needs":
+        """Needs of a prepared run whose prompts ask for these plans, the most of all.
+
+        Args:
+            samples: videos to make.
+        """
+        cfg, counts = run.cfg, parameter_counts(run)[0]
+        frames = max(plan.num_frames * plan.height * plan.width for plan in plans)
+        channels = as_autoencoder(run.models["ae"]).latent_channels
+        latent = max(math.prod(plan.latent_size) for plan in plans) * channels * 4
+        on_demand = cfg.offload and run.device.type != "cpu"  # there they are at home
+        return cls(
+            weights=(max if on_demand else sum)(count * run.dtype.itemsize for count in counts.values()),
+            activations=max(_activations(run, plan) for plan in plans),
+            pixels=float(cfg.batch_size * 3 * frames * PIXEL_BYTES),
+            latents=float(samples * latent if cfg.save_latents else 0),
+            videos=samples * frames * FILE_BITS / 8,
+        )
+
+
+def parameter_counts(run: PreparedRun) -> tuple[dict[str, int], list[str]]:
+    """Parameters of each model, and the text encoders of which they cannot be told."""
+    counts: dict[str, int] = {name: count_parameters(model) for name, model in run.models.items()}
+    found = {name: encoder_parameters(run.sections[name].from_pretrained) for name in TEXT_ENCODERS}
+    counts |= {name: count for name, count in found.items() if count is not None}
+    return counts, [name for name, count in found.items() if count is None]
+
+
+def encoder_parameters(path: str | None) -> int | None:
+    """Parameters of a text encoder, from the headers of its safetensors files; None where there are none."""
+    folder = Path(path or "").expanduser()
+    headers = [read_header(file) for file in folder.glob("*.safetensors")] if path else []
+    shapes = [
+        tensor["shape"]
+        for header in headers
+        for key, tensor in header.items()
+        # of whole models, only the half that reads text is loaded
+        if key != "__metadata__" and not key.startswith(("vision_model.", "visual_projection.", "decoder."))
+    ]
+    return sum(map(math.prod, shapes)) if shapes else None
+
+
+def _activations(run: PreparedRun, plan: SamplePlan) -> float:
+    """Of the rows that the diffusion model works on at once."""
+    batch = run.cfg.batch_size
+    branches = 1 if plan.method == "distill" else 3 if plan.has_image else 2
+    rows = batch * (branches if batch * branches * plan.tokens <= MAX_TOKENS_AT_ONCE else 1)
+    return run.model.activation_bytes(plan.tokens + text_length(run.sections["t5"]), rows, run.dtype)
+
+
+def check_room(run: PreparedRun, requests: Sequence[Request]) -> None:
+    """Compare what a run needs with the memory and the disk that are there; the log says what will be short.
+
+    Raises:
+        UserError: it is hopeless: more than the machine's memory on a CPU, or latents that the disk has no room for.
+    """
+    plans = run.plans(request.cond_type for request in requests)
+    needs = Needs.of(run, plans, len(requests) * run.cfg.num_sample)
+    _check_memory(run, needs)
+    _check_disk(run, needs)
+
+
+def _check_memory(run: PreparedRun, needs: Needs) -> None:
+    on_cpu = run.device.type == "cpu"
+    if run.cfg.plugin == "hybrid" and not on_cpu:
+        return  # devices share the work
+    total, available = memory_of(run.device)
+    need = needs.weights + (max(needs.activations, needs.pixels) if on_cpu else needs.activations)
+    advice = "fewer frames, a smaller resolution or batch_size" + (
+        " need less" if on_cpu else ", or --offload True need less"
+    )
+    told = f"the run needs about {size_text(need)} of memory ({size_text(needs.weights)} of weights)"
+    if need > total and on_cpu:
+        raise UserError(f"{told}, and this machine has {size_text(total)}: {advice}")
+    if need > available:
+        left = f"{size_text(available)} of {size_text(total)}"
+        logger.warning("%s, and %s has %s left: %s", told, run.device, left, advice)
+
+
+def _check_disk(run: PreparedRun, needs: Needs) -> None:
+    folder = Path(run.cfg.save_dir).expanduser().absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needs.latents > free:
+        raise UserError(
+            f"save_dir {run.cfg.save_dir}: the latents to keep are {size_text(needs.latents)}, and {folder} has "
+            f"{size_text(free)} left: make fewer at a time, or write elsewhere"
+        )
+    if needs.latents + needs.videos > free:
+        need, left = size_text(needs.latents + needs.videos), size_text(free)
+        logger.warning("save_dir %s: the files are about %s, and %s is left there", run.cfg.save_dir, need, left)
+
+
+def memory_of(device: torch.device) -> tuple[int, int]:
+    """(all, left) memory of a device in bytes; of a container's, on a CPU, what it may use."""
+    if device.type == "cuda":
+        left, total = torch.cuda.mem_get_info(device)
+        return total, left
+    import psutil
+
+    memory = psutil.virtual_memory()
+    total, left = memory.total, memory.available
+    for file in CGROUP_LIMITS:
+        with suppress(OSError, ValueError):  # no container, or "max"
+            total = min(total, int(Path(file).read_text(encoding="ascii")))
+    return total, min(left, total)
+
+
+def size_text(count: float) -> str:
+    """Bytes for a person."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
