@@ -1,0 +1,1 @@
+"""Wrong calls from Python: each must end with a UserError that names what is wrong."""
