@@ -13,6 +13,8 @@ from opensora.config.choices import CONDITIONS, METHODS
 from opensora.config.options import (
     AE_KNOWS,
     MANY_WORKERS,
+    MAX_FRAMES,
+    MAX_PATCH,
     MAX_SEED,
     DatasetOptions,
     DiscriminatorLossOptions,
@@ -89,14 +91,14 @@ class InferenceOptions(RunOptions):
         "dataset", "prompts", "table of prompts, instead of prompt", {"type": "text"}
     )
     start_index: int = opt(0, "first row of the table")
-    end_index: int | None = opt(None, "row after the last one")
-    num_samples: int | None = opt(None, "rows from start_index, if there is no end_index", "rows")
+    end_index: int | None = opt(None, "row after the last one", least=0)
+    num_samples: int | None = opt(None, "rows from start_index, if there is no end_index", "rows", least=1)
     batch_size: int = opt(1, "prompts sampled at a time", "prompts")
     num_workers: int = opt(4, "processes that read data", no_effect=PROMPTS)
     prefetch_factor: int | None = opt(None, "batches each of them reads ahead", "batches", no_effect=PROMPTS)
     sampling_option: SamplingOption = section(SamplingOption, "size, length and guidance", {}, fill=True)
-    num_sample: int = opt(1, "videos per prompt", "videos")
-    fps_save: int = opt(16, "frame rate of the file, also told to the model", "frames/s")
+    num_sample: int = opt(1, "videos per prompt", "videos", most=1_000_000)
+    fps_save: int = opt(16, "frame rate of the file, also told to the model", "frames/s", above=0, most=1000)
     motion_score: str | None = opt(None, "amount of motion told to the model: a number, or dynamic")
     refine_prompt: bool = opt(False, "let a language model write the prompt out")
     refine_model: str | None = opt(None, "folder or hub id of a local language model for that")
@@ -106,7 +108,7 @@ class InferenceOptions(RunOptions):
     ae: ModelOptions | None = component("model", "autoencoder", "video autoencoder")
     t5: ModelOptions | None = component("model", "text", "encoder of the text tokens")
     clip: ModelOptions | None = component("model", "text", "encoder of the pooled text vector")
-    patch_size: int = opt(2, "latent pixels per token side", "latent px")
+    patch_size: int = opt(2, "latent pixels per token side", "latent px", least=1, most=MAX_PATCH)
     use_t2i2v: bool = opt(False, "make a picture from the prompt first, then a video from it")
     img_resolution: str = opt("768px", "pixel count of that picture, by name")
     img_flux: ModelOptions | None = component("model", "diffusion", "image diffusion model")
@@ -125,7 +127,7 @@ class InferenceOptions(RunOptions):
     plugin_config_ae: PluginOptions = section(
         PluginOptions, "its settings", {}, open=True, no_effect="tiles are divided over all ranks that share a video"
     )
-    grad_clip: float = opt(0.0, "gradient norm limit", no_effect="sampling computes no gradients")
+    grad_clip: float = opt(0.0, "gradient norm limit", least=0, no_effect="sampling computes no gradients")
     pretrained_lora_path: list[str] | str | None = opt(None, "PEFT adapters to load: folder, or folder@strength")
     merge_lora: bool = opt(True, "add adapters to the weights; false keeps them beside (slower, exact in bf16)")
 
@@ -189,7 +191,7 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
     cached_text: bool = opt(False, "texts come as embeddings, from cache_dir")
     cache_dir: str | None = opt(None, "folder that scripts/diffusion/cache.py writes")
     is_causal_vae: bool = opt(False, "first frame has a latent of its own", no_effect=AE_KNOWS)
-    patch_size: int = opt(2, "latent pixels per token side", "latent px", least=1)
+    patch_size: int = opt(2, "latent pixels per token side", "latent px", least=1, most=MAX_PATCH)
     condition_config: dict[str, float] | None = opt(None, "{condition type: weight}; none trains on text only", least=0)
     dropout_ratio: DropoutOptions | None = section(DropoutOptions, "share of samples that train without their text")
     guidance: float = opt(4.0, "guidance scale told to models with guidance_embed", least=0)
@@ -275,7 +277,9 @@ class VaeInferenceOptions(LoaderOptions, RunOptions):
     wait: bool = opt(False, "wait while another process writes to the same place, instead of refusing")
     eval_setting: str | None = opt(None, "frames x side (17x256) or frames x height x width, instead of bucket_config")
     fps: int = opt(16, "frame rate of the clips", "frames/s", least=1, most=1000)
-    frame_interval: int = opt(1, "distance of sampled frames; files play at fps // frame_interval", "frames", least=1)
+    frame_interval: int = opt(
+        1, "distance of sampled frames; files play at fps // frame_interval", "frames", least=1, most=MAX_FRAMES
+    )
     lpips: LpipsOptions | None = section(LpipsOptions, "weights of LPIPS; none leaves this measure out")
     max_clips: int | None = opt(None, "clips to reconstruct; none takes all", "clips", least=1)
     sheet_clips: int = opt(8, "clips on the picture of originals and reconstructions", "clips", least=0)

@@ -30,6 +30,8 @@ BOUNDS: Mapping[str, tuple[Callable[[Any, Any], bool], str]] = MappingProxyType(
 AE_KNOWS = "the autoencoder knows it"
 MAX_SEED = 2**63 - 1
 MANY_WORKERS, MANY_PROCESSES = 512, 65_536  # more is a slip of the finger
+MAX_WIDTH, MAX_DEPTH, MAX_PATCH = 2**20, 4096, 64  # of models, likewise
+MAX_SIDE, MAX_FRAMES, MAX_STEPS = 32_768, 100_000, 10_000  # of samples, likewise
 
 
 def opt(default: Any, help: str, unit: str = "", **extra: Any) -> Any:
@@ -182,17 +184,21 @@ def _plain(value: Any) -> Any:
 class SamplingOption(Options):
     """What one sample looks like and how it is drawn."""
 
-    width: int | None = opt(None, "width, if no resolution is given; rounded up to a multiple of 16", "px")
-    height: int | None = opt(None, "height, if no resolution is given; rounded up to a multiple of 16", "px")
+    width: int | None = opt(
+        None, "width, if no resolution is given; rounded up to a multiple of 16", "px", most=MAX_SIDE
+    )
+    height: int | None = opt(
+        None, "height, if no resolution is given; rounded up to a multiple of 16", "px", most=MAX_SIDE
+    )
     resolution: str | None = opt(None, "pixel count by name: 256px, 512px, 768px, 1024px, ...")
     aspect_ratio: str | None = opt(None, "width:height: 16:9, 9:16, 1:1, 2.39:1, ...")
-    num_frames: int = opt(1, "length; 1 makes an image", "frames")
-    num_steps: int = opt(50, "solver steps from noise to sample", "steps")
+    num_frames: int = opt(1, "length; 1 makes an image", "frames", most=MAX_FRAMES)
+    num_steps: int = opt(50, "solver steps from noise to sample", "steps", most=MAX_STEPS)
     solver: str = opt("euler", "how steps are made", choices=SOLVERS)
     step_cache: str | None = opt(None, "reuse of the transformer's work between steps, by name; none runs all of it")
-    guidance: float = opt(4.0, "text guidance scale (1 is none)")
+    guidance: float = opt(4.0, "text guidance scale (1 is none)", least=-1000, most=1000)
     text_osci: bool = opt(False, "text guidance on every other step only, after the first ten")
-    guidance_img: float | None = opt(None, "image guidance scale (1 is none)")
+    guidance_img: float | None = opt(None, "image guidance scale (1 is none)", least=-1000, most=1000)
     image_osci: bool = opt(False, "image guidance on every other step only, after the first ten")
     scale_temporal_osci: bool = opt(False, "image guidance grows along the frames, less so on later steps")
     seed: int | None = opt(None, "seed of the sample's noise; none draws one")

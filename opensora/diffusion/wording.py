@@ -50,6 +50,6 @@ def check_motion_score(score: Any, where: str) -> str | None:
 
 def check_seed(seed: float, where: str = "seed") -> int:
     """The seed as an integer from 0 to 2**63 - 1; raises a UserError otherwise."""
-    if seed != int(seed) or not 0 <= seed < 2**63:
+    if not 0 <= seed < 2**63 or seed != int(seed):
         raise UserError(f"{where}: seed {seed:g} must be a whole number from 0 to 2**63 - 1")
     return int(seed)

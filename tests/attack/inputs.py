@@ -1,6 +1,7 @@
 """Good inputs of every command, made once; cases change one thing about them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,7 @@ def run_commands(good: Path, server: Server) -> None:
         (f"{diffusion}/cache.py", "train.py", "--cache-dir", "cache", *small),
         ("scripts/cnv/shard.py", "clips.parquet", "2"),
         ("tools/data/run.py", "data.py", "--input", "footage", "--output", "made"),
+        ("tools/demo/make_clips.py", "--num", "2", "--seed", "0", "--out", "demo", "--workers", "1"),
     ):
         temporary = good / "tmp"
         temporary.mkdir()
@@ -111,3 +113,5 @@ def run_commands(good: Path, server: Server) -> None:
         said = good.with_name(f"{good.name}.err").read_text()
         assert outcome.status == 0, f"{script}: {outcome}\n{said}"
         temporary.rmdir()
+    (checkpoint,) = (good / "outputs" / "e").glob("epoch*")
+    shutil.copytree(checkpoint, good / "checkpoint")

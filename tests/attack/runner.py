@@ -8,7 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from tests.attack.server import AT_WEIGHTS, GIB, KILLED, ROOT, Order, Outcome
 SECONDS = 30.0  # of one case, on a machine that does other things as well
 MEMORY = 2 * GIB
 MISTAKE = 2
-LEFTOVERS = (".unfinished-", ".writing", ".replacing", ".removing", ".lock", ".names")
+MESSAGE = re.compile(r"^(?:\S+: )?error: ", re.MULTILINE)
+LEFTOVER = re.compile(r"\.unfinished-.*|\..+\.(writing|replacing|removing|names)|\.(?!written).+\.lock")
 Make = Callable[[Path, Path], None]  # of the good inputs, and of the case: fills the latter
 
 
@@ -28,11 +29,13 @@ class Case:
     Attributes:
         name: of the test.
         script: see :class:`tests.attack.server.Order`.
-        words: its command line; ``{good}`` is the folder of good inputs, ``{case}`` that of the case's own.
+        words: its command line; ``{good}`` is the folder of good inputs, ``{case}`` that of the case's own,
+            ``{demo}`` that of the demo's weights.
         culprit: what its message must match.
         make: makes the case's own inputs.
         may_pass: it may also be fine (a flipped bit that changes nothing, a large number that is not too large).
         late: it can be known only once weights are read.
+        leaves: name of a file with the reasons, which it may leave.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Case:
     make: Make | None = None
     may_pass: bool = False
     late: bool = False
+    leaves: str = ""
 
 
 @dataclass
@@ -103,7 +107,8 @@ def attack(server: Server, case: Case, good: Path, place: Path) -> Result:
         path.mkdir(parents=True)
     if case.make is not None:
         case.make(good, own)
-    words = [word.replace("{good}", str(good)).replace("{case}", str(own)) for word in case.words]
+    places = {"{good}": good, "{case}": own, "{demo}": ROOT / "assets" / "demo"}
+    words = [_filled(word, places) for word in case.words]
     before, shared = snapshot(own), signature(good)
     outcome = server.run(Order(case.script, words, str(folder), str(temporary), SECONDS, not case.late))
     said = (place / "work.err").read_text(errors="replace")
@@ -112,13 +117,19 @@ def attack(server: Server, case: Case, good: Path, place: Path) -> Result:
         *ending_problems(case, outcome, said),
         *(f"changed: {name}" for name in differences(before, snapshot(own))),
         *(f"changed: {name}" for name in differences(shared, signature(good))),
-        *left_problems(outcome, folder, temporary),
+        *left_problems(case, outcome, folder, temporary),
     ]
     for path in place.rglob("*"):
         if path.is_dir() and not path.is_symlink():
             path.chmod(0o755)
     shutil.rmtree(place)
     return result
+
+
+def _filled(word: str, places: Mapping[str, Path]) -> str:
+    for name, path in places.items():
+        word = word.replace(name, str(path))
+    return word
 
 
 def ending_problems(case: Case, outcome: Outcome, said: str) -> list[str]:
@@ -136,25 +147,25 @@ def ending_problems(case: Case, outcome: Outcome, said: str) -> list[str]:
     if outcome.status != MISTAKE:
         what = "went on to weights" if outcome.status == AT_WEIGHTS else f"exit status {outcome.status}"
         return [*problems, what]
-    at = max(said.rfind("error: "), 0)
-    lines = said[at:].splitlines()
-    if not at and not said.startswith("error: "):
+    found = MESSAGE.search(said)
+    message = said[found.start() :] if found else ""
+    if not message:
         problems.append("no message")
-    elif any(not line.startswith("  ") for line in lines[1:]):
+    elif any(not line.startswith("  ") for line in message.splitlines()[1:]):
         problems.append("more than a message of one line")
-    if not re.search(case.culprit, said[at:]):
+    if not re.search(case.culprit, message):
         problems.append(f"does not name {case.culprit}")
     return problems
 
 
-def left_problems(outcome: Outcome, folder: Path, temporary: Path) -> list[str]:
+def left_problems(case: Case, outcome: Outcome, folder: Path, temporary: Path) -> list[str]:
     """What is left behind: nothing at all after a mistake, nothing unfinished otherwise."""
     if outcome.status == AT_WEIGHTS:
         return []
     left = [path.relative_to(folder) for path in sorted(folder.rglob("*"))]
     if outcome.status == 0:
-        left = [path for path in left if any(word in path.name for word in LEFTOVERS)]
-    named = [f"left: {path}" for path in left]
+        left = [path for path in left if LEFTOVER.fullmatch(path.name)]
+    named = [f"left: {path}" for path in left if path.name != case.leaves]
     return named + [f"left in the temporary folder: {path.name}" for path in sorted(temporary.iterdir())]
 
 

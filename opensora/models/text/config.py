@@ -10,5 +10,5 @@ class TextEmbedderConfig(ModelOptions):
     """Frozen T5 or CLIP text encoder (`text_embedder`)."""
 
     from_pretrained: str | None = opt(None, "folder or hub id")
-    max_length: int = opt(512, "length that texts are padded and cut to", "tokens", least=1)
+    max_length: int = opt(512, "length that texts are padded and cut to", "tokens", least=1, most=65_536)
     shardformer: bool = opt(False, "ColossalAI's fused layers where present")

@@ -5,10 +5,19 @@ from typing import NamedTuple
 
 
 class Command(NamedTuple):
-    """A script and the words of a run of it that would work."""
+    """A script and the words of a run of it that would work; ``after`` come behind a path without a flag."""
 
     script: str
     words: Sequence[str]
+    after: Sequence[str] = ()
+
+    def with_path(self, path: str, flag: str) -> tuple[str, ...]:
+        """The command line with a path in the place of a flag's, or as a word of its own, instead of the config."""
+        if flag:
+            return (*self.words, f"{flag}={path}", *self.after)
+        words = [word for word in self.words if not word.startswith("{good}/") or word.endswith(".csv")]
+        config = [word for word in self.words if word.endswith(".py") and path.rpartition(".")[2] != "py"]
+        return (*config, *(word for word in words if word not in config), path, *self.after)
 
 
 DIFFUSION, VAE = "scripts/diffusion", "scripts/vae"
