@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from opensora.utils.video import save_image, save_video
 from tests.attack.runner import Server
@@ -82,6 +82,18 @@ def write_inputs(good: Path) -> None:
     facts = {"fps": "8", "first_frame": "0", "end_frame": "5"}
     save_file({"latents": torch.zeros(8, 2, 8, 8)}, good / SAMPLE, metadata=facts)
     write_adapter(good / "lora")
+    torch.save(load_file(DEMO / "mmdit.safetensors"), good / "weights.pt")
+    few = {"a": torch.zeros(3), "b": torch.ones(2, 2)}
+    torch.save(few, good / "old.pt", _use_new_zipfile_serialization=False)
+
+
+def copy_writable(source: Path, target: Path) -> Path:
+    """Copy a file or folder; what is copied may be written to."""
+    if source.is_file():
+        shutil.copyfile(source, target)
+    else:
+        shutil.copytree(source, target, copy_function=shutil.copyfile)
+    return target
 
 
 def write_adapter(folder: Path, target: str = "img_attn_qkv", width: int = 160) -> None:

@@ -43,7 +43,7 @@ class Order:
 
     Attributes:
         script: path of a script from the repository's root, or the name of a function in ``tests.attack.calls``.
-        words: its command line, or the function's arguments.
+        words: its command line; or the folder of good inputs, and the name of a call.
         folder: where it runs; standard output and error go to ``<folder>.out`` and ``<folder>.err``.
         temporary: its folder for temporary files.
         seconds: after which it is killed.
@@ -165,8 +165,9 @@ def watch_weights() -> None:
 
 
 def _call(order: Order) -> Callable[[Any], Any]:
-    function = getattr(importlib.import_module("tests.attack.calls"), order.script)
-    return lambda argv: function(*order.words)
+    good, name = order.words
+    call = getattr(importlib.import_module("tests.attack.calls"), order.script)(good)[name]
+    return lambda argv: call()
 
 
 def serve() -> None:
