@@ -12,8 +12,10 @@ from typing import Any, ClassVar, Literal
 from opensora.config.choices import CONDITIONS, METHODS
 from opensora.config.options import (
     AE_KNOWS,
+    MANY_FRAMES,
     MANY_ROWS,
     MANY_WORKERS,
+    MAX_PATCH,
     MAX_SEED,
     DatasetOptions,
     DiscriminatorLossOptions,
@@ -114,7 +116,7 @@ class InferenceOptions(RunOptions):
     ae: ModelOptions | None = component("model", "autoencoder", "video autoencoder")
     t5: ModelOptions | None = component("model", "text", "encoder of the text tokens")
     clip: ModelOptions | None = component("model", "text", "encoder of the pooled text vector")
-    patch_size: int = opt(2, "latent pixels per token side", "latent px", least=1, most=64)
+    patch_size: int = opt(2, "latent pixels per token side", "latent px", least=1, most=MAX_PATCH)
     use_t2i2v: bool = opt(False, "make a picture from the prompt first, then a video from it")
     img_resolution: str = opt("768px", "pixel count of that picture, by name")
     img_flux: ModelOptions | None = component("model", "diffusion", "image diffusion model")
@@ -199,7 +201,7 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
     cached_text: bool = opt(False, "texts come as embeddings, from cache_dir")
     cache_dir: str | None = opt(None, "folder that scripts/diffusion/cache.py writes")
     is_causal_vae: bool = opt(False, "first frame has a latent of its own", no_effect=AE_KNOWS)
-    patch_size: int = opt(2, "latent pixels per token side", "latent px", least=1)
+    patch_size: int = opt(2, "latent pixels per token side", "latent px", least=1, most=MAX_PATCH)
     condition_config: dict[str, float] | None = opt(None, "{condition type: weight}; none trains on text only", least=0)
     dropout_ratio: DropoutOptions | None = section(DropoutOptions, "share of samples that train without their text")
     guidance: float = opt(4.0, "guidance scale told to models with guidance_embed", least=0)
@@ -285,7 +287,9 @@ class VaeInferenceOptions(LoaderOptions, RunOptions):
     wait: bool = opt(False, "wait while another process writes to the same place, instead of refusing")
     eval_setting: str | None = opt(None, "frames x side (17x256) or frames x height x width, instead of bucket_config")
     fps: int = opt(16, "frame rate of the clips", "frames/s", least=1, most=1000)
-    frame_interval: int = opt(1, "distance of sampled frames; files play at fps // frame_interval", "frames", least=1)
+    frame_interval: int = opt(
+        1, "distance of sampled frames; files play at fps // frame_interval", "frames", least=1, most=MANY_FRAMES
+    )
     lpips: LpipsOptions | None = section(LpipsOptions, "weights of LPIPS; none leaves this measure out")
     max_clips: int | None = opt(None, "clips to reconstruct; none takes all", "clips", least=1)
     sheet_clips: int = opt(8, "clips on the picture of originals and reconstructions", "clips", least=0)

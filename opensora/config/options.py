@@ -31,7 +31,8 @@ AE_KNOWS = "the autoencoder knows it"
 MAX_SEED = 2**63 - 1
 # more than these is a slip of the finger
 MANY_WORKERS, MANY_PROCESSES, MANY_ROWS = 512, 65_536, 2**31
-MANY_PIXELS, MANY_FRAMES, MANY_STEPS, MANY_BLOCKS = 32_768, 100_000, 10_000, 1000
+MANY_PIXELS, MANY_FRAMES, MANY_STEPS = 32_768, 100_000, 10_000
+MAX_WIDTH, MAX_DEPTH, MAX_PATCH = 2**20, 4096, 64  # of models, likewise
 
 
 def opt(default: Any, help: str, unit: str = "", **extra: Any) -> Any:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_beside
-from opensora.utils.paths import expand_home
+from opensora.utils.paths import expand_home, is_file, is_there
 
 MEDIA_COLUMNS = ("path", "num_frames", "height", "width", "fps")
 TEXT_COLUMNS = ("path", "text")
@@ -33,7 +33,7 @@ def reading_table(path: str | Path, *kinds: type[Exception]) -> Iterator[None]:
         UserError: missing file, other format, or one of ``kinds``, ``ValueError`` or ``OSError``.
     """
     path = expand_home(path)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{path}: no such file (expected a CSV or parquet table)")
     check_table_name(path)
     expected: tuple[type[Exception], ...] = (ValueError, OSError, *kinds)  # pandas and pyarrow errors derive from these
@@ -177,7 +177,7 @@ def locate(raw: str, folder: Path) -> Path:
     """Where a path of a table leads: ``~`` to the home folder; relative ones to the working directory if the file is
     there, otherwise to the table's ``folder``."""
     path = expand_home(raw)
-    return path if path.is_absolute() or path.exists() else folder / path
+    return path if path.is_absolute() or is_there(path) else folder / path
 
 
 def resolve_media_paths(table: pd.DataFrame, table_path: str | Path, column: str = "path") -> pd.DataFrame:
@@ -190,7 +190,7 @@ def resolve_media_paths(table: pd.DataFrame, table_path: str | Path, column: str
     resolved, missing = [], []
     for row, raw in enumerate(table[column]):
         path = locate(str(raw), folder)
-        if not path.exists():
+        if not is_file(path):
             missing.append(f"row {row_number(row)}: {raw}")
         resolved.append(str(path))
     if missing:

@@ -155,6 +155,6 @@ def _seed(text: str, where: str) -> float:
 
 def _number(value: Any, name: str, where: str) -> float:
     try:
-        return float(value)
+        return int(value) if str(value).isdecimal() else float(value)  # seeds have more digits than a float
     except ValueError:
         raise UserError(f"{where}: {name} {value!r} is not a number") from None

@@ -1,5 +1,6 @@
 """Paths as people write them."""
 
+import os
 from pathlib import Path
 
 
@@ -10,6 +11,16 @@ def expand_home(path: str | Path) -> Path:
     if not str(path).startswith("~"):
         return path
     try:
-        return path if path.exists() else path.expanduser()
+        return path if is_there(path) else path.expanduser()
     except (RuntimeError, OSError):
         return path
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether something has this name; no system takes some names, of which pathlib raises errors."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a file has this name, see :func:`is_there`."""
+    return os.path.isfile(path)  # noqa: PTH113

@@ -19,6 +19,7 @@ from opensora.utils.media.kinds import kind_of
 from opensora.utils.media.pictures import read_picture as read_image
 from opensora.utils.media.pixels import tag_bt709, to_bt709
 from opensora.utils.media.probe import probe
+from opensora.utils.paths import is_file
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -129,7 +130,7 @@ def video_info(path: str | Path) -> VideoInfo:
     Raises:
         UserError: the file is missing or holds no video.
     """
-    if not Path(path).is_file():
+    if not is_file(path):
         raise UserError(f"video not found: {path}")
     info = probe(path)
     if info.kind != "clip":

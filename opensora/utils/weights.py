@@ -211,8 +211,8 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
             f"{file} is damaged or holds more than tensors{what}, which is not loaded since it may run code: write it "
             "again with torch.save(model.state_dict(), ...) or as safetensors."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = first_line(error).split(". ")[0]
+    except Exception as error:  # whatever a reader of pickles stumbles over
+        reason = (first_line(error) or type(error).__name__).split(". ")[0]
         raise UserError(f"{file} is truncated or not a file of torch.save ({reason}): get it again.") from error
     for key in ("state_dict", "model", "module"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):

@@ -31,6 +31,7 @@ from tools.demo.analyse import psnr
 from tools.demo.captions import plain_caption
 from tools.demo.scoring import ATTRIBUTES, Verdict, format_table, judge, shares, verdict_sheet
 from tools.demo.world import BACKGROUNDS, HELD_OUT, Combination, combinations, draw_frame, sample_scene
+from tools.outputs import check_place
 
 Frames = NDArray[np.uint8]
 
@@ -169,7 +170,8 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     ):
         if value < least:
             raise UserError(f"{flag} is {value}; it must be at least {least}")
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+    check_place(args.out, "--out", folder=True)
+    if args.out.exists() and any(args.out.iterdir()):
         raise UserError(f"--out {args.out} exists and is not an empty folder; give a new one")
     pipe = VideoPipeline.from_config(parse_config([args.config, *overrides], InferenceOptions))
     cases = plan_cases(args.num_seen, args.i2v, args.seed)

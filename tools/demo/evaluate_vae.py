@@ -31,6 +31,7 @@ from opensora.utils.video import contact_sheet, read_video, to_uint8
 from tools.demo.analyse import psnr
 from tools.demo.scoring import ATTRIBUTES, SHEET_FRAMES, Verdict, format_table, judge, mark, shares
 from tools.demo.world import Combination
+from tools.outputs import check_place
 
 Frames = NDArray[np.uint8]
 NEEDED = ("path", "color", "shape", "motion", "background")
@@ -114,7 +115,8 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     for flag, value in (("--num", args.num), ("--eval_batch", args.eval_batch)):
         if value < 1:
             raise UserError(f"{flag} is {value}; it must be at least 1")
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+    check_place(args.out, "--out", folder=True)
+    if args.out.exists() and any(args.out.iterdir()):
         raise UserError(f"--out {args.out} exists and is not an empty folder; give a new one")
     table = read_table(args.data, args.num)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

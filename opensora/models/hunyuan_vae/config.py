@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from opensora.config.options import ModelOptions, opt
+from opensora.config.options import MAX_DEPTH, MAX_WIDTH, ModelOptions, opt
 from opensora.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,17 +27,17 @@ class HunyuanVAEConfig(ModelOptions):
     key_prefix: ClassVar[str] = "ae."
 
     act_fn: Literal["silu"] = opt("silu", "activation", no_effect="there is only this one")
-    in_channels: int = opt(3, "channels of the video", least=1)
-    out_channels: int = opt(3, "channels of the output", least=1)
-    latent_channels: int = opt(16, "channels of the latent", least=1)
-    layers_per_block: int = opt(2, "residual layers per stage", least=1)
-    norm_num_groups: int = opt(32, "groups of each GroupNorm", least=1)
+    in_channels: int = opt(3, "channels of the video", least=1, most=MAX_WIDTH)
+    out_channels: int = opt(3, "channels of the output", least=1, most=MAX_WIDTH)
+    latent_channels: int = opt(16, "channels of the latent", least=1, most=MAX_WIDTH)
+    layers_per_block: int = opt(2, "residual layers per stage", least=1, most=MAX_DEPTH)
+    norm_num_groups: int = opt(32, "groups of each GroupNorm", least=1, most=MAX_WIDTH)
     scale_factor: float | list[float] = opt(0.476986, "latents are multiplied by it")
     shift_factor: float | list[float] = opt(0.0, "subtracted from latents before scaling")
     time_compression_ratio: int = opt(4, "frames per latent frame", "frames", least=1)
     spatial_compression_ratio: int = opt(8, "pixels per latent pixel side", "px", least=1)
     mid_block_add_attention: bool = opt(True, "attention in the middle block")
-    block_out_channels: list[int] = opt([128, 256, 512, 512], "channels per stage")
+    block_out_channels: list[int] = opt([128, 256, 512, 512], "channels per stage", least=1, most=MAX_WIDTH)
     sample_size: int = opt(256, "side of a spatial tile", "px", least=1)
     sample_tsize: int = opt(64, "length of a temporal tile", "frames", least=1)
     tile_overlap_factor: float = opt(0.25, "share of a tile that overlaps the next", least=0, below=1)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from opensora.config.choices import ATTENTION_KERNELS
 from opensora.config.keys import read_group
-from opensora.config.options import MANY_BLOCKS, ModelOptions, opt
+from opensora.config.options import MAX_DEPTH, MAX_PATCH, MAX_WIDTH, ModelOptions, opt
 from opensora.utils.errors import UserError
 
 
@@ -23,14 +23,14 @@ class MMDiTConfig(ModelOptions):
     key_prefix: ClassVar[str] = "model."
 
     strict_load: bool = opt(True, "refuse weights with missing or unexpected keys")
-    in_channels: int = opt(64, "channels of a packed token", least=1, required=True)
-    vec_in_dim: int = opt(768, "width of the pooled text vector", least=1, required=True)
-    context_in_dim: int = opt(4096, "width of the text tokens", least=1, required=True)
-    hidden_size: int = opt(3072, "width of the model", least=1, required=True)
-    mlp_ratio: float = opt(4.0, "MLP width over hidden_size", above=0, required=True)
-    num_heads: int = opt(24, "attention heads", least=1, required=True)
-    depth: int = opt(19, "double-stream blocks", least=0, most=MANY_BLOCKS, required=True)
-    depth_single_blocks: int = opt(38, "single-stream blocks", least=0, most=MANY_BLOCKS, required=True)
+    in_channels: int = opt(64, "channels of a packed token", least=1, most=MAX_WIDTH, required=True)
+    vec_in_dim: int = opt(768, "width of the pooled text vector", least=1, most=MAX_WIDTH, required=True)
+    context_in_dim: int = opt(4096, "width of the text tokens", least=1, most=MAX_WIDTH, required=True)
+    hidden_size: int = opt(3072, "width of the model", least=1, most=MAX_WIDTH, required=True)
+    mlp_ratio: float = opt(4.0, "MLP width over hidden_size", above=0, most=1000, required=True)
+    num_heads: int = opt(24, "attention heads", least=1, most=MAX_WIDTH, required=True)
+    depth: int = opt(19, "double-stream blocks", least=0, most=MAX_DEPTH, required=True)
+    depth_single_blocks: int = opt(38, "single-stream blocks", least=0, most=MAX_DEPTH, required=True)
     axes_dim: list[int] = opt(
         [16, 56, 56], "rotary channels of time, row and column; sum is the head width", required=True
     )
@@ -41,7 +41,7 @@ class MMDiTConfig(ModelOptions):
     fused_qkv: bool = opt(True, "one projection for query, key and value")
     grad_ckpt_settings: tuple[int, int] | None = opt(None, "double and single blocks to recompute in backward", least=0)
     use_liger_rope: bool = opt(False, "half-split rotary layout instead of interleaved pairs")
-    patch_size: int = opt(2, "latent pixels per token side", "latent px", least=1)
+    patch_size: int = opt(2, "latent pixels per token side", "latent px", least=1, most=MAX_PATCH)
     attn_backend: str = opt("sdpa", f"attention kernel: {', '.join(ATTENTION_KERNELS)}, auto")
     norm_backend: Literal["torch", "liger"] = opt("torch", "RMSNorm kernel")
     rope_backend: Literal["torch", "liger"] = opt("torch", "rotary kernel; liger knows the half-split layout only")

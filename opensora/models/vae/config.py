@@ -5,7 +5,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from opensora.config.options import ModelOptions, opt
+from opensora.config.options import MAX_DEPTH, MAX_WIDTH, ModelOptions, opt
 from opensora.utils.errors import UserError
 
 NUM_GROUPS = 32  # of every GroupNorm of the image autoencoder
@@ -24,12 +24,12 @@ class AutoEncoder2DConfig(ModelOptions):
 
     strict_load: bool = opt(True, "refuse weights with missing or unexpected keys")
     resolution: int = opt(256, "side of the training images", "px", least=1)
-    in_channels: int = opt(3, "channels of the image", least=1)
-    ch: int = opt(128, "channels of the first stage", least=1)
-    out_ch: int = opt(3, "channels of the output", least=1)
-    ch_mult: list[int] = opt([1, 2, 4, 4], "channels per stage over ch")
-    num_res_blocks: int = opt(2, "residual blocks per stage", least=1)
-    z_channels: int = opt(16, "channels of the latent", least=1)
+    in_channels: int = opt(3, "channels of the image", least=1, most=MAX_WIDTH)
+    ch: int = opt(128, "channels of the first stage", least=1, most=MAX_WIDTH)
+    out_ch: int = opt(3, "channels of the output", least=1, most=MAX_WIDTH)
+    ch_mult: list[int] = opt([1, 2, 4, 4], "channels per stage over ch", least=1, most=MAX_WIDTH)
+    num_res_blocks: int = opt(2, "residual blocks per stage", least=1, most=MAX_DEPTH)
+    z_channels: int = opt(16, "channels of the latent", least=1, most=MAX_WIDTH)
     scale_factor: float = opt(0.3611, "latents are multiplied by it")
     shift_factor: float = opt(0.1159, "subtracted from latents before scaling")
     sample: bool = opt(True, "draw from the posterior instead of taking its mode")
@@ -61,8 +61,8 @@ class DiscriminatorConfig(ModelOptions):
 
     key_prefix: ClassVar[str] = "discriminator."
 
-    input_nc: int = opt(3, "channels of the video", least=1)
-    ndf: int = opt(64, "channels of the first layer", least=1)
-    n_layers: int = opt(5, "layers", least=1)
+    input_nc: int = opt(3, "channels of the video", least=1, most=MAX_WIDTH)
+    ndf: int = opt(64, "channels of the first layer", least=1, most=MAX_WIDTH)
+    n_layers: int = opt(5, "layers", least=1, most=MAX_DEPTH)
     conv_cls: Literal["conv3d"] = opt("conv3d", "kind of convolution", no_effect="there is only this one")
     dropout: float = opt(0.3, "dropout after each layer", least=0, below=1)

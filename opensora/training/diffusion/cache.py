@@ -165,12 +165,12 @@ def _check_writing(cfg: CacheOptions) -> tuple[Path, Sequence[str]]:
     for section in ("ae", *(("t5", "clip") if "text" in parts else ())):
         if not getattr(cfg, section):
             raise UserError(f"{cfg.config_path}: '{section}' is missing")
+        check_weights(section, getattr(cfg, section))
     return Path(folder), parts
 
 
 def _load(cfg: CacheOptions, section: str) -> Any:
     options: ModelOptions = getattr(cfg, section)
-    check_weights(section, options)
     device, dtype = pick_device(cfg.device), torch_dtype(cfg.dtype)
     model = build_module(options, MODELS, device_map=str(device), torch_dtype=dtype)
     return model.eval().requires_grad_(False)

@@ -14,6 +14,7 @@ from opensora.utils.media.fields import progressive
 from opensora.utils.media.kinds import DECODE_ERRORS, decoding, open_clip, video_stream
 from opensora.utils.media.pixels import FrameConverter, OnHdr
 from opensora.utils.media.timing import Timeline, mean_rate, same_rate, scan
+from opensora.utils.paths import is_file
 
 MAX_BYTES = 2**33  # of the frames that are held at a time
 UNDECODABLE = "{path}: cannot be decoded ({reason})"
@@ -230,7 +231,7 @@ def read_clip(
     Raises:
         UserError: missing file, no video stream, or not one frame could be decoded.
     """
-    if not Path(path).is_file():
+    if not is_file(path):
         raise UserError(f"video not found: {path}")
     with decoding(path):
         times, rate = _times(path)

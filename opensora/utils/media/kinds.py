@@ -18,6 +18,7 @@ from av.stream import Disposition
 from PIL import Image, ImageSequence
 
 from opensora.utils.errors import UserError
+from opensora.utils.paths import is_file
 
 Kind = Literal["picture", "clip"]
 
@@ -108,7 +109,7 @@ def open_clip(path: str | Path, message: str = UNREADABLE) -> "av.container.Inpu
     """
     head = _head(path)
     with decoding(path, message):
-        if not Path(path).is_file():
+        if not is_file(path):
             raise FileNotFoundError("no such file")
         if HEIF.match(head) or (PICTURE.match(head) and not _is_animated(path)):
             raise ValueError("a picture")

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 from opensora.utils.errors import UserError
 from opensora.utils.media.kinds import open_picture
 from opensora.utils.media.pixels import on_white
+from opensora.utils.paths import is_file
 
 EXIF_ORIENTATION = 0x112
 LYING = (5, 6, 7, 8)  # orientations with rows and columns exchanged
@@ -27,7 +28,7 @@ def read_picture(path: str | Path) -> NDArray[np.uint8]:
     Raises:
         UserError: the file is missing, is not a picture, or holds floating-point values, whose white nobody knows.
     """
-    if not Path(path).is_file():
+    if not is_file(path):
         raise UserError(f"image not found: {path}")
     with open_picture(path) as image:
         image.load()

@@ -13,6 +13,7 @@ from opensora.utils.media.kinds import DECODE_ERRORS, Kind, decoding, is_picture
 from opensora.utils.media.pictures import is_lying
 from opensora.utils.media.pixels import plan_for
 from opensora.utils.media.timing import Timeline, mean_rate, scan, timeline
+from opensora.utils.paths import is_file
 
 HIDDEN_FRAMES = ("vp8",)  # codecs with packets that are decoded and not shown
 
@@ -53,7 +54,7 @@ def probe(path: str | Path) -> MediaInfo:
     Raises:
         UserError: missing or unreadable; the message says why.
     """
-    if not Path(path).is_file():
+    if not is_file(path):
         raise UserError(f"{path}: no such file")
     if is_picture(path):
         return _probe_picture(path)
