@@ -303,6 +303,12 @@ def test_a_condition_is_made_of_spans(own_tables):
         get_spans("odd")
 
 
+def test_a_method_is_a_class_of_methods(training, monkeypatch):
+    monkeypatch.setitem(choices.METHODS._added, "odd", print)
+    with pytest.raises(UserError, match="training_method=odd: .*print> is no class derived from TrainingMethod"):
+        script("diffusion/train.py", training, "--training_method", "odd")
+
+
 class Squares(nn.Module, Autoencoder):
     """Latents are the pixels of squares: there are no weights."""
 
