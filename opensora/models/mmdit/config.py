@@ -84,3 +84,10 @@ class MMDiTConfig(ModelOptions):
     def cond_channels(self) -> int:
         """Packed width of the condition: one mask value per pixel of a patch, then the reference latent."""
         return self.in_channels + self.patch_size**2
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Value of ``key``, like a dict's: adapter libraries read configs this way."""
+        return getattr(self, key, default)
+
+    def __contains__(self, key: str) -> bool:
+        return hasattr(self, key)
