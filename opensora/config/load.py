@@ -297,5 +297,6 @@ def _typed(override: Override, place: Place) -> Any:
             value = str(value) if metadata.get("verbatim") else parse_text(str(value), hint)
     except (ValueError, SyntaxError):
         raise UserError(f"{override.shown} {value}: expected {expected}") from None
-    check_bounds(value, metadata, override.shown)
+    named = f"--{override.key.replace('-', '_')}" if override.shown.startswith("--") else override.shown
+    check_bounds(value, metadata, named)
     return value
