@@ -177,7 +177,7 @@ def test_statistics_are_the_same_each_time_and_mistakes_named(config, clips, tmp
     assert "random weights" in capsys.readouterr().err
     for words, message in (
         (["--eval-setting", "8x32"], "8 frames do not fit"),
-        (["--eval-setting", "9x32", "--max-batches", "0"], "--max-batches=0: must be at least 1"),
+        (["--eval-setting", "9x32", "--max-batches", "0"], "--max_batches=0: must be at least 1"),
         (["--eval-setting", "9x32", "--model.from_pretrained", "no.safetensors"], "No weights at no.safetensors"),
     ):
         with pytest.raises(UserError, match=message):
