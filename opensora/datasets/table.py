@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from opensora.utils.errors import UserError
+from opensora.utils.errors import UserError, first_line
 from opensora.utils.files import write_beside
 from opensora.utils.paths import expand_home, is_file, is_there
 
@@ -42,7 +42,7 @@ def reading_table(path: str | Path, *kinds: type[Exception]) -> Iterator[None]:
     except UserError:
         raise
     except expected as error:
-        raise UserError(f"{path}: cannot be read as a table ({error})") from error
+        raise UserError(f"{path}: cannot be read as a table ({first_line(error)})") from error
 
 
 def read_table(path: str | Path, as_text: bool = False) -> pd.DataFrame:
