@@ -184,8 +184,10 @@ def resolve_media_paths(table: pd.DataFrame, table_path: str | Path, column: str
     """A copy whose media paths are usable from here (see :func:`locate`).
 
     Raises:
-        UserError: clips are missing; the first rows are named.
+        UserError: there are no rows, or clips are missing; the first of these are named.
     """
+    if table.empty:
+        raise UserError(f"{table_path}: has no rows")
     folder = expand_home(table_path).parent
     resolved, missing = [], []
     for row, raw in enumerate(table[column]):
