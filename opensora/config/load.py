@@ -158,6 +158,8 @@ def _why_not(error: BaseException, name: str, folders: Sequence[str]) -> str:
 
 def _import_named(data: Mapping[str, Any], options: type, overrides: Sequence[Override], where: str) -> None:
     """Import what ``imports`` names, of a command line or else of the file: other keys may hold what it registers."""
+    if "imports" not in group_options(options):  # a script that registers nothing
+        return
     place = locate({}, options, "imports", "imports")
     assert place.option is not None
     named = check_value(data.get("imports"), place.option, "imports", where)

@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from opensora.utils.errors import UserError
+from opensora.utils.errors import UserError, first_line
 from opensora.utils.files import write_beside
 from opensora.utils.paths import expand_home, is_file, is_there
 
@@ -42,7 +42,7 @@ def reading_table(path: str | Path, *kinds: type[Exception]) -> Iterator[None]:
     except UserError:
         raise
     except expected as error:
-        raise UserError(f"{path}: cannot be read as a table ({error})") from error
+        raise UserError(f"{path}: cannot be read as a table ({first_line(error)})") from error
 
 
 def read_table(path: str | Path, as_text: bool = False) -> pd.DataFrame:
@@ -184,8 +184,10 @@ def resolve_media_paths(table: pd.DataFrame, table_path: str | Path, column: str
     """A copy whose media paths are usable from here (see :func:`locate`).
 
     Raises:
-        UserError: clips are missing; the first rows are named.
+        UserError: there are no rows, or clips are missing; the first of these are named.
     """
+    if table.empty:
+        raise UserError(f"{table_path}: has no rows")
     folder = expand_home(table_path).parent
     resolved, missing = [], []
     for row, raw in enumerate(table[column]):

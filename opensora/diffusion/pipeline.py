@@ -2,7 +2,7 @@
 
 import random
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,7 +165,10 @@ class VideoPipeline:
             UserError: impossible sizes or conditions, unreadable references.
             DecodeMemoryError: decoding ran out of memory.
         """
-        prompts = [check_prompt(text, "prompt") for text in ([prompt] if isinstance(prompt, str) else prompt)]
+        prompts = [check_prompt(text, "prompt") for text in _texts_of(prompt)]
+        get_spans(cond_type or self.cfg.cond_type)
+        if fps is not None and not 0 < fps <= 1000:
+            raise UserError(f"fps {fps:g} must be above 0 and at most 1000")
         option = self._option(sampling)
         score = check_motion_score(self.cfg.motion_score if motion_score is None else motion_score, "motion_score")
         if score == "dynamic":
@@ -373,6 +376,18 @@ class VideoPipeline:
             drawn = [random.SystemRandom().getrandbits(32) for _ in range(count)]
             return collectives.broadcast_object(drawn, self.parallel.sample)
         return [check_seed(value) for value in _per_prompt(seed, count, "seeds")]
+
+
+def _texts_of(prompt: Any) -> list[str]:
+    """The prompts of a call.
+
+    Raises:
+        UserError: none, or something that is no text.
+    """
+    texts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Iterable) else []
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"prompt: give a text or a list of texts, not {prompt!r}")
+    return texts
 
 
 def _per_prompt(value: Any, count: int, name: str) -> list[Any]:

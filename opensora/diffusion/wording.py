@@ -1,6 +1,7 @@
 """What is appended to a prompt before it is encoded, and checks of the values that come with it."""
 
 import math
+import numbers
 import re
 from typing import Any
 
@@ -59,6 +60,8 @@ def check_motion_score(score: Any, where: str) -> str | None:
 
 def check_seed(seed: float, where: str = "seed") -> int:
     """The seed as an integer from 0 to 2**63 - 1; raises a UserError otherwise."""
-    if not math.isfinite(seed) or seed != int(seed) or not 0 <= seed < 2**63:
+    if not isinstance(seed, numbers.Real):
+        raise UserError(f"{where}: seed {seed!r} is not a number")
+    if not 0 <= seed < 2**63 or seed != int(seed):
         raise UserError(f"{where}: seed {seed:g} must be a whole number from 0 to 2**63 - 1")
     return int(seed)

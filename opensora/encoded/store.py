@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from opensora.datasets.table import row_number
-from opensora.utils.errors import UserError
+from opensora.utils.errors import UserError, first_line
 
 VERSION = 1
 WHOLE = "all"  # name of the run of frames that is the whole clip
@@ -91,10 +91,10 @@ class CacheInfo:
             if content.get("version") != VERSION:
                 raise UserError(f"{folder}: cache of version {content.get('version')}, this program reads {VERSION}")
             return CacheInfo(**content)
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{file}: cannot be read ({error})") from error
+            raise UserError(f"{file}: cannot be read ({first_line(error)})") from error
 
 
 class Cache:
@@ -118,7 +118,7 @@ class Cache:
             names = [*INDEX_COLUMNS, *([SIZE_COLUMN] if SIZE_COLUMN in there else [])]
             table = pd.read_parquet(self.folder / "index.parquet", columns=names)
         except (pa.ArrowException, ValueError, OSError) as error:
-            raise UserError(f"{self.folder / 'index.parquet'}: cannot be read ({error})") from error
+            raise UserError(f"{self.folder / 'index.parquet'}: cannot be read ({first_line(error)})") from error
         rows = table["row"].to_numpy()
         if len(rows) and rows.max() >= num_rows:
             raise UserError(

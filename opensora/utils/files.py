@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora.utils.errors import UserError
+from opensora.utils.paths import is_there
 
 UNFINISHED = ".unfinished-"  # start of the names that files have while they are written
 NAME_BYTES = 255  # longest name that file systems take
@@ -32,10 +33,12 @@ def write_beside(path: str | Path, write: Callable[[Path], Any]) -> Path:
     are created. What a killed program leaves is for :func:`remove_unfinished_files`.
 
     Raises:
-        UserError: the name is too long.
+        UserError: the name is too long, or that of a link that leads nowhere.
     """
     path = Path(path)
     check_name(path)
+    if path.is_symlink() and not is_there(path):
+        raise UserError(f"{path} is a link that leads nowhere; delete it, or give another place")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=UNFINISHED, suffix=path.suffix, dir=path.parent)
     os.close(handle)

@@ -1,6 +1,8 @@
 """Writing of images and videos, and reading them, which is :mod:`opensora.utils.media`. PyAV is the only video codec in
 use, Pillow the only image one."""
 
+import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.container import OutputContainer
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -78,7 +81,7 @@ def _as_frames(frames: np.ndarray | Tensor, ndim: int) -> np.ndarray:
     array = frames.detach().cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames)
     if array.ndim != ndim or array.shape[-1] != 3 or array.dtype != np.uint8:
         shape = "[T, H, W, 3]" if ndim == 4 else "[H, W, 3]"
-        raise ValueError(f"expected uint8 pixels {shape}, got {array.dtype} {list(array.shape)}")
+        raise UserError(f"expected uint8 pixels {shape}, got {array.dtype} {list(array.shape)}")
     return array
 
 
@@ -94,15 +97,20 @@ def save_video(frames: np.ndarray | Tensor, path: str | Path, fps: float, crf: i
 
     Returns:
         The path written.
+
+    Raises:
+        UserError: other pixels, none, a rate that cannot be, or an ending that is no container's.
     """
     array = _as_frames(frames, 4)
-    if len(array) == 0:
-        raise ValueError("a video needs at least one frame")
+    if not array.size:
+        raise UserError(f"{path}: a video needs at least one frame, and pixels in it; got {list(array.shape)}")
+    if not isinstance(fps, numbers.Real) or not 0 < fps < math.inf:
+        raise UserError(f"{path}: fps {fps!r} must be a number above 0")
     height, width = array.shape[1:3]
     array = np.pad(array, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
     def write(temporary: Path) -> None:
-        with av.open(str(temporary), "w") as container:
+        with _open_to_write(temporary) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(65535))
             stream.height, stream.width = array.shape[1:3]
             stream.pix_fmt = "yuv420p"
@@ -115,6 +123,13 @@ def save_video(frames: np.ndarray | Tensor, path: str | Path, fps: float, crf: i
             container.mux(stream.encode())
 
     return write_beside(path, write)
+
+
+def _open_to_write(path: Path) -> OutputContainer:
+    try:
+        return av.open(str(path), "w")
+    except ValueError:  # the library's word for an ending that it does not know
+        raise UserError(f"'{path.suffix}' is the ending of no video file; give .mp4") from None
 
 
 def save_image(frame: np.ndarray | Tensor, path: str | Path) -> Path:
@@ -162,7 +177,7 @@ def contact_sheet(
     """
     strips = [_strip(_as_frames(video, 4), frames, scale, gap, background) for video in videos]
     if not strips:
-        raise ValueError("a contact sheet needs at least one video")
+        raise UserError("a contact sheet needs at least one video")
     font = ImageFont.load_default(size=12)
     label_height = 16 if labels else 0
     label_widths = [int(font.getlength(label)) for label in labels or ()]

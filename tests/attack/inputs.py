@@ -76,6 +76,7 @@ def write_inputs(good: Path) -> None:
     clips.to_csv(good / "clips.csv", index=False)
     clips.to_parquet(good / "clips.parquet", index=False)
     save_image(frames[0], good / "picture.png")
+    save_video(random.integers(0, 255, (40, 32, 32, 3), dtype=np.uint8), good / "long.mp4", 8)
     prompts = pd.DataFrame([{"text": "a", "seed": 1, "name": "n"}, {"text": "b", "seed": 2, "name": "m"}])
     prompts.to_csv(good / "prompts.csv", index=False)
     prompts.to_parquet(good / "prompts.parquet", index=False)

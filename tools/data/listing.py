@@ -8,7 +8,7 @@ import polars as pl
 from opensora.utils.errors import UserError, shorten
 from opensora.utils.logging import get_logger
 from opensora.utils.media.kinds import kind_of
-from opensora.utils.paths import expand_home
+from opensora.utils.paths import expand_home, is_file, is_there
 from tools.data.engine.tables import read_table
 from tools.data.sidecars import FILE_KEYS, TEXT_KEYS, with_captions
 
@@ -82,6 +82,8 @@ def read_list(path: Path) -> pl.DataFrame:
         raise UserError(f"{path}: no column 'path'; found {', '.join(table.columns)}")
     table = table.with_columns(pl.col(name).cast(pl.String) for name in ("path", "text") if name in table.columns)
     paths = table["path"].to_list()
+    if not paths:
+        raise UserError(f"{path}: has no rows")
     if not all(paths):
         raise UserError(f"{path}: no path in row {next(n for n, p in enumerate(paths, 1) if not p)} of {len(paths)}")
     here = [str(_found(path.parent, name)) for name in paths]
@@ -91,7 +93,7 @@ def read_list(path: Path) -> pl.DataFrame:
 def _found(folder: Path, name: str) -> Path:
     """A file as a table in ``folder`` names it: from where the program runs, from that folder, or from home (``~``)."""
     path = expand_home(name)
-    return path if path.exists() else folder / path
+    return path if is_there(path) else folder / path
 
 
 def _renamed(table: pl.DataFrame, name: str, names: tuple[str, ...]) -> pl.DataFrame:
@@ -101,7 +103,7 @@ def _renamed(table: pl.DataFrame, name: str, names: tuple[str, ...]) -> pl.DataF
 
 
 def _with_stat(table: pl.DataFrame) -> pl.DataFrame:
-    stats = [Path(path).stat() if Path(path).is_file() else None for path in table["path"]]
+    stats = [Path(path).stat() if is_file(path) else None for path in table["path"]]
     return table.with_columns(
         pl.Series("size", [s.st_size if s else None for s in stats], pl.Int64),
         pl.Series("mtime", [s.st_mtime_ns if s else None for s in stats], pl.Int64),

@@ -10,6 +10,7 @@ import polars as pl
 
 from opensora.utils.errors import UserError, shorten
 from opensora.utils.logging import get_logger
+from opensora.utils.paths import is_file
 
 logger = get_logger(__name__)
 
@@ -50,8 +51,8 @@ def with_captions(table: pl.DataFrame, folders: Iterable[Path] = ()) -> pl.DataF
 
 def _beside(path: Path) -> str | None:
     """The text of ``NAME.txt`` beside a file, or of ``NAME.mp4.txt``."""
-    for place in (path.with_suffix(".txt"), path.with_name(f"{path.name}.txt")):
-        if not place.is_file():
+    for place in (path.with_suffix(".txt"), path.with_name(f"{path.name}.txt")) if path.name else ():
+        if not is_file(place):
             continue
         try:
             text = " ".join(place.read_text("utf-8-sig").split())

@@ -11,7 +11,7 @@ from tests.attack.inputs import DEMO, copy_writable
 from tests.attack.runner import Case
 
 ROUNDS = 8
-V2V = ("--cond_type", "v2v_head", "--num_frames", "33")
+V2V = ("--cond_type", "v2v_head", "--num_frames", "37")
 I2V = ("--cond_type", "i2v_head")
 
 
@@ -58,7 +58,7 @@ T5, CLIP = "{demo}/google/t5-demo", "{demo}/openai/clip-demo"
 STATES = "running_states.json"
 TARGETS = (
     Target("picture", "picture.png", "", commands.INFERENCE, (*I2V, "--ref", "{copy}")),
-    Target("clip as reference", "footage/0.mp4", "", commands.INFERENCE, (*V2V, "--ref", "{copy}")),
+    Target("clip as reference", "long.mp4", "", commands.INFERENCE, (*V2V, "--ref", "{copy}")),
     Target("prompts", "prompts.csv", "", commands.FROM_TABLE, ("--dataset.data-path", "{copy}")),
     Target("prompts", "prompts.parquet", "", commands.FROM_TABLE, ("--dataset.data-path", "{copy}")),
     Target("clips", "clips.csv", "", commands.TRAIN, ("--dataset.data-path", "{copy}")),
@@ -69,8 +69,8 @@ TARGETS = (
     Target("weights", "{demo}/vae.safetensors", "", commands.VAE_INFERENCE, ("--model.from_pretrained", "{copy}")),
     Target("pickle", "weights.pt", "", commands.INFERENCE, ("--model.from_pretrained", "{copy}")),
     Target("old pickle", "old.pt", "", commands.INFERENCE, ("--model.from_pretrained", "{copy}")),
-    Target("encoder", T5, "config.json", commands.INFERENCE, ("--t5.from_pretrained", "{copy}")),
-    Target("encoder", CLIP, "config.json", commands.INFERENCE, ("--clip.from_pretrained", "{copy}")),
+    Target("T5", T5, "config.json", commands.INFERENCE, ("--t5.from_pretrained", "{copy}")),
+    Target("CLIP", CLIP, "config.json", commands.INFERENCE, ("--clip.from_pretrained", "{copy}")),
     Target("adapter", "lora", "adapter_config.json", commands.INFERENCE, ("--pretrained-lora-path", "{copy}")),
     Target("adapter", "lora", "adapter_model.safetensors", commands.INFERENCE, ("--pretrained-lora-path", "{copy}")),
     Target("latents", "sample.latents.safetensors", "", DECODE, ("{copy}",)),
@@ -105,7 +105,7 @@ def _case(target: Target, seed: int) -> Case:
     name = f"{target.command.script}-fuzz-{target.name}-{target.file or copy}-{seed}"
     places = {"{copy}": f"{{case}}/{copy}", "{table}": "{case}/table.csv"}
     words = [places.get(word, word) for word in target.words]
-    culprit = f"{copy.partition('.')[0]}|table"
+    culprit = "" if target.name == "config" else f"{copy.partition('.')[0]}|table"
     may_leave = "out_broken.csv" if target.command.script == commands.META.script else ""
     return Case(
         name,

@@ -3,8 +3,6 @@
 from tests.attack import calls
 from tests.attack.runner import Case
 
-CULPRITS = {"picture missing": "gone.png", "clip missing": "gone.mp4"}
-
 
 def cases() -> list[Case]:
     """Every call of every kind."""
@@ -12,7 +10,11 @@ def cases() -> list[Case]:
     for kind in ("load_config", "build_module", "save_video", "read", "pipeline"):
         for name in getattr(calls, kind)(""):
             word = name.split()[0].split(".")[-1]
-            culprit = {"picture": "image|picture", "clip": "video|clip|path"}.get(word, word.rstrip("s"))
+            culprit = (
+                "gone"
+                if name == "ref missing"
+                else {"picture": "image|picture", "clip": "video|clip|path"}.get(word, word.rstrip("s"))
+            )
             if kind == "save_video" and word != "fps":
                 culprit = "pixels|frame|fps|n{30}|clips.csv|a.xyz|finite"
             found.append(Case(f"{kind}-{name}", kind, ("{good}", name), f"(?i){culprit}", late=kind == "pipeline"))

@@ -151,12 +151,14 @@ def _file(section: Section, label: str, suffix: str, write: Write) -> Case:
         (own / f"w{suffix}").write_bytes(write(section.right.read_bytes()))
 
     words = (*section.command.words, f"--{section.key}.from_pretrained={{case}}/w{suffix}")
-    return Case(f"{section.command.script}-{section.key}{suffix}-{label}", section.command.script, words, "w\\.", make)
+    name = f"{section.command.script}-{section.key}{suffix}-{label}"
+    return Case(name, section.command.script, words, "w\\.", make, late=section.key == "ae")
 
 
 def _other(section: Section, label: str, path: Path) -> Case:
     words = (*section.command.words, f"--{section.key}.from_pretrained={path}")
-    return Case(f"{section.command.script}-{section.key}-{label}", section.command.script, words, path.name)
+    name = f"{section.command.script}-{section.key}-{label}"
+    return Case(name, section.command.script, words, path.name, late=section.key == "ae")
 
 
 def _encoder_cases(command: Command, key: str, own: Path, other: Path) -> list[Case]:
@@ -198,7 +200,7 @@ def _encoder_cases(command: Command, key: str, own: Path, other: Path) -> list[C
     }
     flag = f"--{key}.from_pretrained="
     start = f"{command.script}-{key}"
-    swapped = Case(f"{start}-swapped", command.script, (*command.words, f"{flag}{other}"), other.name)
+    swapped = Case(f"{start}-swapped", command.script, (*command.words, f"{flag}{other}"), other.name, late=True)
     return [
         swapped,
         *(
@@ -273,6 +275,7 @@ def _adapter_cases() -> list[Case]:
             (*command.words, "--pretrained-lora-path", "{case}/adapter"),
             "adapter",
             lambda good, own, make=make: make(own / "adapter"),
+            late=True,
         )
         for label, make in makes.items()
     ]

@@ -13,6 +13,7 @@ FORMATS = (".csv", ".parquet")
 READ_FORMATS = (*FORMATS, ".jsonl")
 DAMAGED = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError)  # what reading one raises
 TEXTS = {"path": pl.String, "text": pl.String}  # a file may be called 007, and so may what it shows
+TEXT_BYTES = 4096  # of a CSV, looked at
 TWICE = re.compile(r"(.+)_duplicated_\d+")  # what polars calls a column whose name came before
 
 
@@ -49,6 +50,9 @@ def _read(path: Path) -> pl.DataFrame:
             return pl.read_parquet(path, glob=False)
         if path.suffix.lower() == ".jsonl":
             return pl.read_ndjson(path, infer_schema_length=None)
+        with path.open("rb") as file:
+            if b"\0" in file.read(TEXT_BYTES):
+                raise ValueError("not a text in UTF-8: it has zero bytes")
         table = pl.read_csv(path, infer_schema_length=None, schema_overrides=TEXTS, glob=False)
     except DAMAGED as error:
         raise ValueError(first_line(error)) from error
