@@ -136,8 +136,9 @@ class InferenceOptions(RunOptions):
         PluginOptions, "its settings", {}, open=True, no_effect="tiles are divided over all ranks that share a video"
     )
     grad_clip: float = opt(0.0, "gradient norm limit", least=0, no_effect="sampling computes no gradients")
-    pretrained_lora_path: list[str] | str | None = opt(None, "PEFT adapters to load: folder, or folder@strength")
+    pretrained_lora_path: list[str] | str | None = opt(None, "LoRA adapters to load: folder or file, or PATH@strength")
     merge_lora: bool = opt(True, "add adapters to the weights; false keeps them beside (slower, exact in bf16)")
+    lora_partial: bool = opt(False, "use what fits of an adapter that fits the model only in part")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +213,7 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
         0, "host memory for inputs of recomputed blocks (0: on the device)", "bytes", least=0
     )
     lora_config: dict[str, Any] | None = opt(None, "PEFT LoraConfig; none trains all weights")
-    lora_checkpoint: str | None = opt(None, "adapter to start from")
+    lora_checkpoint: str | None = opt(None, "adapter to start from: folder or file")
     freeze_layers: list[str] | str | None = opt(None, "what not to train, by name: txt_in, double_blocks.*.txt_mlp")
     validation: ValidationOptions | None = section(
         ValidationOptions, "loss on held-out rows; none does without", fill=True

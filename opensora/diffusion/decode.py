@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opensora.diffusion.finite import check_result
 from opensora.models.autoencoder import Autoencoder
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -46,9 +47,11 @@ def decode_latents(
 
     Raises:
         DecodeMemoryError: neither at once nor in tiles is there memory for it.
+        NotFiniteError: latents or pixels that are no numbers.
     """
     videos = []
     for latent in latents.split(1):
+        check_result(latent, "latents to decode", "to sample them again")
         try:
             pixels = _decode_or_tile(ae, latent.to(device, dtype))
         except torch.OutOfMemoryError as error:
@@ -58,8 +61,19 @@ def decode_latents(
                 latents.float().cpu(),
                 frames,
             ) from error
+        check_pixels(pixels)
         videos.append(to_uint8(pixels[0][:, frames]))
     return videos
+
+
+def check_pixels(pixels: Tensor) -> None:
+    """Refuse decoded pixels [B, 3, T, H, W] that are not finite.
+
+    Raises:
+        NotFiniteError: says what to try.
+    """
+    dtype = str(pixels.dtype).removeprefix("torch.")
+    check_result(pixels, f"pixels decoded in {dtype}", "--dtype bf16 or fp32, or other weights of the autoencoder")
 
 
 def _decode_or_tile(ae: Autoencoder, latent: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def load_models(run: PreparedRun, parallel: ParallelContext | None = None) -> di
         }
     for name in set(TEXT_ENCODERS) & models.keys():
         use_shardformer(models[name])
-    models["model"] = apply_loras(models["model"], cfg.pretrained_lora_path, cfg.merge_lora)
+    apply_loras(models["model"], run.adapters(models["model"]), cfg.merge_lora)
     if parallel is not None:
         divide_model(models["model"], parallel, cfg.plugin_config)
         if cfg.plugin_ae == "hybrid":

@@ -1,27 +1,41 @@
-"""LoRA adapters at inference (PEFT format)."""
+"""LoRA adapters at inference: which there are, whether they fit the model, and how they change it."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from opensora.utils.errors import UserError
+from opensora.diffusion.lora_files import read_lora
+from opensora.diffusion.lora_fit import Adapter, Fit, LowRank
+from opensora.utils.errors import UserError, shorten
+from opensora.utils.logging import get_logger
+from opensora.utils.weights import check_finite
+
+logger = get_logger(__name__)
+
+KEY = "pretrained_lora_path"
 
 
 def split_lora(entry: str) -> tuple[str, float]:
-    """Folder and strength of an adapter: ``PATH`` (strength 1) or ``PATH@0.7``.
+    """Path and strength of an adapter: ``PATH`` (strength 1) or ``PATH@0.7``.
 
     Raises:
-        UserError: the strength is not a number.
+        UserError: the strength is not a finite number.
     """
-    path, at, strength = entry.rpartition("@")
-    if not at or Path(entry).exists():
+    path, at, text = entry.rpartition("@")
+    if not at or Path(entry).expanduser().exists():
         return entry, 1.0
     try:
-        return path, float(strength)
+        strength = float(text)
     except ValueError:
-        raise UserError(f"pretrained_lora_path {entry!r}: {strength!r} after @ is not a number") from None
+        raise UserError(f"{KEY} {entry!r}: {text!r} after @ is not a number") from None
+    if not math.isfinite(strength):
+        raise UserError(f"{KEY} {entry!r}: the strength after @ must be a finite number")
+    return path, strength
 
 
 def as_list(value: str | Sequence[str] | None) -> list[str]:
@@ -31,52 +45,124 @@ def as_list(value: str | Sequence[str] | None) -> list[str]:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
 
 
-def check_loras(value: str | Sequence[str] | None) -> None:
-    """See that every adapter is there.
-
-    Raises:
-        UserError: a folder without ``adapter_config.json``, or PEFT is not installed.
-    """
-    for entry in as_list(value):
-        folder = Path(split_lora(entry)[0])
-        if not (folder / "adapter_config.json").is_file():
-            raise UserError(f"pretrained_lora_path {folder}: no adapter there (adapter_config.json is missing)")
-    if as_list(value):
-        try:
-            import peft  # noqa: F401 - only whether it is there
-        except ImportError as error:
-            raise UserError("pretrained_lora_path needs PEFT: pip install peft") from error
-
-
-def apply_loras(model: nn.Module, value: str | Sequence[str] | None, merge: bool = True) -> nn.Module:
-    """Add adapters to a model, each with its strength.
+def read_loras(value: str | Sequence[str] | None, model: nn.Module, partial: bool = False) -> list[Adapter]:
+    """Read adapters and see that they fit a model.
 
     Args:
-        model: gets the adapters; its own weights change when they are merged.
         value: ``pretrained_lora_path``.
-        merge: add them to the weights, so that a forward costs what it cost before. Otherwise they stay beside the
-            weights: slower, but small changes are not lost where the weights are bf16.
+        model: what they are for; on the meta device will do.
+        partial: use what fits of an adapter that fits in part.
 
-    Returns:
-        The model, of its own class.
+    Raises:
+        UserError: no adapter there, a damaged one, one of another model, or one that fits in part.
     """
-    entries = as_list(value)
-    if not entries:
-        return model
-    from peft import PeftModel
-
-    wrapped: Any = None
-    names = [f"adapter_{number}" for number in range(len(entries))]
-    for name, entry in zip(names, entries):
+    adapters = []
+    for entry in as_list(value):
         path, strength = split_lora(entry)
-        if wrapped is None:
-            wrapped = PeftModel.from_pretrained(model, path, adapter_name=name)
+        try:
+            adapters.append(Fit(model, read_lora(path), Adapter(path, strength)).adapter())
+        except UserError as error:
+            raise UserError(f"{KEY} {error}") from error
+        _judge(adapters[-1], partial)
+    for name in {name for adapter in adapters for name in adapter.changes}:
+        changes = [adapter.changes[name] for adapter in adapters if name in adapter.changes]
+        if len(changes) > 1 and any(change.magnitude is not None for change in changes):
+            raise UserError(f"{KEY}: a DoRA adapter cannot be combined with another that changes {name} too: use one")
+    return adapters
+
+
+def _judge(adapter: Adapter, partial: bool) -> None:
+    """Refuse an adapter that does not fit, or not wholly; warn of one without effect."""
+    said = "".join(f"\n  {reason}: {shorten(names)}" for reason, names in adapter.misfits.items())
+    who = f"{KEY} {adapter.path}: the adapter"
+    if not len(adapter):
+        raise UserError(f"{who} fits no module of the model, it was trained for another one{said}")
+    if not any(change.up.count_nonzero() for change in adapter.changes.values()) and not adapter.replaced:
+        logger.warning("%s has no effect: its changes are zero, or its strength is", who)
+    if not said:
+        return
+    text = f"{who} fits the model only in part ({len(adapter)} modules){said}"
+    if not partial:
+        raise UserError(f"{text}\n  It is damaged or of another model; --lora-partial True uses what fits.")
+    logger.warning("%s", text)
+
+
+class LoraLinear(nn.Module):
+    """A linear layer with adapters beside it.
+
+    Args:
+        base_layer: the layer; its weights stay as they are.
+        change: what is added to it.
+    """
+
+    def __init__(self, base_layer: nn.Linear, change: LowRank) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        device = base_layer.weight.device
+        self.register_buffer("down", change.down.to(device), persistent=False)
+        self.register_buffer("up", change.up.to(device), persistent=False)
+        lengths = None if change.magnitude is None else change.lengths(base_layer.weight)
+        self.register_buffer("lengths", lengths, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` -> ``[..., out]``, added in fp32."""
+        down, up, lengths = self.get_buffer("down"), self.get_buffer("up"), self._buffers["lengths"]
+        change = F.linear(F.linear(x.to(down.dtype), down), up)
+        if lengths is None:
+            return (self.base_layer(x) + change).to(x.dtype)
+        plain = F.linear(x, self.base_layer.weight)
+        result = (plain + change) * lengths
+        return (result if self.base_layer.bias is None else result + self.base_layer.bias).to(x.dtype)
+
+
+@torch.no_grad()
+def apply_loras(model: nn.Module, adapters: Sequence[Adapter], merge: bool = True) -> nn.Module:
+    """Add adapters to a model.
+
+    Args:
+        model: changed in place.
+        adapters: see :func:`read_loras`.
+        merge: add them to the weights, so that a forward costs what it cost before. Otherwise they stay beside the
+            weights: slower, but small changes are not lost where the weights are bf16. Biases, and parameters that an
+            adapter holds whole, are changed in any case.
+
+    Raises:
+        UserError: changed weights that are not finite.
+    """
+    for adapter in adapters:
+        _change_parameters(model, adapter)
+        logger.info(
+            "%s: %d of the model's modules changed, strength %g (%s)",
+            *(adapter.path, len(adapter), adapter.strength, shorten([*adapter.changes])),
+        )
+    for name in dict.fromkeys(name for adapter in adapters for name in adapter.changes):
+        changes = [adapter.changes[name] for adapter in adapters if name in adapter.changes]
+        module: Any = model.get_submodule(name)
+        if merge:
+            _merge(name, module.weight, changes)
         else:
-            wrapped.load_adapter(path, adapter_name=name)
-        for module in wrapped.modules():
-            if hasattr(module, "set_scale") and name in getattr(module, "scaling", {}):
-                module.set_scale(name, strength)
-    if merge:
-        return wrapped.merge_and_unload(adapter_names=names)
-    wrapped.base_model.set_adapter(names)
-    return wrapped.base_model.model.requires_grad_(False)
+            down, up = torch.cat([each.down for each in changes]), torch.cat([each.up for each in changes], dim=1)
+            model.set_submodule(name, LoraLinear(module, LowRank(down, up, changes[0].magnitude)))
+    return model
+
+
+def _change_parameters(model: nn.Module, adapter: Adapter) -> None:
+    for name, value in adapter.replaced.items():
+        parameter = model.get_parameter(name)
+        parameter.lerp_(value.to(parameter), adapter.strength)
+    for name, value in adapter.added.items():
+        parameter = model.get_parameter(name)
+        parameter.copy_(parameter.float() + value.to(parameter.device))
+    for name in (*adapter.replaced, *adapter.added):
+        check_finite(name, model.get_parameter(name), f"the model with the adapter {adapter.path}")
+
+
+def _merge(name: str, weight: Tensor, changes: Sequence[LowRank]) -> None:
+    total = weight.float()
+    for change in changes:
+        lengths = None if change.magnitude is None else change.lengths(weight)
+        total = torch.addmm(total, change.up.to(weight.device), change.down.to(weight.device))
+        if lengths is not None:
+            total *= lengths[:, None]
+    check_finite(name, total, f"the model with {KEY} (is the strength after @ sensible?)")
+    weight.copy_(total)

@@ -20,8 +20,9 @@ from opensora.config.commands import InferenceOptions
 from opensora.config.keys import read_group
 from opensora.config.options import SamplingOption
 from opensora.diffusion.conditions import build_condition, get_spans, restore_references
-from opensora.diffusion.decode import DecodeMemoryError, decode_latents
+from opensora.diffusion.decode import DecodeMemoryError, check_pixels, decode_latents
 from opensora.diffusion.encoding import embed_texts, encode_references
+from opensora.diffusion.finite import check_result, watched
 from opensora.diffusion.latents import get_noise, pack, prepare_ids, unpack
 from opensora.diffusion.loading import load_models
 from opensora.diffusion.offload import on_device
@@ -254,6 +255,7 @@ class VideoPipeline:
         for name in TEXT_ENCODERS:
             with self._ready(name) as embedder:
                 embedded.append(embed_texts(embedder, texts, self.device, self.dtype))
+            check_result(embedded[-1], f"embeddings of the prompts by {name}", "--dtype bf16 or fp32, or other weights")
         return embedded
 
     @torch.no_grad()
@@ -264,7 +266,10 @@ class VideoPipeline:
         if not plan.has_image:
             return [None] * len(sources)
         with self._ready("ae") as ae:
-            return encode_references(as_autoencoder(ae), sources, plan, seeds, self.device, self.dtype)
+            found = encode_references(as_autoencoder(ae), sources, plan, seeds, self.device, self.dtype)
+        for latent in (latent for of_sample in found for latent in of_sample or ()):
+            check_result(latent[None], "latents of a reference", "--dtype bf16 or fp32, or other weights of ae")
+        return found
 
     def sample(
         self,
@@ -309,7 +314,8 @@ class VideoPipeline:
                     *(denoiser, positive, negative, plan.guidance, plan.num_steps, size[0], plan.has_image),
                     branches=self.parallel.branch,
                 )
-            return solve(SOLVERS.get(plan.solver), velocity, noise, plan.steps(), with_latents(on_step, size, patch))
+            looked_at = watched(with_latents(on_step, size, patch), self.dtype)
+            return solve(SOLVERS.get(plan.solver), velocity, noise, plan.steps(), looked_at)
 
     def decode(self, latents: Tensor, plan: SamplePlan) -> list[np.ndarray]:
         """Latents [B, C, T, h, w] to uint8 videos [num_frames, H, W, 3], see :func:`decode_latents`."""
@@ -347,7 +353,10 @@ class VideoPipeline:
         tokens = self._denoise("img_flux", plan, pack(noise, patch), None, embedded, embedded, on_step)
         latents = unpack(tokens, size, patch).to(self.dtype)
         with self._ready("img_flux_ae") as ae:
-            return [to_uint8(as_autoencoder(ae).decode(latent)[0])[0] for latent in latents.split(1)]
+            pixels = [as_autoencoder(ae).decode(latent) for latent in latents.split(1)]
+        for picture in pixels:
+            check_pixels(picture)
+        return [to_uint8(picture[0])[0] for picture in pixels]
 
     def _ready(self, name: str) -> AbstractContextManager[nn.Module]:
         """A model, on the device inside the block."""

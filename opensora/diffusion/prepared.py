@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,12 +12,14 @@ from opensora.acceleration.plugins import check_sizes, plugin_name
 from opensora.config.commands import InferenceOptions
 from opensora.config.options import ModelOptions, SamplingOption
 from opensora.diffusion.conditions import get_spans
-from opensora.diffusion.lora import check_loras
+from opensora.diffusion.lora import read_loras
+from opensora.diffusion.lora_fit import Adapter
 from opensora.diffusion.plan import SamplePlan, image_plan, make_plan, starts_from_picture
 from opensora.models.autoencoder import LatentSpec, as_autoencoder
-from opensora.models.build import build_on_meta, check_capacity, check_weights
+from opensora.models.build import build_on_meta, check_all_weights, check_capacity
 from opensora.models.diffusion import DiffusionConfig, DiffusionModel, as_diffusion_model
 from opensora.models.text.config import TextEmbedderConfig
+from opensora.models.text.files import check_text_widths
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
@@ -93,15 +96,23 @@ class PreparedRun:
         return plans
 
     def check_resources(self) -> None:
-        """See that weights are there and readable, and that the device is up to the model.
+        """See that weights and adapters are there, readable and of these models, and that the device is up to them.
 
         Raises:
-            UserError: says what to download or to use instead.
+            UserError: says what to download, which key to change or what to use instead.
         """
         check_capacity(self.models["model"], self.device, self.cfg.device)
-        for name, section in self.sections.items():
-            check_weights(name, section)
-        check_loras(self.cfg.pretrained_lora_path)
+        adapters = partial(self.adapters, self.models["model"])
+        check_all_weights(self.sections, self.models, pretrained_lora_path=adapters)
+        check_text_widths(self.model.config, self.sections)
+
+    def adapters(self, model: nn.Module) -> list[Adapter]:
+        """Those of the config, for its video model.
+
+        Raises:
+            UserError: one does not fit, see :func:`opensora.diffusion.lora.read_loras`.
+        """
+        return read_loras(self.cfg.pretrained_lora_path, model, self.cfg.lora_partial)
 
 
 def plan_picture(

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from opensora.config.commands import InferenceOptions
 from opensora.diffusion.lora import as_list, split_lora
+from opensora.diffusion.lora_files import find_lora
 from opensora.diffusion.prepared import needed_sections
 from opensora.generation import LATENTS_ENDING
 from opensora.generation.requests import Request
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
 from opensora.utils.video import save_image, save_video
-from opensora.utils.weights import WeightFiles, index_of, open_weights
+from opensora.utils.weights import WeightFiles, fingerprint, index_of, open_weights
 from opensora.utils.weights_writing import save_safetensors
 
 # Longest file name without ending: file systems take 255 bytes.
@@ -188,21 +189,24 @@ def versions() -> dict[str, str]:
     return found
 
 
-def weight_records(cfg: InferenceOptions) -> dict[str, dict[str, str]]:
-    """Per model: its weight path, and a hash of the weights themselves (:meth:`WeightFiles.fingerprint`).
+def weight_records(cfg: InferenceOptions) -> dict[str, dict[str, str | float]]:
+    """Per model and adapter: its weight path, and a hash of the weights themselves (:meth:`WeightFiles.fingerprint`).
 
     A model without a path has random weights, drawn from the run's seed; the record says so.
     """
-    records: dict[str, dict[str, str]] = {}
+    records: dict[str, dict[str, str | float]] = {}
     for name, section in needed_sections(cfg).items():
         path = section.from_pretrained
         records[name] = _weight_record(path) if path else {"path": f"random weights of seed {cfg.seed}"}
     for number, entry in enumerate(as_list(cfg.pretrained_lora_path)):
-        records[f"lora_{number}"] = {**_weight_record(split_lora(entry)[0]), "path": entry}
+        path, strength = split_lora(entry)
+        file = find_lora(path)
+        stored = {"path": entry, "file": str(file), "sha256": fingerprint(file), "strength": strength}
+        records[f"lora_{number}"] = stored
     return records
 
 
-def _weight_record(path: str) -> dict[str, str]:
+def _weight_record(path: str) -> dict[str, str | float]:
     found = _stored(path)
     return {"path": str(path), **({"sha256": found.fingerprint()} if found is not None else {})}
 

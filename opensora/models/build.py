@@ -1,17 +1,23 @@
 """From config sections to models: what can be known without weights, and what can be checked early."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from opensora.config.options import ModelOptions
-from opensora.models.kinds import released_weights
+from opensora.models.inspect import inspect
+from opensora.models.kinds import kind_of, released_weights
+from opensora.models.text.files import check_encoder
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
-from opensora.utils.weights import PICKLE_SUFFIXES, check_on_hub, is_hub_path, open_weights, resolve_path
+from opensora.utils.weights import check_on_hub, is_costly, is_hub_path, resolve_path
+from opensora.utils.weights_loading import check_file
 
 logger = get_logger(__name__)
 
@@ -43,27 +49,72 @@ def build_ready(
     return model
 
 
-def check_weights(name: str, section: ModelOptions) -> None:
-    """See that the weights of a section are there and readable, without loading them.
+def check_weights(name: str, section: ModelOptions, model: Any = None) -> None:
+    """See that the weights of a section are there, readable, and those of its model, without loading them.
 
-    The hub is asked about paths there; a model that is to have random weights passes.
+    Only headers are read. The hub is asked about paths there; a model that is to have random weights passes.
+
+    Args:
+        name: of the section.
+        section: says where the weights are.
+        model: its model on the meta device, where that is at hand; else it is built.
 
     Raises:
-        UserError: missing (with the command that downloads them) or damaged.
+        UserError: missing (with the command that downloads them), damaged, or of another model.
     """
     path = section.from_pretrained
-    if section.type == "text_embedder":
-        from opensora.models.text.embedder import encoder_kind
-
-        if not path:
-            raise UserError(f"{name}.from_pretrained is not set: give the folder of a text encoder")
-        encoder_kind(str(path))
-    elif path and is_hub_path(path) and not Path(path).expanduser().exists():
+    local = Path(path or "").expanduser()
+    reads_text = section.type == "text_embedder"
+    if reads_text and not path:
+        raise UserError(f"{name}.from_pretrained is not set: give the folder of a text encoder")
+    if not path:
+        return
+    if local.is_file() if reads_text else (local / "config.json").is_file():
+        held = inspect(local)
+        if reads_text or held.model_type == "text_embedder":
+            raise UserError(f"{name}.from_pretrained={path} holds {held}; {name} needs {_wanted(section)}")
+    if reads_text:
+        check_encoder(name, path, getattr(section, "max_length", None))
+    elif is_hub_path(path) and not local.exists():
         check_on_hub(path, section.cache_dir)
-    elif path:
+    else:
         found = resolve_path(path)
-        if found.suffix not in PICKLE_SUFFIXES:  # those can only be checked by reading them whole
-            open_weights(found)
+        if not is_costly(found):
+            check_file(model or build_on_meta(section), found, section.cache_dir)
+
+
+def _wanted(section: ModelOptions) -> str:
+    kind = kind_of(MODELS.resolve(section.type))
+    if kind is not None:
+        return kind.name
+    return "the folder of a text encoder" if section.type == "text_embedder" else f"weights for type={section.type!r}"
+
+
+def check_all_weights(
+    sections: Mapping[str, ModelOptions], models: Mapping[str, Any], **more: Callable[[], object]
+) -> None:
+    """`check_weights` of all models of a run, and further checks by name: what is wrong with any is told at once.
+
+    Args:
+        sections: of the models, by name.
+        models: those that are at hand on the meta device.
+        **more: further checks, each of which may raise a UserError.
+
+    Raises:
+        UserError: what is wrong with the only one, or with all.
+    """
+    checks = {name: partial(check_weights, name, section, models.get(name)) for name, section in sections.items()}
+    wrong: dict[str, str] = {}
+    for name, check in {**checks, **more}.items():
+        try:
+            check()
+        except UserError as error:
+            wrong[name] = str(error)
+    if len(wrong) == 1:
+        raise UserError(*wrong.values())
+    if wrong:
+        told = "\n".join(f"{name}: {message}" for name, message in wrong.items())
+        raise UserError(f"the weights of {', '.join(wrong)} cannot be used\n{told}")
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -1,6 +1,6 @@
 """Which kind of model a weight file holds, told by the names of its tensors."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -56,6 +56,11 @@ def known_kinds() -> Iterator[tuple[str, WeightKind]]:
             yield name, kind
 
 
+def is_adapter(names: Iterable[str]) -> bool:
+    """Whether tensors are those of a LoRA adapter."""
+    return any(".lora_" in name or ".lora." in name for name in names)
+
+
 def explain_other_kind(model_type: str, shapes: Shapes) -> list[str]:
     """A sentence about a file that is not of the configured kind; none if it is.
 
@@ -68,6 +73,8 @@ def explain_other_kind(model_type: str, shapes: Shapes) -> list[str]:
     if wanted.tensor in shapes:
         return []
     where = f"check {wanted.section}.from_pretrained"
+    if is_adapter(shapes):
+        return [f"The file is a LoRA adapter, not {wanted.name}: {where}; adapters go to --pretrained-lora-path."]
     for found, kind in known_kinds():
         if kind.tensor in shapes:
             return [f"The file is {kind.name} (type={found!r}), not {wanted.name}: {where} and {wanted.section}.type."]

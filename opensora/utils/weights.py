@@ -24,8 +24,12 @@ from opensora.utils.errors import UserError, first_line, shorten
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 INDEX_SUFFIX = ".index.json"  # after the name of the file that the shards stand for
+CHECKPOINT = re.compile(r"epoch\d+-global_step\d+")  # a folder that training writes
+EMA_NAME = "ema.safetensors"  # averaged weights in a training checkpoint
 SAMPLED = 1 << 16  # bytes hashed at each place of a large file or tensor
 PLACES, TENSOR_PLACES = 64, 3
+OLD_PICKLE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch.save began before 1.6
+MOST_READ = 1 << 28
 SMALL = 1 << 23  # files up to this many bytes are hashed whole
 
 
@@ -42,9 +46,10 @@ def is_stored(file: str | Path) -> bool:
 
 def is_hub_path(path: str | Path) -> bool:
     """Whether a path that is not there leads to the Hugging Face hub: ``org/repo/path/in/repo``, with no folder ``org``
-    here."""
+    here, and none of a checkpoint of training in it."""
     parts = str(path).split("/")
-    return len(parts) >= 3 and parts[0] not in ("", ".", "..", "~") and not Path(parts[0]).exists()
+    local = parts[0] in (".", "..", "~") or "" in parts[:-1] or Path(parts[0]).exists()
+    return len(parts) >= 3 and not local and not any(CHECKPOINT.fullmatch(part) for part in parts)
 
 
 def _on_hub(path: str | Path) -> tuple[str, str, bool]:
@@ -87,22 +92,32 @@ def resolve_path(path: str | Path, cache_dir: str | None = None) -> Path:
 class WeightFiles:
     """One state dict on disk, in one or several files, whose tensors are read on demand.
 
-    `shapes` has every tensor's shape, `metadata` what the writer recorded (both known before any tensor is read).
+    `shapes` has every tensor's shape, `dtypes` its type as the file calls it (``BF16``, ``float32``), `metadata` what
+    the writer recorded (all known before any tensor is read).
     """
 
     path: Path
     files: list[Path]
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for file in self.files:
             if file.suffix in PICKLE_SUFFIXES:
-                self.shapes.update((key, tuple(value.shape)) for key, value in _read_pickle(file).items())
+                for key, value in _read_pickle(file).items():
+                    self.shapes[key] = tuple(value.shape)
+                    self.dtypes[key] = str(value.dtype).removeprefix("torch.")
                 continue
             with _open_safetensors(file) as opened:
                 self.metadata.update(opened.metadata() or {})
-                self.shapes.update((key, tuple(opened.get_slice(key).get_shape())) for key in opened.keys())  # noqa: SIM118
+                for key in opened.keys():  # noqa: SIM118
+                    stored = opened.get_slice(key)
+                    self.shapes[key], self.dtypes[key] = tuple(stored.get_shape()), stored.get_dtype()
+
+    def is_floating_point(self, key: str) -> bool:
+        """Whether a tensor holds numbers with a fraction."""
+        return self.dtypes[key].lower().startswith(("f", "bf"))
 
     def tensors(
         self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, skip: Iterable[str] = ()
@@ -147,6 +162,22 @@ def _tensor_digest(tensor: Tensor) -> str:
     for place in sorted({last * i // (TENSOR_PLACES - 1) for i in range(TENSOR_PLACES)}):
         digest.update(content[place : place + SAMPLED].numpy().tobytes())
     return digest.hexdigest()
+
+
+def check_finite(name: str, tensor: Tensor, where: object) -> None:
+    """Refuse a tensor with NaN or infinity, in one pass over it and without room for a copy.
+
+    Raises:
+        UserError: names the tensor and the file.
+    """
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.itemsize == 1 or tensor.is_meta:
+        return
+    least, most = torch.aminmax(tensor)  # both are NaN if any is
+    if not bool(torch.isfinite(least) & torch.isfinite(most)):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{where}: {name} is not finite (NaN or infinity): the weights are damaged, or too large for {dtype}"
+        )
 
 
 def fingerprint(path: str | Path, cache_dir: str | None = None) -> str:
@@ -222,6 +253,15 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
     return content
 
 
+def is_costly(file: Path) -> bool:
+    """Whether names and shapes of a weight file cost as much as its tensors: a large one of a torch before 1.6, which
+    has to be read whole."""
+    if file.suffix not in PICKLE_SUFFIXES or not file.is_file() or zipfile.is_zipfile(file):
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(OLD_PICKLE)) == OLD_PICKLE and file.stat().st_size > MOST_READ
+
+
 def _is_safetensors(file: Path) -> bool:
     try:
         with safe_open(file, "pt"):
@@ -248,6 +288,8 @@ def open_weights(path: str | Path, cache_dir: str | None = None) -> WeightFiles:
             raise UserError(f"{found} is not a weight file; expected one of {', '.join(WEIGHT_SUFFIXES)} or a folder.")
         return WeightFiles(found, [found])
     for folder in (found / "model", found):  # a training checkpoint also has an EMA file beside its `model` folder
+        if folder == found:
+            _refuse_averaged(found)
         indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
         singles = sorted(file for file in folder.glob("*") if file.suffix in WEIGHT_SUFFIXES)
         if indices:
@@ -259,7 +301,24 @@ def open_weights(path: str | Path, cache_dir: str | None = None) -> WeightFiles:
             raise UserError(f"{folder} has several weight files and no index ({names}): name one of them.")
     checkpoints = sorted(folder.name for folder in found.glob("epoch*-global_step*"))
     hint = f" Name one of its checkpoints: {shorten(checkpoints)}." if checkpoints else ""
+    if (found / "lora").is_dir():
+        hint = f" It holds an adapter: name the model that it was trained on, and --pretrained-lora-path {found}/lora."
     raise UserError(f"{found} holds no weights: no *.index.json and no {' / '.join(WEIGHT_SUFFIXES)} file.{hint}")
+
+
+def _refuse_averaged(folder: Path) -> None:
+    """A checkpoint whose weights are gone would give its averaged ones instead, unasked.
+
+    Raises:
+        UserError: all that there is are averaged weights.
+    """
+    weights = [file for file in folder.glob("*") if file.name.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX))]
+    averaged = [file for file in weights if file.name.startswith(EMA_NAME)]
+    if averaged and len(averaged) == len(weights):
+        raise UserError(
+            f"{folder} is a checkpoint without its folder model, only its averaged weights are there: name "
+            f"{folder / EMA_NAME} to use them, or another checkpoint."
+        )
 
 
 def _refuse_shard(file: Path) -> None:

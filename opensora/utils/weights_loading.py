@@ -5,15 +5,16 @@ the size of the file.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from opensora.utils.errors import UserError, shorten
 from opensora.utils.logging import get_logger
-from opensora.utils.weights import WeightFiles, open_weights
+from opensora.utils.weights import WeightFiles, check_finite, open_weights
 
 logger = get_logger(__name__)
 
@@ -39,7 +40,8 @@ def check_match(
     Raises:
         UserError: they differ; says how, and which config key to change.
     """
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    own = model.state_dict()
+    wanted = {key: tuple(value.shape) for key, value in own.items()}
     missing = [key for key in wanted if key not in weights.shapes]
     unexpected = [key for key in weights.shapes if key not in wanted]
     tolerated = (
@@ -54,6 +56,9 @@ def check_match(
             for key, shape in wanted.items()
             if key in weights.shapes and weights.shapes[key] != shape
         ],
+        "of integers, which are no weights (a quantised file cannot be loaded)": [
+            key for key in wanted if not _is_of_type(key, own[key], weights)
+        ],
     }
     hints = explain(weights.shapes) if explain and any(problems.values()) else []
     hints += [
@@ -66,6 +71,22 @@ def check_match(
     if hints:
         raise UserError("\n  ".join([f"The weights {weights.path} do not fit the configured model.", *hints]))
     return tolerated
+
+
+def _is_of_type(key: str, value: Tensor, weights: WeightFiles) -> bool:
+    return key not in weights.shapes or not value.is_floating_point() or weights.is_floating_point(key)
+
+
+def check_file(model: nn.Module, path: str | Path, cache_dir: str | None = None) -> None:
+    """Compare weights on disk with a model that `load_model` built on the meta device; others are only opened.
+
+    Raises:
+        UserError: none there, damaged ones, or of another model.
+    """
+    weights = open_weights(path, cache_dir)
+    compare: Any = getattr(model, "compare_weights", None)
+    if compare is not None:
+        compare(model, weights)
 
 
 def load_model(
@@ -87,7 +108,8 @@ def load_model(
             state dict must offer ``reset_buffers(device)`` to compute them; other tensors it keeps must not be made in
             its constructor.
         from_pretrained: weights, see `open_weights`; empty for a new model, freshly initialised.
-        device: where the weights go; "meta", with a new model, builds it without memory.
+        device: where the weights go; "meta", with a new model, builds it without memory. `check_file` compares such a
+            one with a file as this function would.
         dtype: dtype of floating-point weights; None keeps the file's.
         explain: given the shapes in the file, says which config keys disagree (one sentence each).
         metadata: layouts the model expects, checked against those that the file records (if it does).
@@ -96,23 +118,30 @@ def load_model(
         cache_dir: cache of downloads.
 
     Raises:
-        UserError: no such file, an unreadable one, or one that does not fit; says what to do.
+        UserError: no such file, an unreadable one, one that does not fit, or weights that are not finite; says what to
+            do.
     """
-    if not from_pretrained:
-        with torch.device(device):
-            return build().to(dtype=dtype)
-    weights = open_weights(from_pretrained, cache_dir)
-    with torch.device("meta"):
-        model = build()
-    missing, unexpected = check_match(
-        model,
-        weights,
+    compare = partial(
+        check_match,
         explain=explain,
         metadata=metadata,
         allow_missing=allow_missing or (),
         allow_unexpected=allow_unexpected,
     )
-    state = dict(weights.tensors(device, dtype, skip=unexpected))
+    if not from_pretrained:
+        with torch.device(device):
+            model = build().to(dtype=dtype)
+        if torch.device(device).type == "meta":
+            model.compare_weights = compare  # type: ignore[assignment]
+        return model
+    weights = open_weights(from_pretrained, cache_dir)
+    with torch.device("meta"):
+        model = build()
+    missing, unexpected = compare(model, weights)
+    state = {}
+    for key, tensor in weights.tensors(device, dtype, skip=unexpected):
+        check_finite(key, tensor, weights.path)
+        state[key] = tensor
     for key in missing:
         value = next(value for prefix, value in (allow_missing or {}).items() if key.startswith(prefix))
         state[key] = torch.full(model.get_parameter(key).shape, value, dtype=dtype, device=device)

@@ -4,7 +4,6 @@ C hidden size, D head dimension. The layouts hold the same numbers: every change
 by its inverse. Rows of q and k that move in the rotary order take the scales of their norms along; v never moves.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -12,57 +11,17 @@ from torch import Tensor
 
 from opensora.models.mmdit import MMDiTConfig, MMDiTModel
 from opensora.models.mmdit.loading import Shapes, config_of_shapes
+from opensora.models.mmdit.naming import (
+    DIFFUSERS_BLOCK,
+    DOUBLE_BLOCK,
+    EMBEDDERS,
+    PARTS,
+    SINGLE_BLOCK,
+    permute_heads,
+)
 from opensora.utils.errors import UserError, shorten
 
 State = dict[str, Tensor]
-
-# fused projection -> its rows in order, as modules of the split layout (`v_mlp`: v, then the MLP's hidden channels)
-PARTS = {"qkv": ("q_proj", "k_proj", "v_proj"), "linear1": ("q_proj", "k_proj", "v_mlp")}
-
-# module of diffusers' FluxTransformer2DModel -> ours in the split layout
-EMBEDDERS = {
-    "x_embedder": "img_in",
-    "context_embedder": "txt_in",
-    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
-    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
-    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
-    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
-    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
-    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
-    "norm_out.linear": "final_layer.adaLN_modulation.1",
-    "proj_out": "final_layer.linear",
-}
-DOUBLE_BLOCK = {
-    "norm1.linear": "img_mod.lin",
-    "attn.to_q": "img_attn.q_proj",
-    "attn.to_k": "img_attn.k_proj",
-    "attn.to_v": "img_attn.v_proj",
-    "attn.norm_q": "img_attn.norm.query_norm",
-    "attn.norm_k": "img_attn.norm.key_norm",
-    "attn.to_out.0": "img_attn.proj",
-    "ff.net.0.proj": "img_mlp.0",
-    "ff.net.2": "img_mlp.2",
-    "norm1_context.linear": "txt_mod.lin",
-    "attn.add_q_proj": "txt_attn.q_proj",
-    "attn.add_k_proj": "txt_attn.k_proj",
-    "attn.add_v_proj": "txt_attn.v_proj",
-    "attn.norm_added_q": "txt_attn.norm.query_norm",
-    "attn.norm_added_k": "txt_attn.norm.key_norm",
-    "attn.to_add_out": "txt_attn.proj",
-    "ff_context.net.0.proj": "txt_mlp.0",
-    "ff_context.net.2": "txt_mlp.2",
-}
-SINGLE_BLOCK = {
-    "norm.linear": "modulation.lin",
-    "attn.to_q": "q_proj",
-    "attn.to_k": "k_proj",
-    "attn.to_v": "v_proj",  # joined with `proj_mlp` to `v_mlp`
-    "proj_mlp": "proj_mlp",
-    "attn.norm_q": "norm.query_norm",
-    "attn.norm_k": "norm.key_norm",
-    "proj_out": "linear2",
-}
-DIFFUSERS_BLOCK = re.compile(r"(single_)?transformer_blocks\.(\d+)\.(.+)")
 
 
 def _split_key(key: str) -> tuple[str, str, str]:
@@ -124,18 +83,6 @@ def fuse_qkv(state: Mapping[str, Tensor]) -> State:
                 raise UserError(f"it has {key} but not {', '.join(missing)}")
             converted[f"{prefix}{fused}.{kind}"] = torch.cat([state[part] for part in names])
     return converted
-
-
-def permute_heads(rows: Tensor, head_dim: int, half_split: bool) -> Tensor:
-    """Reorder the channels of every head along axis 0, ``[H*D, ...]``, by rotary pairs.
-
-    Args:
-        rows: weight rows, biases or scales of queries or keys.
-        head_dim: channels D of one head.
-        half_split: true from pairs (2k, 2k + 1) to (k, k + D/2); false the other way.
-    """
-    pairs = (head_dim // 2, 2) if half_split else (2, head_dim // 2)
-    return rows.unflatten(0, (-1, *pairs)).transpose(1, 2).flatten(0, 2)
 
 
 def change_rope(state: Mapping[str, Tensor], half_split: bool) -> State:

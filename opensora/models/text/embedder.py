@@ -1,7 +1,6 @@
 """Frozen text encoders (T5, CLIP) behind one interface."""
 
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,37 +12,12 @@ from torch import Tensor, nn
 
 from opensora.config.keys import given_config
 from opensora.models.text.config import TextEmbedderConfig
+from opensora.models.text.files import check_encoder, encoder_kind
 from opensora.models.text.fitting import TextNotes, suffix_of
 from opensora.registry import MODELS
 from opensora.utils import hub
 from opensora.utils.errors import UserError, shorten
-
-KINDS = {"t5": "t5", "clip": "clip", "clip_text_model": "clip"}  # model_type of a config.json -> kind of encoder
-
-
-def encoder_kind(from_pretrained: str) -> str:
-    """ "t5" or "clip": from the model's own config.json; for bare hub ids from the name.
-
-    Raises:
-        UserError: no such folder (says how to get it), no config.json in it, or another kind of model.
-    """
-    folder = Path(from_pretrained).expanduser()
-    if not folder.is_dir():
-        parts = from_pretrained.split("/")
-        if len(parts) != 2 or parts[0] in ("", ".", "..", "~") or Path(parts[0]).exists():
-            command = hub.download_command(folder)
-            hint = f"Download it with:\n  {command}" if command else "Give a Hugging Face folder or hub id (org/name)."
-            raise UserError(f"No text encoder at {from_pretrained}. {hint}")
-        return "clip" if "openai" in from_pretrained or "clip" in from_pretrained.lower() else "t5"
-    try:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder} has no usable config.json, so it is no Hugging Face text encoder ({error})."
-        ) from error
-    if model_type not in KINDS:
-        raise UserError(f"{folder} holds a {model_type!r} model; text_embedder takes T5 and CLIP text encoders.")
-    return KINDS[model_type]
+from opensora.utils.weights import check_finite
 
 
 def _load_model(model_class: Any, path: str, **options: Any) -> Any:
@@ -109,6 +83,7 @@ class HFEmbedder(nn.Module):
         if not from_pretrained:
             raise UserError("a text encoder needs from_pretrained: the folder of one, or a hub id")
         self.is_clip = encoder_kind(from_pretrained) == "clip"
+        check_encoder("", from_pretrained, max_length)
         self.max_length = max_length
         self.shardformer, self.keep_suffix = own.shardformer, own.keep_suffix and not self.is_clip
         self.notes = TextNotes("CLIP" if self.is_clip else "T5", max_length)
@@ -116,6 +91,8 @@ class HFEmbedder(nn.Module):
         positions = self.model.config.max_position_embeddings if self.is_clip else max_length
         if max_length > positions:
             raise UserError(f"max_length={max_length}: the text encoder {from_pretrained} takes {positions} at most")
+        for name, parameter in self.model.named_parameters():
+            check_finite(name, parameter.detach(), f"the text encoder {from_pretrained}")
         self.output_key = "pooler_output" if self.is_clip else "last_hidden_state"
         self.model.eval().requires_grad_(False)
         if device_map is not None:

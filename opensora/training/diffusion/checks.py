@@ -1,9 +1,7 @@
 """Everything about a diffusion training config that can be wrong, found before any model is built."""
 
 import copy
-import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,11 +12,12 @@ from opensora.acceleration.plugins import check_training
 from opensora.config.choices import CONDITIONS, METHODS
 from opensora.config.commands import InferenceOptions, TrainOptions
 from opensora.config.keys import read_group
-from opensora.config.options import ModelOptions, Options
+from opensora.config.options import Options
 from opensora.datasets.buckets import BucketTable
 from opensora.models.autoencoder import Autoencoder, check_buckets
-from opensora.models.build import MAX_CPU_PARAMETERS, build_on_meta, check_weights, count_parameters
+from opensora.models.build import MAX_CPU_PARAMETERS, build_on_meta, check_all_weights, count_parameters
 from opensora.models.diffusion import DiffusionModel, as_diffusion_model
+from opensora.models.text.files import check_text_widths
 from opensora.training.checks import check_loop
 from opensora.training.diffusion.encoders import encoders_to_load, meta_autoencoder
 from opensora.training.diffusion.inputs import InputOptions
@@ -32,7 +31,6 @@ from opensora.utils.weights import open_weights
 from opensora.utils.weights_loading import check_match
 
 SECTIONS = ("model", "ae", "t5", "clip", "dataset", "bucket_config", "optim")
-WIDTH_KEYS = {"t5": ("context_in_dim", "d_model"), "clip": ("vec_in_dim", "hidden_size")}
 
 
 @dataclass(frozen=True)
@@ -130,18 +128,7 @@ def _check_sizes(cfg: TrainOptions, model: DiffusionModel, ae: Autoencoder) -> N
         )
     if model.config.cond_embed and model.config.patch_size != patch:
         raise UserError(f"patch_size={patch} and model.patch_size={model.config.patch_size} must be equal")
-    for section, (key, width_key) in WIDTH_KEYS.items():
-        encoder: ModelOptions = getattr(cfg, section)
-        file = Path(str(encoder.from_pretrained)) / "config.json"
-        if not file.is_file():
-            continue
-        content = json.loads(file.read_text(encoding="utf-8"))
-        width = content.get("text_config", content).get(width_key)
-        if width is not None and width != getattr(model.config, key):
-            raise UserError(
-                f"model.{key}={getattr(model.config, key)}, but the embeddings of {section} ({file.parent}) have width "
-                f"{width}: set model.{key}={width}"
-            )
+    check_text_widths(model.config, {name: getattr(cfg, name) for name in ("t5", "clip")})
 
 
 def _check_trained(cfg: TrainOptions, model: nn.Module) -> None:
@@ -155,9 +142,7 @@ def _check_trained(cfg: TrainOptions, model: nn.Module) -> None:
         raise UserError("freeze_layers and lora_config: an adapter leaves all of the model's weights frozen; set one")
     if cfg.model is None or not cfg.model.from_pretrained:
         raise UserError("lora_config: an adapter needs a trained model; give its weights with --model.from_pretrained")
-    LoraAdapter(model, cfg.lora_config)
-    if cfg.lora_checkpoint:
-        read_adapter(cfg.lora_checkpoint)
+    LoraAdapter(model, cfg.lora_config, cfg.lora_checkpoint)
 
 
 def _check_parts(cfg: TrainOptions, world_size: int) -> None:
@@ -172,12 +157,15 @@ def _check_parts(cfg: TrainOptions, world_size: int) -> None:
         raise UserError("lora_config: adapters are trained with whole weights on every rank: use --plugin ddp")
 
 
-def check_resources(cfg: TrainOptions, model: DiffusionModel, device: torch.device, resume: Path | None) -> None:
+def check_resources(
+    cfg: TrainOptions, model: DiffusionModel, ae: Autoencoder, device: torch.device, resume: Path | None
+) -> None:
     """See that weights are there, readable and of this architecture, and that the device is up to the model.
 
     Args:
         cfg: resolved config.
         model: its diffusion model, on the meta device.
+        ae: its autoencoder, likewise.
         device: where it will train.
         resume: checkpoint to go on from.
 
@@ -192,22 +180,18 @@ def check_resources(cfg: TrainOptions, model: DiffusionModel, device: torch.devi
                 f"no GPU found, and this config's model has {parameters / 1e9:.1f}B parameters; use "
                 "configs/diffusion/train/demo_cpu.py for a model that trains on a CPU, or --device cpu to insist"
             )
-    for name in encoders_to_load(cfg):
-        check_weights(name, getattr(cfg, name))
+    own = ["model"] if resume is None or cfg.lora_config else []  # a checkpoint of a model has all of its weights
+    sections = {name: getattr(cfg, name) for name in (*own, *encoders_to_load(cfg))}
+    check_all_weights(sections, {"model": model, "ae": ae})
     if resume is not None and not cfg.lora_config:
         if not (resume / "model").is_dir():
             raise UserError(f"--load {resume}: it holds an adapter, not a model; set lora_config as in its config.txt")
-        check_architecture(model, resume / "model" / "model.safetensors", strict=True)
-    elif cfg.model.from_pretrained:
-        check_weights("model", cfg.model)
-        path = Path(cfg.model.from_pretrained)
-        if path.expanduser().exists():
-            check_architecture(model, path, bool(getattr(cfg.model, "strict_load", True)))
+        check_architecture(model, resume / "model" / "model.safetensors")
     if resume is not None and cfg.lora_config:
         read_adapter(resume / "lora")
 
 
-def check_architecture(model: DiffusionModel, path: Path, strict: bool) -> None:
+def check_architecture(model: DiffusionModel, path: Path) -> None:
     """Compare weights on disk with a model on the meta device, before either is loaded.
 
     Raises:
@@ -216,8 +200,6 @@ def check_architecture(model: DiffusionModel, path: Path, strict: bool) -> None:
     check_match(
         model,
         open_weights(path),
-        explain=partial(model.explain_mismatch, strict=strict),
+        explain=model.explain_mismatch,
         metadata=model.file_metadata(),
-        allow_missing=() if strict else ("cond_in.",),
-        allow_unexpected=() if strict else ("cond_in.", "guidance_in."),
     )

@@ -10,6 +10,7 @@ import torch
 from opensora.config import load_config
 from opensora.config.commands import InferenceOptions, TrainOptions
 from opensora.config.options import TrainSampleOptions
+from opensora.diffusion.finite import NotFiniteError
 from opensora.diffusion.pipeline import VideoPipeline
 from opensora.diffusion.prepared import PreparedRun
 from opensora.training.diffusion.inputs import InputEncoder
@@ -100,7 +101,11 @@ class SamplesHook:
         paths = []
         for number, prompt in enumerate(section.prompts):
             ref = section.refs[number] if section.refs else None
-            frames = self.pipeline(prompt, ref=ref, seed=section.seed).frames[0]
+            try:
+                frames = self.pipeline(prompt, ref=ref, seed=section.seed).frames[0]
+            except NotFiniteError as error:  # whether training can go on is not for its samples to say
+                logger.warning("step %d: no sample of %r: %s", step, prompt, error)
+                continue
             stem = self.folder / f"step{step:07d}" / f"{number:04d}"
             if len(frames) == 1:
                 path = save_image(frames[0], stem.with_suffix(".png"))

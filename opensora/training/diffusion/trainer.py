@@ -53,7 +53,7 @@ class Trainer:
         self.cfg = cfg
         self.plan = check_config(cfg, world_size)
         self.start = Run.start(cfg, local_rank, world_size)
-        check_resources(cfg, self.plan.model, self.start.device, self.start.resume)
+        check_resources(cfg, self.plan.model, self.plan.ae, self.start.device, self.start.resume)
         self.dataset = build_dataset(cfg)
         check_cache(cfg, self.dataset, self.plan.ae)
         self.memory = EncodedMemory() if cfg.keep_encoded else None

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opensora.diffusion.lora import read_loras
+from opensora.diffusion.lora_files import find_lora
+from opensora.diffusion.lora_fit import LowRank
 from opensora.training.weights.masters import MasterWeights
-from opensora.utils.errors import UserError
-from opensora.utils.weights import load_state_dict
+from opensora.utils.errors import UserError, shorten
+from opensora.utils.weights import load_state_dict, open_weights
 
 
 def freeze(model: nn.Module, patterns: str | Sequence[str] | None) -> list[str]:
@@ -58,10 +61,11 @@ class LoraAdapter:
     Args:
         model: changed in place.
         lora_config: arguments of ``peft.LoraConfig``.
-        start: adapter folder in PEFT's format to start from.
+        start: adapter to start from, of this program or any that sampling takes (`opensora.diffusion.lora`).
 
     Raises:
-        UserError: PEFT is not installed, arguments it does not know, target modules the model does not have.
+        UserError: PEFT is not installed, arguments it does not know, target modules the model does not have, or
+            weights to start from that do not fit.
     """
 
     def __init__(self, model: nn.Module, lora_config: Mapping[str, Any], start: str | Path | None = None) -> None:
@@ -69,13 +73,29 @@ class LoraAdapter:
             from peft import LoraConfig, get_peft_model
         except ImportError as error:
             raise UserError("lora_config needs PEFT: pip install peft") from error
+        foreign = start is not None and not is_own(start)
+        changes = read_changes(start, model) if foreign and start is not None else {}
         try:
             config = LoraConfig(**{"init_lora_weights": True, **lora_config})
             self._peft: Any = get_peft_model(model, config)  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             raise UserError(f"lora_config={dict(lora_config)}: {error}") from error
-        if start is not None:
+        if foreign:
+            self.load(self._as_own(model, changes))
+        elif start is not None:
             self.load(read_adapter(start))
+
+    def _as_own(self, model: nn.Module, changes: Mapping[str, LowRank]) -> dict[str, Tensor]:
+        """Changes under PEFT's names, for the alpha and rank of this adapter."""
+        state = {}
+        for name, change in changes.items():
+            layer: Any = model.get_submodule(name)
+            state[f"base_model.model.{name}.lora_A.weight"] = change.down
+            scale = layer.scaling["default"] if hasattr(layer, "scaling") else 1.0
+            state[f"base_model.model.{name}.lora_B.weight"] = change.up / scale
+            if change.magnitude is not None:
+                state[f"base_model.model.{name}.lora_magnitude_vector"] = change.magnitude
+        return state
 
     def state_dict(self) -> dict[str, Tensor]:
         """The adapter's weights under PEFT's names."""
@@ -87,7 +107,7 @@ class LoraAdapter:
         """Take over saved weights.
 
         Raises:
-            UserError: weights of another adapter.
+            UserError: weights of another adapter; of a model on the meta device that is all that is looked at.
         """
         from peft import set_peft_model_state_dict
 
@@ -99,11 +119,31 @@ class LoraAdapter:
                 f"the saved adapter does not fit lora_config (r, target_modules) or the model; {len(odd)} tensors "
                 f"differ, the first is {odd[0]}"
             )
-        set_peft_model_state_dict(self._peft, dict(state))
+        if not any(parameter.is_meta for parameter in self._peft.parameters()):
+            set_peft_model_state_dict(self._peft, dict(state))
 
     def write_config(self, folder: Path) -> None:
         """``adapter_config.json`` as PEFT writes it."""
         self._peft.peft_config["default"].save_pretrained(str(folder))
+
+
+def is_own(path: str | Path) -> bool:
+    """Whether an adapter is a folder whose tensors have the names that PEFT gives them."""
+    names = open_weights(find_lora(path)).shapes
+    return Path(path).is_dir() and all(name.startswith("base_model.model.") for name in names)
+
+
+def read_changes(path: str | Path, model: nn.Module) -> dict[str, LowRank]:
+    """What an adapter of any trainer changes in a model's linear layers.
+
+    Raises:
+        UserError: it does not fit, or changes more than these.
+    """
+    (adapter,) = read_loras([str(path)], model)
+    more = [*adapter.replaced, *adapter.added]
+    if more:
+        raise UserError(f"{path}: it changes {shorten(more)}, which cannot be trained further beside an adapter")
+    return adapter.changes
 
 
 def read_adapter(folder: str | Path) -> dict[str, Tensor]:
@@ -112,11 +152,7 @@ def read_adapter(folder: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: none there.
     """
-    folder = Path(folder)
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if (folder / name).is_file():
-            return load_state_dict(folder / name)
-    raise UserError(f"{folder}: no adapter there (adapter_model.safetensors is missing)")
+    return load_state_dict(find_lora(folder))
 
 
 class TrainedWeights:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from opensora.acceleration.engine import SingleEngine
@@ -98,6 +99,28 @@ def test_adapters_train_and_come_back(tmp_path):
         LoraAdapter(net(), {**config, "r": 3}).load(adapter.state_dict())
     with pytest.raises(UserError, match=r"adapter_model\.safetensors is missing"):
         read_adapter(tmp_path)
+
+
+def test_an_adapter_of_another_trainer_to_start_from(tmp_path):
+    config = dict(r=2, lora_alpha=6, target_modules=["0", "2"], init_lora_weights=False)
+    whole = net()
+    adapter = LoraAdapter(whole, config)
+    state = {}
+    for key, value in adapter.state_dict().items():
+        module, kind = key.removeprefix("base_model.model.").split(".", 1)
+        name = "lora_down" if "lora_A" in kind else "lora_up"
+        state[f"lora_unet_{module}.{name}.weight"] = value * (0.25 if name == "lora_up" else 1)
+        state[f"lora_unet_{module}.alpha"] = torch.tensor(24.0)
+    file = tmp_path / "style.safetensors"
+    save_file({key: value.contiguous() for key, value in state.items()}, file)
+    model = net()
+    LoraAdapter(model, config, file)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(model(x), whole(x))
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 2))
+    with pytest.raises(UserError, match="does not fit lora_config"):
+        LoraAdapter(empty, {**config, "r": 3}, file)
 
 
 def test_the_average_is_shown_for_a_while():
