@@ -201,8 +201,8 @@ def weight_records(cfg: InferenceOptions) -> dict[str, dict[str, str | float]]:
     for number, entry in enumerate(as_list(cfg.pretrained_lora_path)):
         path, strength = split_lora(entry)
         file = find_lora(path)
-        stored = {"path": entry, "file": str(file), "sha256": fingerprint(file), "strength": strength}
-        records[f"lora_{number}"] = stored
+        hashed = fingerprint(file)
+        records[f"lora_{number}"] = {"path": entry, "file": str(file), "sha256": hashed, "strength": strength}
     return records
 
 

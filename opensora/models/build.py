@@ -103,7 +103,9 @@ def check_all_weights(
     Raises:
         UserError: what is wrong with the only one, or with all.
     """
-    checks = {name: partial(check_weights, name, section, models.get(name)) for name, section in sections.items()}
+    checks: dict[str, Callable[[], object]] = {
+        name: partial(check_weights, name, section, models.get(name)) for name, section in sections.items()
+    }
     wrong: dict[str, str] = {}
     for name, check in {**checks, **more}.items():
         try:
