@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.cli import INFERENCE, files, load_main
+from tests.helpers.cli import INFERENCE, files, load_main
 
 ROOT = Path(__file__).parents[1]
 

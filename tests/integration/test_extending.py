@@ -22,7 +22,7 @@ from opensora.models import build
 from opensora.models.autoencoder import Autoencoder
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_video, video_info
-from tests.integration.cli import load_main
+from tests.helpers.cli import load_main
 from tests.integration.own_package import with_page, write_package
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import torch
 
 from opensora.config import run_main
 from opensora.utils.video import save_video
-from tests.integration.cli import files, write_csv
+from tests.helpers.cli import files, write_csv
 
 
 def write_inputs(folder: Path) -> dict[str, str]:

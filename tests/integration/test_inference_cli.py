@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from opensora.utils.errors import UserError
 from opensora.utils.video import read_image, read_video, save_image
-from tests.integration.cli import DECODE, INFERENCE, load_main, write_csv
+from tests.helpers.cli import DECODE, INFERENCE, load_main, write_csv
 
 
 def latents(path: str) -> torch.Tensor:

@@ -16,7 +16,7 @@ from opensora.training.checkpoint.folder import list_checkpoints
 from opensora.training.diffusion.trainer import Trainer
 from opensora.utils.claims import FOLDER_LOCK, NameClaims, TakenError, claimed
 from opensora.utils.errors import UserError
-from tests.integration.cli import INFERENCE, files, write_csv
+from tests.helpers.cli import INFERENCE, files, write_csv
 from tests.parallel.checks_training import tiny_run
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from opensora.models.vae.lpips import LPIPS
 from opensora.training.vae.loss import LengthMixer
 from opensora.training.vae.trainer import VAETrainer
 from opensora.utils.errors import UserError
-from tests.integration.vae_runs import (
+from tests.helpers.vae_runs import (
     AUTOENCODER,
     AVERAGE,
     DISCRIMINATOR,

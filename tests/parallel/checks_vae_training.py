@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from opensora.training.vae.trainer import VAETrainer
 from opensora.utils.errors import UserError
-from tests.integration.vae_runs import (
+from tests.helpers.vae_runs import (
     AUTOENCODER,
     AVERAGE,
     DISCRIMINATOR,

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.parallel.checks_sequence import CHECKS, FOUR
+from tests.parallel.checks_sequence_parallel import CHECKS, FOUR
 from tests.parallel.harness import in_groups
 
 test_processes = in_groups({2: CHECKS, 4: FOUR})
