@@ -186,17 +186,17 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _check_config(config: Mapping[str, Any]) -> None:
+def _check_config(values: Mapping[str, Any]) -> None:
     """Raises ValueError for values that no adapter has."""
-    patterns = {key: config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
-    numbers = {"r": config.get("r", 8), "lora_alpha": config.get("lora_alpha", 8)}
+    patterns = {key: values.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
+    numbers = {"r": values.get("r", 8), "lora_alpha": values.get("lora_alpha", 8)}
     for key, value in (*numbers.items(), *((k, v) for p in patterns.values() for k, v in p.items())):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{key}={value!r} is not a number")
     for pattern in (*patterns["rank_pattern"], *patterns["alpha_pattern"]):
         re.compile(pattern)
     for key in ("target_modules", "exclude_modules"):
-        value = config.get(key)
+        value = values.get(key)
         if isinstance(value, str):
             re.compile(value)
         elif value is not None and not all(isinstance(each, str) for each in value):

@@ -155,7 +155,7 @@ def _wrong_tokenizer(folder: Path, kind: str) -> str | None:
     return f"its tokenizer lacks {shorten(absent)}"
 
 
-def _wrong_weights(folder: Path, kind: str, config: dict[str, Any]) -> str | None:
+def _wrong_weights(folder: Path, kind: str, sizes: dict[str, Any]) -> str | None:
     try:
         files = weight_files(folder)
     except UserError as error:
@@ -169,9 +169,9 @@ def _wrong_weights(folder: Path, kind: str, config: dict[str, Any]) -> str | Non
     layer = re.compile(r"encoder\.(?:block|layers)\.(\d+)\.")
     stored = len({match[1] for key in shapes if (match := layer.match(key))})
     key = LAYERS_KEYS[kind]
-    if stored != config[key]:
-        return f"its weights have {stored} layers, its config.json says {key}={config[key]}: one of the two is wrong"
-    wanted = dict(_t5_shapes(config) if kind == "t5" else _clip_shapes(config))
+    if stored != sizes[key]:
+        return f"its weights have {stored} layers, its config.json says {key}={sizes[key]}: one of the two is wrong"
+    wanted = dict(_t5_shapes(sizes) if kind == "t5" else _clip_shapes(sizes))
     lost = [key for key in wanted if key not in shapes]
     if lost:
         return f"its weights lack {shorten(lost)}"
@@ -184,11 +184,11 @@ def _wrong_weights(folder: Path, kind: str, config: dict[str, Any]) -> str | Non
     return f"it has integers for weights, as quantised files do: {shorten(integers)}" if integers else None
 
 
-def _t5_shapes(config: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
-    width, inner, hidden = config["d_model"], config["num_heads"] * config["d_kv"], config["d_ff"]
-    yield "shared.weight", (config["vocab_size"], width)
-    ways_in = ("wi_0", "wi_1") if config["feed_forward_proj"].startswith("gated") else ("wi",)
-    for i in range(config["num_layers"]):
+def _t5_shapes(sizes: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
+    width, inner, hidden = sizes["d_model"], sizes["num_heads"] * sizes["d_kv"], sizes["d_ff"]
+    yield "shared.weight", (sizes["vocab_size"], width)
+    ways_in = ("wi_0", "wi_1") if sizes["feed_forward_proj"].startswith("gated") else ("wi",)
+    for i in range(sizes["num_layers"]):
         attention, mlp = f"encoder.block.{i}.layer.0", f"encoder.block.{i}.layer.1"
         yield from ((f"{attention}.SelfAttention.{name}.weight", (inner, width)) for name in "qkv")
         yield f"{attention}.SelfAttention.o.weight", (width, inner)
@@ -198,14 +198,14 @@ def _t5_shapes(config: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
     yield "encoder.final_layer_norm.weight", (width,)
 
 
-def _clip_shapes(config: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
-    width, hidden = config["hidden_size"], config["intermediate_size"]
-    yield "embeddings.token_embedding.weight", (config["vocab_size"], width)
-    yield "embeddings.position_embedding.weight", (config["max_position_embeddings"], width)
+def _clip_shapes(sizes: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
+    width, hidden = sizes["hidden_size"], sizes["intermediate_size"]
+    yield "embeddings.token_embedding.weight", (sizes["vocab_size"], width)
+    yield "embeddings.position_embedding.weight", (sizes["max_position_embeddings"], width)
     square = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")]
-    sizes = {**dict.fromkeys(square, (width, width)), "mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
-    for i in range(config["num_hidden_layers"]):
-        for name, shape in sizes.items():
+    shapes = {**dict.fromkeys(square, (width, width)), "mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
+    for i in range(sizes["num_hidden_layers"]):
+        for name, shape in shapes.items():
             yield f"encoder.layers.{i}.{name}.weight", shape
             yield f"encoder.layers.{i}.{name}.bias", shape[:1]
         for name in ("layer_norm1", "layer_norm2"):
