@@ -36,6 +36,7 @@ class Case:
         may_pass: it may also be fine (a flipped bit that changes nothing, a large number that is not too large).
         late: it can be known only once weights are read.
         leaves: name of a file with the reasons, which it may leave.
+        unmended: why it does not hold yet, if it does not; the survey alone runs it.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Case:
     may_pass: bool = False
     late: bool = False
     leaves: str = ""
+    unmended: str = ""
 
 
 @dataclass

@@ -42,7 +42,7 @@ GROUPS: tuple[tuple[Command, type, dict[str, type]], ...] = (
     (commands.DATA, with_sections(STAGES), {}),
 )
 ABSENT = ("lr_scheduler", "img_flux", "img_flux_ae")  # sections of no consequence here, or without a type
-NEGATIVE = ("keep_n_latest", "shift_factor", "scale_factor")  # may be
+NEGATIVE = ("keep_n_latest", "guidance", "guidance_img", "end_index", "shift_factor", "scale_factor")  # may be
 # nan, inf and text are never right, -1 hardly ever; the others are, in places, and must then do no harm
 VALUES = {"nan": "nan", "infinite": "inf", "negative": "-1", "zero": "0", "huge": "1" + 30 * "0", "text": "many"}
 PERHAPS = ("zero", "huge")
@@ -88,9 +88,10 @@ def cases() -> list[Case]:
             for label, value in VALUES.items():
                 if label == "negative" and name in NEGATIVE:
                     continue
+                culprit = f"{name}|{key.partition('.')[0]}" if label in PERHAPS else name
                 besides = BESIDES.get(key.partition(".")[0], ())
                 words = (*command.words, *besides, f"--{key}={','.join([value] * count)}")
                 found.append(
-                    Case(f"{command.script}-{key}-{label}", command.script, words, name, may_pass=label in PERHAPS)
+                    Case(f"{command.script}-{key}-{label}", command.script, words, culprit, may_pass=label in PERHAPS)
                 )
     return found

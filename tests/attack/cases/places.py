@@ -82,7 +82,7 @@ def _only(bad: Mapping[str, Bad], *left_out: str) -> dict[str, Bad]:
 FUSED = ("--qkv", "fused")
 WITH_DATA = ("{good}/infer.py", "--data", "{good}/demo/clips.csv")
 I2V = ("--cond_type", "i2v_head")
-ADAPTER = ("--lora-config", "{'r': 2, 'lora_alpha': 2}", "--model.from_pretrained", "{good}/checkpoint")
+ADAPTER = ("--lora-config", "{'r': 2, 'target_modules': ['linear1']}", "--model.from_pretrained", "{good}/checkpoint")
 PLACES = (
     Place(commands.INFERENCE, "", ".py", _only(INPUTS, "junk", "empty")),
     Place(commands.INFERENCE, "--save-dir", "", OUT_FOLDERS),
