@@ -129,7 +129,7 @@ def _open_to_write(path: Path) -> OutputContainer:
     try:
         return av.open(str(path), "w")
     except ValueError:  # the library's word for an ending that it does not know
-        raise UserError(f"'{path.suffix}' is the ending of no video file; give .mp4") from None
+        raise UserError(f"{path}: '{path.suffix}' is the ending of no video file; give .mp4") from None
 
 
 def save_image(frame: np.ndarray | Tensor, path: str | Path) -> Path:

@@ -5,6 +5,7 @@ It reads one JSON object per line (:class:`Order`) and answers with one (:class:
 
 import atexit
 import contextlib
+import ctypes
 import importlib
 import importlib.util
 import json
@@ -114,6 +115,7 @@ def fork(order: Order) -> Outcome:
 def run(order: Order) -> None:
     """In the forked process: never returns."""
     os.setsid()
+    end_with_the_server()
     status: Any = 1
     try:
         prepare(order)
@@ -132,6 +134,13 @@ def run(order: Order) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(status)
+
+
+def end_with_the_server() -> None:
+    """Have this process killed when the server is (Linux): nothing runs on after the tests."""
+    set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
 def prepare(order: Order) -> None:
