@@ -110,7 +110,7 @@ def save_video(frames: np.ndarray | Tensor, path: str | Path, fps: float, crf: i
     array = np.pad(array, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
     def write(temporary: Path) -> None:
-        with _open_to_write(temporary) as container:
+        with _open_to_write(temporary, named=path) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(65535))
             stream.height, stream.width = array.shape[1:3]
             stream.pix_fmt = "yuv420p"
@@ -125,11 +125,11 @@ def save_video(frames: np.ndarray | Tensor, path: str | Path, fps: float, crf: i
     return write_beside(path, write)
 
 
-def _open_to_write(path: Path) -> OutputContainer:
+def _open_to_write(path: Path, named: str | Path) -> OutputContainer:
     try:
         return av.open(str(path), "w")
     except ValueError:  # the library's word for an ending that it does not know
-        raise UserError(f"{path}: '{path.suffix}' is the ending of no video file; give .mp4") from None
+        raise UserError(f"{named}: '{path.suffix}' is the ending of no video file; give .mp4") from None
 
 
 def save_image(frame: np.ndarray | Tensor, path: str | Path) -> Path:
