@@ -22,8 +22,8 @@ from opensora.utils.errors import UserError
 BOUNDS: Mapping[str, tuple[Callable[[Any, Any], bool], str]] = MappingProxyType(
     {
         "least": (operator.ge, "at least"),
-        "most": (operator.le, "at most"),
         "above": (operator.gt, "above"),
+        "most": (operator.le, "at most"),
         "below": (operator.lt, "below"),
     }
 )

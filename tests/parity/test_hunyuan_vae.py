@@ -231,7 +231,7 @@ def test_bad_sizes_are_named():
         ({"layers_per_block": 0}, "layers_per_block=0: must be at least 1"),
         ({"scale_factor": 0}, "scale_factor=0"),
         ({"scale_factor": [1.0, 0.0] * 8}, "scale_factor=.*by 0"),
-        ({"block_out_channels": [32, 32, 0, 32]}, "block_out_channels: 0 channels"),
+        ({"block_out_channels": [32, 32, 0, 32]}, r"block_out_channels=\[32, 32, 0, 32\]: must be at least 1"),
         ({"in_channels": 0}, "in_channels=0: must be at least 1"),
         ({"dropout": 1}, "dropout=1: must be at least 0 and below 1"),
     ],

@@ -75,11 +75,13 @@ class LoraAdapter:
             raise UserError("lora_config needs PEFT: pip install peft") from error
         foreign = start is not None and not is_own(start)
         changes = read_changes(start, model) if foreign and start is not None else {}
-        if not {"target_modules", "target_parameters"} & lora_config.keys():
-            raise UserError("lora_config: give target_modules, e.g. ['qkv', 'proj'] or 'all-linear'")
         try:
             config = LoraConfig(**{"init_lora_weights": True, **lora_config})
+            if not {"target_modules", "target_parameters"} & lora_config.keys():
+                raise UserError("lora_config: give target_modules, e.g. ['qkv', 'proj'] or 'all-linear'")
             self._peft: Any = get_peft_model(model, config)  # type: ignore[arg-type]
+        except UserError:
+            raise
         except (TypeError, ValueError) as error:
             raise UserError(f"lora_config={dict(lora_config)}: {error}") from error
         if foreign:

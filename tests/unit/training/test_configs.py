@@ -37,15 +37,15 @@ def test_published_numbers():
     image, stage1, stage2 = load("image"), load("stage1"), load("stage2")
     assert image.bucket_config == {"256px": {1: (1.0, 50)}, "768px": {1: (0.5, 11)}, "1024px": {1: (0.5, 7)}}
     assert image.optim.to_dict() == dict(cls="HybridAdam", lr=1e-5, eps=1e-15, weight_decay=0.0, adamw_mode=True)
-    assert image.model["grad_ckpt_settings"] == (8, 100)
+    assert image.model.grad_ckpt_settings == (8, 100)
     assert (image.grad_clip, image.seed, image.keep_n_latest) == (1.0, 42, 20)
-    assert (stage1.lr, stage1.optim["lr"], stage1.ckpt_every) == (5e-5, 5e-5, 2000)
+    assert (stage1.lr, stage1.optim.lr, stage1.ckpt_every) == (5e-5, 5e-5, 2000)
     lengths = stage1.bucket_config["256px"]
     assert list(lengths) == [1, *range(5, 130, 4)]
     assert [lengths[n][1] for n in (1, 5, 33, 37, 65, 69, 97, 101, 129)] == [45, 12, 12, 6, 6, 4, 4, 3, 3]
     assert stage2.plugin == "hybrid"
-    assert stage2.plugin_config["sp_size"] == 4
-    assert stage2.plugin_config["reduce_bucket_size_in_m"] == 128
+    assert stage2.plugin_config.sp_size == 4
+    assert stage2.plugin_config.reduce_bucket_size_in_m == 128
     assert [stage2.bucket_config["768px"][n][1] for n in (1, 5, 129)] == [38, 6, 2]
     assert "1024px" not in stage2.bucket_config
     assert load("stage1_i2v").condition_config == load("stage2_i2v").condition_config == I2V
@@ -53,7 +53,7 @@ def test_published_numbers():
     compressed = load("high_compression")
     assert list(compressed.bucket_config["768px"]) == [1, *range(16, 129, 4)]
     assert compressed.condition_config == {"t2v": 1, "i2v_head": 7}
-    assert (compressed.model["in_channels"], compressed.patch_size, compressed.lr) == (128, 1, 3e-5)
+    assert (compressed.model.in_channels, compressed.patch_size, compressed.lr) == (128, 1, 3e-5)
     assert list(load("demo").bucket_config["256px"]) == [1, 33, 97, 129]
 
 

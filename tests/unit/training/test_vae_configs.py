@@ -61,7 +61,7 @@ def test_demo_trainings_pass_all_checks(name, monkeypatch):
 
 def test_demo_dc_ae_is_measured_as_it_was_trained():
     train, inference = load("train", "demo_dc_ae.py").model, load("inference", "demo_dc_ae.py").model
-    assert all(train[key] == inference[key] for key in ("latent_channels", "encoder", "decoder"))
+    assert all(getattr(train, key) == getattr(inference, key) for key in ("latent_channels", "encoder", "decoder"))
 
 
 def test_benchmark_lengths():

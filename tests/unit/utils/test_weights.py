@@ -281,7 +281,14 @@ def test_downloaded_files_are_found_without_a_network(tmp_path, monkeypatch):
         resolve_path("org/repo/other/net.safetensors", cache_dir=cache)
 
 
-@pytest.mark.parametrize("path", ["outputs/x/epoch0-global_step2", "org/repo/net.safetensors"])
+def test_a_checkpoint_that_is_not_there_is_no_hub_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = "outputs/x/epoch0-global_step2"
+    with pytest.raises(UserError, match=f"No weights at {path}. Check the path"):
+        check_weights("model", ModelOptions(type="flux", from_pretrained=path))
+
+
+@pytest.mark.parametrize("path", ["outputs/x/weights", "org/repo/net.safetensors"])
 def test_a_check_asks_the_hub_without_a_download(path, tmp_path, monkeypatch):
     """A mistyped path of three parts is found before anything is loaded, as by a dry run."""
     monkeypatch.chdir(tmp_path)
