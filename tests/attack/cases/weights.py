@@ -18,7 +18,8 @@ from tests.attack.cases.commands import Command
 from tests.attack.inputs import CLIP, DEMO, T5, write_adapter
 from tests.attack.runner import Case
 
-INSPECTION = "weights of this section are not looked into before they are loaded"
+VOCABULARY = "a vocabulary is not looked into before its encoder is loaded"
+VOCABULARY_FILES = ("spiece.model", "merges.txt", "vocab.json")
 Write = Callable[[bytes], bytes]
 
 
@@ -145,13 +146,12 @@ def cases() -> list[Case]:
         found += [_other(section, label, path) for label, path in section.others.items()]
     for command, key, own, other in ENCODERS:
         found += _encoder_cases(command, key, own, other)
-    waiting = [replace(case, unmended=INSPECTION) for case in [*found, *_adapter_cases()] if not _is_inspected(case)]
-    return [*waiting, *(case for case in found if _is_inspected(case)), *_sources()]
+    every = [*found, *_adapter_cases(), *_sources()]
+    return [replace(case, unmended=VOCABULARY) if _is_cut_vocabulary(case) else case for case in every]
 
 
-def _is_inspected(case: Case) -> bool:
-    """Whether what holds the weights is looked into before they are read."""
-    return case.script == commands.INFERENCE.script and "-model" in case.name and "integers" not in case.name
+def _is_cut_vocabulary(case: Case) -> bool:
+    return case.name.endswith(tuple(f"{file} cut" for file in VOCABULARY_FILES))
 
 
 def _file(section: Section, label: str, suffix: str, write: Write) -> Case:
