@@ -6,19 +6,6 @@ from torch import nn
 from opensora.training.weights.ema import EMA
 
 
-class Net(nn.Module):
-    """A first layer, one block, a last layer."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
-        self.blocks = nn.ModuleList([nn.Linear(4, 4)])
-
-    def forward(self, x):
-        return self.last(self.blocks[0](self.first(x)).relu())
-
-
 def test_ema_is_float32_and_equals_the_formula():
     model = nn.Linear(2, 2).to(torch.bfloat16)
     ema = EMA(model, 0.9)
