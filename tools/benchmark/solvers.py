@@ -65,12 +65,13 @@ class Row:
     seconds: float
 
 
-def embed(pipe: VideoPipeline, count: int) -> Prompts:
-    """The first prompts of the demo's evaluation, every held-out combination before trained ones."""
-    cases = plan_cases(count, 0, seed=0)[:count]
+def embed(pipe: VideoPipeline, count: int, seed: int = 0) -> Prompts:
+    """The first prompts of the demo's evaluation, every held-out combination before trained ones; another ``seed``
+    draws other ones, and other noise."""
+    cases = plan_cases(count, 0, seed=seed)[:count]
     texts = [final_text(case.prompt, pipe.cfg.fps_save, None) for case in cases]
     embedded = pipe.encode_prompt([*texts, *[""] * count])
-    return Prompts(*embedded.split(count), [case.seed for case in cases])
+    return Prompts(*embedded.split(count), [case.seed + 1000 * seed for case in cases])
 
 
 def planned(pipe: VideoPipeline, solver: str, num_steps: int) -> SamplePlan:
@@ -113,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="3 prompts, few steps: to see that it works")
     parser.add_argument("--reference", default="euler", help="solver of the reference; heun is far closer to the limit")
     parser.add_argument("--reference_steps", type=int, default=200, help="its steps")
+    parser.add_argument("--prompt_seed", type=int, default=0, help="another one draws other prompts and noise")
     args, rest = parser.parse_known_args(argv)
     pipe = VideoPipeline.from_config(parse_config([args.config, *rest], InferenceOptions))
     runs = [(solver, steps) for solver in SOLVERS for steps in STEPS.get(solver, OTHER_STEPS)]
@@ -120,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.quick:
         count, reference, runs = 3, ("euler", 40), [(solver, 4) for solver in SOLVERS]
     torch.set_num_threads(1)
-    rows = compare(pipe, embed(pipe, count), runs, reference)
+    rows = compare(pipe, embed(pipe, count, args.prompt_seed), runs, reference)
     scale = pipe.cfg.sampling_option.guidance
     print(f"{count} prompts, guidance {scale}, against {reference[1]} steps of {reference[0]}\n")
     print(markdown([dataclasses.asdict(row) for row in rows]))
