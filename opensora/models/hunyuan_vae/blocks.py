@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensora.models.hunyuan_vae.winograd import TILE, convolve_tile, tile_kernels
+from opensora.models.vae.group_norm import group_norm
 
 # Convolution and interpolation kernels index with 32 bits; larger tensors are processed in pieces along time.
 INDEX_LIMIT = 2**31 - 1
@@ -195,7 +196,7 @@ class DownsampleCausal3D(nn.Module):
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """``silu(norm(x))``, without a second tensor where no backward pass needs both."""
-    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+    return F.silu(group_norm(norm, x), inplace=not torch.is_grad_enabled())
 
 
 class ResnetBlockCausal3D(nn.Module):
@@ -236,7 +237,7 @@ class FrameCausalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, T, H, W]`` in and out, residual included."""
         batch, channels, frames, height, width = x.shape
-        tokens = self.group_norm(x.flatten(2)).transpose(1, 2)  # [B, T*H*W, C]
+        tokens = group_norm(self.group_norm, x.flatten(2)).transpose(1, 2)  # [B, T*H*W, C]
         q, k, v = (proj(tokens).unsqueeze(1) for proj in (self.to_q, self.to_k, self.to_v))
         area = height * width
         attended = [
