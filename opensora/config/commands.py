@@ -35,6 +35,7 @@ from opensora.config.options import (
     opt,
     section,
 )
+from opensora.utils.sizes import parse_bytes
 
 DType = Literal["bf16", "fp16", "fp32", "half", "bfloat16", "float16", "float32", "float64"]
 PROMPTS = "prompts are read in this process, at once"
@@ -122,6 +123,7 @@ class InferenceOptions(RunOptions):
     img_flux: ModelOptions | None = component("model", "diffusion", "image diffusion model")
     img_flux_ae: ModelOptions | None = component("model", "image autoencoder", "image autoencoder")
     offload: bool = opt(False, "keep each model on the device only while it works")
+    gpu_memory: str | None = opt(None, "memory of the GPU to stay within, such as 16GB; none takes what is free")
     save_prefix: str = opt("", "start of every file name")
     prompt_as_path: bool = opt(False, "name files after their prompts (VBench)")
     skip_existing: bool = opt(False, "leave out what is already there")
@@ -139,6 +141,10 @@ class InferenceOptions(RunOptions):
     pretrained_lora_path: list[str] | str | None = opt(None, "LoRA adapters to load: folder or file, or PATH@strength")
     merge_lora: bool = opt(True, "add adapters to the weights; false keeps them beside (slower, exact in bf16)")
     lora_partial: bool = opt(False, "use what fits of an adapter that fits the model only in part")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_bytes(self.gpu_memory, "gpu_memory")
 
 
 @dataclass(frozen=True, kw_only=True)

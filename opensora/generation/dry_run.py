@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from opensora.diffusion.prepared import PreparedRun, text_length
 from opensora.generation.jobs import Job
-from opensora.generation.room import Needs, parameter_counts, size_text
+from opensora.generation.room import Needs, parameter_counts
 from opensora.models.diffusion import as_diffusion_model
+from opensora.utils.sizes import size_text
 
 
 def dry_run_report(run: PreparedRun, jobs: Sequence[Job]) -> str:

@@ -3,12 +3,10 @@
 import math
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from opensora.acceleration.memory import memory_of
 from opensora.diffusion.plan import SamplePlan
 from opensora.diffusion.prepared import TEXT_ENCODERS, PreparedRun, text_length
 from opensora.diffusion.velocity import MAX_TOKENS_AT_ONCE
@@ -17,13 +15,13 @@ from opensora.models.autoencoder import as_autoencoder
 from opensora.models.build import count_parameters
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
+from opensora.utils.sizes import parse_bytes, size_text
 from opensora.utils.weights import read_header
 
 logger = get_logger(__name__)
 
 PIXEL_BYTES = 5  # of a decoded video, three times: as fp32 and as uint8
 FILE_BITS = 0.1  # of a pixel in an mp4, about
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 
 
 @dataclass(frozen=True)
@@ -112,6 +110,9 @@ def _check_memory(run: PreparedRun, needs: Needs) -> None:
     if run.cfg.plugin == "hybrid" and not on_cpu:
         return  # devices share the work
     total, available = memory_of(run.device)
+    limit = parse_bytes(run.cfg.gpu_memory, "gpu_memory")
+    if limit is not None and not on_cpu:
+        available = min(available, limit)
     need = needs.weights + (max(needs.activations, needs.pixels) if on_cpu else needs.activations)
     advice = "fewer frames, a smaller resolution or batch_size" + (
         " need less" if on_cpu else ", or --offload True need less"
@@ -137,23 +138,3 @@ def _check_disk(run: PreparedRun, needs: Needs) -> None:
     if needs.latents + needs.videos > free:
         need, left = size_text(needs.latents + needs.videos), size_text(free)
         logger.warning("save_dir %s: the files are about %s, and %s is left there", run.cfg.save_dir, need, left)
-
-
-def memory_of(device: torch.device) -> tuple[int, int]:
-    """(all, left) memory of a device in bytes; of a container's, on a CPU, what it may use."""
-    if device.type == "cuda":
-        left, total = torch.cuda.mem_get_info(device)
-        return total, left
-    import psutil
-
-    memory = psutil.virtual_memory()
-    total, left = memory.total, memory.available
-    for file in CGROUP_LIMITS:
-        with suppress(OSError, ValueError):  # no container, or "max"
-            total = min(total, int(Path(file).read_text(encoding="ascii")))
-    return total, min(left, total)
-
-
-def size_text(count: float) -> str:
-    """Bytes for a person."""
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -1,5 +1,6 @@
 """What a run needs is compared with what is there, before models are loaded."""
 
+import dataclasses
 from collections import namedtuple
 
 import pytest
@@ -45,16 +46,13 @@ def test_memory(prepared, monkeypatch, caplog):
     assert caplog.text == ""
 
 
-def test_memory_of_this_machine_and_of_a_container(monkeypatch, tmp_path):
-    total, left = room.memory_of(torch.device("cpu"))
-    assert 0 < left <= total
-    (tmp_path / "max").write_text("max\n")
-    (tmp_path / "limit").write_text(f"{GIB}\n")
-    monkeypatch.setattr(room, "CGROUP_LIMITS", tuple(str(tmp_path / name) for name in ("max", "absent")))
-    unlimited = room.memory_of(torch.device("cpu"))[0]
-    monkeypatch.setattr(room, "CGROUP_LIMITS", (str(tmp_path / "limit"),))
-    total, left = room.memory_of(torch.device("cpu"))
-    assert (total, left <= total) == (min(GIB, unlimited), True)
+def test_a_limit_of_the_gpu_is_compared_instead_of_what_is_free(prepared, monkeypatch, caplog):
+    run, requests = prepared(gpu_memory="1MB")
+    monkeypatch.setattr(room, "memory_of", lambda device: (16 * GIB, 16 * GIB))
+    room.check_room(run, requests)
+    assert caplog.text == "", "no limit of a CPU"
+    room.check_room(dataclasses.replace(run, device=torch.device("cuda")), requests)
+    assert "and cuda has 1.0 MiB of 16.0 GiB left" in caplog.text
 
 
 def test_disk(prepared, monkeypatch, caplog):
