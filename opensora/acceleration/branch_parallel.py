@@ -12,6 +12,11 @@ from opensora.acceleration.parallel_context import Axis
 Row = TypeVar("Row")
 
 
+def own_rows(rows: Sequence[Row], axis: Axis) -> list[Row]:
+    """Those of the branches that this rank makes."""
+    return list(rows) if axis.group is None else list(rows[axis.rank :: axis.size])
+
+
 def spread_branches(
     rows: Sequence[Row], predict: Callable[[list[Row]], list[Tensor]], like: Tensor, axis: Axis
 ) -> list[Tensor]:
@@ -25,7 +30,7 @@ def spread_branches(
     """
     if axis.group is None:
         return predict(list(rows))
-    mine = list(rows[axis.rank :: axis.size])
+    mine = own_rows(rows, axis)
     made = predict(mine) if mine else []
     room = -(-len(rows) // axis.size)
     sent = torch.stack([*made, *[torch.zeros_like(like, dtype=torch.float32)] * (room - len(made))])

@@ -124,6 +124,7 @@ class InferenceOptions(RunOptions):
     img_flux_ae: ModelOptions | None = component("model", "image autoencoder", "image autoencoder")
     offload: bool = opt(False, "keep each model on the device only while it works")
     gpu_memory: str | None = opt(None, "memory of the GPU to stay within, such as 16GB; none takes what is free")
+    precompute: bool = opt(True, "compute modulation, rotary tables and embedded texts once per sample (same numbers)")
     save_prefix: str = opt("", "start of every file name")
     prompt_as_path: bool = opt(False, "name files after their prompts (VBench)")
     skip_existing: bool = opt(False, "leave out what is already there")

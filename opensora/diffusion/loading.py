@@ -11,10 +11,11 @@ from opensora.diffusion.lora import apply_loras
 from opensora.diffusion.prepared import TEXT_ENCODERS, PreparedRun
 from opensora.models.autoencoder import as_autoencoder
 from opensora.models.build import build_ready
+from opensora.models.diffusion import DiffusionModel, as_diffusion_model
 
 
 def load_models(run: PreparedRun, parallel: ParallelContext | None = None) -> dict[str, nn.Module]:
-    """Models by name, with adapters, on the device (on the CPU with ``offload``).
+    """Models by name, with adapters, on the device (on the CPU with ``offload``, and modulation with ``precompute``).
 
     Args:
         run: what is known of them.
@@ -26,11 +27,12 @@ def load_models(run: PreparedRun, parallel: ParallelContext | None = None) -> di
     embeds = parallel is None or parallel.sample.first
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)  # for models that start from random weights
-        models = {
-            name: build_ready(section, home, run.dtype, name)
-            for name, section in run.sections.items()
-            if embeds or name not in TEXT_ENCODERS
-        }
+        models: dict[str, nn.Module] = {}
+        for name, section in run.sections.items():
+            if embeds or name not in TEXT_ENCODERS:
+                models[name] = build_ready(section, home, run.dtype, name)
+                if cfg.precompute and isinstance(models[name], DiffusionModel):
+                    park_modulation(models[name])
     for name in set(TEXT_ENCODERS) & models.keys():
         use_shardformer(models[name])
     apply_loras(models["model"], run.adapters(models["model"]), cfg.merge_lora)
@@ -39,3 +41,9 @@ def load_models(run: PreparedRun, parallel: ParallelContext | None = None) -> di
         if cfg.plugin_ae == "hybrid":
             share_tiles(as_autoencoder(models["ae"]), parallel.sample)
     return models
+
+
+def park_modulation(model: nn.Module) -> None:
+    """Leave a model's modulation layers in host memory, from where they are copied when they work: once per sample."""
+    for layer in as_diffusion_model(model).modulation_layers().values():
+        layer.to("cpu")

@@ -2,8 +2,8 @@
 
 import random
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,29 @@ from opensora.diffusion.conditions import build_condition, get_spans, restore_re
 from opensora.diffusion.decode import DecodeMemoryError, check_pixels, decode_latents
 from opensora.diffusion.encoding import embed_texts, encode_references
 from opensora.diffusion.finite import check_result, watched
+from opensora.diffusion.guidance import Branch
 from opensora.diffusion.latents import get_noise, pack, prepare_ids, unpack
 from opensora.diffusion.loading import load_models
 from opensora.diffusion.offload import on_device
 from opensora.diffusion.plan import SamplePlan, make_plan, starts_from_picture
 from opensora.diffusion.prepared import TEXT_ENCODERS, PreparedRun, check_takes_references, plan_picture
 from opensora.diffusion.references import References, Source, check_references, per_prompt_references
-from opensora.diffusion.solvers import SOLVERS, StepCallback, Velocity, solve
+from opensora.diffusion.reuse import SampleMemo, reused
+from opensora.diffusion.solvers import SOLVERS, StepCallback, Velocity, asked, solve
 from opensora.diffusion.step_cache import STEP_CACHES
 from opensora.diffusion.timing import as_stage, timed, with_latents
-from opensora.diffusion.velocity import Denoiser, TextEmbeddings, distilled_velocity, guided_velocity
+from opensora.diffusion.velocity import (
+    Denoiser,
+    Rows,
+    TextEmbeddings,
+    distilled_velocity,
+    evaluations_of,
+    guided_rows,
+    guided_velocity,
+)
 from opensora.diffusion.wording import check_motion_score, check_prompt, check_seed, final_text
 from opensora.models.autoencoder import LatentSpec, as_autoencoder
+from opensora.models.diffusion import as_diffusion_model
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from opensora.utils.video import to_uint8
@@ -304,18 +315,37 @@ class VideoPipeline:
         size, patch = plan.latent_size, plan.patch_size
         ids = prepare_ids(len(noise), size, patch, positive.txt.shape[1], self.device)
         cache = STEP_CACHES.get(plan.step_cache)(plan.num_steps) if plan.step_cache is not None else None
-        with self._ready(name) as model:
-            denoiser = Denoiser(model, *ids, cond, cache)
+        guided = (positive, negative, plan.guidance, plan.num_steps, size[0], plan.has_image, self.parallel.branch)
+        coming = self._coming(plan, positive, *guided)
+        with self._sampling(name, coming, noise, plan) as (model, memo):
+            denoiser = Denoiser(model, *ids, cond, cache, memo)
             velocity: Velocity
+            if memo is not None:
+                denoiser.foresee(coming, noise.shape[0] * noise.shape[1], plan.guidance.text)
             if plan.method == "distill":
                 velocity = distilled_velocity(denoiser, positive, plan.guidance.text)
             else:
-                velocity = guided_velocity(
-                    *(denoiser, positive, negative, plan.guidance, plan.num_steps, size[0], plan.has_image),
-                    branches=self.parallel.branch,
-                )
+                velocity = guided_velocity(denoiser, *guided)
             looked_at = watched(with_latents(on_step, size, patch), self.dtype)
             return solve(SOLVERS.get(plan.solver), velocity, noise, plan.steps(), looked_at)
+
+    def _coming(self, plan: SamplePlan, positive: TextEmbeddings, *guided: Any) -> list[tuple[float, Rows]]:
+        """Time and branches (of this rank) of each evaluation to come."""
+        rows = guided_rows(*guided) if plan.method != "distill" else lambda step: [(Branch.PROMPT, positive)]
+        return [(time, rows(step)) for time, step in asked(SOLVERS.get(plan.solver), plan.steps())]
+
+    @contextmanager
+    def _sampling(
+        self, name: str, coming: Sequence[tuple[float, Rows]], noise: Tensor, plan: SamplePlan
+    ) -> Iterator[tuple[nn.Module, SampleMemo | None]]:
+        """A diffusion model on the device, and what remembers what it computes once per sample."""
+        with ExitStack() as stack:
+            memo = None
+            if self.cfg.precompute:
+                batches = evaluations_of(coming, noise.shape[0] * noise.shape[1], plan.guidance.text)
+                model = as_diffusion_model(self.models[name])
+                memo = stack.enter_context(reused(model, self.device, batches, len(noise)))
+            yield stack.enter_context(self._ready(name)), memo
 
     def decode(self, latents: Tensor, plan: SamplePlan) -> list[np.ndarray]:
         """Latents [B, C, T, h, w] to uint8 videos [num_frames, H, W, 3], see :func:`decode_latents`."""
@@ -360,7 +390,8 @@ class VideoPipeline:
 
     def _ready(self, name: str) -> AbstractContextManager[nn.Module]:
         """A model, on the device inside the block."""
-        return on_device(self.models[name], self.device, self.cfg.offload)
+        parked = self.device.type == "cuda" and self.cfg.precompute  # see park_modulation
+        return on_device(self.models[name], self.device, self.cfg.offload or parked)
 
     def _option(self, sampling: Mapping[str, Any]) -> SamplingOption:
         """Sampling options of a call: the config's with some replaced."""

@@ -81,16 +81,21 @@ def solve(
     return x
 
 
-def evaluations(solver: Solver, steps: Sequence[Step]) -> list[int]:
-    """The step of each evaluation of the velocity, in order: found by solving for a flow that stands still."""
-    asked: list[int] = []
+def asked(solver: Solver, steps: Sequence[Step]) -> list[tuple[float, int]]:
+    """(time, step) of each evaluation of the velocity, in order: found by solving for a flow that stands still."""
+    found: list[tuple[float, int]] = []
 
     def still(x: Tensor, t: float, step: int) -> Tensor:
-        asked.append(step)
+        found.append((t, step))
         return torch.zeros_like(x)
 
     solve(solver, still, torch.zeros(1), steps)
-    return asked
+    return found
+
+
+def evaluations(solver: Solver, steps: Sequence[Step]) -> list[int]:
+    """The step of each evaluation of the velocity, in order."""
+    return [step for _, step in asked(solver, steps)]
 
 
 def euler(velocity: Velocity, x: Tensor, steps: Sequence[Step]) -> Iterator[Tensor]:

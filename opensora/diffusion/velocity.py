@@ -1,17 +1,19 @@
 """The velocity that a solver follows, made once per run from a model, its inputs and guidance."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from opensora.acceleration.branch_parallel import spread_branches
+from opensora.acceleration.branch_parallel import own_rows, spread_branches
 from opensora.acceleration.parallel_context import Axis
 from opensora.diffusion.guidance import Branch, Guidance, Weights, step_weights
+from opensora.diffusion.reuse import Evaluation, SampleMemo
 from opensora.diffusion.solvers import Velocity
 from opensora.diffusion.step_cache import StepCache
+from opensora.models.diffusion import as_diffusion_model
 
 # Branches go through the model as one batch while that has at most so many tokens. Larger batches gain no speed (the
 # device is busy anyway) and cost memory.
@@ -38,6 +40,10 @@ class TextEmbeddings:
         )
 
 
+Rows = Sequence[tuple[Branch, TextEmbeddings]]
+"""Guidance branches of one evaluation, each with its text."""
+
+
 @dataclass(frozen=True)
 class Denoiser:
     """A model and what it is given at every step of a run.
@@ -49,6 +55,7 @@ class Denoiser:
         txt_ids: [B, L_txt, 3] text positions.
         cond: [B, L, C + p*p] packed mask and references; None for a model without condition input.
         cache: reuses work of earlier evaluations; None runs all blocks every time.
+        memo: gives what is computed once per sample; None computes it every time.
     """
 
     model: nn.Module
@@ -56,10 +63,9 @@ class Denoiser:
     txt_ids: Tensor
     cond: Tensor | None = None
     cache: StepCache | None = None
+    memo: SampleMemo | None = None
 
-    def predict(
-        self, x: Tensor, time: float, step: int, scale: float, rows: Sequence[tuple[Branch, TextEmbeddings]]
-    ) -> list[Tensor]:
+    def predict(self, x: Tensor, time: float, step: int, scale: float, rows: Rows) -> list[Tensor]:
         """One float32 prediction [B, L, C] per branch; branches run as one batch if that is small.
 
         Args:
@@ -69,17 +75,37 @@ class Denoiser:
             scale: guidance scale, for models that embed it.
             rows: each branch with its text.
         """
-        at_once = len(rows) if len(rows) * x.shape[0] * x.shape[1] <= MAX_TOKENS_AT_ONCE else 1
         predictions: list[Tensor] = []
-        for start in range(0, len(rows), at_once):
-            predictions += self._forward(x, time, step, scale, rows[start : start + at_once])
+        for batch in at_once(rows, x.shape[0] * x.shape[1]):
+            predictions += self._forward(x, time, step, scale, batch)
         return predictions
 
-    def _forward(
-        self, x: Tensor, time: float, step: int, scale: float, rows: Sequence[tuple[Branch, TextEmbeddings]]
-    ) -> Sequence[Tensor]:
+    def foresee(self, evaluations: Sequence[tuple[float, Rows]], tokens: int, scale: float) -> None:
+        """Have the memo compute all evaluations to come at once; see :func:`evaluations_of` for the arguments."""
+        assert self.memo is not None
+        known = evaluations_of(evaluations, tokens, scale)
+        self.memo.foresee({key: self._modulation_input(key, rows) for key, rows in known.items()})
+
+    @torch.no_grad()
+    def _modulation_input(self, evaluation: Evaluation, rows: Rows) -> Tensor:
+        model = as_diffusion_model(self.model)
+        return model.modulation_input(**self._vector_inputs(evaluation.time, evaluation.scale, rows))
+
+    def _vector_inputs(self, time: float, scale: float, rows: Rows) -> dict[str, Tensor]:
+        """Arguments of the model, but for what is made of tokens."""
+        vec = torch.cat([text.vec for _, text in rows])
+        count, dtype, device = len(vec), rows[0][1].txt.dtype, vec.device
+        return {
+            "timesteps": torch.full((count,), time, device=device, dtype=dtype),
+            "y_vec": vec,
+            "guidance": torch.full((count,), scale, device=device, dtype=dtype),
+        }
+
+    def _forward(self, x: Tensor, time: float, step: int, scale: float, rows: Rows) -> Sequence[Tensor]:
         n, dtype = len(rows), rows[0][1].txt.dtype
-        count = n * len(x)
+        if self.memo is not None:
+            key = evaluation_of(time, scale, rows)
+            self.memo.select(key, lambda: self._modulation_input(key, rows))
         cached = {}
         if self.cache is not None:
             names = tuple(branch.name.lower() for branch, _ in rows)
@@ -89,10 +115,8 @@ class Denoiser:
             img_ids=torch.cat([self.img_ids] * n),
             txt=torch.cat([text.txt for _, text in rows]),
             txt_ids=torch.cat([self.txt_ids] * n),
-            timesteps=torch.full((count,), time, device=x.device, dtype=dtype),
-            y_vec=torch.cat([text.vec for _, text in rows]),
             cond=None if self.cond is None else torch.cat([self._cond(branch) for branch, _ in rows]).to(dtype),
-            guidance=torch.full((count,), scale, device=x.device, dtype=dtype),
+            **self._vector_inputs(time, scale, rows),
             **cached,
         )
         return batch.float().chunk(n)
@@ -100,6 +124,48 @@ class Denoiser:
     def _cond(self, branch: Branch) -> Tensor:
         assert self.cond is not None
         return torch.zeros_like(self.cond) if branch is Branch.NEGATIVE_NO_IMAGE else self.cond
+
+
+def at_once(rows: Rows, tokens: int) -> list[Rows]:
+    """The branches of an evaluation in the batches that go through the model, each of ``tokens`` image tokens."""
+    size = len(rows) if len(rows) * tokens <= MAX_TOKENS_AT_ONCE else 1
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def evaluation_of(time: float, scale: float, rows: Rows) -> Evaluation:
+    """What tells the modulation of a batch from that of another."""
+    return Evaluation(time, scale, tuple(id(text) for _, text in rows))
+
+
+def evaluations_of(asked: Sequence[tuple[float, Rows]], tokens: int, scale: float) -> dict[Evaluation, Rows]:
+    """The different batches that go through the model in a run.
+
+    Args:
+        asked: time of each evaluation, and its branches on this rank.
+        tokens: image tokens of a branch, all samples together.
+        scale: that the model is told.
+    """
+    batches = [(time, batch) for time, rows in asked for batch in at_once(rows, tokens)]
+    return {evaluation_of(time, scale, batch): batch for time, batch in batches}
+
+
+def guided_rows(
+    prompt: TextEmbeddings,
+    negative: TextEmbeddings,
+    guidance: Guidance,
+    num_steps: int,
+    latent_frames: int,
+    has_image: bool = False,
+    branches: Axis | None = None,
+) -> Callable[[int], Rows]:
+    """From a step to the branches that this rank runs in it; arguments as of :func:`guided_velocity`."""
+    texts = {Branch.PROMPT: prompt, Branch.NEGATIVE: negative, Branch.NEGATIVE_NO_IMAGE: negative}
+
+    def rows(step: int) -> Rows:
+        weights = step_weights(guidance, step, num_steps, latent_frames, has_image)
+        return own_rows([(branch, texts[branch]) for branch, _ in weights], branches or Axis())
+
+    return rows
 
 
 def guided_velocity(

@@ -92,6 +92,26 @@ class DiffusionModel(nn.Module):
         """Gradient checkpointing, as ``grad_checkpoint`` of the training config says."""
         self.recomputes = enabled
 
+    def blocks_in_order(self) -> list[nn.Module]:
+        """Blocks in the order in which they run, each by one call: what streaming of weights brings to the device one
+        by one. Here those of the ``nn.ModuleList`` ``blocks``, none where there is none."""
+        blocks = getattr(self, "blocks", None)
+        return [*blocks] if isinstance(blocks, nn.ModuleList) else []
+
+    def modulation_layers(self) -> Mapping[str, nn.Module]:
+        """Layers by name whose only input is :meth:`modulation_input`: a sampler computes them once for all steps, see
+        :mod:`opensora.diffusion.reuse`. Here none."""
+        return {}
+
+    def modulation_input(self, timesteps: Tensor, y_vec: Tensor, guidance: Tensor | None) -> Tensor:
+        """What `forward` gives all of :meth:`modulation_layers`, ``[B, C]``, from some of its arguments."""
+        raise NotImplementedError
+
+    def constant_layers(self) -> Mapping[str, nn.Module]:
+        """Layers by name whose only input follows from ``txt``, ``txt_ids`` and ``img_ids``, which are the same at all
+        steps. Here none."""
+        return {}
+
     def forward_flops(self, image_tokens: int, text_tokens: int) -> float:
         """Floating-point operations of a forward on one sample (2 per multiply-add); here of matrices, each applied to
         all tokens."""

@@ -54,6 +54,22 @@ def rotary_table(ids: Tensor, axes_dim: list[int], theta: float) -> Rotary:
     return Rotary(angle.cos().float(), angle.sin().float())
 
 
+class RotaryTable(nn.Module):
+    """:func:`rotary_table` as a module without parameters, so that a sampler may keep what it computes.
+
+    Args:
+        axes_dim, theta: see there.
+    """
+
+    def __init__(self, axes_dim: list[int], theta: float):
+        super().__init__()
+        self.axes_dim, self.theta = axes_dim, theta
+
+    def forward(self, ids: Tensor) -> Rotary:
+        """``ids`` ``[B, L, axes]`` of all tokens -> their table."""
+        return rotary_table(ids, self.axes_dim, self.theta)
+
+
 def rotate_interleaved(x: Tensor, rope: Rotary) -> Tensor:
     """Rotate adjacent channel pairs (2k, 2k+1) of ``x`` ``[B, L, H, D]``, in float32: the layout of FLUX.1."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))

@@ -1,22 +1,24 @@
 """MMDiT: the diffusion transformer that predicts the velocity of packed video (or image) latents."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensora.config.keys import given_config
 from opensora.models.diffusion import DiffusionModel
 from opensora.models.kinds import Shapes, WeightKind
-from opensora.models.mmdit.attention import JointAttention, Rotary, resolve_attention, rotary_table
+from opensora.models.mmdit.attention import JointAttention, Rotary, RotaryTable, resolve_attention
 from opensora.models.mmdit.config import MMDiTConfig
 from opensora.models.mmdit.flops import activation_bytes, forward_flops
 from opensora.models.mmdit.layers import (
     DoubleStreamBlock,
     LastLayer,
     MLPEmbedder,
+    Modulation,
     SingleStreamBlock,
     timestep_embedding,
 )
@@ -55,6 +57,7 @@ class MMDiTModel(DiffusionModel):
         self.guidance_in = MLPEmbedder(TIME_EMBED_DIM, hidden) if config.guidance_embed else None
         self.cond_in = nn.Linear(config.cond_channels, hidden) if config.cond_embed else None
         self.txt_in = nn.Linear(config.context_in_dim, hidden)
+        self.rotary = RotaryTable(config.axes_dim, config.theta)
 
         def attention() -> JointAttention:
             return JointAttention(backend, config.use_liger_rope, config.rope_backend)
@@ -102,13 +105,35 @@ class MMDiTModel(DiffusionModel):
             if cond is None:
                 raise ValueError(f"a model with cond_embed=True needs `cond`, [B, N, {self.config.cond_channels}].")
             x = x + self.cond_in(cond)
-        vec = self.time_in(timestep_embedding(timesteps, TIME_EMBED_DIM).to(img.dtype)) + self.vector_in(y_vec)
+        vec = self.embed_vector(timesteps, y_vec, guidance, img.dtype)
+        rope = self.rotary(torch.cat((txt_ids, img_ids), dim=1))
+        return x, self.txt_in(txt), vec, rope
+
+    def embed_vector(self, timesteps: Tensor, y_vec: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Conditioning vector ``[B, C]``: embedded time, pooled text and, if the model takes it, guidance scale."""
+        vec = self.time_in(timestep_embedding(timesteps, TIME_EMBED_DIM).to(dtype)) + self.vector_in(y_vec)
         if self.guidance_in is not None:
             if guidance is None:
                 raise ValueError("a model with guidance_embed=True needs `guidance`, [B] guidance scales.")
-            vec = vec + self.guidance_in(timestep_embedding(guidance, TIME_EMBED_DIM).to(img.dtype))
-        rope = rotary_table(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
-        return x, self.txt_in(txt), vec, rope
+            vec = vec + self.guidance_in(timestep_embedding(guidance, TIME_EMBED_DIM).to(dtype))
+        return vec
+
+    def blocks_in_order(self) -> list[nn.Module]:
+        """Double, then single blocks."""
+        return [*self.double_blocks, *self.single_blocks]
+
+    def modulation_layers(self) -> Mapping[str, nn.Module]:
+        """Of all blocks, and of the last layer."""
+        found = [f"{name}.lin" for name, module in self.named_modules() if isinstance(module, Modulation)]
+        return {name: self.get_submodule(name) for name in (*found, "final_layer.adaLN_modulation.1")}
+
+    def modulation_input(self, timesteps: Tensor, y_vec: Tensor, guidance: Tensor | None) -> Tensor:
+        """The conditioning vector, as modulation takes it in."""
+        return F.silu(self.embed_vector(timesteps, y_vec, guidance, timesteps.dtype))
+
+    def constant_layers(self) -> Mapping[str, nn.Module]:
+        """Embedder of the text tokens, and rotary table."""
+        return {name: self.get_submodule(name) for name in ("txt_in", "rotary")}
 
     def set_grad_checkpoint(self, enabled: bool) -> None:
         """Of the numbers of double and single blocks, from the first, that the config says; else of all."""

@@ -46,6 +46,7 @@ def sampling_config(cfg: TrainOptions) -> InferenceOptions:
         "cond_type": section.cond_type,
         "fps_save": section.fps,
         "sampling_option": section.sampling_option.to_dict(),
+        "precompute": False,  # engines divide weights block by block: layers must run within theirs
     }
     try:
         resolved = load_config(content, InferenceOptions)
