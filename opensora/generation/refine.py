@@ -142,7 +142,7 @@ class LocalModel:
 def refine_requests(requests: Sequence[Request], cfg: InferenceOptions, ask: Ask) -> list[Request]:
     """Requests with their texts written out (``refine_prompt``) and motion scores filled in (``dynamic``).
 
-    Each prompt is asked about once, however many videos are made of it.
+    Each prompt is asked about once, however many videos are made of it; texts that the table has written out stay.
     """
     return [_refine_one(request, cfg, ask) for request in requests]
 
@@ -151,8 +151,9 @@ def _refine_one(request: Request, cfg: InferenceOptions, ask: Ask) -> Request:
     changes: dict[str, Any] = {}
     if cfg.refine_prompt:
         kind = "t2v" if request.cond_type == "t2v" else "i2v"
-        changes["refined"] = _try(ask, INSTRUCTIONS[kind], request, _first_picture(request), TEXT_TOKENS)
-        if cfg.use_t2i2v and not request.refs:
+        if request.refined is None:
+            changes["refined"] = _try(ask, INSTRUCTIONS[kind], request, _first_picture(request), TEXT_TOKENS)
+        if cfg.use_t2i2v and not request.refs and request.image_text is None:
             changes["image_text"] = _try(ask, INSTRUCTIONS["t2i"], request, None, TEXT_TOKENS)
     if request.motion_score == "dynamic":
         answer = _try(ask, MOTION_INSTRUCTIONS, request, None, MOTION_TOKENS) or ""

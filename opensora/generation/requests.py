@@ -37,7 +37,7 @@ class Request:
         fps: frames per second of the file, also told to the model.
         motion_score: amount of motion told to the model, None to say nothing.
         seed: seed of the noise of the first video, None to draw one.
-        refined: prompt as a language model wrote it out, if asked to.
+        refined: prompt as a language model wrote it out, if asked to, or as the table has it.
         image_text: the same for the picture made first (``use_t2i2v``).
     """
 
@@ -140,6 +140,8 @@ def _request(
         fps=fps,
         motion_score=check_motion_score(cell("motion_score") or cfg.motion_score, where),
         seed=None if seed is None else check_seed(seed, where),
+        refined=check_prompt(cell("refined"), f"{where}: refined") or None,
+        image_text=check_prompt(cell("image_text"), f"{where}: image_text") or None,
     )
 
 

@@ -8,9 +8,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import pytest
 
+from opensora.config import load_config
 from opensora.config.commands import InferenceOptions
 from opensora.generation.refine import INSTRUCTIONS, ApiModel, make_asker, refine_requests, wants_language_model
-from opensora.generation.requests import Request
+from opensora.generation.requests import Request, read_requests
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_image
 
@@ -137,3 +138,16 @@ def test_local_model(tiny_config, tmp_path):
     LlamaForCausalLM(LlamaConfig(vocab_size=2000, **sizes)).save_pretrained(tmp_path)
     answer = make_asker(replace(SETTINGS, refine_model=str(tmp_path)), {})()("Answer.", "a cat", None, 4)
     assert isinstance(answer, str)
+
+
+def test_texts_that_a_table_has_written_out(tiny_config, tmp_path):
+    """They are used as they are, and no language model is asked for them."""
+    (tmp_path / "t.csv").write_text("text,refined,image_text\nalley,a long alley at night,an alley\nbarn,,\n")
+    section = {"type": "text", "data_path": str(tmp_path / "t.csv")}
+    cfg = load_config({**tiny_config, "dataset": section, "refine_prompt": True}, InferenceOptions)
+    asked = []
+    written = refine_requests(read_requests(cfg, tmp_path), cfg, lambda *words: asked.append(words[1]) or "answer")
+    assert asked == ["barn"]
+    assert [request.final_text for request in written] == ["a long alley at night. 8 FPS.", "answer. 8 FPS."]
+    assert [request.picture_text for request in written] == ["an alley", "barn"]
+    assert written[0].text == "alley"
