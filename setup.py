@@ -47,6 +47,8 @@ setup(
         ],
         # language models behind a server: --refine-prompt, captions
         "chat": ["openai>=1.52"],
+        # tools/evaluate; mmengine and scikit-image bring these (VBench's own versions: tools/evaluate/vbench.txt)
+        "evaluate": ["opencv-python>=4.9", "scipy>=1.11"],
         # ColossalAI is frozen at 0.5.0, whose own pins exclude today's PyTorch: see requirements-colossalai.txt
         "ray": ["ray[data]>=2.51"],
         "wandb": ["wandb>=0.17"],

@@ -1,6 +1,7 @@
-"""What the command lines of the tools share: numbers with bounds."""
+"""What the command lines of the tools share: numbers with bounds, values that a function reads."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,28 @@ from opensora.utils.paths import expand_home
 def user_path(text: str) -> Path:
     """A path of a command line; ``~`` is the home folder, also in ``--out=~/x``, which shells leave as it is."""
     return expand_home(text)
+
+
+class Converted(argparse.Action):
+    """A value that a function reads: ``add_argument("--shard", action=Converted, convert=shard)``.
+
+    Unlike ``type``, it lets the function's own message through. ``many`` collects the values of a repeated flag.
+    """
+
+    def __init__(self, *args: Any, convert: Callable[[str], Any], many: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.convert, self.many = convert, many
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Take the value of one flag."""
+        value = self.convert(values)
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), value] if self.many else value)
 
 
 class Bounded(argparse.Action):

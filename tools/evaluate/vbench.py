@@ -22,7 +22,7 @@ if __package__ in (None, ""):
 from opensora.config import run_main
 from opensora.evaluation.vbench.models import FILES, missing, needed
 from opensora.evaluation.vbench.scores import SCALES
-from tools.arguments import Bounded, user_path
+from tools.arguments import Bounded, Converted, user_path
 from tools.evaluate import vbench_steps as steps
 
 Parsers = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -86,7 +86,9 @@ def make_parser() -> argparse.ArgumentParser:
     generate = _add(commands, "generate", "make the videos; further --key value pairs go to the config", steps.generate)
     generate.add_argument("config", help="inference config, e.g. configs/diffusion/inference/256px.py")
     _add_work(generate)
-    generate.add_argument("--shard", type=steps.shard, default=(1, 1), metavar="K/N", help="only the K-th of N parts")
+    generate.add_argument(
+        "--shard", action=Converted, convert=steps.shard, default=(1, 1), metavar="K/N", help="only the K-th of N parts"
+    )
 
     score = _add(commands, "score", "score the videos in VBench's environment", steps.score)
     _add_work(score)
@@ -95,7 +97,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_dimensions(score)
     score.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where its models work")
     score.add_argument("--gpus", nargs="+", default=["0"], metavar="N", help="one dimension at a time on each")
-    score.add_argument("--shard", type=steps.shard, default=(1, 1), metavar="K/N", help="only the K-th of N parts")
+    score.add_argument(
+        "--shard", action=Converted, convert=steps.shard, default=(1, 1), metavar="K/N", help="only the K-th of N parts"
+    )
     score.add_argument("--partial", action="store_true", help="score although videos are missing")
 
     table = _add(commands, "table", "put scores together, beside published ones", steps.table)
