@@ -1,6 +1,46 @@
-"""Install with ``pip install -e .``; exact versions that are tested together stand in requirements.txt."""
+"""Install with ``pip install .`` or ``pip install -e .``; exact versions that are tested together stand in
+requirements.txt."""
+
+import shutil
+from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+FOLDERS = ("configs", "assets")
+INSIDE = Path("opensora", "_data")  # where opensora/config/shipped.py looks for them in an installed package
+
+
+class BuildWithData(build_py):
+    """Puts configs and assets, which a checkout has at its root, into the package that is built. An editable install
+    needs no copy."""
+
+    def run(self) -> None:
+        """Build, and copy; what an earlier build left behind goes away."""
+        super().run()
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / INSIDE, ignore_errors=True)
+        for source, target in self._data():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        """What is built."""
+        return [*super().get_outputs(include_bytecode), *(str(target) for _, target in self._data())]
+
+    def get_source_files(self) -> list[str]:
+        """What it is built from, which a source distribution holds."""
+        return [*super().get_source_files(), *(str(source.relative_to(ROOT)) for source, _ in self._data())]
+
+    def _data(self) -> list[tuple[Path, Path]]:
+        """(file, where it goes)."""
+        if self.editable_mode:
+            return []
+        files = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*")) if file.is_file()]
+        kept = [file for file in files if "__pycache__" not in file.parts]
+        return [(file, Path(self.build_lib) / INSIDE / file.relative_to(ROOT)) for file in kept]
+
 
 setup(
     name="opensora",
@@ -9,6 +49,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["opensora", "opensora.*"]),
+    package_data={"opensora": ["py.typed"]},
+    cmdclass={"build_py": BuildWithData},
+    entry_points={"console_scripts": ["opensora = opensora.cli.main:main"]},
     install_requires=[
         "av>=18,<19",
         "einops>=0.8",

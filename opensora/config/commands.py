@@ -73,6 +73,7 @@ class LoaderOptions(Options):
 class InferenceOptions(RunOptions):
     """Make videos from prompts, pictures and clips."""
 
+    configs: ClassVar[str] = "diffusion/inference"
     aliases: ClassVar[dict[str, str]] = {
         **{
             key: f"sampling_option.{key}"
@@ -89,7 +90,7 @@ class InferenceOptions(RunOptions):
         1024, "seed of everything random except a sample's noise", least=0, most=MAX_SEED, none_is_default=True
     )
     prompt: str | None = opt(None, "text of the video", verbatim=True)
-    ref: str | None = opt(None, "picture or clip to start from, several separated by ;")
+    ref: str | None = opt(None, "picture or clip to start from, several separated by ;", reads="references")
     cond_type: str = opt("t2v", "what the references fix", choices=CONDITIONS)
     save_dir: str = opt("samples", "folder for the results")
     dataset: DatasetOptions | None = component(
@@ -110,7 +111,7 @@ class InferenceOptions(RunOptions):
     fps_save: int = opt(16, "frame rate of the file, also told to the model", "frames/s", above=0, most=1000)
     motion_score: str | None = opt(None, "amount of motion told to the model: a number, or dynamic")
     refine_prompt: bool = opt(False, "let a language model write the prompt out")
-    refine_model: str | None = opt(None, "folder or hub id of a local language model for that")
+    refine_model: str | None = opt(None, "folder or hub id of a local language model for that", reads="file")
     refine_base_url: str | None = opt(None, "OpenAI-compatible endpoint for that")
     refine_api_model: str | None = opt(None, "name of the model at the endpoint")
     model: ModelOptions | None = component("model", "diffusion", "video diffusion model")
@@ -139,7 +140,9 @@ class InferenceOptions(RunOptions):
         PluginOptions, "its settings", {}, open=True, no_effect="tiles are divided over all ranks that share a video"
     )
     grad_clip: float = opt(0.0, "gradient norm limit", least=0, no_effect="sampling computes no gradients")
-    pretrained_lora_path: list[str] | str | None = opt(None, "LoRA adapters to load: folder or file, or PATH@strength")
+    pretrained_lora_path: list[str] | str | None = opt(
+        None, "LoRA adapters to load: folder or file, or PATH@strength", reads="adapters"
+    )
     merge_lora: bool = opt(True, "add adapters to the weights; false keeps them beside (slower, exact in bf16)")
     lora_partial: bool = opt(False, "use what fits of an adapter that fits the model only in part")
 
@@ -197,6 +200,7 @@ class LoopOptions(Options):
 class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
     """Train the diffusion model."""
 
+    configs: ClassVar[str] = "diffusion/train"
     aliases: ClassVar[dict[str, str]] = {"ckpt_path": "model.from_pretrained"}
 
     model: ModelOptions | None = component("model", "diffusion", "diffusion model")
@@ -220,7 +224,7 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
         0, "host memory for inputs of recomputed blocks (0: on the device)", "bytes", least=0
     )
     lora_config: dict[str, Any] | None = opt(None, "PEFT LoraConfig; none trains all weights")
-    lora_checkpoint: str | None = opt(None, "adapter to start from: folder or file")
+    lora_checkpoint: str | None = opt(None, "adapter to start from: folder or file", reads="file")
     freeze_layers: list[str] | str | None = opt(None, "what not to train, by name: txt_in, double_blocks.*.txt_mlp")
     validation: ValidationOptions | None = section(
         ValidationOptions, "loss on held-out rows; none does without", fill=True
@@ -257,6 +261,7 @@ class CacheOptions(TrainOptions):
 class VaeTrainOptions(LoopOptions, LoaderOptions, RunOptions):
     """Train a video autoencoder."""
 
+    configs: ClassVar[str] = "vae/train"
     aliases: ClassVar[dict[str, str]] = {"ckpt_path": "model.from_pretrained"}
 
     model: ModelOptions | None = component("model", "autoencoder", "autoencoder")
@@ -287,6 +292,7 @@ class VaeTrainOptions(LoopOptions, LoaderOptions, RunOptions):
 class VaeInferenceOptions(LoaderOptions, RunOptions):
     """Encode and decode clips, and save both."""
 
+    configs: ClassVar[str] = "vae/inference"
     aliases: ClassVar[dict[str, str]] = {"ckpt_path": "model.from_pretrained"}
 
     model: ModelOptions | None = component("model", "autoencoder", "autoencoder")
@@ -308,6 +314,7 @@ class VaeInferenceOptions(LoaderOptions, RunOptions):
 class VaeStatsOptions(LoaderOptions, RunOptions):
     """Mean and standard deviation of latents."""
 
+    configs: ClassVar[str] = "vae/inference"
     aliases: ClassVar[dict[str, str]] = {"ckpt_path": "model.from_pretrained"}
 
     model: ModelOptions | None = component("model", "autoencoder", "autoencoder")

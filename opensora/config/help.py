@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from opensora.config.keys import Option, group_options, walk_options
+from opensora.config.shipped import shipped_names
 from opensora.config.values import describe
 
 INTRO = """Keys may be written with - or _, and dotted keys reach into sections: --model.from_pretrained FILE.
@@ -28,6 +29,7 @@ def help_text(options: type, data: Mapping | None, script: str) -> str:
         "",
         INTRO,
         "",
+        *_names(options),
         f"keys [type, unit; {shown}]:",
     ]
     nested: dict[str, list[str]] = {}
@@ -46,6 +48,12 @@ def help_text(options: type, data: Mapping | None, script: str) -> str:
     aliases: Mapping[str, str] = options.aliases  # type: ignore[attr-defined]
     lines += ["", "short for:", *(f"  --{name:<{KEY_WIDTH}} --{target}" for name, target in aliases.items())]
     return "\n".join(lines)
+
+
+def _names(options: type) -> list[str]:
+    """What may stand for CONFIG besides a file."""
+    names = shipped_names(options.configs) if options.configs else {}  # type: ignore[attr-defined]
+    return [f"CONFIG is a file, or one that comes with opensora: {', '.join(names)}.", ""] if names else []
 
 
 def _line(dotted: str, option: Option, value: Any) -> str:

@@ -6,12 +6,12 @@ nearest right key.
 """
 
 import copy
-import difflib
 import importlib
 import json
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
@@ -21,9 +21,12 @@ from mmengine.config import Config
 from opensora.config.help import help_text
 from opensora.config.keys import Option, Place, as_group, check_value, default_for_none, group_options, locate
 from opensora.config.options import AE_KNOWS, Options, check_bounds
+from opensora.config.places import is_relative, named_files, places_of, with_places
+from opensora.config.shipped import SUFFIXES, find_config
 from opensora.config.values import coerce, describe, parse_text
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
+from opensora.utils.paths import is_at_hand, is_file
 
 logger = get_logger(__name__)
 
@@ -54,7 +57,8 @@ Group = TypeVar("Group", bound=Options)
 
 
 def parse_config(argv: Sequence[str] | None, options: type[Group]) -> Group:
-    """Read a command line: CONFIG and overrides, for the script whose keys are ``options``.
+    """Read a command line: CONFIG (a file, or the name of a shipped one) and overrides, for the script whose keys are
+    ``options``.
 
     Args:
         argv: words after the script's name; None takes those of this process.
@@ -70,20 +74,21 @@ def parse_config(argv: Sequence[str] | None, options: type[Group]) -> Group:
     script = Path(sys.argv[0]).name
     path, overrides, wants_help = _split_words(list(sys.argv[1:] if argv is None else argv))
     if wants_help:
-        data = _checked_file(_read(Path(path)), options, overrides, path) if path else None
+        data = _read_checked(path, options, overrides)[0] if path else None
         print(help_text(options, data, script))
         raise SystemExit(0)
     if path is None:
         raise UserError(f"no config file given; usage: {script} CONFIG [--key value ...], --help lists the keys")
-    return _resolve(_checked_file(_read(Path(path)), options, overrides, path), options, overrides, path)
+    data, where = _read_checked(path, options, overrides)
+    return _resolve(data, options, overrides, where)
 
 
 def load_config(path: str | Path | Mapping | Options, options: type[Group], overrides: Mapping | None = None) -> Group:
     """Resolve a config from Python.
 
     Args:
-        path: a config file, or its content (which is not changed); an instance of ``options`` without overrides is
-            resolved already.
+        path: a config file, the name of a shipped one, or the content of one (which is not changed); an instance of
+            ``options`` without overrides is resolved already.
         options: option group of the script, e.g. ``InferenceOptions``.
         overrides: Python values by key; dotted keys and aliases as on a command line. A dict given for a section is
             merged into it, unless it holds ``_delete_=True``.
@@ -96,13 +101,14 @@ def load_config(path: str | Path | Mapping | Options, options: type[Group], over
     """
     if isinstance(path, options) and not overrides:
         return path
+    changes = [Override(key, value, key) for key, value in (overrides or {}).items()]
     if isinstance(path, str | Path):
-        data, where = _read(Path(path)), str(path)
+        data, where = _read_checked(path, options, changes)
     else:
         data = copy.deepcopy(path.to_dict() if hasattr(path, "to_dict") else dict(path))
         where = data.get("config_path") or "config"
-    changes = [Override(key, value, key) for key, value in (overrides or {}).items()]
-    return _resolve(_checked_file(data, options, changes, where), options, changes, where)
+        data = _checked_file(data, options, changes, where)
+    return _resolve(data, options, changes, where)
 
 
 def config_to_text(cfg: Options) -> str:
@@ -113,12 +119,62 @@ def config_to_text(cfg: Options) -> str:
 # -------------------------------------------------------------------------------------------------------------- files
 
 
+def _read_checked(given: str | Path, options: type, overrides: Sequence[Override]) -> tuple[dict, str]:
+    """Checked content of a config by its path or name, files that it names being where they are; and its path."""
+    file = find_config(given, options.configs)  # type: ignore[attr-defined]
+    where = str(given) if Path(given) == file else str(file)
+    data = _checked_file(_read(file), options, overrides, where)
+    return with_places(data, options, places_of(_with_bases(file))), where
+
+
+def _with_bases(file: Path) -> Iterator[Path]:
+    """A config file that can be read, and those that it builds on."""
+    yield file
+    try:
+        bases = Config._get_base_files(str(file))
+    except Exception:  # one with variables of mmengine's, which it fills in before it reads
+        return
+    for base in bases:
+        if is_file(path := file.parent / base):  # others are of mmengine's own kinds
+            yield from _with_bases(path)
+
+
+@contextmanager
+def naming_places(cfg: Any) -> Iterator[None]:
+    """Within it, an error about a file that a config names and that is not there says where it was looked for.
+
+    Args:
+        cfg: what `parse_config` or `load_config` returned.
+    """
+    try:
+        yield
+    except UserError as error:
+        searched = _searched(cfg, str(error))
+        if not searched:
+            raise
+        raise UserError(f"{error}\n{searched}") from error
+
+
+def _searched(cfg: Any, message: str) -> str:
+    """Where the files of a config were looked for that an error names; nothing if it is about something else."""
+    file = Path(cfg.config_path)
+    if file.suffix not in SUFFIXES or not is_file(file):  # the values came from Python
+        return ""
+    data = _checked_file(_read(file), type(cfg), [], str(file))
+    places = places_of(_with_bases(file))
+    lost = [
+        path
+        for path in named_files(data, type(cfg))
+        if is_relative(path) and (path in message or str(Path(path)) in message) and not is_at_hand(path)
+    ]
+    if not lost:
+        return ""
+    folders = list(dict.fromkeys((*map(str, places), str(Path.cwd()))))
+    return f"{', '.join(dict.fromkeys(lost))} of {file}: looked for in {', then in '.join(folders)}"
+
+
 def _read(path: Path) -> dict:
     """Content of a config file with its bases."""
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, _configs_beside(path), n=1, cutoff=0.0)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise UserError(f"config file {path} does not exist{hint}")
     try:
         # plain python: an import in the file must not switch mmengine to its lazy mode
         return Config.fromfile(path, lazy_import=False).to_dict()
@@ -166,12 +222,6 @@ def _import_named(data: Mapping[str, Any], options: type, overrides: Sequence[Ov
     for override in overrides:
         named = _typed(override, place) if override.key == "imports" else named
     import_own(named or [], where)
-
-
-def _configs_beside(path: Path) -> list[str]:
-    if not path.parent.is_dir():
-        return []
-    return sorted(p.name for p in path.parent.iterdir() if p.suffix in (".py", ".json", ".yaml", ".yml"))
 
 
 def _checked_file(data: dict, options: type, overrides: Sequence[Override], where: str) -> dict:

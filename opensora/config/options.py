@@ -47,6 +47,8 @@ def opt(default: Any, help: str, unit: str = "", **extra: Any) -> Any:
             the key. ``choices=TABLE``: a text that is one of the names in a table of ``opensora.config.choices``.
             ``verbatim=True`` keeps a command line's ``none`` as text; ``none_is_default=True`` takes ``none`` for the
             default, and says so; ``also="optim.lr"`` sets that key too;
+            ``reads="file"`` marks a text (or a list of them) that is the path of something to read, which a config may
+            give relative to its own folder (``"references"``, ``"adapters"``: several in one text);
             ``no_effect=REASON`` marks a key that configs of Open-Sora 2.0 hold and that nothing needs any more.
     """
     metadata = {"help": help, "unit": unit, "default": default, **extra}
@@ -119,6 +121,7 @@ class Options:
     """
 
     aliases: ClassVar[dict[str, str]] = {}
+    configs: ClassVar[str] = ""  # folder below ``configs`` whose files a script takes by name
     key_prefix: ClassVar[str] = ""  # where a config has these keys, with a dot, for messages
 
     given: tuple[str, ...] = field(default=(), repr=False, compare=False)
@@ -157,7 +160,7 @@ class ModelOptions(Component):
 
     main_key: ClassVar[str] = "from_pretrained"
 
-    from_pretrained: str | None = opt(None, "weight file, folder or hub path")
+    from_pretrained: str | None = opt(None, "weight file, folder or hub path", reads="file")
     cache_dir: str | None = opt(None, "folder of hub downloads")
 
 
@@ -167,7 +170,7 @@ class DatasetOptions(Component):
 
     main_key: ClassVar[str] = "data_path"
 
-    data_path: str | None = opt(None, "csv or parquet table")
+    data_path: str | None = opt(None, "csv or parquet table", reads="file")
 
 
 def check_group(group: Any, base: type[Options], owner: str) -> None:
@@ -299,8 +302,8 @@ class DropoutOptions(Options):
 class LpipsOptions(Options):
     """Weights of the perceptual distance LPIPS."""
 
-    heads: str | None = opt(None, "file or hub path of its linear heads (lin0.model.1.weight ...)")
-    backbone: str | None = opt(None, "file or hub path of VGG16 (features.0.weight ...)")
+    heads: str | None = opt(None, "file or hub path of its linear heads (lin0.model.1.weight ...)", reads="file")
+    backbone: str | None = opt(None, "file or hub path of VGG16 (features.0.weight ...)", reads="file")
     random: bool = opt(False, "random weights instead, for trials")
     cache_dir: str | None = opt(None, "folder of hub downloads")
 
@@ -309,7 +312,7 @@ class LpipsOptions(Options):
 class ValidationOptions(Options):
     """Loss on held-out rows, at fixed times and noise, so that it only changes with the model."""
 
-    data_path: str | None = opt(None, "csv or parquet table of rows that training does not see")
+    data_path: str | None = opt(None, "csv or parquet table of rows that training does not see", reads="file")
     every: int = opt(500, "distance of validations", "optimizer steps", least=1)
     max_rows: int = opt(64, "rows to take, from the start of the table", "rows", least=1)
     timesteps: list[float] = opt(
@@ -323,7 +326,9 @@ class TrainSampleOptions(Options):
     """Videos of fixed prompts on the way, in the experiment's folder `samples` and beside the curves."""
 
     prompts: list[str] = opt([], "one video each")
-    refs: list[str] | None = opt(None, "pictures or clips, one per prompt, for a cond_type other than t2v")
+    refs: list[str] | None = opt(
+        None, "pictures or clips, one per prompt, for a cond_type other than t2v", reads="references"
+    )
     cond_type: str = opt("t2v", "what the references fix", choices=CONDITIONS)
     every: int = opt(1000, "distance of samples", "optimizer steps", least=1)
     seed: int = opt(42, "seed of the starting noise", least=0, most=MAX_SEED)

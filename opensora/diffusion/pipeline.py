@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from opensora.acceleration import collectives
 from opensora.acceleration.devices import pick_device
 from opensora.acceleration.parallel_context import ParallelContext
-from opensora.config import load_config
+from opensora.config import load_config, naming_places
 from opensora.config.commands import InferenceOptions
 from opensora.config.keys import read_group
 from opensora.config.options import SamplingOption
@@ -135,7 +135,8 @@ class VideoPipeline:
         """
         cfg = load_config(config, InferenceOptions, overrides)
         run = PreparedRun.of(cfg, device or pick_device(cfg.device))
-        run.check_resources()
+        with naming_places(cfg):
+            run.check_resources()
         return cls.from_prepared(run, parallel)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The command behind ``scripts/diffusion/train.py`` and ``scripts/vae/train.py``."""
+"""The command behind ``opensora train`` and ``opensora train-vae``."""
 
 import importlib
 import os
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from opensora.acceleration.failures import reported_once
 from opensora.acceleration.torchrun import Torchrun
-from opensora.config import parse_config
+from opensora.config import naming_places, parse_config
 from opensora.config.commands import TrainOptions, VaeTrainOptions
 from opensora.utils.logging import get_logger, setup_logging
 
@@ -28,7 +28,7 @@ def train(argv: Sequence[str] | None, options: type[TrainOptions | VaeTrainOptio
     module, _, name = place.partition(":")
     processes = Torchrun.read(os.environ)
     setup_logging(rank=processes.rank)
-    with reported_once(os.environ):
+    with reported_once(os.environ), naming_places(cfg):
         from opensora.training.run import RunComplete
 
         try:

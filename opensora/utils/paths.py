@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+INDEX_SUFFIX = ".index.json"  # after the name of the weight file that shards stand for
+
 
 def expand_home(path: str | Path) -> Path:
     """The path with a leading ``~`` or ``~user`` replaced by the home folder, which a shell does not do after ``=`` and
@@ -19,6 +21,11 @@ def expand_home(path: str | Path) -> Path:
 def is_there(path: str | Path) -> bool:
     """Whether something has this name; no system takes some names, of which pathlib raises errors."""
     return os.path.exists(path)  # noqa: PTH110
+
+
+def is_at_hand(path: str | Path) -> bool:
+    """Whether a file or folder has this name, or shards of weights stand for it."""
+    return is_there(path) or is_there(f"{path}{INDEX_SUFFIX}")
 
 
 def is_file(path: str | Path) -> bool:

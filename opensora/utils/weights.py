@@ -20,10 +20,10 @@ from torch import Tensor
 
 from opensora.utils import hub
 from opensora.utils.errors import UserError, first_line, shorten
+from opensora.utils.paths import INDEX_SUFFIX
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
-INDEX_SUFFIX = ".index.json"  # after the name of the file that the shards stand for
 CHECKPOINT = re.compile(r"epoch\d+-global_step\d+")  # a folder that training writes
 EMA_NAME = "ema.safetensors"  # averaged weights in a training checkpoint
 SAMPLED = 1 << 16  # bytes hashed at each place of a large file or tensor

@@ -4,28 +4,14 @@ Clips come from a table or a folder (``--dataset.data_path``); results go to ``-
 goes on where it was. ``--help`` lists the keys.
 """
 
-import logging
 import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from opensora.config import parse_config, run_main
-from opensora.config.commands import VaeInferenceOptions
-from opensora.utils.logging import setup_logging
-
-LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)  # of verbose 0, 1 and 2
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Parse the command line and reconstruct."""
-    cfg = parse_config(argv, VaeInferenceOptions)
-    setup_logging(level=LEVELS[min(max(cfg.verbose, 0), 2)])
-    from opensora.evaluation.reconstruction import reconstruct  # after parsing: --help and typos answer at once
-
-    print(reconstruct(cfg))
-
+from opensora.cli.reconstruct import main
+from opensora.config import run_main
 
 if __name__ == "__main__":
     run_main(main)

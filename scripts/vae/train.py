@@ -9,15 +9,8 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from opensora.cli.train_vae import main
 from opensora.config import run_main
-from opensora.config.commands import VaeTrainOptions
-from opensora.training.command import train
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Parse the command line and train."""
-    train(argv, VaeTrainOptions, "opensora.training.vae.trainer:VAETrainer")
-
 
 if __name__ == "__main__":
     run_main(main)

@@ -12,7 +12,7 @@ from opensora.config.options import Options
 from opensora.config.registries import REGISTRIES
 
 PACKAGE = Path(commands.__file__).parents[1]
-SCRIPTS = PACKAGE.parent / "scripts"
+COMMAND_LINES = PACKAGE / "cli"
 # group of a script -> the rooms in which its keys are read
 COMMANDS = {
     commands.InferenceOptions: ("diffusion", "generation", "acceleration"),
@@ -37,7 +37,7 @@ def read_names(*rooms: str) -> set[str]:
     """Attributes that code outside the option groups takes, and names that it hands to ``getattr``."""
     folders = [PACKAGE / room for room in rooms] or [PACKAGE]
     names = set()
-    for path in (path for folder in [*folders, SCRIPTS] for path in folder.rglob("*.py")):
+    for path in (path for folder in [*folders, COMMAND_LINES] for path in folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 names.add(node.attr)

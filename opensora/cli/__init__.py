@@ -1,0 +1,1 @@
+"""The command ``opensora`` and what its commands do; the files in ``scripts/`` are the same code."""
