@@ -8,6 +8,7 @@ and none changes the result.
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from opensora.acceleration import collectives
 from opensora.acceleration.parallel_context import Axis
 from opensora.acceleration.ring import ring_attention, ring_kernel
+from opensora.models.diffusion import row_sizes
 from opensora.models.mmdit.attention import JointAttention
 from opensora.utils.errors import UserError
 
@@ -211,6 +213,7 @@ def apply_sequence_parallel(
     model.register_forward_pre_hook(cut, with_kwargs=True)
     model.register_forward_hook(join, with_kwargs=True)
     model.recompute = _remember_layout(model.recompute, shard)  # type: ignore[assignment, arg-type]
+    model.row_sizes = partial(_sizes_on_all_ranks, shard)  # type: ignore[assignment]
     return model
 
 
@@ -223,6 +226,13 @@ def _cut_input(name: str, value: Any, layout: Layout, axis: Axis) -> Any:
         filled = F.pad(value, (0, 0, 0, part.size * axis.size - value.shape[1]))
         return collectives.split(filled, axis, dim=1)
     return collectives.shared_mean(value, axis) if value.requires_grad else value
+
+
+def _sizes_on_all_ranks(shard: TokenShard, x: Tensor) -> Tensor:
+    """:func:`opensora.models.diffusion.row_sizes` of image tokens whose other parts are on other ranks."""
+    assert shard.layout is not None
+    own = row_sizes(x[:, : shard.layout.img.valid[shard.axis.rank]])
+    return collectives.all_reduce(own, shard.axis)
 
 
 def _remember_layout(recompute: Callable[..., Any], shard: TokenShard) -> Callable[..., Any]:

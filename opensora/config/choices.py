@@ -130,7 +130,7 @@ ATTENTION_KERNELS: Choices[Any] = Choices(
 SOLVERS: Choices[Any] = Choices(
     "solver", {name: f"opensora.diffusion.solvers:{name}" for name in ("euler", "heun", "ab2")}
 )
-STEP_CACHES: Choices[Any] = Choices("step cache")
+STEP_CACHES: Choices[Any] = Choices("step cache", {"first_block": "opensora.diffusion.first_block:FirstBlockCache"})
 METHODS: Choices[Any] = Choices(
     "training method", {"flow_matching": "opensora.training.methods.flow_matching:FlowMatching"}
 )

@@ -82,6 +82,7 @@ class InferenceOptions(RunOptions):
             )
         },
         "ckpt_path": "model.from_pretrained",
+        "step_cache": "sampling_option.step_cache_threshold",
         "offload_model": "offload",
         "prompt_refine": "refine_prompt",
     }

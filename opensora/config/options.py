@@ -226,6 +226,12 @@ class SamplingOption(Options):
     num_steps: int = opt(50, "solver steps from noise to sample", "steps", least=1, most=MANY_STEPS)
     solver: str = opt("euler", "how steps are made", choices=SOLVERS)
     step_cache: str | None = opt(None, "reuse of the transformer's work between steps, by name; none runs all of it")
+    step_cache_threshold: float | None = opt(
+        None,
+        "change up to which it is reused: approximate; 0 is none, without step_cache it is for first_block",
+        least=0,
+        most=10,
+    )
     guidance: float = opt(4.0, "text guidance scale (1 is none)", least=-1000, most=1000)
     text_osci: bool = opt(False, "text guidance on every other step only, after the first ten")
     guidance_img: float | None = opt(None, "image guidance scale (1 is none)", least=-1000, most=1000)

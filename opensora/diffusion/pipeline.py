@@ -32,7 +32,7 @@ from opensora.diffusion.prepared import TEXT_ENCODERS, PreparedRun, check_takes_
 from opensora.diffusion.references import References, Source, check_references, per_prompt_references
 from opensora.diffusion.reuse import SampleMemo, reused
 from opensora.diffusion.solvers import SOLVERS, StepCallback, Velocity, asked, solve
-from opensora.diffusion.step_cache import STEP_CACHES
+from opensora.diffusion.step_cache import CountedStepCache, StepCache
 from opensora.diffusion.timing import as_stage, timed, with_latents
 from opensora.diffusion.velocity import (
     Denoiser,
@@ -68,6 +68,8 @@ class SampleResult:
         timings: seconds by stage: ``image``, ``text``, ``references``, ``denoise``, ``decode``.
         plan: sizes and schedule.
         images: uint8 [H, W, 3], pictures made first from the prompts (``use_t2i2v``), else empty.
+        reused: share of the transformer's evaluations in which the step cache left blocks out; empty without one that
+            counts them.
     """
 
     latents: Tensor
@@ -77,6 +79,7 @@ class SampleResult:
     timings: dict[str, float]
     plan: SamplePlan
     images: list[np.ndarray] = field(default_factory=list)
+    reused: list[float] = field(default_factory=list)
 
 
 class VideoPipeline:
@@ -239,9 +242,11 @@ class VideoPipeline:
             refs = self.encode_references(sources, plan, seeds)
         with timed(timings, "text", self.device):
             embedded = self.encode_prompt([*texts, *negatives])
+        cache = plan.step_cache.make(plan.num_steps) if plan.step_cache is not None else None
         with timed(timings, "denoise", self.device):
-            latents = self.sample(plan, *embedded.split(len(texts)), refs, seeds, on_step)
-        result = SampleResult(latents.float().cpu(), [], list(texts), list(seeds), timings, plan, images)
+            latents = self.sample(plan, *embedded.split(len(texts)), refs, seeds, on_step, cache)
+        reused = self._reused(cache)
+        result = SampleResult(latents.float().cpu(), [], list(texts), list(seeds), timings, plan, images, reused)
         try:
             with timed(timings, "decode", self.device):
                 result.frames = self.decode(latents, plan)
@@ -291,15 +296,16 @@ class VideoPipeline:
         refs: Sequence[Sequence[Tensor] | None],
         seeds: Sequence[int],
         on_step: StepCallback | None = None,
+        cache: StepCache | None = None,
     ) -> Tensor:
-        """Noise to latents [B, C, T, h, w] in float32, with given pictures put back."""
+        """Noise to latents [B, C, T, h, w] in float32, with given pictures put back; ``cache`` reuses work."""
         config: Any = self.models["model"].config
         size, patch = plan.latent_size, plan.patch_size
         noise = get_noise(seeds, config.in_channels // patch**2, size, self.device)
         cond = None
         if config.cond_embed:
             cond = pack(build_condition(noise, plan.cond_type, refs, self.spec.is_causal), patch)
-        tokens = self._denoise("model", plan, pack(noise, patch), cond, positive, negative, on_step)
+        tokens = self._denoise("model", plan, pack(noise, patch), cond, positive, negative, on_step, cache)
         return restore_references(unpack(tokens, size, patch), plan.cond_type, refs)
 
     def _denoise(
@@ -311,11 +317,11 @@ class VideoPipeline:
         positive: TextEmbeddings,
         negative: TextEmbeddings,
         on_step: StepCallback | None,
+        cache: StepCache | None,
     ) -> Tensor:
         """Noise to tokens [B, L, C] in float32 by one of the diffusion models."""
         size, patch = plan.latent_size, plan.patch_size
         ids = prepare_ids(len(noise), size, patch, positive.txt.shape[1], self.device)
-        cache = STEP_CACHES.get(plan.step_cache)(plan.num_steps) if plan.step_cache is not None else None
         guided = (positive, negative, plan.guidance, plan.num_steps, size[0], plan.has_image, self.parallel.branch)
         coming = self._coming(plan, positive, *guided)
         with self._sampling(name, coming, noise, plan) as (model, memo):
@@ -381,13 +387,24 @@ class VideoPipeline:
         size, patch = plan.latent_size, plan.patch_size
         embedded = self.encode_prompt(prompts)
         noise = get_noise(seeds, config.in_channels // patch**2, size, self.device)
-        tokens = self._denoise("img_flux", plan, pack(noise, patch), None, embedded, embedded, on_step)
+        cache = plan.step_cache.make(plan.num_steps) if plan.step_cache is not None else None
+        tokens = self._denoise("img_flux", plan, pack(noise, patch), None, embedded, embedded, on_step, cache)
         latents = unpack(tokens, size, patch).to(self.dtype)
         with self._ready("img_flux_ae") as ae:
             pixels = [as_autoencoder(ae).decode(latent) for latent in latents.split(1)]
         for picture in pixels:
             check_pixels(picture)
         return [to_uint8(picture[0])[0] for picture in pixels]
+
+    def _reused(self, cache: StepCache | None) -> list[float]:
+        """Share of evaluations, by sample, in which a cache left blocks out, over all ranks that share branches."""
+        if not isinstance(cache, CountedStepCache):
+            return []
+        counts = collectives.gather_values([cache.evaluated, cache.reused], self.parallel.branch)
+        evaluated, reused = (np.sum([each[i] for each in counts if each[0]], axis=0) for i in range(2))
+        shares: list[float] = (reused / evaluated).tolist()
+        logger.info("step cache: %.0f %% of the evaluations left blocks out", 100 * float(np.mean(shares)))
+        return shares
 
     def _ready(self, name: str) -> AbstractContextManager[nn.Module]:
         """A model, on the device inside the block."""

@@ -10,7 +10,7 @@ from opensora.diffusion.conditions import fits, get_spans, is_image_condition
 from opensora.diffusion.flow import get_schedule
 from opensora.diffusion.guidance import Guidance, count_forwards, phase
 from opensora.diffusion.solvers import SOLVERS, Step, evaluations, make_steps
-from opensora.diffusion.step_cache import STEP_CACHES
+from opensora.diffusion.step_cache import StepCacheChoice
 from opensora.models.autoencoder import LatentSpec
 from opensora.utils.errors import UserError
 
@@ -36,7 +36,7 @@ class SamplePlan:
         method: ``i2v`` weighs predictions with and without prompt and picture; ``distill`` tells the text scale to a
             guidance-distilled model.
         solver: name in :data:`opensora.diffusion.solvers.SOLVERS`.
-        step_cache: name in :data:`opensora.diffusion.step_cache.STEP_CACHES`, or None.
+        step_cache: what reuses work between steps, or None.
     """
 
     height: int
@@ -52,7 +52,7 @@ class SamplePlan:
     drop_duplicates: bool
     method: str
     solver: str
-    step_cache: str | None
+    step_cache: StepCacheChoice | None
 
     @property
     def tokens(self) -> int:
@@ -73,7 +73,7 @@ class SamplePlan:
 
     @property
     def forwards(self) -> int:
-        """Forwards of the guided model per sample."""
+        """Forwards of the guided model per sample; with a step cache, some of them leave blocks out."""
         evaluated = evaluations(SOLVERS.get(self.solver), self.steps())
         if self.method == "distill":
             return len(evaluated)
@@ -138,8 +138,6 @@ def make_plan(
     height, width = frame_size(option, multiple)
     num_frames, num_steps = option.num_frames, option.num_steps
     spec.check_frames(num_frames)
-    if option.step_cache is not None:
-        STEP_CACHES.check(option.step_cache)
     if option.method == "distill" and get_spans(cond_type):
         raise UserError(
             f"sampling_option.method distill makes videos from text alone, not with cond_type {cond_type} (or "
@@ -172,7 +170,7 @@ def make_plan(
         drop_duplicates=given and is_image_condition(cond_type) and not (spec.is_causal or option.is_causal_vae),
         method=option.method,
         solver=option.solver,
-        step_cache=option.step_cache,
+        step_cache=StepCacheChoice.of(option.step_cache, option.step_cache_threshold),
     )
 
 

@@ -66,7 +66,9 @@ class PreparedRun:
             logger.warning("method distill: the model has no guidance_embed, so that guidance has no effect")
         if plan.step_cache is not None and not as_diffusion_model(models["model"]).takes_step_cache:
             kind = type(models["model"]).__name__
-            raise UserError(f"sampling_option.step_cache={plan.step_cache}: {kind} takes no step cache")
+            raise UserError(f"sampling_option.step_cache={plan.step_cache.kind}: {kind} takes no step cache")
+        if plan.step_cache is not None:
+            logger.info("step cache %s: approximate, some evaluations leave blocks out", plan.step_cache)
         cond_type = starts_from_picture(cfg.cond_type) if cfg.use_t2i2v else cfg.cond_type
         if get_spans(cond_type):
             check_takes_references(models["model"], cond_type)

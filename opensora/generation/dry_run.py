@@ -21,6 +21,7 @@ def dry_run_report(run: PreparedRun, jobs: Sequence[Job]) -> str:
     unset = [name for name in run.models if not run.sections[name].from_pretrained and counts[name]]
     text_tokens = text_length(run.sections["t5"])
     flops = model.forward_flops(plan.tokens, text_tokens) * plan.forwards
+    at_most = "at most " if plan.step_cache is not None else ""
     ending = ".png" if plan.num_frames == 1 else ".mp4"
     without = f" ({' and '.join(uncounted)} not counted)" if uncounted else ""
     lines = [
@@ -28,13 +29,14 @@ def dry_run_report(run: PreparedRun, jobs: Sequence[Job]) -> str:
         + " or ".join(each.cond_type for each in plans),
         f"latent       {' x '.join(map(str, plan.latent_size))} (frames x rows x columns)",
         f"tokens       {plan.tokens} image + {text_tokens} text",
-        f"steps        {plan.num_steps} by {plan.solver}, {' or '.join(str(each.forwards) for each in plans)} forwards "
-        f"per sample, batches of {cfg.batch_size}",
+        f"steps        {plan.num_steps} by {plan.solver}, {at_most}{' or '.join(str(each.forwards) for each in plans)} "
+        f"forwards per sample, batches of {cfg.batch_size}",
+        *([f"step cache   {plan.step_cache}: approximate"] if plan.step_cache is not None else []),
         f"device       {run.device}, {cfg.dtype}, offload {'on' if cfg.offload else 'off'}",
         *(f"parameters   {count / 1e6:,.1f}M {name}" for name, count in counts.items()),
         f"memory       about {size_text(needs.weights)} of weights on the device{without}, and "
         f"{size_text(needs.activations)} of activations while sampling",
-        f"compute      about {flops / 1e12:,.3g} TFLOP per sample",
+        f"compute      {at_most or 'about '}{flops / 1e12:,.3g} TFLOP per sample",
         *_picture_lines(run, text_tokens),
         *(f"weights      {name}: random, no from_pretrained" for name in unset),
         f"files        {len(jobs)} to write, with .txt and .json beside:",

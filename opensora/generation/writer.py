@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -79,8 +80,22 @@ class SampleWriter:
             "latent": list(result.latents[index].shape),
             "tokens": plan.tokens,
             "forwards": plan.forwards,
+            **_step_cache_record(result, index),
             "seconds": {stage: round(seconds, 3) for stage, seconds in result.timings.items()},
             **self.common,
         }
         outputs.save_record(record, job.stem)  # first: what else is there without it is not of this program
         outputs.save_text(text, job.stem)
+
+
+def _step_cache_record(result: SampleResult, index: int) -> dict[str, Any]:
+    """What made a sample approximate, and how often."""
+    choice = result.plan.step_cache
+    if choice is None:
+        return {}
+    record: dict[str, Any] = {"kind": choice.kind, "approximate": True}
+    if choice.threshold is not None:
+        record["threshold"] = choice.threshold
+    if result.reused:
+        record["reused"] = round(result.reused[index], 4)  # share of the evaluations
+    return {"step_cache": record}

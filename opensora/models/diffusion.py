@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,31 @@ class DiffusionConfig(Protocol):
 KEYS = ("in_channels", "patch_size", "vec_in_dim", "context_in_dim", "cond_embed", "guidance_embed")
 
 
+def row_sizes(x: Tensor) -> Tensor:
+    """Sum of the magnitudes of ``x`` ``[B, N, C]`` row by row, ``[B]`` float32 at least."""
+    return x.abs().sum(dim=(1, 2), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+@runtime_checkable
+class SplitBlocks(Protocol):
+    """All blocks of a model as one function, which can also be run in two goes: what step caches are given."""
+
+    row_sizes: Callable[[Tensor], Tensor]
+    """:func:`row_sizes` over the image tokens of all ranks that hold some of them each."""
+
+    def __call__(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Any) -> Tensor:
+        """Image tokens ``[B, N, C]`` after all blocks."""
+        ...
+
+    def first(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Any) -> tuple[Tensor, Tensor]:
+        """Image and text tokens after the first block alone."""
+        ...
+
+    def rest(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Any) -> Tensor:
+        """Image tokens after the other blocks, from what :meth:`first` returns."""
+        ...
+
+
 class DiffusionModel(nn.Module):
     """Predictor of the velocity of packed latents, written for one device.
 
@@ -54,6 +79,7 @@ class DiffusionModel(nn.Module):
         config: its option group.
         recomputes: whether blocks are to be computed again in the backward pass, instead of kept.
         recompute: what runs such a block; an engine may replace it (for instance to offload activations).
+        row_sizes: see :func:`row_sizes`; sequence parallelism replaces it, so that ranks decide alike.
     """
 
     takes_step_cache: ClassVar[bool] = False
@@ -63,6 +89,7 @@ class DiffusionModel(nn.Module):
         super().__init__()
         self.recomputes = False
         self.recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
+        self.row_sizes: Callable[[Tensor], Tensor] = row_sizes
 
     def forward(
         self,

@@ -237,6 +237,15 @@ def test_solver_is_planned_made_and_recorded(run_tiny, capsys):
         run_tiny("--prompt", "a", "--sampling_option.solver", "hein")
 
 
+def test_step_cache_is_planned_made_and_recorded(run_tiny, capsys):
+    line, record = planned_and_made(run_tiny, capsys, "--step-cache", "5")
+    assert "4 by euler, at most 8 forwards per sample" in line
+    assert record["step_cache"] == {"kind": "first_block", "approximate": True, "threshold": 5.0, "reused": 0.5}
+    assert "step cache first_block (threshold 5): approximate" in capsys.readouterr().err
+    run_tiny("--prompt", "a", "--step-cache", "0")
+    assert "step_cache" not in json.loads(Path("samples/video_32px/prompt_0001.json").read_text())
+
+
 def test_a_distilled_model_needs_one_forward_a_step(run_tiny, capsys):
     words = ("--sampling_option.method", "distill")
     line, record = planned_and_made(run_tiny, capsys, *words, "--model.guidance_embed", "True")

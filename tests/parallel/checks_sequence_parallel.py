@@ -1,6 +1,7 @@
 """Sequence parallelism beside one process: outputs and gradients."""
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from opensora.acceleration.ring import block_kernels, math_backward, math_forward
 from opensora.acceleration.sequence_parallel import apply_sequence_parallel
+from opensora.diffusion.first_block import FirstBlockCache
 from opensora.utils.errors import UserError
 from tests.parallel.harness import assert_close
 from tests.parallel.tiny import context, loss_of, mean_over, tiny_inputs, tiny_model
@@ -71,6 +73,25 @@ def check_around_blocks(folder: Path) -> None:
             assert_close(shared(**inputs, around=by_row), tiny_model()(**inputs), mode)
 
 
+def check_step_cache(folder: Path) -> None:
+    """Ranks that hold different tokens, some of them fillers, leave out what one process leaves out."""
+    axis, start = context(sp=dist.get_world_size()).sp, tiny_inputs()
+    for mode in ("all_to_all", "ring_attn"):
+        outputs, reused = [], []
+        for model in (tiny_model(depth=2), apply_sequence_parallel(tiny_model(depth=2), axis, mode)):
+            cache, made = FirstBlockCache(9, threshold=0.1), []
+            for step in range(9):
+                moved = {"img": start["img"] * torch.tensor([1 + 0.1 * step, 1 + 0.3 * step])[:, None, None]}
+                around = partial(cache.around_blocks, branch=("prompt",), step=step)
+                with torch.no_grad():
+                    made.append(model(**{**start, **moved}, around=around))
+            outputs.append(torch.stack(made))
+            reused.append(cache.reused)
+        assert_close(outputs[1], outputs[0], mode)
+        assert reused[0] == reused[1]
+        assert 0 < reused[0][1] < reused[0][0] < 7, "some evaluations of each row, and not the same"
+
+
 def check_bfloat16(folder: Path) -> None:
     for mode in ("all_to_all", "ring_attn"):
         compare(mode, tiny_inputs(dtype=torch.bfloat16), limit=3e-2)
@@ -119,6 +140,7 @@ CHECKS = [
     check_ring,
     check_layouts,
     check_around_blocks,
+    check_step_cache,
     check_bfloat16,
     check_recompute_after_another_forward,
     check_heads,

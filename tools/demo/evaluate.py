@@ -47,6 +47,7 @@ class Case:
     picture: Frames | None = None
     frames: Frames | None = None
     verdict: Verdict | None = None
+    reused: float = 0.0  # share of evaluations in which a step cache left blocks out
 
     @property
     def prompt(self) -> str:
@@ -83,8 +84,9 @@ def plan_cases(num_seen: int, num_i2v: int, seed: int) -> list[Case]:
     return cases
 
 
-def generate(pipe: VideoPipeline, cases: Sequence[Case], batch_size: int) -> float:
-    """Fill in frames and verdicts of all cases; returns the seconds it took per video."""
+def generate(pipe: VideoPipeline, cases: Sequence[Case], batch_size: int, **sampling: Any) -> float:
+    """Fill in frames and verdicts of all cases, with these keys of ``sampling_option``; returns the seconds it took per
+    video."""
     start = time.perf_counter()
     with tqdm(total=len(cases), desc="videos", unit="video") as progress:
         for has_picture in (False, True):
@@ -96,7 +98,10 @@ def generate(pipe: VideoPipeline, cases: Sequence[Case], batch_size: int) -> flo
                     ref=[case.picture for case in batch] if has_picture else None,
                     cond_type="i2v_head" if has_picture else "t2v",
                     seed=[case.seed for case in batch],
+                    **sampling,
                 )
+                for case, reused in zip(batch, result.reused):
+                    case.reused = reused
                 for case, frames in zip(batch, result.frames, strict=True):
                     case.frames = frames
                     case.verdict = judge(frames, case.combination, case.background)

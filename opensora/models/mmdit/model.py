@@ -30,7 +30,24 @@ TIME_EMBED_DIM = 256
 ALL_BLOCKS = 10**6
 
 RunBlocks = Callable[[Tensor, Tensor, Tensor, Rotary], Tensor]
-"""``run(img, txt, vec, rope)``: image tokens after all blocks, see :meth:`MMDiTModel.run_blocks`."""
+"""``run(img, txt, vec, rope)``: image tokens after all blocks, see :meth:`MMDiTModel.run_blocks`; of the MMDiT it is a
+:class:`~opensora.models.diffusion.SplitBlocks`."""
+
+
+class Blocks:
+    """The blocks of an MMDiT, see :class:`~opensora.models.diffusion.SplitBlocks`."""
+
+    def __init__(self, model: "MMDiTModel") -> None:
+        self.model, self.row_sizes = model, model.row_sizes
+
+    def __call__(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Rotary) -> Tensor:
+        return self.model.run_blocks(img, txt, vec, rope)
+
+    def first(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Rotary) -> tuple[Tensor, Tensor]:
+        return self.model.run_first_block(img, txt, vec, rope)
+
+    def rest(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Rotary) -> Tensor:
+        return self.model.run_blocks(img, txt, vec, rope, start=1)
 
 
 class MMDiTModel(DiffusionModel):
@@ -177,19 +194,30 @@ class MMDiTModel(DiffusionModel):
             ValueError: `cond` or `guidance` is missing for a model that embeds it, or inputs are not 3-D.
         """
         img, txt, vec, rope = self.prepare(img, img_ids, txt, txt_ids, timesteps, y_vec, cond, guidance)
-        run = self.run_blocks if around is None else partial(around, self.run_blocks)
+        run = self.run_blocks if around is None else partial(around, Blocks(self))
         return self.final_layer(run(img, txt, vec, rope), vec)
 
-    def run_blocks(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Rotary) -> Tensor:
-        """What `prepare` returns, through all blocks: image tokens ``[B, N, C]`` before the last layer."""
+    def run_blocks(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Rotary, start: int = 0) -> Tensor:
+        """What `prepare` returns, through all blocks (from the one numbered ``start``, double ones first): image tokens
+        ``[B, N, C]`` before the last layer."""
         n_double, n_single = self.grad_ckpt_settings
         for i, block in enumerate(self.double_blocks):
-            img, txt = self.run_block(block, i < n_double, img, txt, vec, rope)
+            if i >= start:
+                img, txt = self.run_block(block, i < n_double, img, txt, vec, rope)
         x, text_tokens = torch.cat((txt, img), dim=1), txt.shape[1]
         del img, txt  # their room is needed
         for i, block in enumerate(self.single_blocks):
-            x = self.run_block(block, i < n_single, x, vec, rope)
+            if i + len(self.double_blocks) >= start:
+                x = self.run_block(block, i < n_single, x, vec, rope)
         return x[:, text_tokens:]
+
+    def run_first_block(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Rotary) -> tuple[Tensor, Tensor]:
+        """What `prepare` returns, through the first block: image tokens ``[B, N, C]`` and text tokens ``[B, L, C]``."""
+        if len(self.double_blocks):
+            return self.run_block(self.double_blocks[0], self.grad_ckpt_settings[0] > 0, img, txt, vec, rope)
+        x, text_tokens = torch.cat((txt, img), dim=1), txt.shape[1]
+        x = self.run_block(self.single_blocks[0], self.grad_ckpt_settings[1] > 0, x, vec, rope)
+        return x[:, text_tokens:], x[:, :text_tokens]
 
 
 @MODELS.register_module("flux")

@@ -379,7 +379,8 @@ def test_sampling_aliases(infer, flag, text, value):
 
 
 def test_other_inference_aliases(infer):
-    cfg = infer("--ckpt-path", "w.safetensors", "--offload_model", "True", "--prompt-refine")
+    cfg = infer("--ckpt-path", "w.safetensors", "--offload_model", "True", "--prompt-refine", "--step-cache", "0.1")
+    assert (cfg.sampling_option.step_cache, cfg.sampling_option.step_cache_threshold) == (None, 0.1)
     assert cfg.model.from_pretrained == "w.safetensors"
     assert cfg.offload is True
     assert cfg.refine_prompt is True

@@ -1,0 +1,114 @@
+"""Loss and gain of step caches on the demo model, by threshold: ``python tools/benchmark/step_caches.py [--quick]``.
+
+The videos of ``tools/demo/evaluate.py``, from text and from pictures, are made without a cache and with each; a row has
+the share of videos that show what was asked for, PSNR against the video without a cache, and the share of evaluations
+and of blocks that were left out. Keys of the config can be overridden as in the inference script.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from opensora.config import parse_config, run_main
+from opensora.config.commands import InferenceOptions
+from opensora.diffusion.pipeline import VideoPipeline
+from opensora.models.diffusion import as_diffusion_model
+from tools.benchmark.models import markdown
+from tools.demo.analyse import psnr
+from tools.demo.evaluate import Case, generate, plan_cases, summarise
+
+THRESHOLDS = (0.05, 0.1, 0.2, 0.3)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cache with a threshold, over all videos.
+
+    Attributes:
+        cache, threshold: the run; ``none`` is the exact one.
+        text, picture: share of videos from text, and from a picture, that show what was asked for.
+        psnr, lowest: dB of the videos against the exact ones, median and lowest.
+        reused: share of evaluations that left blocks out.
+        blocks: share of all blocks that were left out.
+        wait: seconds for a video, text encoders and decoding included.
+    """
+
+    cache: str
+    threshold: float
+    text: float
+    picture: float
+    psnr: float
+    lowest: float
+    reused: float
+    blocks: float
+    wait: float
+
+
+def left_out(pipe: VideoPipeline, reused: float) -> float:
+    """Share of the blocks, where an evaluation that reuses runs the first alone."""
+    config = as_diffusion_model(pipe.models["model"]).config
+    return reused * (1 - 1 / (config.depth + config.depth_single_blocks))
+
+
+def measure(
+    pipe: VideoPipeline, cases: Sequence[Case], exact: Sequence[Case] | None, kind: str | None, threshold: float
+) -> Row:
+    """Make the videos of all cases, and compare them with the exact ones.
+
+    Args:
+        pipe: the demo model.
+        cases: filled in by this.
+        exact: the same cases, made without a cache; None: these are.
+        kind: of the cache, None is no cache.
+        threshold: of the cache.
+    """
+    seconds = generate(pipe, cases, batch_size=8, step_cache=kind, step_cache_threshold=threshold)
+    table = summarise(cases)
+    pairs = [(case.frames, other.frames) for case, other in zip(cases, exact or cases, strict=True)]
+    decibels = [psnr(*pair) for pair in pairs if pair[0] is not None and pair[1] is not None]
+    shares = [table[name]["all"] if name in table else float("nan") for name in ("both", "i2v")]
+    reused = float(np.mean([case.reused for case in cases]))
+    quality = statistics.median(decibels), min(decibels)
+    row = Row(kind or "none", threshold, *shares, *quality, reused, left_out(pipe, reused), round(seconds, 2))
+    print(row, flush=True)
+    return row
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/diffusion/inference/demo.py", help="inference config")
+    parser.add_argument("--num_seen", type=int, default=25, help="videos of trained combinations, beside held-out ones")
+    parser.add_argument("--i2v", type=int, default=20, help="videos that start from a picture")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the first video; the others count up")
+    parser.add_argument("--caches", nargs="+", default=["first_block"], help="kinds to measure")
+    parser.add_argument("--thresholds", nargs="+", type=float, default=THRESHOLDS, help="thresholds of each")
+    parser.add_argument("--quick", action="store_true", help="few videos: to see that it works")
+    args, rest = parser.parse_known_args(argv)
+    pipe = VideoPipeline.from_config(parse_config([args.config, *rest], InferenceOptions))
+    torch.set_num_threads(1)
+
+    def cases() -> list[Case]:
+        found = plan_cases(args.num_seen, args.i2v, args.seed)
+        return [found[0], found[-1]] if args.quick else found
+
+    exact = cases()
+    rows = [measure(pipe, exact, None, None, 0.0)]
+    rows += [measure(pipe, cases(), exact, kind, limit) for kind in args.caches for limit in args.thresholds]
+    pictures = sum(case.picture is not None for case in exact)
+    print(f"\n{len(exact)} videos, {pictures} of them from a picture\n")
+    print(markdown([dataclasses.asdict(row) for row in rows]))
+
+
+if __name__ == "__main__":
+    run_main(main)
