@@ -93,6 +93,8 @@ setup(
         # tools/evaluate; mmengine and scikit-image bring these (VBench's own versions: tools/evaluate/vbench.txt)
         "evaluate": ["opencv-python>=4.9", "scipy>=1.11"],
         # ColossalAI is frozen at 0.5.0, whose own pins exclude today's PyTorch: see requirements-colossalai.txt
+        # --model.quantize nf4; fp8 and int8 need nothing
+        "quantize": ["bitsandbytes>=0.46"],
         "ray": ["ray[data]>=2.51"],
         "wandb": ["wandb>=0.17"],
     },

@@ -130,6 +130,10 @@ ATTENTION_KERNELS: Choices[Any] = Choices(
 SOLVERS: Choices[Any] = Choices(
     "solver", {name: f"opensora.diffusion.solvers:{name}" for name in ("euler", "heun", "ab2")}
 )
+QUANTIZERS: Choices[Any] = Choices(
+    "kind of quantised weights",
+    {name: f"opensora.models.quantization.{name}:{name.capitalize()}" for name in ("fp8", "int8", "nf4")},
+)
 STEP_CACHES: Choices[Any] = Choices("step cache", {"first_block": "opensora.diffusion.first_block:FirstBlockCache"})
 METHODS: Choices[Any] = Choices(
     "training method", {"flow_matching": "opensora.training.methods.flow_matching:FlowMatching"}

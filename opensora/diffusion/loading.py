@@ -7,11 +7,12 @@ from opensora.acceleration.parallel_context import ParallelContext
 from opensora.acceleration.parallel_vae import share_tiles
 from opensora.acceleration.plugins import divide_model
 from opensora.acceleration.shardformer import use_shardformer
-from opensora.diffusion.lora import apply_loras
+from opensora.diffusion.lora import apply_loras, attach_loras, tell_loras, with_loras
 from opensora.diffusion.prepared import TEXT_ENCODERS, PreparedRun
 from opensora.models.autoencoder import as_autoencoder
 from opensora.models.build import build_ready
 from opensora.models.diffusion import DiffusionModel, as_diffusion_model
+from opensora.models.quantization.loading import tell
 
 
 def load_models(run: PreparedRun, parallel: ParallelContext | None = None) -> dict[str, nn.Module]:
@@ -29,13 +30,18 @@ def load_models(run: PreparedRun, parallel: ParallelContext | None = None) -> di
         torch.manual_seed(cfg.seed)  # for models that start from random weights
         models: dict[str, nn.Module] = {}
         for name, section in run.sections.items():
-            if embeds or name not in TEXT_ENCODERS:
-                models[name] = build_ready(section, home, run.dtype, name)
-                if cfg.precompute and isinstance(models[name], DiffusionModel):
-                    park_modulation(models[name])
+            if not embeds and name in TEXT_ENCODERS:
+                continue
+            quantized = name == "model" and run.quantized
+            models[name] = _quantized(run, home) if quantized else build_ready(section, home, run.dtype, name)
+            if cfg.precompute and isinstance(models[name], DiffusionModel):
+                park_modulation(models[name])
     for name in set(TEXT_ENCODERS) & models.keys():
         use_shardformer(models[name])
-    apply_loras(models["model"], run.adapters(models["model"]), cfg.merge_lora)
+    if not run.quantized:
+        apply_loras(models["model"], run.adapters(models["model"]), cfg.merge_lora)
+    for name, model in models.items():
+        tell(name, model, run.device)
     if parallel is not None:
         divide_model(models["model"], parallel, cfg.plugin_config)
         if cfg.plugin_ae == "hybrid":
@@ -47,3 +53,13 @@ def park_modulation(model: nn.Module) -> None:
     """Leave a model's modulation layers in host memory, from where they are copied when they work: once per sample."""
     for layer in as_diffusion_model(model).modulation_layers().values():
         layer.to("cpu")
+
+
+def _quantized(run: PreparedRun, home: torch.device) -> nn.Module:
+    """The video model with quantised weights, which take the changes of adapters before they are quantised."""
+    adapters, merge = run.adapters(run.model), run.cfg.merge_lora
+    model = build_ready(run.sections["model"], home, run.dtype, "model", with_loras(adapters, merge))
+    tell_loras(adapters)
+    if not merge:
+        attach_loras(model, adapters)
+    return model

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from opensora.diffusion.lora_files import read_lora
 from opensora.diffusion.lora_fit import Adapter, Fit, LowRank
+from opensora.models.mmdit.loading import covers
 from opensora.utils.errors import UserError, shorten
 from opensora.utils.logging import get_logger
 from opensora.utils.weights import check_finite
+from opensora.utils.weights_loading import Change
 
 logger = get_logger(__name__)
 
@@ -130,31 +132,83 @@ def apply_loras(model: nn.Module, adapters: Sequence[Adapter], merge: bool = Tru
         UserError: changed weights that are not finite.
     """
     for adapter in adapters:
-        _change_parameters(model, adapter)
+        for name in dict.fromkeys((*adapter.replaced, *adapter.added)):
+            _change(name, model.get_parameter(name), adapter)
+    tell_loras(adapters)
+    if not merge:
+        attach_loras(model, adapters)
+        return model
+    for name in dict.fromkeys(name for adapter in adapters for name in adapter.changes):
+        module: Any = model.get_submodule(name)
+        _merge(name, module.weight, [adapter.changes[name] for adapter in adapters if name in adapter.changes])
+    return model
+
+
+def with_loras(adapters: Sequence[Adapter], merge: bool = True) -> Change:
+    """What a model's parameters become with adapters, one by one: as :func:`apply_loras` does it, while they are read.
+
+    Without ``merge`` only those that it changes in any case.
+    """
+
+    @torch.no_grad()
+    def change(key: str, value: Tensor) -> Tensor:
+        module, _, leaf = key.rpartition(".")
+        for adapter in adapters:
+            if key in adapter.replaced or key in adapter.added:
+                value = value.clone()
+                _change(key, value, adapter)
+        changes = [each.changes[module] for each in adapters if module in each.changes] if leaf == "weight" else []
+        if merge and changes:
+            value = value.clone()
+            _merge(module, value, changes)
+        return value
+
+    return change
+
+
+def check_quantized(adapters: Sequence[Adapter], merge: bool, path: str | None) -> None:
+    """See that adapters can be used with weights that a file holds quantised.
+
+    Raises:
+        UserError: they would change weights that are quantised.
+    """
+    for adapter in adapters:
+        whole = {
+            name.removesuffix(".weight") for name in (*adapter.replaced, *adapter.added) if name.endswith("weight")
+        }
+        changed = sorted(name for name in {*whole, *(adapter.changes if merge else ())} if covers(name))
+        if changed:
+            advice = "give the weights that it was made from" + ("" if whole else ", or --merge-lora False")
+            raise UserError(
+                f"{KEY} {adapter.path}: it changes {shorten(changed)}, whose weights are quantised in {path}: {advice}"
+            )
+
+
+def attach_loras(model: nn.Module, adapters: Sequence[Adapter]) -> None:
+    """Put adapters beside the weights of a model, which stay as they are."""
+    for name in dict.fromkeys(name for adapter in adapters for name in adapter.changes):
+        changes = [adapter.changes[name] for adapter in adapters if name in adapter.changes]
+        module: Any = model.get_submodule(name)
+        down, up = torch.cat([each.down for each in changes]), torch.cat([each.up for each in changes], dim=1)
+        model.set_submodule(name, LoraLinear(module, LowRank(down, up, changes[0].magnitude)))
+
+
+def tell_loras(adapters: Sequence[Adapter]) -> None:
+    """Say in the log what adapters change."""
+    for adapter in adapters:
         logger.info(
             "%s: %d of the model's modules changed, strength %g (%s)",
             *(adapter.path, len(adapter), adapter.strength, shorten([*adapter.changes])),
         )
-    for name in dict.fromkeys(name for adapter in adapters for name in adapter.changes):
-        changes = [adapter.changes[name] for adapter in adapters if name in adapter.changes]
-        module: Any = model.get_submodule(name)
-        if merge:
-            _merge(name, module.weight, changes)
-        else:
-            down, up = torch.cat([each.down for each in changes]), torch.cat([each.up for each in changes], dim=1)
-            model.set_submodule(name, LoraLinear(module, LowRank(down, up, changes[0].magnitude)))
-    return model
 
 
-def _change_parameters(model: nn.Module, adapter: Adapter) -> None:
-    for name, value in adapter.replaced.items():
-        parameter = model.get_parameter(name)
-        parameter.lerp_(value.to(parameter), adapter.strength)
-    for name, value in adapter.added.items():
-        parameter = model.get_parameter(name)
-        parameter.copy_(parameter.float() + value.to(parameter.device))
-    for name in (*adapter.replaced, *adapter.added):
-        check_finite(name, model.get_parameter(name), f"the model with the adapter {adapter.path}")
+def _change(name: str, parameter: Tensor, adapter: Adapter) -> None:
+    """Change a whole parameter, in place, by what an adapter holds for it."""
+    if name in adapter.replaced:
+        parameter.lerp_(adapter.replaced[name].to(parameter), adapter.strength)
+    if name in adapter.added:
+        parameter.copy_(parameter.float() + adapter.added[name].to(parameter.device))
+    check_finite(name, parameter, f"the model with the adapter {adapter.path}")
 
 
 def _merge(name: str, weight: Tensor, changes: Sequence[LowRank]) -> None:

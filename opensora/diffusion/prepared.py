@@ -12,12 +12,13 @@ from opensora.acceleration.plugins import check_sizes, plugin_name
 from opensora.config.commands import InferenceOptions
 from opensora.config.options import ModelOptions, SamplingOption
 from opensora.diffusion.conditions import get_spans
-from opensora.diffusion.lora import read_loras
+from opensora.diffusion.lora import check_quantized, read_loras
 from opensora.diffusion.lora_fit import Adapter
 from opensora.diffusion.plan import SamplePlan, image_plan, make_plan, starts_from_picture
 from opensora.models.autoencoder import LatentSpec, as_autoencoder
 from opensora.models.build import build_on_meta, check_all_weights, check_capacity
 from opensora.models.diffusion import DiffusionConfig, DiffusionModel, as_diffusion_model
+from opensora.models.quantization.loading import kind_of_section, stored_kind
 from opensora.models.text.config import TextEmbedderConfig
 from opensora.models.text.files import check_text_widths
 from opensora.utils.errors import UserError
@@ -84,6 +85,11 @@ class PreparedRun:
         """The video model, on meta."""
         return as_diffusion_model(self.models["model"])
 
+    @property
+    def quantized(self) -> str | None:
+        """Kind of the video model's weights, None where they are not quantised."""
+        return kind_of_section(self.sections["model"])
+
     def plans(self, cond_types: Iterable[str]) -> list[SamplePlan]:
         """One for each condition that prompts ask for, which the model and the length must suit.
 
@@ -114,7 +120,11 @@ class PreparedRun:
         Raises:
             UserError: one does not fit, see :func:`opensora.diffusion.lora.read_loras`.
         """
-        return read_loras(self.cfg.pretrained_lora_path, model, self.cfg.lora_partial)
+        adapters = read_loras(self.cfg.pretrained_lora_path, model, self.cfg.lora_partial)
+        section = self.sections["model"]
+        if adapters and stored_kind(section.from_pretrained) is not None:
+            check_quantized(adapters, self.cfg.merge_lora, section.from_pretrained)
+        return adapters
 
 
 def plan_picture(
@@ -151,6 +161,11 @@ def check_parallelism(cfg: InferenceOptions, model: nn.Module, world_size: int) 
     if world_size == 1:
         logger.info("one process: the parallel plugin of the config is not used")
     check_sizes(cfg.plugin_config, model, world_size)
+    if world_size > 1 and cfg.plugin_config.tp_size > 1 and kind_of_section(cfg.model) is not None:
+        raise UserError(
+            f"plugin_config.tp_size={cfg.plugin_config.tp_size}: quantised weights ({kind_of_section(cfg.model)}) are "
+            "not divided; use sp_size or branch_size, or weights that are not quantised"
+        )
 
 
 def check_takes_references(model: nn.Module, cond_type: str) -> None:

@@ -6,6 +6,7 @@ from opensora.diffusion.prepared import PreparedRun, text_length
 from opensora.generation.jobs import Job
 from opensora.generation.room import Needs, parameter_counts
 from opensora.models.diffusion import as_diffusion_model
+from opensora.models.quantization.loading import kind_of_section
 from opensora.utils.sizes import size_text
 
 
@@ -33,7 +34,7 @@ def dry_run_report(run: PreparedRun, jobs: Sequence[Job]) -> str:
         f"forwards per sample, batches of {cfg.batch_size}",
         *([f"step cache   {plan.step_cache}: approximate"] if plan.step_cache is not None else []),
         f"device       {run.device}, {cfg.dtype}, offload {'on' if cfg.offload else 'off'}",
-        *(f"parameters   {count / 1e6:,.1f}M {name}" for name, count in counts.items()),
+        *(f"parameters   {count / 1e6:,.1f}M {name}" + _quantized(run, name) for name, count in counts.items()),
         f"memory       about {size_text(needs.weights)} of weights on the device{without}, and "
         f"{size_text(needs.activations)} of activations while sampling",
         f"compute      {at_most or 'about '}{flops / 1e12:,.3g} TFLOP per sample",
@@ -44,6 +45,11 @@ def dry_run_report(run: PreparedRun, jobs: Sequence[Job]) -> str:
         "dry run: nothing loaded, nothing written",
     ]
     return "\n".join(lines)
+
+
+def _quantized(run: PreparedRun, name: str) -> str:
+    kind = kind_of_section(run.sections[name])
+    return "" if kind is None else f", quantised to {kind}: approximate"
 
 
 def _picture_lines(run: PreparedRun, text_tokens: int) -> list[str]:

@@ -21,6 +21,7 @@ from opensora.diffusion.lora_files import find_lora
 from opensora.diffusion.prepared import needed_sections
 from opensora.generation import LATENTS_ENDING
 from opensora.generation.requests import Request
+from opensora.models.quantization.loading import kind_of_section
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
 from opensora.utils.video import save_image, save_video
@@ -196,8 +197,10 @@ def weight_records(cfg: InferenceOptions) -> dict[str, dict[str, str | float]]:
     """
     records: dict[str, dict[str, str | float]] = {}
     for name, section in needed_sections(cfg).items():
-        path = section.from_pretrained
+        path, kind = section.from_pretrained, kind_of_section(section)
         records[name] = _weight_record(path) if path else {"path": f"random weights of seed {cfg.seed}"}
+        if kind is not None:
+            records[name] |= {"quantize": kind, "approximate": True}
     for number, entry in enumerate(as_list(cfg.pretrained_lora_path)):
         path, strength = split_lora(entry)
         file = find_lora(path)

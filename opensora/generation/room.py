@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,10 @@ from opensora.diffusion.velocity import MAX_TOKENS_AT_ONCE
 from opensora.generation.requests import Request
 from opensora.models.autoencoder import as_autoencoder
 from opensora.models.build import count_parameters
+from opensora.models.mmdit import loading as mmdit
+from opensora.models.quantization.loading import kind_of_section, stored_kind
+from opensora.models.text import files as text
+from opensora.models.text.files import t5_shapes
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from opensora.utils.sizes import parse_bytes, size_text
@@ -55,7 +59,7 @@ class Needs:
         latent = max(math.prod(plan.latent_size) for plan in plans) * channels * 4
         on_demand = cfg.offload and run.device.type != "cpu"  # there they are at home
         return cls(
-            weights=(max if on_demand else sum)(count * run.dtype.itemsize for count in counts.values()),
+            weights=(max if on_demand else sum)(weight_bytes(run, name, count) for name, count in counts.items()),
             activations=max(_activations(run, plan) for plan in plans),
             pixels=float(cfg.batch_size * 3 * frames * PIXEL_BYTES),
             latents=float(samples * latent if cfg.save_latents else 0),
@@ -71,9 +75,27 @@ def parameter_counts(run: PreparedRun) -> tuple[dict[str, int], list[str]]:
     return counts, [name for name, count in found.items() if count is None]
 
 
+def weight_bytes(run: PreparedRun, name: str, count: int) -> int:
+    """Memory of the weights of a model that has ``count`` parameters, quantised where they are or shall be."""
+    section = run.sections[name]
+    kind = kind_of_section(section)
+    if kind is None:
+        return count * run.dtype.itemsize
+    shapes: Mapping[str, tuple[int, ...]]
+    if name in run.models:
+        shapes = {key: tuple(parameter.shape) for key, parameter in run.models[name].named_parameters()}
+        kept, parts = mmdit.quantization(kind, name).layout(shapes)
+    else:
+        shapes = t5_shapes(Path(section.from_pretrained or "").expanduser())
+        kept, parts = text.quantization(kind, name).layout(shapes)
+    return sum(map(math.prod, kept.values())) * run.dtype.itemsize + sum(part.nbytes for part in parts.values())
+
+
 def encoder_parameters(path: str | None) -> int | None:
     """Parameters of a text encoder, from the headers of its safetensors files; None where there are none."""
     folder = Path(path or "").expanduser()
+    if path and stored_kind(path) is not None:  # tensors that stand for weights are of other shapes
+        return sum(map(math.prod, t5_shapes(folder).values()))
     headers = [read_header(file) for file in folder.glob("*.safetensors")] if path else []
     shapes = [
         tensor["shape"]

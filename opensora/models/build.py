@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from opensora.config.choices import QUANTIZERS
 from opensora.config.options import ModelOptions
 from opensora.models.inspect import inspect
 from opensora.models.kinds import kind_of, released_weights
-from opensora.models.text.files import check_encoder
+from opensora.models.text.files import check_encoder, check_quantize
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from opensora.utils.weights import check_on_hub, is_costly, is_hub_path, resolve_path
-from opensora.utils.weights_loading import check_file
+from opensora.utils.weights_loading import Change, check_file
 
 logger = get_logger(__name__)
 
@@ -37,13 +38,26 @@ def build_on_meta(section: ModelOptions) -> nn.Module:
 
 
 def build_ready(
-    section: ModelOptions, device: torch.device | str, dtype: torch.dtype, name: str = "model"
+    section: ModelOptions,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    name: str = "model",
+    change: Change | None = None,
 ) -> nn.Module:
     """The model of a config section, loaded, frozen and in eval mode.
 
     Without ``from_pretrained`` it starts from random weights, and the log says so.
+
+    Args:
+        section: says which.
+        device: where its weights go.
+        dtype: of its weights.
+        name: of the section.
+        change: what is done to every parameter when it is read; for models with quantised weights, which cannot be
+            changed any more.
     """
-    model = build_module(section, MODELS, device_map=device, torch_dtype=dtype).eval().requires_grad_(False)
+    more = {"change": change} if change is not None else {}
+    model = build_module(section, MODELS, device_map=device, torch_dtype=dtype, **more).eval().requires_grad_(False)
     if not section.from_pretrained and not released_weights(section) and count_parameters(model):
         logger.warning("%s: random weights (%s.from_pretrained is not set), so its output means nothing", name, name)
     return model
@@ -67,6 +81,9 @@ def check_weights(name: str, section: ModelOptions, model: Any = None) -> None:
     reads_text = section.type == "text_embedder"
     if reads_text and not path:
         raise UserError(f"{name}.from_pretrained is not set: give the folder of a text encoder")
+    wanted = getattr(section, "quantize", None)
+    if wanted is not None:
+        QUANTIZERS.get(wanted).check(f"{name}.quantize={wanted}")
     if not path:
         return
     if local.is_file() if reads_text else (local / "config.json").is_file():
@@ -75,6 +92,7 @@ def check_weights(name: str, section: ModelOptions, model: Any = None) -> None:
             raise UserError(f"{name}.from_pretrained={path} holds {held}; {name} needs {_wanted(section)}")
     if reads_text:
         check_encoder(name, path, getattr(section, "max_length", None))
+        check_quantize(name, path, getattr(section, "quantize", None))
     elif is_hub_path(path) and not local.exists():
         check_on_hub(path, section.cache_dir)
     else:

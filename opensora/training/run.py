@@ -22,6 +22,7 @@ from opensora.config.options import ModelOptions, OptimOptions, SchedulerOptions
 from opensora.datasets.dataloader import BucketLoader, build_train_loader
 from opensora.datasets.sampler import BucketBatchSampler
 from opensora.datasets.source import ClipSource
+from opensora.models.quantization.loading import tell
 from opensora.registry import MODELS, build_module
 from opensora.training.changes import check_unchanged
 from opensora.training.checkpoint.folder import RunningStates, find_checkpoint, load_states, load_weights
@@ -184,7 +185,9 @@ class Run:
     def build(self, section: ModelOptions, **overrides: Any) -> Any:
         """The model of a config section, on the run's device and in its dtype."""
         options = {"device_map": str(self.device), "torch_dtype": self.dtype, **overrides}
-        return build_module(section, MODELS, **options)
+        model = build_module(section, MODELS, **options)
+        tell(section.type, model, self.device)
+        return model
 
     def masters_of(self, module: nn.Module) -> MasterWeights | None:
         """fp32 copies of what trains of a module that was built in :attr:`master_dtype`; None where it needs none."""

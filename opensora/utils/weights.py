@@ -9,7 +9,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,28 +120,35 @@ class WeightFiles:
         return self.dtypes[key].lower().startswith(("f", "bf"))
 
     def tensors(
-        self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, skip: Iterable[str] = ()
+        self,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        skip: Iterable[str] = (),
+        as_stored: Collection[str] = (),
     ) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, on ``device``, floating-point ones in ``dtype`` (None keeps the file's).
+        """Every tensor, on ``device``, floating-point ones in ``dtype`` (None keeps the file's), but not those named in
+        ``as_stored``.
 
         A tensor that needs neither conversion nor transfer stays a view of the mapped file (copied only if it is
         written to).
         """
         skipped = set(skip)
 
-        def convert(tensor: Tensor) -> Tensor:
-            return tensor.to(device, dtype if tensor.is_floating_point() else None)
+        def convert(key: str, tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype if tensor.is_floating_point() and key not in as_stored else None)
 
         for file in self.files:
             if file.suffix in PICKLE_SUFFIXES:
-                yield from ((key, convert(value)) for key, value in _read_pickle(file).items() if key not in skipped)
+                yield from (
+                    (key, convert(key, value)) for key, value in _read_pickle(file).items() if key not in skipped
+                )
                 continue
             opened = _open_safetensors(file)
             for key in list(opened.keys()):
                 if key in skipped:
                     continue
                 tensor = opened.get_tensor(key)
-                converted = convert(tensor)
+                converted = convert(key, tensor)
                 if converted is not tensor:  # map the file anew, so that the pages read so far can be freed
                     del tensor
                     opened = _open_safetensors(file)

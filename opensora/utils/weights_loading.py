@@ -7,7 +7,7 @@ the size of the file.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,22 @@ logger = get_logger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 Shapes = Mapping[str, tuple[int, ...]]
 Explain = Callable[[Shapes], list[str]]
+Change = Callable[[str, Tensor], Tensor]
+"""``change(name, tensor)``: what a parameter shall be, given what is stored."""
+Pack = Callable[[str, Tensor], Mapping[str, Tensor]]
+
+
+class Packing(Protocol):
+    """How a model keeps its weights in another form than files do: see `opensora.models.quantization.loading`."""
+
+    def stored_parts(self, weights: WeightFiles) -> set[str]:
+        """Names of a file's tensors that have this form already."""
+
+    def replace(self, model: nn.Module, weights: WeightFiles | None, dtype: torch.dtype | None) -> Pack:
+        """Put what takes that form into a model on meta; returns what makes it of a stored tensor."""
+
+    def replace_filled(self, model: nn.Module) -> None:
+        """Give the weights of a model that form, one after the other."""
 
 
 def check_match(
@@ -100,6 +116,8 @@ def load_model(
     allow_missing: Mapping[str, float] | None = None,
     allow_unexpected: Sequence[str] = (),
     cache_dir: str | None = None,
+    packing: Packing | None = None,
+    change: Change | None = None,
 ) -> Model:
     """Build a model and fill it with the weights at ``from_pretrained``; nothing is initialised only to be overwritten.
 
@@ -116,6 +134,9 @@ def load_model(
         allow_missing: prefixes of keys that the file may lack, and the constant they are filled with.
         allow_unexpected: prefixes of keys that the file may have beyond the model's.
         cache_dir: cache of downloads.
+        packing: form of the weights in the model, if another than the file's. Tensors take it as they are read, so that
+            the model never exists in the file's.
+        change: what is done to every parameter before that.
 
     Raises:
         UserError: no such file, an unreadable one, one that does not fit, or weights that are not finite; says what to
@@ -129,25 +150,69 @@ def load_model(
         allow_unexpected=allow_unexpected,
     )
     if not from_pretrained:
-        with torch.device(device):
-            model = build().to(dtype=dtype)
-        if torch.device(device).type == "meta":
-            model.compare_weights = compare  # type: ignore[assignment]
-        return model
+        return _load_random(build, device, dtype, compare, packing, change)
     weights = open_weights(from_pretrained, cache_dir)
     with torch.device("meta"):
         model = build()
+    parts = packing.stored_parts(weights) if packing is not None else set()
+    pack: Pack | None = packing.replace(model, weights, dtype) if packing is not None and parts else None
     missing, unexpected = compare(model, weights)
-    state = {}
-    for key, tensor in weights.tensors(device, dtype, skip=unexpected):
+    if packing is not None and not parts:
+        pack = packing.replace(model, weights, dtype)
+    state: dict[str, Tensor] = {}
+    for key, tensor in weights.tensors(device, dtype, skip=unexpected, as_stored=parts):
         check_finite(key, tensor, weights.path)
-        state[key] = tensor
+        changed = tensor if change is None or key in parts else change(key, tensor)
+        state |= {key: changed} if pack is None else pack(key, changed)
+        del tensor, changed  # before the next one is read
     for key in missing:
         value = next(value for prefix, value in (allow_missing or {}).items() if key.startswith(prefix))
         state[key] = torch.full(model.get_parameter(key).shape, value, dtype=dtype, device=device)
         logger.info("%s is not in %s: filled with %g", key, weights.path, value)
     if unexpected:
         logger.info("Left out from %s: %s", weights.path, shorten(unexpected))
+    return fill(model, state, device)
+
+
+def _load_random(
+    build: Callable[[], Model],
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    compare: Callable[[nn.Module, WeightFiles], object],
+    packing: Packing | None,
+    change: Change | None,
+) -> Model:
+    """A new model; on meta one that knows how to compare itself with a file."""
+    with torch.device(device):
+        model = build().to(dtype=dtype)
+    if torch.device(device).type == "meta":
+        model.compare_weights = partial(_compare, build, compare, packing)  # type: ignore[assignment]
+        return model
+    if change is not None:
+        for key, parameter in model.named_parameters():
+            parameter.data = change(key, parameter.data)
+    if packing is not None:
+        packing.replace_filled(model)
+    return model
+
+
+def _compare(
+    build: Callable[[], nn.Module],
+    compare: Callable[[nn.Module, WeightFiles], object],
+    packing: Packing | None,
+    model: nn.Module,
+    weights: WeightFiles,
+) -> None:
+    """Compare a model on meta with a file, in the form that its weights have there."""
+    if packing is not None and packing.stored_parts(weights):
+        with torch.device("meta"):
+            model = build()
+        packing.replace(model, weights, None)
+    compare(model, weights)
+
+
+def fill(model: Model, state: Mapping[str, Tensor], device: torch.device | str) -> Model:
+    """Give a model on meta its tensors, and compute its buffers that are in no file."""
     model.load_state_dict(state, assign=True)
     for name, module in model.named_modules():
         own_buffers = dict(module.named_buffers(recurse=False))

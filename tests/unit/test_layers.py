@@ -16,7 +16,16 @@ RANKS = {
     **{"generation": 4, "training": 4, "evaluation": 4},
     **{"cli": 6, "__main__": 7},
 }
-NEVER_AT_IMPORT = {"flash_attn", "flash_attn_interface", "xformers", "liger_kernel", "tensornvme", "apex"}
+NEVER_AT_IMPORT = {
+    "flash_attn",
+    "flash_attn_interface",
+    "xformers",
+    "liger_kernel",
+    "tensornvme",
+    "apex",
+    "bitsandbytes",
+    "torchao",
+}
 MMENGINE_FILES = {"opensora/config/registries.py", "opensora/config/load.py"}
 COLOSSALAI_PACKAGES = {"acceleration", "training"}
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from opensora.config.choices import ATTENTION_KERNELS
+from opensora.config.choices import ATTENTION_KERNELS, QUANTIZERS
 from opensora.config.keys import read_group
 from opensora.config.options import MAX_DEPTH, MAX_PATCH, MAX_WIDTH, ModelOptions, opt
 from opensora.utils.errors import UserError
@@ -45,6 +45,10 @@ class MMDiTConfig(ModelOptions):
     attn_backend: str = opt("sdpa", f"attention kernel: {', '.join(ATTENTION_KERNELS)}, auto")
     norm_backend: Literal["torch", "liger"] = opt("torch", "RMSNorm kernel")
     rope_backend: Literal["torch", "liger"] = opt("torch", "rotary kernel; liger knows the half-split layout only")
+
+    quantize: str | None = opt(
+        None, "approximate: blocks' weights quantised while loading; none by the file", choices=QUANTIZERS
+    )
 
     model_type: ClassVar[str] = "MMDiT"
 

@@ -1,13 +1,28 @@
 """What a weight file says about its model, and which config key to change when they disagree."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from opensora.models.kinds import explain_other_kind
 from opensora.models.mmdit.config import MMDiTConfig
+from opensora.models.quantization.loading import Quantization
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+# linear layers of the blocks without their modulation, the only ones whose weights are quantised
+QUANTIZED = re.compile(r"(double|single)_blocks\.\d+\.(?!(img_mod|txt_mod|modulation)\.)")
+
+
+def covers(name: str) -> bool:
+    """Whether the linear layer of this name may have quantised weights."""
+    return QUANTIZED.match(name) is not None
+
+
+def quantization(wanted: str | None = None, section: str = "model") -> Quantization:
+    """How the linear layers of an MMDiT are quantised: embedders, modulation and the last layer are not."""
+    return Quantization(covers, wanted, section)
 
 
 def layout_metadata(config: MMDiTConfig) -> dict[str, str]:

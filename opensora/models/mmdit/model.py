@@ -22,9 +22,9 @@ from opensora.models.mmdit.layers import (
     SingleStreamBlock,
     timestep_embedding,
 )
-from opensora.models.mmdit.loading import explain_mismatch, layout_metadata
+from opensora.models.mmdit.loading import explain_mismatch, layout_metadata, quantization
 from opensora.registry import MODELS
-from opensora.utils.weights_loading import load_model
+from opensora.utils.weights_loading import Change, load_model
 
 TIME_EMBED_DIM = 256
 ALL_BLOCKS = 10**6
@@ -226,6 +226,7 @@ def Flux(
     config: MMDiTConfig | str | None = None,
     device_map: str | torch.device = "cpu",
     torch_dtype: torch.dtype = torch.float32,
+    change: Change | None = None,
     **keys: Any,
 ) -> MMDiTModel:
     """Build an MMDiT, with weights from a file or freshly initialised.
@@ -237,6 +238,7 @@ def Flux(
             out.
         device_map: device of the model; "meta" builds it without memory.
         torch_dtype: dtype of the weights.
+        change: what is done to every parameter when it is read, before it is quantised (``quantize``).
         **keys: those of `MMDiTConfig` instead.
 
     Raises:
@@ -253,4 +255,6 @@ def Flux(
         allow_missing={} if own.strict_load else {"cond_in.": 0.0},
         allow_unexpected=() if own.strict_load else ("cond_in.", "guidance_in."),
         cache_dir=own.cache_dir,
+        packing=quantization(own.quantize),
+        change=change,
     )

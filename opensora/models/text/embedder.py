@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from opensora.config.keys import given_config
 from opensora.models.text.config import TextEmbedderConfig
-from opensora.models.text.files import check_encoder, encoder_kind
+from opensora.models.text.files import check_encoder, check_quantize, encoder_kind, quantization, weight_files
 from opensora.models.text.fitting import TextNotes, suffix_of
+from opensora.models.text.quantized import load_t5
 from opensora.registry import MODELS
 from opensora.utils import hub
 from opensora.utils.errors import UserError, shorten
@@ -84,10 +85,11 @@ class HFEmbedder(nn.Module):
             raise UserError("a text encoder needs from_pretrained: the folder of one, or a hub id")
         self.is_clip = encoder_kind(from_pretrained) == "clip"
         check_encoder("", from_pretrained, max_length)
+        check_quantize("t5", from_pretrained, own.quantize)
         self.max_length = max_length
         self.shardformer, self.keep_suffix = own.shardformer, own.keep_suffix and not self.is_clip
         self.notes = TextNotes("CLIP" if self.is_clip else "T5", max_length)
-        self.tokenizer, self.model = self._load(from_pretrained, own.cache_dir, torch_dtype or torch.float32)
+        self.tokenizer, self.model = self._load(own, torch_dtype or torch.float32)
         positions = self.model.config.max_position_embeddings if self.is_clip else max_length
         if max_length > positions:
             raise UserError(f"max_length={max_length}: the text encoder {from_pretrained} takes {positions} at most")
@@ -98,10 +100,11 @@ class HFEmbedder(nn.Module):
         if device_map is not None:
             self.model.to(device_map)
 
-    def _load(self, from_pretrained: str, cache_dir: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
+    def _load(self, own: TextEmbedderConfig, dtype: torch.dtype) -> tuple[Any, Any]:
         # transformers takes seconds to import: only those who embed text pay for it
         from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
+        from_pretrained, cache_dir = own.from_pretrained or "", own.cache_dir
         folder = Path(from_pretrained).expanduser()
         is_folder = folder.is_dir()
         path = str(folder) if is_folder else from_pretrained
@@ -111,7 +114,11 @@ class HFEmbedder(nn.Module):
             if self.is_clip:
                 model = _load_model(CLIPTextModel, path, dtype=dtype, **files)
                 return _load_tokenizer(CLIPTokenizer, path, **options), model
-            model = _load_model(T5EncoderModel, path, dtype=dtype, **files)
+            chosen = quantization(own.quantize)
+            if is_folder and chosen.kind(weight_files(folder)) is not None:
+                model = load_t5(folder, chosen, dtype)
+            else:
+                model = _load_model(T5EncoderModel, path, dtype=dtype, **files)
             return _load_tokenizer(T5Tokenizer, path, legacy=True, **options), model
         # absent, gated, unreachable, incomplete, of another size, truncated
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from opensora.config.options import ModelOptions
+from opensora.models.quantization.loading import Quantization
 from opensora.utils import hub
 from opensora.utils.errors import UserError, shorten
 from opensora.utils.weights import WeightFiles, index_of, is_costly, open_weights
@@ -24,12 +25,47 @@ TOKENIZER_FILES = {"t5": ("spiece.model",), "clip": ("vocab.json", "merges.txt")
 LAYERS_KEYS, WIDTH_KEYS = {"t5": "num_layers", "clip": "num_hidden_layers"}, {"t5": "d_model", "clip": "hidden_size"}
 # sizes that a config.json may leave out
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "t5": dict(vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8, feed_forward_proj="relu"),
+    "t5": dict(
+        vocab_size=32128,
+        d_model=512,
+        d_kv=64,
+        d_ff=2048,
+        num_layers=6,
+        num_heads=8,
+        feed_forward_proj="relu",
+        relative_attention_num_buckets=32,
+    ),
     "clip": dict(
         vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, max_position_embeddings=77
     ),
 }
 Shape = tuple[int, ...]
+QUANTIZED = re.compile(r"encoder\.block\.\d+\.layer\.\d+\.(SelfAttention\.[qkvo]|DenseReluDense\.\w+)")  # of T5
+
+
+def quantization(wanted: str | None = None, section: str = "t5") -> Quantization:
+    """How the linear layers of T5 are quantised; embeddings and norms are not."""
+    return Quantization(lambda name: QUANTIZED.fullmatch(name) is not None, wanted, section)
+
+
+def check_quantize(section: str, from_pretrained: str, wanted: str | None) -> None:
+    """See that an encoder can have the quantised weights that its section asks for, or its file has.
+
+    Raises:
+        UserError: CLIP, a hub id, or see :meth:`Quantization.kind`.
+    """
+    folder = Path(from_pretrained).expanduser()
+    if wanted is not None and encoder_kind(from_pretrained) == "clip":
+        raise UserError(
+            f"{section}.quantize={wanted}: only T5 is quantised; leave it out ({section} is CLIP, and small)"
+        )
+    if wanted is not None and not folder.is_dir():
+        raise UserError(
+            f"{section}.quantize={wanted} needs a folder, not a hub id: download it with\n"
+            f"  hf download {from_pretrained} --local-dir {from_pretrained}"
+        )
+    if folder.is_dir() and encoder_kind(from_pretrained) == "t5":
+        quantization(wanted, section).kind(weight_files(folder))
 
 
 def encoder_kind(from_pretrained: str) -> str:
@@ -201,6 +237,11 @@ def _wrong_weights(folder: Path, kind: str, sizes: dict[str, Any]) -> str | None
     if stored != sizes[key]:
         return f"its weights have {stored} layers, its config.json says {key}={sizes[key]}: one of the two is wrong"
     wanted = dict(_t5_shapes(sizes) if kind == "t5" else _clip_shapes(sizes))
+    if kind == "t5":
+        wanted, parts = quantization().layout(wanted, files)
+        wanted |= {name: part.shape for name, part in parts.items()}
+    else:
+        parts = {}
     lost = [key for key in wanted if key not in shapes]
     if lost:
         return f"its weights lack {shorten(lost)}"
@@ -208,9 +249,20 @@ def _wrong_weights(folder: Path, kind: str, sizes: dict[str, Any]) -> str | None
     if odd:
         return f"its weights are not of the sizes in its config.json: {shorten(odd)}"
     integers = [
-        key for key in files.shapes if not files.is_floating_point(key) and key.removeprefix("text_model.") in wanted
+        key
+        for key in files.shapes
+        if not files.is_floating_point(key) and key.removeprefix("text_model.") in wanted.keys() - parts.keys()
     ]
     return f"it has integers for weights, as quantised files do: {shorten(integers)}" if integers else None
+
+
+def t5_shapes(folder: Path) -> dict[str, Shape]:
+    """Tensors of a T5 encoder's folder, as they are before they are quantised, by its config.json.
+
+    Raises:
+        UserError: no config of one.
+    """
+    return dict(_t5_shapes(_read_config(folder)[1]))
 
 
 def _t5_shapes(sizes: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
@@ -221,6 +273,9 @@ def _t5_shapes(sizes: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
         attention, mlp = f"encoder.block.{i}.layer.0", f"encoder.block.{i}.layer.1"
         yield from ((f"{attention}.SelfAttention.{name}.weight", (inner, width)) for name in "qkv")
         yield f"{attention}.SelfAttention.o.weight", (width, inner)
+        if not i:
+            buckets = sizes["relative_attention_num_buckets"]
+            yield f"{attention}.SelfAttention.relative_attention_bias.weight", (buckets, sizes["num_heads"])
         yield from ((f"{each}.layer_norm.weight", (width,)) for each in (attention, mlp))
         yield from ((f"{mlp}.DenseReluDense.{name}.weight", (hidden, width)) for name in ways_in)
         yield f"{mlp}.DenseReluDense.wo.weight", (width, hidden)

@@ -22,6 +22,7 @@ from opensora.encoded.store import WHOLE, CacheInfo
 from opensora.encoded.writer import CacheWriter, make_plan
 from opensora.models.autoencoder import Autoencoder
 from opensora.models.build import check_weights, count_parameters
+from opensora.models.quantization.loading import tell
 from opensora.models.text.fitting import count_notes
 from opensora.registry import MODELS, build_module
 from opensora.training.diffusion.encoders import cache_folder, meta_autoencoder
@@ -173,6 +174,7 @@ def _load(cfg: CacheOptions, section: str) -> Any:
     options: ModelOptions = getattr(cfg, section)
     device, dtype = pick_device(cfg.device), torch_dtype(cfg.dtype)
     model = build_module(options, MODELS, device_map=str(device), torch_dtype=dtype)
+    tell(section, model, device)
     return model.eval().requires_grad_(False)
 
 

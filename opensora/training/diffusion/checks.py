@@ -17,6 +17,7 @@ from opensora.datasets.buckets import BucketTable
 from opensora.models.autoencoder import Autoencoder, check_buckets
 from opensora.models.build import MAX_CPU_PARAMETERS, build_on_meta, check_all_weights, count_parameters
 from opensora.models.diffusion import DiffusionModel, as_diffusion_model
+from opensora.models.quantization.loading import kind_of_section
 from opensora.models.text.files import check_text_widths
 from opensora.training.checks import check_loop
 from opensora.training.diffusion.encoders import encoders_to_load, meta_autoencoder
@@ -135,6 +136,9 @@ def _check_trained(cfg: TrainOptions, model: nn.Module) -> None:
     """What is trained: LoRA, frozen parts. Changes ``model``, which is on the meta device."""
     if cfg.lora_checkpoint and not cfg.lora_config:
         raise UserError("lora_checkpoint is set without lora_config: give both, to train an adapter")
+    kind = kind_of_section(cfg.model)
+    if kind is not None:
+        raise UserError(f"model: weights in {kind} are for sampling; train with weights that are not quantised")
     if not cfg.lora_config:
         freeze(model, cfg.freeze_layers)
         return

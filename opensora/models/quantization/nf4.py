@@ -1,0 +1,43 @@
+"""Weights in 4-bit NormalFloat (QLoRA, arXiv:2305.14314), by bitsandbytes: 4.25 bits a weight."""
+
+import importlib
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from opensora.models.quantization.kinds import Part, Parts, Quantizer
+
+BLOCK = 64  # weights, in the order of memory, that share a scale
+
+
+@cache
+def _library() -> None:
+    """Have bitsandbytes register its operators; takes seconds."""
+    importlib.import_module("bitsandbytes")
+
+
+class Nf4(Quantizer):
+    """Two weights a byte, ``qweight`` ``[out, in / 2]``, and ``absmax`` of every 64."""
+
+    package = ("bitsandbytes", "`pip install bitsandbytes`, or choose int8, which needs nothing")
+
+    def fits(self, rows: int, columns: int) -> bool:
+        return columns % 2 == 0
+
+    def layout(self, rows: int, columns: int) -> dict[str, Part]:
+        blocks = math.ceil(rows * columns / BLOCK)
+        return {"qweight": Part((rows, columns // 2), torch.uint8), "absmax": Part((blocks,), torch.bfloat16)}
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        _library()
+        rows, columns = weight.shape
+        packed, absmax = torch.ops.bitsandbytes.quantize_4bit(weight.contiguous(), BLOCK, "nf4", torch.uint8)
+        return {"qweight": packed.view(rows, columns // 2), "absmax": absmax.bfloat16()}
+
+    def unpack(self, parts: Parts, dtype: torch.dtype) -> Tensor:
+        packed = parts["qweight"]
+        shape = (packed.shape[0], 2 * packed.shape[1])
+        absmax = parts["absmax"].float()
+        return torch.ops.bitsandbytes.dequantize_4bit(packed.view(-1, 1), absmax, BLOCK, "nf4", shape, dtype)
