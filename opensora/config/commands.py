@@ -13,6 +13,7 @@ from opensora.config.choices import CONDITIONS, METHODS
 from opensora.config.options import (
     AE_KNOWS,
     MANY_FRAMES,
+    MANY_PROCESSES,
     MANY_ROWS,
     MANY_WORKERS,
     MAX_PATCH,
@@ -150,6 +151,31 @@ class InferenceOptions(RunOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_bytes(self.gpu_memory, "gpu_memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(InferenceOptions):
+    """Serve a config: a page in the browser, and the videos API of OpenAI. Requests replace what the config says of a
+    video; keys that choose prompts and file names are refused."""
+
+    host: str = opt("127.0.0.1", "address to listen at; another than this machine's own wants an api_key")
+    port: int = opt(8000, "port to listen at; 0 takes a free one", least=0, most=65_535)
+    data_dir: str = opt("serving", "folder for jobs, uploads and results")
+    api_key: str | None = opt(None, "key that clients must send", verbatim=True)
+    api_key_file: str | None = opt(None, "file with that key; it is not in lists of processes then")
+    model_name: str | None = opt(None, "what answers call the model; none takes the config's name")
+    page: bool = opt(True, "serve the page, at /")
+    worker_processes: int = opt(1, "processes that make each video together, see plugin", least=1, most=MANY_PROCESSES)
+    lora_dir: str | None = opt(None, "folder of LoRA adapters that requests may name")
+    allow_urls: bool = opt(False, "fetch references from public addresses, never from private ones")
+    max_queue: int = opt(256, "jobs that wait at most", "jobs", least=1, most=10**6)
+    max_upload: float = opt(32.0, "largest request", "MiB", above=0, most=2**20)
+    max_work: float | None = opt(
+        None, "pixels x frames x steps of a video; none is ten times the config's own", "pixels", least=1
+    )
+    max_prompt: int = opt(4000, "longest prompt", "letters", least=1, most=100_000)
+    max_disk: float = opt(20.0, "room for uploads and results; nothing is taken beyond it", "GiB", above=0)
+    keep_hours: float = opt(168.0, "results are deleted after this", "hours", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)

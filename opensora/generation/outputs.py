@@ -202,11 +202,15 @@ def weight_records(cfg: InferenceOptions) -> dict[str, dict[str, str | float]]:
         if kind is not None:
             records[name] |= {"quantize": kind, "approximate": True}
     for number, entry in enumerate(as_list(cfg.pretrained_lora_path)):
-        path, strength = split_lora(entry)
-        file = find_lora(path)
-        hashed = fingerprint(file)
-        records[f"lora_{number}"] = {"path": entry, "file": str(file), "sha256": hashed, "strength": strength}
+        records[f"lora_{number}"] = lora_record(entry)
     return records
+
+
+def lora_record(entry: str) -> dict[str, str | float]:
+    """Of an adapter given as ``PATH@strength``: its file, and a hash of it."""
+    path, strength = split_lora(entry)
+    file = find_lora(path)
+    return {"path": entry, "file": str(file), "sha256": fingerprint(file), "strength": strength}
 
 
 def _weight_record(path: str) -> dict[str, str | float]:

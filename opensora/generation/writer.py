@@ -1,5 +1,6 @@
 """Samples and their records, from the pipeline to files."""
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,20 @@ class SampleWriter:
 
     def __init__(self, cfg: InferenceOptions, log: Callable[[str], None]) -> None:
         self.cfg, self.log = cfg, log
-        self.common = {
+        self.common: dict[str, Any] = {
             "versions": outputs.versions(),
             "weights": outputs.weight_records(cfg),
             "config": cfg.to_dict(),
         }
+
+    def with_config(self, cfg: InferenceOptions, lora: str | None = None) -> "SampleWriter":
+        """This writer for a config that differs in no model, and maybe an adapter on top (``PATH@strength``)."""
+        writer = copy.copy(self)
+        writer.cfg, weights = cfg, self.common["weights"]
+        if lora is not None:
+            weights = {**weights, "lora": outputs.lora_record(lora)}
+        writer.common = {**self.common, "weights": weights, "config": cfg.to_dict()}
+        return writer
 
     def pictures(self, batch: Sequence[Job], images: Sequence[np.ndarray]) -> None:
         """Keep the pictures that videos start from, with their prompts."""

@@ -57,12 +57,25 @@ def _ending(error: Exception, debug: bool) -> tuple[str | None, int]:
         return (None, NO_READER) if gone else (f"error: standard output: {os.strerror(_number(error))}", OUTPUT_FULL)
     if isinstance(error, UserError):
         return f"error: {_message(error)}", MISTAKE
-    told = "".join(f"{what}: " for what in _doing_of(error))
-    if isinstance(error, OSError) and error.errno in PLACES and (error.filename or error.errno in FULL):
-        place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes | os.PathLike) else ""
-        return f"error: {told}{place}{error.strerror}", MISTAKE
+    if _is_of_place(error):
+        return f"error: {told_of(error)}", MISTAKE
     kept = "" if debug else f"; the traceback is in {_keep_traceback(error)}, {DEBUG_FLAG} shows it"
-    return f"error: {told}{type(error).__name__}: {_message(error).splitlines()[0]}{kept}", UNFORESEEN
+    return f"error: {told_of(error)}{kept}", UNFORESEEN
+
+
+def _is_of_place(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in PLACES and bool(error.filename or error.errno in FULL)
+
+
+def told_of(error: Exception) -> str:
+    """What a command tells of an error in its last line: what was being done, and what went wrong."""
+    if isinstance(error, UserError):
+        return _message(error)
+    told = "".join(f"{what}: " for what in _doing_of(error))
+    if isinstance(error, OSError) and _is_of_place(error):
+        place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes | os.PathLike) else ""
+        return f"{told}{place}{error.strerror}"
+    return f"{told}{type(error).__name__}: {_message(error).splitlines()[0]}"
 
 
 def _message(error: Exception) -> str:

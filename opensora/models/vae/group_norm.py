@@ -1,8 +1,8 @@
 """Group normalisation of large tensors on a GPU.
 
-torch's kernel gives each group of a sample to one block of threads: 32 for a video of a batch of one, on a card that runs
-a hundred times as many. Here the sums are reductions over the whole card, and the normalisation is a scale and a shift of
-every channel and frame, each of which torch spreads over the card.
+torch's kernel gives each group of a sample to one block of threads: 32 for a video of a batch of one, on a card that
+runs a hundred times as many. Here the sums are reductions over the whole card, and the normalisation is a scale and a
+shift of every channel and frame, each of which torch spreads over the card.
 """
 
 import torch

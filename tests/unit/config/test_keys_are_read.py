@@ -16,6 +16,7 @@ COMMAND_LINES = PACKAGE / "cli"
 # group of a script -> the rooms in which its keys are read
 COMMANDS = {
     commands.InferenceOptions: ("diffusion", "generation", "acceleration"),
+    commands.ServeOptions: ("serving",),
     commands.TrainOptions: ("training", "acceleration", "diffusion"),
     commands.CacheOptions: ("training", "encoded"),
     commands.VaeTrainOptions: ("training", "acceleration"),

@@ -1,0 +1,110 @@
+"""Keeps one worker running: starts it, starts it anew when it ends, and says what to do with what it was making."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+from opensora.config.commands import ServeOptions
+from opensora.serving.folders import READY, Folders
+from opensora.serving.jobs import JobStore
+from opensora.utils.claims import claimed
+from opensora.utils.files import write_json
+from opensora.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+WORKER = "opensora.serving.worker"
+POLL = 0.1  # seconds between looks at the worker
+SETTLED = 30.0  # seconds of work after which an end is not one of a start that fails
+LONGEST_PAUSE = 30.0  # seconds between starts that fail
+GRACE = 5.0  # seconds for a worker that is told to stop
+
+
+class Supervisor:
+    """Runs the worker in a process of its own.
+
+    Args:
+        cfg: of the server.
+        folders: where the worker finds its settings.
+        store: the jobs.
+
+    Attributes:
+        failures: ends of the worker in a row, each soon after its start.
+        starts: how often it was started.
+    """
+
+    def __init__(self, cfg: ServeOptions, folders: Folders, store: JobStore) -> None:
+        self.cfg, self.folders, self.store = cfg, folders, store
+        self.failures = self.starts = 0
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
+        self.process: subprocess.Popen | None = None
+
+    @property
+    def state(self) -> str:
+        """``starting``, ``ready``, or ``failing`` after several ends in a row."""
+        if (self.folders.root / READY).exists():
+            return "ready"
+        return "failing" if self.failures > 2 else "starting"
+
+    def start(self) -> None:
+        """Start it, in a thread."""
+        self._write_settings()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the worker; what it was making waits for the next one."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _write_settings(self) -> None:
+        import psutil
+
+        config = {**self.cfg.to_dict(), "config_path": self.cfg.config_path, "data_dir": str(self.folders.root)}
+        config = {key: value for key, value in config.items() if not key.startswith("api_key")}
+        pid = os.getpid()
+        write_json({"config": config, "pid": pid, "started": psutil.Process(pid).create_time()}, self.folders.settings)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            with claimed(self.folders.worker, is_folder=False, wait=True):
+                self.store.recover()  # nobody makes anything now
+            began = time.monotonic()
+            self._work()
+            if self._stopping.is_set():
+                return
+            self.failures = 0 if time.monotonic() - began > SETTLED else self.failures + 1
+            pause = min(0.1 * 2**self.failures, LONGEST_PAUSE)
+            status = self.process.returncode if self.process else None
+            logger.warning("the worker has ended (status %s); it is started again in %.1f s", status, pause)
+            self._stopping.wait(pause)
+
+    def _work(self) -> None:
+        """Run the worker to its end, or to the server's."""
+        ready = self.folders.root / READY
+        ready.unlink(missing_ok=True)
+        self.starts += 1
+        self.process = subprocess.Popen(self._command())
+        while self.process.poll() is None:
+            if self._stopping.wait(POLL):
+                self._end(self.process)
+                self.store.give_back()
+        ready.unlink(missing_ok=True)
+
+    def _command(self) -> list[str]:
+        count = self.cfg.worker_processes
+        if count == 1:
+            return [sys.executable, "-m", WORKER, str(self.folders.settings)]
+        ranks = ["-m", "opensora.acceleration.launch", "--nproc_per_node", str(count), "--standalone", "-m", WORKER]
+        return [sys.executable, *ranks, str(self.folders.settings)]
+
+    @staticmethod
+    def _end(process: subprocess.Popen) -> None:
+        process.terminate()
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
