@@ -3,12 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+SERVE_STAMP := $(VENV)/installed-serve
 DEV_STAMP := $(VENV)/installed-dev
+PORT ?= 8000
 
-.PHONY: help install demo pictures test lint types tests clean
+.PHONY: help install demo serve pictures test lint types tests clean
 
 help:
 	@echo "make demo     install, then generate a video and its contact sheet"
+	@echo "make serve    install, then serve the demo model: a page and an API at http://127.0.0.1:$(PORT)"
 	@echo "make pictures draw the README's pictures anew (docs/images)"
 	@echo "make test     install, then lint, type check and tests"
 	@echo "make install  the environment only ($(VENV))"
@@ -22,7 +25,11 @@ $(STAMP): requirements.txt setup.py
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $(STAMP)
 
-$(DEV_STAMP): $(STAMP) requirements-dev.txt requirements-data.txt requirements-colossalai.txt
+$(SERVE_STAMP): $(STAMP) requirements-serve.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-serve.txt
+	touch $(SERVE_STAMP)
+
+$(DEV_STAMP): $(STAMP) $(SERVE_STAMP) requirements-dev.txt requirements-data.txt requirements-colossalai.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-colossalai.txt
@@ -31,6 +38,9 @@ $(DEV_STAMP): $(STAMP) requirements-dev.txt requirements-data.txt requirements-c
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo/run.py
+
+serve: $(SERVE_STAMP)
+	$(BIN)/python scripts/serve.py configs/diffusion/inference/demo.py --port $(PORT)
 
 pictures: $(STAMP)
 	$(BIN)/python tools/demo/pictures.py --overwrite

@@ -92,9 +92,17 @@ setup(
         "chat": ["openai>=1.52"],
         # tools/evaluate; mmengine and scikit-image bring these (VBench's own versions: tools/evaluate/vbench.txt)
         "evaluate": ["opencv-python>=4.9", "scipy>=1.11"],
-        # ColossalAI is frozen at 0.5.0, whose own pins exclude today's PyTorch: see requirements-colossalai.txt
+        # a page and a server: exact versions in requirements-serve.txt
+        "serve": [
+            "fastapi>=0.115.2",
+            "gradio>=6,<7",
+            "prometheus-client>=0.20",
+            "python-multipart>=0.0.18",
+            "uvicorn>=0.30",
+        ],
         # --model.quantize nf4; fp8 and int8 need nothing
         "quantize": ["bitsandbytes>=0.46"],
+        # ColossalAI is frozen at 0.5.0, whose own pins exclude today's PyTorch: see requirements-colossalai.txt
         "ray": ["ray[data]>=2.51"],
         "wandb": ["wandb>=0.17"],
     },

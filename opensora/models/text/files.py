@@ -7,10 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import SentencePieceProcessor
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-
 from opensora.config.options import ModelOptions
 from opensora.models.quantization.loading import Quantization
 from opensora.utils import hub
@@ -189,35 +185,10 @@ def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _wrong_tokenizer(folder: Path, kind: str) -> str | None:
-    whole, parts = folder / WHOLE_TOKENIZER, [folder / name for name in TOKENIZER_FILES[kind]]
-    absent = [path.name for path in parts if not path.is_file()]
-    if absent and not whole.is_file():
-        return f"its tokenizer lacks {shorten(absent)}"
-    try:
-        _read_tokenizer(kind, whole if whole.is_file() else None, parts)
-    except Exception as error:  # what tokenizers raises has no type of its own
-        names = whole.name if whole.is_file() else shorten([path.name for path in parts])
-        return f"its tokenizer ({names}) cannot be read: {error}"
-    return None
-
-
-def _read_tokenizer(kind: str, whole: Path | None, parts: list[Path]) -> None:
-    if whole is not None:
-        Tokenizer.from_file(str(whole))
-    elif kind == "t5":
-        SentencePieceProcessor(model_file=str(parts[0]))
-    else:
-        BPE.from_file(*map(str, parts))
-        _check_merges(*parts)
-
-
-def _check_merges(vocabulary: Path, merges: Path) -> None:
-    """A file of merges that was cut off reads as well as a whole one, and splits texts differently."""
-    made = {"".join(line.split()) for line in merges.read_text(encoding="utf-8").splitlines()}
-    words = (word for word in json.loads(vocabulary.read_text(encoding="utf-8")) if not word.startswith("<|"))
-    lost = [word for word in words if len(word.removesuffix("</w>")) > 1 and word not in made]
-    if lost:
-        raise ValueError(f"{merges.name} has no merge for {shorten(lost)}: it is cut off, or another vocabulary's")
+    absent = [name for name in TOKENIZER_FILES[kind] if not (folder / name).is_file()]
+    if not absent or (folder / WHOLE_TOKENIZER).is_file():
+        return None
+    return f"its tokenizer lacks {shorten(absent)}"
 
 
 def _wrong_weights(folder: Path, kind: str, sizes: dict[str, Any]) -> str | None:
