@@ -27,6 +27,18 @@ def torch_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A config's name of a torch dtype.
+
+    Raises:
+        UserError: no config has it; lists the valid ones.
+    """
+    for name, known in DTYPES.items():
+        if known == dtype:
+            return name
+    raise UserError(f"dtype {dtype} is none that models work in; valid: {', '.join(DTYPES)}")
+
+
 def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:
     """Device of this process.
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from opensora.utils.errors import UserError, shorten
-from opensora.utils.paths import is_file
+from opensora.utils.paths import is_file, is_folder
 
 PACKAGE = Path(__file__).resolve().parents[1]
 INSTALLED = "_data"  # folder of an installed package that holds what a checkout has at its root, see setup.py
@@ -69,6 +69,8 @@ def find_config(given: str | Path, folder: str) -> Path:
                     "of one of them"
                 )
     found = known or inside
+    if found is None and is_folder(path):
+        raise UserError(f"{path} is a folder without a {FOLDER_CONFIG}.py (.json, .yaml); name a config file")
     if found is None:
         raise UserError(f"config file {given} does not exist, and no shipped config has this name{_hint(path, folder)}")
     return found
@@ -88,7 +90,7 @@ def _same_below_configs(path: Path) -> Path | None:
 
 def _nearest_beside(path: Path, cutoff: float = 0.0) -> Path | None:
     """The config in the same folder whose name is most like that of a missing one."""
-    names = sorted(p.name for p in path.parent.iterdir() if p.suffix in SUFFIXES) if path.parent.is_dir() else []
+    names = sorted(p.name for p in path.parent.iterdir() if p.suffix in SUFFIXES) if is_folder(path.parent) else []
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=cutoff)
     return path.parent / near[0] if near else None
 

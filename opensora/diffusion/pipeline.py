@@ -4,7 +4,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from opensora.acceleration import collectives
-from opensora.acceleration.devices import pick_device
+from opensora.acceleration.devices import DTYPES, dtype_name, pick_device, torch_dtype
 from opensora.acceleration.parallel_context import ParallelContext
 from opensora.config import load_config, naming_places
 from opensora.config.commands import InferenceOptions
 from opensora.config.keys import read_group
 from opensora.config.options import SamplingOption
+from opensora.diffusion.calling import Generators, condition_of, one_of, seeds_of, shown_steps
 from opensora.diffusion.conditions import build_condition, get_spans, restore_references
 from opensora.diffusion.decode import DecodeMemoryError, check_pixels, decode_latents
 from opensora.diffusion.encoding import embed_texts, encode_references
@@ -26,6 +27,8 @@ from opensora.diffusion.finite import check_result, watched
 from opensora.diffusion.guidance import Branch
 from opensora.diffusion.latents import get_noise, pack, prepare_ids, unpack
 from opensora.diffusion.loading import load_models
+from opensora.diffusion.lora_stack import LoadedLora, LoraStack
+from opensora.diffusion.moving import move
 from opensora.diffusion.offload import on_device
 from opensora.diffusion.plan import SamplePlan, make_plan, starts_from_picture
 from opensora.diffusion.prepared import TEXT_ENCODERS, PreparedRun, check_takes_references, plan_picture
@@ -87,7 +90,7 @@ class VideoPipeline:
 
     Example::
 
-        pipe = VideoPipeline.from_config("configs/diffusion/inference/demo.py")
+        pipe = VideoPipeline.from_pretrained("demo")
         result = pipe("a red circle moving right", seed=42)
         save_video(result.frames[0], "circle.mp4", fps=8)
 
@@ -115,19 +118,45 @@ class VideoPipeline:
         self.device = device
         self.dtype = dtype
         self.spec = LatentSpec.of(self.models["ae"])
+        self._loras: LoraStack | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        device: str | torch.device | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **overrides: Any,
+    ) -> "VideoPipeline":
+        """Build the models of a shipped config (``"demo"``), a config file, or a folder that holds ``config.py``, whose
+        relative paths start in the folder.
+
+        Args:
+            name: of the config; see :func:`opensora.config.shipped.find_config`.
+            device: where the models work; None goes by the config.
+            torch_dtype: of the models; None goes by the config.
+            overrides: as in :meth:`from_config`.
+
+        Raises:
+            UserError: anything wrong with config or weight files; found before weights are loaded.
+        """
+        dtype = one_of("dtype", overrides.pop("dtype", None), "torch_dtype", torch_dtype)
+        if dtype is not None:
+            overrides["dtype"] = dtype if isinstance(dtype, str) else dtype_name(dtype)
+        return cls.from_config(name, device, **overrides)
 
     @classmethod
     def from_config(
         cls,
         config: str | Path | Mapping[str, Any] | InferenceOptions,
-        device: torch.device | None = None,
+        device: str | torch.device | None = None,
         parallel: ParallelContext | None = None,
         **overrides: Any,
     ) -> "VideoPipeline":
         """Build the models of a config.
 
         Args:
-            config: a config file, or its content.
+            config: a config file, the name of a shipped one, or the content of one.
             device: where the models work; None goes by the config.
             parallel: ranks that make a sample together; the models are divided over them.
             overrides: config values by key; dotted keys and the aliases of the command line work
@@ -137,7 +166,7 @@ class VideoPipeline:
             UserError: anything wrong with config or weight files; found before weights are loaded.
         """
         cfg = load_config(config, InferenceOptions, overrides)
-        run = PreparedRun.of(cfg, device or pick_device(cfg.device))
+        run = PreparedRun.of(cfg, pick_device(cfg.device if device is None else str(device)))
         with naming_places(cfg):
             run.check_resources()
         return cls.from_prepared(run, parallel)
@@ -157,6 +186,13 @@ class VideoPipeline:
         fps: float | None = None,
         motion_score: str | float | None = None,
         on_step: StepCallback | None = None,
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        image: References | Sequence[References | None] | None = None,
+        generator: Generators | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        progress: bool | None = None,
         **sampling: Any,
     ) -> SampleResult:
         """Make a video of each prompt.
@@ -172,17 +208,32 @@ class VideoPipeline:
             motion_score: amount of motion told to the model; None takes the config's.
             on_step: ``on_step(step, total, latents)`` after each step, with latents [B, C, T, h, w]; what it raises
                 stops the run. With ``use_t2i2v`` the steps of the picture count too.
-            sampling: keys of the config's ``sampling_option`` for this call (``num_steps=20``).
+            negative_prompt: ``neg``, as diffusers calls it.
+            image: ``ref``, as diffusers calls it; fixes the first frame unless ``cond_type`` says otherwise.
+            generator: one for all prompts or one each, instead of ``seed``; a new one stands for its seed.
+            num_inference_steps, guidance_scale: ``num_steps`` and ``guidance``, as diffusers calls them.
+            progress: show a bar of the steps; None shows it in a terminal.
+            sampling: keys of the config's ``sampling_option`` for this call (``num_steps=20``, ``height=``,
+                ``width=``, ``num_frames=``).
 
         Returns:
             Latents, frames, final texts, seeds and timings.
 
         Raises:
-            UserError: impossible sizes or conditions, unreadable references.
+            UserError: impossible sizes or conditions, unreadable references, an argument under both of its names.
             DecodeMemoryError: decoding ran out of memory.
         """
         prompts = [check_prompt(text, "prompt") for text in _texts_of(prompt)]
-        get_spans(cond_type or self.cfg.cond_type)
+        neg = one_of("neg", neg, "negative_prompt", negative_prompt)
+        ref = one_of("ref", ref, "image", image)
+        cond_type = condition_of(cond_type, self.cfg.cond_type, image)
+        for name, alias, value in (
+            ("num_steps", "num_inference_steps", num_inference_steps),
+            ("guidance", "guidance_scale", guidance_scale),
+        ):
+            if value is not None:
+                sampling[name] = one_of(name, sampling.get(name), alias, value)
+        get_spans(cond_type)
         if fps is not None and not 0 < fps <= 1000:
             raise UserError(f"fps {fps:g} must be above 0 and at most 1000")
         option = self._option(sampling)
@@ -191,11 +242,13 @@ class VideoPipeline:
             raise UserError("motion_score: give a number; 'dynamic' is worked out by the command line only")
         texts = [final_text(text, fps or self.cfg.fps_save, score) for text in prompts]
         negatives = [check_prompt(text, "neg") for text in _per_prompt(neg or "", len(prompts), "negative prompts")]
+        seed = one_of("seed", seed, "generator", seeds_of(generator))
         seeds = self._seeds(option.seed if seed is None else seed, len(prompts))
-        with tempfile.TemporaryDirectory() as downloads:
+        hidden = False if self.parallel.rank else progress
+        with tempfile.TemporaryDirectory() as downloads, shown_steps(hidden, on_step) as shown:
             sources = per_prompt_references(ref, len(prompts), Path(downloads))
             return self.make(
-                *(texts, sources, cond_type or self.cfg.cond_type, seeds, negatives, option, on_step),
+                *(texts, sources, cond_type, seeds, negatives, option, shown),
                 image_texts=prompts if self.cfg.use_t2i2v else None,
             )
 
@@ -254,6 +307,67 @@ class VideoPipeline:
             error.result = result
             raise
         return result
+
+    @property
+    def loras(self) -> tuple[LoadedLora, ...]:
+        """Adapters that :meth:`load_lora` put on, in their order."""
+        return self._loras.loaded if self._loras is not None else ()
+
+    def load_lora(self, path: str | Path, strength: float = 1.0) -> None:
+        """Put a LoRA adapter on the video model, beside those that are on it: of PEFT, diffusers, ComfyUI or Kohya.
+
+        With the config's ``merge_lora`` (the default) it is added to the weights, of which a copy is kept in host
+        memory; the model is as if it had been loaded with ``pretrained_lora_path``.
+
+        Args:
+            path: folder or file.
+            strength: what it is multiplied by.
+
+        Raises:
+            UserError: no adapter there, one that does not fit, or a model that is divided over ranks; nothing is
+                changed.
+        """
+        if self.parallel.sample.size > 1:
+            raise UserError("load_lora: the model is divided over ranks; give adapters as pretrained_lora_path instead")
+        if self._loras is None:
+            self._loras = LoraStack(self.models["model"], self.cfg.merge_lora, self.cfg.lora_partial)
+        self._loras.add(path, strength)
+
+    def unload_lora(self, path: str | Path | None = None) -> None:
+        """Take an adapter of :meth:`load_lora` off again, or all of them: the weights are as they were, to the bit.
+
+        Raises:
+            UserError: there is none of that path.
+        """
+        if self._loras is None and path is None:
+            return
+        if self._loras is None:
+            raise UserError(f"unload_lora: {path} is not loaded; loaded: none")
+        self._loras.remove(path)
+
+    def to(self, *where: str | torch.device | torch.dtype) -> "VideoPipeline":
+        """Move the models to a device, or another precision, or both: ``pipe.to("cuda", torch.bfloat16)``.
+
+        With ``offload`` they stay in host memory and are copied to the new device when they work. What a lower
+        precision rounds away is gone: going back to the higher one does not bring it back.
+
+        Raises:
+            UserError: a device that is not there, something that is neither, or models that are divided over ranks.
+        """
+        if self.parallel.sample.size > 1:
+            raise UserError("to: the models are divided over ranks, and stay where they are")
+        device, dtype = self.device, self.dtype
+        for each in where:
+            if isinstance(each, torch.dtype) or (isinstance(each, str) and each in DTYPES):
+                dtype = each if isinstance(each, torch.dtype) else torch_dtype(each)
+            else:
+                device = pick_device(str(each))
+        name = dtype_name(dtype)
+        for model in self.models.values():
+            move(model, torch.device("cpu") if self.cfg.offload else device, dtype)
+        self.cfg = replace(self.cfg, device=str(device), dtype=name)
+        self.device, self.dtype = device, dtype
+        return self
 
     @torch.no_grad()
     def encode_prompt(self, texts: Sequence[str]) -> TextEmbeddings:

@@ -28,6 +28,11 @@ def is_at_hand(path: str | Path) -> bool:
     return is_there(path) or is_there(f"{path}{INDEX_SUFFIX}")
 
 
+def is_folder(path: str | Path) -> bool:
+    """Whether a folder has this name, see :func:`is_there`."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
 def is_file(path: str | Path) -> bool:
     """Whether a file has this name, see :func:`is_there`."""
     return os.path.isfile(path)  # noqa: PTH113

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "opensora"
 RANKS = {
     **{"base": 0, "models": 1, "datasets": 1, "acceleration": 2, "encoded": 2, "diffusion": 3},
     **{"generation": 4, "training": 4, "evaluation": 4, "serving": 5},
-    **{"cli": 6, "__main__": 7},
+    **{"cli": 6, "__main__": 7, "__init__": 7},  # the last two: the package's front door
 }
 NEVER_AT_IMPORT = {
     "flash_attn",
@@ -62,7 +62,7 @@ def name(path: Path) -> str:
 
 def test_every_package_has_a_rank():
     packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert packages - {"utils", "config"} == set(RANKS) - {"base", "__main__"}
+    assert packages - {"utils", "config"} == set(RANKS) - {"base", "__main__", "__init__"}
 
 
 def test_imports_run_one_way():

@@ -56,7 +56,7 @@ def test_a_name_is_that_of_the_scripts_own_configs(group, name, file):
         ("configs/diffusion/inference/demo.py", f"{CONFIGS}/diffusion/inference/demo.py comes with opensora"),
         ("256px.py", "config file 256px.py does not exist"),
         ("./demo", "config file ./demo does not exist, and no"),
-        ("", "config file  does not exist"),
+        ("", ". is a folder without a config.py"),
         ("**", "config file ** does not exist"),
         ("a\0b", "does not exist"),
         ("x" * 300, "does not exist"),
