@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora.diffusion.lora import KEY, LoraLinear, apply_loras, read_loras
-from opensora.utils.errors import UserError
+from opensora.utils.errors import UserError, shorten
 
 
 class LoadedLora(NamedTuple):
@@ -27,7 +27,8 @@ class LoraStack:
     """Adapters on a model, in the order in which they came; the model is as it would be if it were loaded with these.
 
     Args:
-        model: whole, with plain weights.
+        model: whole.
+        plain: the same model, maybe on meta, if ``model`` has quantised weights; adapters stay beside these.
         merge: add adapters to the weights, of which a copy is kept in host memory; otherwise they work beside them.
         partial: use what fits of an adapter that fits in part.
 
@@ -35,13 +36,16 @@ class LoraStack:
         UserError: the model has adapters beside its weights already.
     """
 
-    def __init__(self, model: nn.Module, merge: bool = True, partial: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, plain: nn.Module | None = None, merge: bool = True, partial: bool = False
+    ) -> None:
         if any(isinstance(module, LoraLinear) for module in model.modules()):
             raise UserError(
                 f"load_lora: adapters of {KEY} lie beside the weights (merge_lora False); load all of them with "
                 "load_lora, or all with the config"
             )
-        self.model, self.merge, self.partial = model, merge, partial
+        self.model, self.plain, self.partial = model, plain or model, partial
+        self.merge = merge and plain is None
         self.loaded: tuple[LoadedLora, ...] = ()
         self._kept: dict[str, Tensor] = {}  # weights as they were, by name
         self._beside: tuple[str, ...] = ()  # modules that adapters work beside
@@ -78,9 +82,12 @@ class LoraStack:
 
     def _put(self, wanted: Sequence[LoadedLora]) -> None:
         """Put adapters on the plain model."""
-        adapters = read_loras([each.entry for each in wanted], self.model, self.partial)
+        adapters = read_loras([each.entry for each in wanted], self.plain, self.partial)
         changed = {name for adapter in adapters for name in adapter.changes}
         whole = {name for adapter in adapters for name in (*adapter.replaced, *adapter.added)}
+        quantised = whole - {name for name, _ in self.model.named_parameters()}
+        if quantised:
+            raise UserError(f"load_lora: {shorten(sorted(quantised))} are replaced whole, but are quantised")
         names = sorted(whole | {f"{name}.weight" for name in changed if self.merge})
         self._kept = {name: self.model.get_parameter(name).detach().to("cpu", copy=True) for name in names}
         self._beside = () if self.merge else tuple(sorted(changed))

@@ -26,7 +26,7 @@ from opensora.diffusion.encoding import embed_texts, encode_references
 from opensora.diffusion.finite import check_result, watched
 from opensora.diffusion.guidance import Branch
 from opensora.diffusion.latents import get_noise, pack, prepare_ids, unpack
-from opensora.diffusion.loading import load_models
+from opensora.diffusion.loading import load_models, park_modulation
 from opensora.diffusion.lora_stack import LoadedLora, LoraStack
 from opensora.diffusion.moving import move
 from opensora.diffusion.offload import on_device
@@ -48,7 +48,9 @@ from opensora.diffusion.velocity import (
 )
 from opensora.diffusion.wording import check_motion_score, check_prompt, check_seed, final_text
 from opensora.models.autoencoder import LatentSpec, as_autoencoder
-from opensora.models.diffusion import as_diffusion_model
+from opensora.models.build import build_on_meta
+from opensora.models.diffusion import DiffusionModel, as_diffusion_model
+from opensora.models.quantization.linear import QuantizedLinear
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from opensora.utils.video import to_uint8
@@ -317,7 +319,7 @@ class VideoPipeline:
         """Put a LoRA adapter on the video model, beside those that are on it: of PEFT, diffusers, ComfyUI or Kohya.
 
         With the config's ``merge_lora`` (the default) it is added to the weights, of which a copy is kept in host
-        memory; the model is as if it had been loaded with ``pretrained_lora_path``.
+        memory; the model is as if it had been loaded with ``pretrained_lora_path``. It stays beside quantised weights.
 
         Args:
             path: folder or file.
@@ -330,7 +332,10 @@ class VideoPipeline:
         if self.parallel.sample.size > 1:
             raise UserError("load_lora: the model is divided over ranks; give adapters as pretrained_lora_path instead")
         if self._loras is None:
-            self._loras = LoraStack(self.models["model"], self.cfg.merge_lora, self.cfg.lora_partial)
+            model, section = self.models["model"], self.cfg.model
+            quantized = section is not None and any(isinstance(each, QuantizedLinear) for each in model.modules())
+            plain = build_on_meta(section) if section is not None and quantized else None
+            self._loras = LoraStack(model, plain, self.cfg.merge_lora, self.cfg.lora_partial)
         self._loras.add(path, strength)
 
     def unload_lora(self, path: str | Path | None = None) -> None:
@@ -365,6 +370,8 @@ class VideoPipeline:
         name = dtype_name(dtype)
         for model in self.models.values():
             move(model, torch.device("cpu") if self.cfg.offload else device, dtype)
+            if self.cfg.precompute and isinstance(model, DiffusionModel):
+                park_modulation(model)
         self.cfg = replace(self.cfg, device=str(device), dtype=name)
         self.device, self.dtype = device, dtype
         return self

@@ -92,6 +92,17 @@ def test_without_any(tiny_config, adapters):
         beside.load_lora(adapters[1])
 
 
+def test_beside_quantised_weights(tiny_config, adapters):
+    model = {**tiny_config["model"], "quantize": "int8"}
+    pipe = VideoPipeline.from_config({**tiny_config, "model": model}, num_steps=1)
+    plain = state(pipe)
+    pipe.load_lora(adapters[0])
+    assert isinstance(pipe.models["model"].double_blocks[0].img_mlp[0], LoraLinear)
+    pipe("a", seed=1)
+    pipe.unload_lora()
+    assert same(state(pipe), plain)
+
+
 def test_it_shows_in_the_video(tiny_config, adapters):
     pipe = VideoPipeline.from_config(tiny_config, num_steps=1)
     plain = pipe("a", seed=1).latents
