@@ -9,7 +9,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 FOLDERS = ("configs", "assets")
-INSIDE = Path("opensora", "_data")  # where opensora/config/shipped.py looks for them in an installed package
+INSIDE = Path("opensora", "_data")  # where opensora/utils/paths.py looks for them in an installed package
 
 
 class BuildWithData(build_py):

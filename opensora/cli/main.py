@@ -41,6 +41,8 @@ COMMANDS = {
     "shard": Command("opensora.cli.shard", "split a parquet table into shards"),
     "reconstruct": Command("opensora.cli.reconstruct", "reconstruct clips and measure how well"),
     "vae-stats": Command("opensora.cli.vae_stats", "latent statistics per channel, to paste into a config"),
+    "serve": Command("opensora.serving.command", "serve a page in the browser, and the videos API of OpenAI"),
+    "doctor": Command("opensora.cli.doctor", "see whether this machine has what is needed, and make a small video"),
 }
 
 

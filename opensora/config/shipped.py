@@ -5,20 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from opensora.utils.errors import UserError, shorten
-from opensora.utils.paths import is_file, is_folder
+from opensora.utils.paths import is_file, is_folder, shipped_root
 
-PACKAGE = Path(__file__).resolve().parents[1]
-INSTALLED = "_data"  # folder of an installed package that holds what a checkout has at its root, see setup.py
 CONFIGS = "configs"
 SUFFIXES = (".py", ".json", ".yaml", ".yml")
 PARTS = "plugins"  # folder of files that only others build on
 FOLDER_CONFIG = "config"  # name of the config in the folder of a model
-
-
-def shipped_root() -> Path:
-    """The folder that holds ``configs`` and ``assets``: the checkout, or one inside an installed package."""
-    inside = PACKAGE / INSTALLED
-    return inside if inside.is_dir() else PACKAGE.parent
 
 
 def shipped_names(folder: str) -> dict[str, Path]:

@@ -4,6 +4,14 @@ import os
 from pathlib import Path
 
 INDEX_SUFFIX = ".index.json"  # after the name of the weight file that shards stand for
+PACKAGE = Path(__file__).resolve().parents[1]
+INSTALLED = "_data"  # folder of an installed package that holds what a checkout has at its root, see setup.py
+
+
+def shipped_root() -> Path:
+    """The folder that holds ``configs`` and ``assets``: the checkout, or one inside an installed package."""
+    inside = PACKAGE / INSTALLED
+    return inside if inside.is_dir() else PACKAGE.parent
 
 
 def expand_home(path: str | Path) -> Path:

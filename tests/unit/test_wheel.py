@@ -56,7 +56,7 @@ def test_names_and_paths_lead_into_it(wheel, tmp_path, monkeypatch):
     zipfile.ZipFile(wheel).extractall(package.parent)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    monkeypatch.setattr("opensora.config.shipped.PACKAGE", package)
+    monkeypatch.setattr("opensora.utils.paths.PACKAGE", package)
     cfg = load_config("demo", InferenceOptions)
     paths = [cfg.config_path, *(section.from_pretrained for section in (cfg.model, cfg.ae, cfg.t5, cfg.clip))]
     assert all(Path(path).is_relative_to(package / "_data") and Path(path).exists() for path in paths)
