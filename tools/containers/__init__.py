@@ -1,0 +1,1 @@
+"""The Dockerfiles, read and tried without Docker."""
