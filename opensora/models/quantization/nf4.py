@@ -1,6 +1,7 @@
 """Weights in 4-bit NormalFloat (QLoRA, arXiv:2305.14314), by bitsandbytes: 4.25 bits a weight."""
 
 import importlib
+import logging
 import math
 from functools import cache
 
@@ -15,7 +16,11 @@ BLOCK = 64  # weights, in the order of memory, that share a scale
 @cache
 def _library() -> None:
     """Have bitsandbytes register its operators; takes seconds."""
+    log = logging.getLogger("bitsandbytes")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of a kernel for CPUs that is not used here
     importlib.import_module("bitsandbytes")
+    log.setLevel(level)
 
 
 class Nf4(Quantizer):
