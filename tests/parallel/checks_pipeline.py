@@ -37,23 +37,29 @@ def sample(parallel: ParallelContext | None, picture: bool, **overrides: Any) ->
 
 
 @functools.cache
-def alone(picture: bool) -> SampleResult:
-    return sample(None, picture)
+def alone(picture: bool, quantize: str | None = None) -> SampleResult:
+    return sample(None, picture, **{"model.quantize": quantize})
 
 
-def compare(picture: bool = True, mode: str = "ring_attn", **sizes: int) -> None:
+def compare(picture: bool = True, mode: str = "ring_attn", quantize: str | None = None, **sizes: int) -> None:
     found = sample(
         context(**sizes), picture, plugin="hybrid", plugin_ae="hybrid",
-        **{"plugin_config.sequence_parallelism_mode": mode},
+        **{"plugin_config.sequence_parallelism_mode": mode, "model.quantize": quantize},
     )  # fmt: skip
-    assert_close(found.latents, alone(picture).latents, f"{sizes} latents")
-    for made, expected in zip(found.frames, alone(picture).frames):
+    expected_result = alone(picture, quantize)
+    assert_close(found.latents, expected_result.latents, f"{sizes} latents")
+    for made, expected in zip(found.frames, expected_result.frames):
         assert np.abs(made.astype(int) - expected).max() <= 1
 
 
 def sequence_parallel(folder: Path) -> None:
     compare(mode="all_to_all", sp=2)
     compare(picture=False, sp=2)
+
+
+def quantized_weights(folder: Path) -> None:
+    """Every process has all of them; they are unpacked to the same numbers everywhere."""
+    compare(quantize="int8", sp=2)
 
 
 def tensor_parallel(folder: Path) -> None:
@@ -124,6 +130,7 @@ def sizes_fit_the_processes(folder: Path) -> None:
 
 CHECKS = [
     sequence_parallel,
+    quantized_weights,
     tensor_parallel,
     branches,
     tiles_of_the_autoencoder,

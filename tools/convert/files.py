@@ -7,6 +7,7 @@ from pathlib import Path
 
 from opensora.acceleration.devices import torch_dtype
 from opensora.models.mmdit.loading import layout_metadata
+from opensora.models.quantization.kinds import METADATA
 from opensora.utils.errors import UserError
 from opensora.utils.weights import WeightFiles
 from opensora.utils.weights_writing import save_safetensors
@@ -41,8 +42,20 @@ def check_output(args: argparse.Namespace) -> None:
 
 
 def read(weights: WeightFiles, dtype: str | None) -> State:
-    """All tensors of the source, floating-point ones in ``dtype`` (None keeps the file's)."""
+    """All tensors of the source, floating-point ones in ``dtype`` (None keeps the file's). Raises as `check_plain`."""
+    check_plain(weights)
     return dict(weights.tensors(dtype=torch_dtype(dtype) if dtype else None))
+
+
+def check_plain(weights: WeightFiles) -> None:
+    """Refuse weights that cannot be taken apart.
+
+    Raises:
+        UserError: they are quantised.
+    """
+    kind = weights.metadata.get(METADATA)
+    if kind is not None:
+        raise UserError(f"{weights.path}: its weights are quantised, to {kind}; take those that they were made from")
 
 
 def recorded(weights: WeightFiles) -> dict[str, str]:

@@ -13,7 +13,17 @@ if __package__ in (None, ""):
 from opensora.config import run_main
 from opensora.utils.errors import UserError
 from opensora.utils.weights import WeightFiles, open_weights
-from tools.convert.files import FUSED, HALF_SPLIT, add_output, check_output, naming, read, recorded, write_mmdit
+from tools.convert.files import (
+    FUSED,
+    HALF_SPLIT,
+    add_output,
+    check_output,
+    check_plain,
+    naming,
+    read,
+    recorded,
+    write_mmdit,
+)
 from tools.convert.layouts import convert_layout, has_fused_qkv, model_config
 
 
@@ -47,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("nothing to convert: give --qkv fused|split, --rope interleaved|half-split, or both")
     check_output(args)
     weights = open_weights(args.source)
+    check_plain(weights)
     with naming(args.source):
         fused = has_fused_qkv(weights.shapes)
         model_config(weights.shapes)  # a file that is not whole is told at once

@@ -27,7 +27,7 @@ from opensora.utils.errors import UserError
 from opensora.utils.weights import WEIGHT_SUFFIXES, WeightFiles, open_weights
 from opensora.utils.weights_writing import save_safetensors
 from tools.arguments import user_path
-from tools.convert.files import check_output, recorded
+from tools.convert.files import check_output, check_plain, recorded
 
 T5_FILE = "model.safetensors"
 
@@ -83,9 +83,7 @@ def write(
     Raises:
         UserError: weights that are quantised already.
     """
-    before = weights.metadata.get(METADATA)
-    if before is not None:
-        raise UserError(f"source {args.source}: its weights are quantised already ({before})")
+    check_plain(weights)
     quantizer = QUANTIZERS.get(args.kind)()
     state = dict(quantize_tensors(weights.tensors(dtype=torch_dtype(args.dtype), skip=skip), rule.covers, quantizer))
     save_safetensors(state, output, {**recorded(weights), METADATA: args.kind})

@@ -33,6 +33,9 @@ def layout_metadata(config: MMDiTConfig) -> dict[str, str]:
 def config_of_shapes(shapes: Shapes) -> dict[str, Any]:
     """Config fields that the keys and shapes of an MMDiT state dict determine (those it has the keys for)."""
     found: dict[str, Any] = {}
+    shapes = {
+        re.sub(r"\.qweight$", ".weight", key): shape for key, shape in shapes.items()
+    }  # rows of quantised weights
 
     def count(prefix: str) -> int:
         return len({key.split(".")[1] for key in shapes if key.startswith(prefix)})

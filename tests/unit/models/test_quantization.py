@@ -22,8 +22,9 @@ from opensora.utils.errors import UserError
 from opensora.utils.weights import WeightFiles, open_weights
 from opensora.utils.weights_writing import save_safetensors
 from tests.conftest import ROOT
+from tests.integration.own_package import page_files
 from tests.unit.models.test_mmdit_loading import CONFIG
-from tools.convert import quantize
+from tools.convert import mmdit, quantize
 
 KINDS = [
     pytest.param(kind, marks=pytest.mark.skipif(missing, reason="bitsandbytes is not installed"))
@@ -124,6 +125,15 @@ def test_a_file_of_quantised_weights_is_the_same_as_quantising_while_loading(sou
     stored = open_weights(tmp_path / "q.safetensors")
     assert stored.metadata["quantize"] == kind
     assert stored.metadata["use_liger_rope"] == "True"
+
+
+def test_a_kind_of_the_users_own(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(QUANTIZERS, "_added", {})
+    exec(page_files()["my_package/quantizer.py"], {"__name__": "my_package.quantizer"})
+    quantize.main([str(source), str(tmp_path / "q.safetensors"), "int8_columns", "--dtype", "fp32"])
+    loaded = build(tmp_path / "q.safetensors")
+    exact, found = (model.single_blocks[1].linear2.weight for model in (build(source), loaded))
+    assert 0 < (found - exact).norm() / exact.norm() < ERRORS["int8"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -254,8 +264,11 @@ def test_a_file_of_another_kind_than_the_config_says(source, tmp_path):
     check_weights("model", config(from_pretrained=str(path)))
     with pytest.raises(UserError, match=r"set model\.depth=1"):
         check_weights("model", config(from_pretrained=str(path), depth=2))
-    with pytest.raises(UserError, match="quantised already"):
-        quantize.main([str(path), str(tmp_path / "twice.safetensors"), "fp8"])
+    with pytest.raises(UserError, match=r"split QKV projections .*: set model\.fused_qkv=False"):
+        check_weights("model", config(from_pretrained=str(path), fused_qkv=True))
+    for convert, how in ((quantize.main, ["fp8"]), (mmdit.main, ["--qkv", "fused"])):
+        with pytest.raises(UserError, match="its weights are quantised"):
+            convert([str(path), str(tmp_path / "twice.safetensors"), *how])
     save_safetensors({"img_in.weight": torch.zeros(1)}, path, {"quantize": "q9"})
     with pytest.raises(UserError, match=r"q9.*unknown kind.*fp8, int8, nf4"):
         check_weights("model", config(from_pretrained=str(path)))
