@@ -1,5 +1,7 @@
 """Weights in 8-bit floating point (e4m3) with a scale for each row, multiplied as such where the GPU can."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -12,9 +14,21 @@ MULTIPLE = 16  # of both sides of a weight that they multiply
 @torch.compiler.assume_constant_result
 def multiplies_fp8(device: torch.device) -> bool:
     """Whether a device has matrix products of 8-bit floating point with a scale for each row."""
-    if device.type != "cuda" or torch.version.hip is not None:
+    return device.type == "cuda" and torch.version.hip is None and _works(device)
+
+
+@cache
+def _works(device: torch.device) -> bool:
+    """Whether a small product does: which GPUs have kernels for it depends on the version of torch."""
+    if torch.cuda.get_device_capability(device) < CAPABILITY:
         return False
-    return torch.cuda.get_device_capability(device) >= CAPABILITY
+    side = torch.zeros(MULTIPLE, MULTIPLE, device=device).to(Fp8.dtype)
+    scale = torch.ones(MULTIPLE, 1, device=device)
+    try:
+        torch._scaled_mm(side, side.t(), scale, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+    except RuntimeError:
+        return False
+    return True
 
 
 class Fp8(RowwiseQuantizer):

@@ -11,6 +11,7 @@ from torch import Tensor
 from opensora.models.quantization.kinds import Part, Parts, Quantizer
 
 BLOCK = 64  # weights, in the order of memory, that share a scale
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that bitsandbytes knows
 
 
 @cache
@@ -38,11 +39,12 @@ class Nf4(Quantizer):
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         _library()
         rows, columns = weight.shape
-        packed, absmax = torch.ops.bitsandbytes.quantize_4bit(weight.contiguous(), BLOCK, "nf4", torch.uint8)
+        known = weight if weight.dtype in DTYPES else weight.float()
+        packed, absmax = torch.ops.bitsandbytes.quantize_4bit(known.contiguous(), BLOCK, "nf4", torch.uint8)
         return {"qweight": packed.view(rows, columns // 2), "absmax": absmax.bfloat16()}
 
     def unpack(self, parts: Parts, dtype: torch.dtype) -> Tensor:
         packed = parts["qweight"]
         shape = (packed.shape[0], 2 * packed.shape[1])
-        absmax = parts["absmax"].float()
-        return torch.ops.bitsandbytes.dequantize_4bit(packed.view(-1, 1), absmax, BLOCK, "nf4", shape, dtype)
+        absmax, known = parts["absmax"].float(), dtype if dtype in DTYPES else torch.float32
+        return torch.ops.bitsandbytes.dequantize_4bit(packed.view(-1, 1), absmax, BLOCK, "nf4", shape, known).to(dtype)

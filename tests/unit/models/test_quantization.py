@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from opensora.config.choices import QUANTIZERS
+from opensora.diffusion.offload import on_device
 from opensora.models.build import build_on_meta, check_weights
 from opensora.models.mmdit import MMDiTConfig
 from opensora.models.mmdit.loading import layout_metadata, quantization
@@ -66,7 +67,7 @@ def test_weights_are_as_close_as_the_kind_allows(kind):
     back = quantizer.unpack(parts, torch.float32)
     assert (back - weight).norm() / weight.norm() < ERRORS[kind]
     assert not back[3].any()
-    for dtype, rounding in ((torch.bfloat16, 2**-8), (torch.float16, 2**-10)):
+    for dtype, rounding in ((torch.bfloat16, 2**-8), (torch.float16, 2**-10), (torch.float64, 1e-6)):
         assert torch.allclose(quantizer.unpack(parts, dtype).float(), back, rtol=rounding, atol=1e-7)
 
 
@@ -207,6 +208,16 @@ def test_moving_and_casting_leave_the_numbers(source):
             assert torch.equal(getattr(layer, part).float(), value.float())
     assert model.float().single_blocks[0].linear2.weight.dtype == torch.float32
     assert model.to("meta").single_blocks[0].linear2.qweight.is_meta
+
+
+def test_offload_copies_them_as_they_are(source):
+    model = build(source, quantize="int8").requires_grad_(False)
+    layer = model.single_blocks[0].linear2
+    before = layer.qweight
+    with on_device(model, torch.device("meta"), offload=True):
+        assert layer.qweight.is_meta
+        assert (layer.qweight.dtype, layer.scale.dtype) == (torch.int8, torch.float32)
+    assert layer.qweight is before
 
 
 def test_a_peft_adapter_trains_beside_quantised_weights(source):
