@@ -165,6 +165,7 @@ class ServeOptions(InferenceOptions):
     api_key_file: str | None = opt(None, "file with that key; it is not in lists of processes then")
     model_name: str | None = opt(None, "what answers call the model; none takes the config's name")
     page: bool = opt(True, "serve the page, at /")
+    examples: str | None = opt(None, "table of prompts that the page offers; none takes some of the repository's")
     worker_processes: int = opt(1, "processes that make each video together, see plugin", least=1, most=MANY_PROCESSES)
     lora_dir: str | None = opt(None, "folder of LoRA adapters that requests may name")
     allow_urls: bool = opt(False, "fetch references from public addresses, never from private ones")

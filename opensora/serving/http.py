@@ -60,7 +60,7 @@ def create_app(service: Service) -> FastAPI:
     cfg = service.cfg
     Api(service).mount(app)
     _handle_errors(app)
-    if False:
+    if cfg.page:
         from opensora.serving.page import mount_page
 
         mount_page(app, service)

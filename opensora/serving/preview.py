@@ -5,6 +5,7 @@ no table of autoencoders.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,13 +63,34 @@ def fit_map(ae: Autoencoder, device: torch.device, dtype: torch.dtype) -> Tensor
         return None
     flat = torch.cat(latents).float().cpu().movedim(1, -1).flatten(0, -2)
     flat = torch.cat([flat, torch.ones(len(flat), 1)], dim=1)
-    small = F.adaptive_avg_pool2d(pictures[:, :, 0], latents[0].shape[-2:])
+    small = F.adaptive_avg_pool2d(pictures[:, :, 0], tuple(latents[0].shape[-2:]))
     colours = small.movedim(1, -1).flatten(0, -2)
     found = torch.linalg.lstsq(flat, colours).solution
     left = (flat @ found - colours).square().mean() / colours.var()
     share = 1 - float(left)
     logger.info("preview: a linear map explains %.0f%% of the colours that the autoencoder encodes", 100 * share)
     return found if math.isfinite(share) and share > ENOUGH else None
+
+
+class Denoised:
+    """Where latents are heading: what a step's velocity says of its end, x - t v (exact for Euler steps).
+
+    Args:
+        times: schedule, 1 (noise) to 0.
+    """
+
+    def __init__(self, times: Sequence[float]) -> None:
+        self.times = times
+        self._before: tuple[int, Tensor] | None = None
+
+    def __call__(self, step: int, total: int, latents: Tensor) -> Tensor:
+        """The estimate after a step (from 1); the latents themselves where nothing is known of the step before."""
+        before, self._before = self._before, (step, latents)
+        known = total == len(self.times) - 1 and before is not None and before[0] == step - 1
+        if not known or before is None or before[1].shape != latents.shape:
+            return latents
+        velocity = (latents - before[1]) / (self.times[step] - self.times[step - 1])
+        return latents - self.times[step] * velocity
 
 
 def as_colours(latents: Tensor, fitted: Tensor | None) -> np.ndarray:

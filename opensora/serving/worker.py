@@ -37,7 +37,7 @@ from opensora.serving.adapters import with_lora
 from opensora.serving.desk import Desk, Prepared
 from opensora.serving.folders import PREVIEW, READY, SHEET, THUMBNAIL, Folders
 from opensora.serving.jobs import Gone, Job, JobStore
-from opensora.serving.preview import fit_map, write_preview, write_sheet, write_thumbnail
+from opensora.serving.preview import Denoised, fit_map, write_preview, write_sheet, write_thumbnail
 from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger, setup_logging
@@ -112,7 +112,7 @@ class Worker:
     def _make(self, jobs: Sequence[Job]) -> None:
         try:
             batch = [self._prepare(job) for job in jobs]
-            progress = Progress(self, jobs)
+            progress = Progress(self, jobs, Denoised(batch[0].plan.times))
             with with_lora(self.pipe.models["model"], batch[0].lora, self.desk.cfg.lora_partial):
                 result = self._sample(jobs, batch, progress)
         except (UserError, torch.OutOfMemoryError) as error:
@@ -196,13 +196,14 @@ class Progress:
     Args:
         worker: that makes it.
         jobs: of the batch.
+        denoised: what the latents are becoming.
 
     Attributes:
         living: names of those that somebody still wants.
     """
 
-    def __init__(self, worker: Worker, jobs: Sequence[Job]) -> None:
-        self.worker, self.jobs = worker, jobs
+    def __init__(self, worker: Worker, jobs: Sequence[Job], denoised: Denoised) -> None:
+        self.worker, self.jobs, self.denoised = worker, jobs, denoised
         self.living = {job.id for job in jobs}
         self._shown = 0.0
 
@@ -219,7 +220,7 @@ class Progress:
             raise Gone
 
     def _note(self, step: int, total: int, latents: Tensor) -> None:
-        shows = time.monotonic() - self._shown > PREVIEWS
+        shows, seen = time.monotonic() - self._shown > PREVIEWS, self.denoised(step, total, latents)
         for index, job in enumerate(self.jobs):
             if job.id not in self.living:
                 continue
@@ -230,7 +231,7 @@ class Progress:
                 continue
             if shows:
                 place = self.worker.folders.of(job.id) / PREVIEW
-                write_preview(latents[index], self.worker.colours, place)
+                write_preview(seen[index], self.worker.colours, place)
         self._shown = time.monotonic() if shows else self._shown
 
 

@@ -1,0 +1,449 @@
+"""The page: a form, what is being made, and what one has made. It is a client of the same jobs as programs are.
+
+A browser is known by a cookie that it gets with the page; jobs that it asks for are its own, also after a reload.
+"""
+
+import re
+import secrets
+from collections.abc import Mapping
+from http.cookies import SimpleCookie
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+from fastapi import FastAPI
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from opensora.config.options import SamplingOption
+from opensora.datasets.aspect import BASE_RATIOS
+from opensora.diffusion.plan import make_plan
+from opensora.serving import views
+from opensora.serving.desk import work_of
+from opensora.serving.jobs import Job
+from opensora.serving.looks import CSS, theme
+from opensora.serving.request import FILES
+from opensora.serving.service import MIB, Service
+from opensora.serving.words import LANGUAGES, preferred, say
+from opensora.utils.errors import UserError
+
+OWNER, LANGUAGE = "opensora_owner", "opensora_language"  # cookies
+A_YEAR = 365 * 24 * 3600
+TICK = 0.6  # seconds between looks at a job that is being made
+CARDS = 12
+EXAMPLES = 4
+ASSETS = Path(__file__).parents[2] / "assets" / "texts"
+SIDES = (64, 128, 192, 256, 384, 512, 768, 1024)
+KEEP_LANGUAGE = f"(l) => {{ document.cookie = '{LANGUAGE}=' + l + '; path=/; max-age={A_YEAR}; samesite=strict'; }}"
+ELSEWHERE = re.compile(rb'<meta\s+(?:property|name)="(?:og|twitter):[^>]*>')  # pictures for previews of links
+POLICY = "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; style-src 'self' 'unsafe-inline'; "
+POLICY += "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; worker-src 'self' blob:; font-src 'self' data:; "
+POLICY += "frame-ancestors 'self'; base-uri 'self'"
+
+
+def mount_page(app: FastAPI, service: Service) -> None:
+    """Add the page to an application, at its root."""
+    page = Page(service)
+    blocks = page.build()
+    for block in blocks.blocks.values():  # Gradio would fetch addresses that come in the place of uploads
+        block.async_move_resource_to_block_cache = _only_uploads(block)  # type: ignore[method-assign]
+    gr.mount_gradio_app(
+        app,
+        blocks,
+        path="/",
+        server_name=service.cfg.host,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        show_error=False,
+        max_file_size=int(service.cfg.max_upload * MIB),
+        theme=theme(),
+        css=CSS,
+    )
+    app.add_middleware(PageHeaders)
+
+
+def _only_uploads(block: Any) -> Any:
+    move = block.async_move_resource_to_block_cache
+
+    async def moved(place: Any) -> Any:
+        if str(place).startswith(("http:", "https:")):
+            raise gr.Error("addresses are not fetched here")
+        return await move(place)
+
+    return moved
+
+
+class PageHeaders:
+    """Gives a browser the cookie by which its jobs are known, and its orders to load nothing from elsewhere."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != "/":
+            await self.app(scope, receive, send)
+            return
+        known = OWNER in SimpleCookie(Headers(scope=scope).get("cookie", ""))
+        start: Message = {}
+        body = b""
+
+        async def sent(message: Message) -> None:
+            nonlocal body
+            if message["type"] == "http.response.start":
+                start.update(message)
+                return
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                content = ELSEWHERE.sub(b"", body)
+                _set_headers(MutableHeaders(raw=start["headers"]), known, len(content))
+                await send(start)
+                await send({"type": "http.response.body", "body": content})
+
+        await self.app(scope, receive, sent)
+
+
+def _set_headers(headers: MutableHeaders, known: bool, length: int) -> None:
+    headers["content-length"] = str(length)
+    headers["content-security-policy"] = POLICY
+    headers["referrer-policy"] = "no-referrer"
+    headers["cache-control"] = "no-store"
+    if not known:
+        token = secrets.token_hex(16)
+        headers.append("set-cookie", f"{OWNER}={token}; Path=/; Max-Age={A_YEAR}; HttpOnly; SameSite=Strict")
+
+
+def owner_of(request: gr.Request) -> str:
+    """The browser that asks.
+
+    Raises:
+        gr.Error: it keeps no cookies.
+    """
+    owner = request.cookies.get(OWNER, "")
+    if not (len(owner) == 32 and owner.isalnum()):
+        raise gr.Error("this page needs its cookie: reload it, and allow cookies")
+    return f"browser-{owner}"
+
+
+class Page:
+    """Builds the page of a service.
+
+    Args:
+        service: whose jobs it shows.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.service, self.desk, self.cfg = service, service.desk, service.cfg
+        self.option: SamplingOption = service.cfg.sampling_option
+        self.named: list[tuple[Any, dict[str, str]]] = []  # components with texts: word by property
+
+    def build(self) -> gr.Blocks:
+        """The page."""
+        with gr.Blocks(title="opensora", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
+            self.language = gr.State("en")
+            self.job, self.shown = gr.State(""), gr.State("")  # a job's name; what the stage shows
+            self.kept = gr.State("")  # what the gallery shows
+            with gr.Row(equal_height=True):
+                self.head = gr.HTML(self._head("en"), padding=False)
+                self.switch = gr.Radio(
+                    [(name, code) for code, name in LANGUAGES.items()], value="en", show_label=False,
+                    container=False, elem_id="language",
+                )  # fmt: skip
+            with gr.Row():
+                with gr.Column(scale=5, min_width=380):
+                    self._form()
+                with gr.Column(scale=6, min_width=420):
+                    self.stage = gr.HTML(views.stage(self.service, None, "en"), elem_id="stage", padding=False)
+            self.title = gr.HTML("", padding=False)
+            self._gallery()
+            self.timer = gr.Timer(TICK, active=False)
+            self._events(blocks)
+        return blocks
+
+    def _head(self, language: str) -> str:
+        model = self.desk.model_name.replace("<", "").replace("&", "")
+        return (
+            f'<div class="os-head"><div class="mark"></div><div><h1>opensora <code>{model}</code></h1>'
+            f"<p>{say('tagline', language)}</p></div></div>"
+        )
+
+    def _said(self, component: Any, **words: str) -> Any:
+        """A component whose properties are said in the page's language."""
+        self.named.append((component, words))
+        return component
+
+    # ------------------------------------------------------------------------------------------------------------- form
+
+    def _form(self) -> None:
+        hint = {"placeholder": say("prompt_hint", "en")}
+        prompt = gr.Textbox(label=say("prompt", "en"), lines=3, max_lines=8, elem_id="prompt", **hint)
+        self.prompt = self._said(prompt, label="prompt", placeholder="prompt_hint")
+        texts = self._example_texts()
+        if texts:
+            examples = gr.Examples([[text] for text in texts], [prompt], label=say("examples", "en"))
+            self._said(examples.dataset, label="examples")
+        self._pictures()
+        self._sizes()
+        with self._said(gr.Accordion(say("more", "en"), open=False), label="more"):
+            self._more()
+        with gr.Row():
+            self.make = self._said(
+                gr.Button(say("make", "en"), variant="primary", elem_id="make", scale=3), value="make"
+            )
+            self.cancel = self._said(
+                gr.Button(say("cancel", "en"), elem_id="cancel", interactive=False), value="cancel"
+            )
+
+    def _example_texts(self) -> list[str]:
+        name = "demo.csv" if "demo" in self.cfg.config_path else "sora.csv"
+        place = Path(self.cfg.examples).expanduser() if self.cfg.examples else ASSETS / name
+        try:
+            texts = pd.read_csv(place)["text"].astype(str).tolist()
+        except (OSError, ValueError, KeyError):
+            return []
+        return texts[:EXAMPLES]
+
+    def _pictures(self) -> None:
+        takes = self.desk.takes_references
+        with self._said(gr.Accordion(say("pictures", "en"), open=False, visible=takes), label="pictures"), gr.Row():
+            how: dict[str, Any] = dict(type="filepath", sources=["upload", "clipboard"], height=170, buttons=[])
+            self.first = self._said(gr.Image(label=say("first", "en"), elem_id="first", **how), label="first")
+            self.last = self._said(gr.Image(label=say("last", "en"), elem_id="last", **how), label="last")
+
+    def _sizes(self) -> None:
+        sizes, ratios = self._resolutions(), self._ratios()
+        lengths = self._lengths()
+        with gr.Row():
+            self.size = self._said(gr.Dropdown(sizes, value=sizes[0], label="Size", elem_id="size"), label="size")
+            self.ratio = self._said(gr.Dropdown(ratios, value=ratios[0], label="Aspect ratio"), label="ratio")
+        with gr.Row():
+            at = dict(minimum=lengths[0], maximum=lengths[-1], step=lengths[1] - lengths[0])
+            value = self.option.num_frames
+            length = gr.Slider(**at, value=value, label=self._length("en"), elem_id="length")
+            self.length = self._said(length, label="length")
+            steps = gr.Slider(1, max(100, self.option.num_steps), self.option.num_steps, step=1, elem_id="steps")
+            self.steps = self._said(steps, label="steps")
+
+    def _length(self, language: str) -> str:
+        return say("length", language, fps=self.cfg.fps_save)
+
+    def _fits(self, **changes: Any) -> bool:
+        """Whether a sample of other sampling options is within the server's limits."""
+        plain = {**self.option.to_dict(), **changes}
+        try:
+            plan = make_plan(SamplingOption(**plain), self.desk.run.plan.spec, self.cfg.patch_size, "t2v")
+        except (UserError, TypeError):
+            return False
+        return work_of(plan) <= self.desk.most_work
+
+    def _resolutions(self) -> list[str]:
+        """The config's own first, then what else is within the limits."""
+        option = self.option
+        own = option.resolution or f"{option.width}x{option.height}"
+        ratio = option.aspect_ratio or "1:1"
+        others = [f"{side}px" for side in SIDES if f"{side}px" != own]
+        named = dict(height=None, width=None, aspect_ratio=ratio)
+        return [own, *(name for name in others if self._fits(resolution=name, **named))]
+
+    def _ratios(self) -> list[str]:
+        own = self.option.aspect_ratio or "1:1"
+        mirrored = [":".join(reversed(ratio.split(":"))) for ratio in BASE_RATIOS]
+        every = [ratio for ratio in dict.fromkeys(("16:9", "9:16", "1:1", *BASE_RATIOS, *mirrored)) if ratio != own]
+        named = dict(height=None, width=None, resolution=self._resolutions()[0])
+        return [
+            own,
+            *(ratio for ratio in every if self.option.resolution and self._fits(**{**named, "aspect_ratio": ratio})),
+        ]
+
+    def _lengths(self) -> list[int]:
+        spec = self.desk.run.plan.spec
+        ratio, lead = spec.compression[0], int(spec.is_causal)
+        longest = max(4 * self.option.num_frames, 4 * ratio)
+        found = [n for n in range(ratio + lead, longest + 1, ratio) if self._fits(num_frames=n)]
+        return found if len(found) > 1 else [ratio + lead, 2 * ratio + lead]
+
+    def _more(self) -> None:
+        self.negative = self._said(
+            gr.Textbox(label="Negative prompt", lines=1), label="negative", placeholder="negative_hint"
+        )
+        with gr.Row():
+            self.guidance = self._said(gr.Slider(0, 20, self.option.guidance, step=0.1), label="guidance")
+            seed = gr.Number(None, precision=0, minimum=0, elem_id="seed")
+            self.seed = self._said(seed, label="seed", info="seed_hint")
+        with gr.Row():
+            own = self.cfg.motion_score if str(self.cfg.motion_score).isdigit() else ""
+            scores = [("–", ""), *((str(score), str(score)) for score in range(1, 16))]
+            self.motion = self._said(gr.Dropdown(scores, value=own), label="motion", info="motion_hint")
+            can = self.desk.can_refine
+            self.refine = self._said(gr.Checkbox(self.cfg.refine_prompt, interactive=can), label="refine")
+        names = [("–", ""), *((name, name) for name in self.desk.loras)]
+        with gr.Row():
+            self.lora = self._said(gr.Dropdown(names, value="", interactive=len(names) > 1), label="lora")
+            self.strength = self._said(gr.Slider(-2, 2, 1.0, step=0.05, interactive=len(names) > 1), label="strength")
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Components of the form by field of a request."""
+        return {
+            "prompt": self.prompt,
+            "resolution": self.size,
+            "aspect_ratio": self.ratio,
+            "num_frames": self.length,
+            "num_inference_steps": self.steps,
+            "negative_prompt": self.negative,
+            "guidance_scale": self.guidance,
+            "seed": self.seed,
+            "motion_score": self.motion,
+            "refine_prompt": self.refine,
+            "lora": self.lora,
+            "lora_strength": self.strength,
+        }
+
+    # ---------------------------------------------------------------------------------------------------------- gallery
+
+    def _gallery(self) -> None:
+        @gr.render(inputs=[self.kept, self.language], show_progress="hidden")
+        def cards(kept: str, language: str) -> None:
+            jobs = [job for id in kept.split() if (job := self.service.store.get(id)) is not None]
+            with gr.Row(elem_classes="os-cards"):
+                for job in jobs:
+                    self._card(job, language)
+
+    def _card(self, job: Job, language: str) -> None:
+        name = gr.State(job.id)
+        with gr.Column(elem_classes="os-card"):
+            gr.HTML(views.card(self.service, job, language), padding=False)
+            with gr.Row(elem_classes="os-do"):
+                again = gr.Button(say("again", language), size="sm", elem_classes="again", min_width=70, scale=3)
+                delete = gr.Button(say("delete", language), size="sm", elem_classes="delete", min_width=70)
+        again.click(
+            self.again, [name], [*self.fields.values(), self.first, self.last],
+            show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
+        delete.click(
+            self.delete, [name, self.language], [self.kept, self.title], show_progress="hidden",
+            api_visibility="private",
+        )  # fmt: skip
+
+    # ----------------------------------------------------------------------------------------------------------- events
+
+    def _events(self, blocks: gr.Blocks) -> None:
+        view = [self.job, self.shown, self.stage, self.timer, self.cancel, self.kept, self.title]
+        quiet: dict[str, Any] = dict(show_progress="hidden", api_visibility="private")
+        said = [component for component, _ in self.named]
+        blocks.load(self.open, None, [self.language, self.switch, *view], **quiet).then(
+            self.translate, [self.switch], [self.language, self.head, *said], **quiet
+        )
+        self.switch.input(self.translate, [self.switch], [self.language, self.head, *said], **quiet).then(
+            self.look, [self.job, gr.State(""), self.language], view, **quiet
+        )
+        self.switch.input(None, [self.switch], None, js=KEEP_LANGUAGE, **quiet)
+        ask = [self.language, self.first, self.last, *self.fields.values()]
+        gr.on([self.make.click, self.prompt.submit], self.ask, ask, view, **quiet)
+        self.timer.tick(self.look, [self.job, self.shown, self.language], view, trigger_mode="once", **quiet)
+        self.cancel.click(self.stop, [self.job, self.language], view, **quiet)
+
+    def open(self, request: gr.Request) -> list[Any]:
+        """The page is loaded: the language, and the job that is under way, or was last."""
+        language = request.cookies.get(LANGUAGE) or preferred(request.headers.get("accept-language"))
+        language = language if language in LANGUAGES else "en"
+        jobs = self.service.store.page(CARDS, owner=owner_of(request))
+        job = next((job for job in reversed(jobs) if job.is_open), jobs[0] if jobs else None)
+        return [language, language, *self._view(job, language, owner_of(request))]
+
+    def translate(self, language: str) -> list[Any]:
+        """The page in another language."""
+        updates = [
+            gr.update(**{name: say(word, language, fps=self.cfg.fps_save) for name, word in words.items()})
+            for _, words in self.named
+        ]
+        return [language, self._head(language), *updates]
+
+    def ask(self, request: gr.Request, language: str, first: str | None, last: str | None, *values: Any) -> list[Any]:
+        """Send the form.
+
+        Raises:
+            gr.Error: it cannot be made; says why.
+        """
+        fields = self._fields(dict(zip(self.fields, values, strict=True)))
+        files = {name: Path(path).read_bytes() for name, path in zip(FILES, (first, last)) if path}
+        try:
+            job = self.service.create(fields, files, owner_of(request))
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        return self._view(job, language, owner_of(request))
+
+    def _fields(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The form as fields of a request: what is empty, or the config's own, is left out."""
+        fields = {name: value for name, value in values.items() if value not in (None, "")}
+        own = self._resolutions()[0]
+        if fields.get("resolution") == own:
+            fields.pop("resolution")
+        if self.option.aspect_ratio in (None, fields.get("aspect_ratio")) and "resolution" not in fields:
+            fields.pop("aspect_ratio", None)
+        if "lora" not in fields:
+            fields.pop("lora_strength", None)
+        if not self.desk.can_refine:
+            fields.pop("refine_prompt", None)
+        return fields
+
+    def look(self, id: str, shown: str, language: str, request: gr.Request) -> list[Any]:
+        """How far a job is."""
+        owner = owner_of(request)
+        return self._view(self._own(id, owner), language, owner, shown)
+
+    def stop(self, id: str, language: str, request: gr.Request) -> list[Any]:
+        """Cancel a job of one's own."""
+        owner = owner_of(request)
+        if self._own(id, owner) is not None:
+            self.service.cancel(id)
+        return self._view(self._own(id, owner), language, owner)
+
+    def again(self, id: str, request: gr.Request) -> list[Any]:
+        """The form with the settings of a job."""
+        job = self._own(id, owner_of(request))
+        if job is None:
+            return [gr.skip()] * (len(self.fields) + 2)
+        asked = {
+            "resolution": self._resolutions()[0],
+            "aspect_ratio": self._ratios()[0],
+            "negative_prompt": "",
+            "motion_score": "",
+            "lora": "",
+            "lora_strength": 1.0,
+            "refine_prompt": self.cfg.refine_prompt,
+            **{name: job.facts.get(name) for name in ("num_frames", "num_inference_steps", "guidance_scale", "seed")},
+            **job.request,
+        }
+        folder, uploads = self.service.folders.of(id), job.request.get("uploads", ())
+        pictures = [str(folder / name) if name in uploads else None for name in ("first", "last")]
+        return [*(asked.get(name) for name in self.fields), *pictures]
+
+    def delete(self, id: str, language: str, request: gr.Request) -> list[Any]:
+        """Delete a job of one's own."""
+        owner = owner_of(request)
+        if self._own(id, owner) is not None:
+            self.service.remove(id)
+        return self._kept(language, owner)
+
+    def _own(self, id: str, owner: str) -> Job | None:
+        job = self.service.store.get(id) if id else None
+        return job if job is not None and job.owner == owner else None
+
+    def _view(self, job: Job | None, language: str, owner: str, shown: str = "") -> list[Any]:
+        """What the events of a job set: its name, the stage, the timer, the button, the gallery."""
+        html = views.stage(self.service, job, language)
+        is_open = job is not None and job.is_open
+        stage = gr.skip() if html == shown else html  # a video that plays goes on
+        timer, cancel = gr.Timer(active=is_open), gr.Button(interactive=is_open)
+        return [job.id if job else "", html, stage, timer, cancel, *self._kept(language, owner)]
+
+    def _kept(self, language: str, owner: str) -> list[Any]:
+        """Names of one's finished jobs, newest first, and the gallery's title."""
+        jobs = [job for job in self.service.store.page(CARDS + 4, owner=owner) if not job.is_open][:CARDS]
+        note = "" if jobs else f'<p class="os-note">{say("mine_empty", language)}</p>'
+        return [" ".join(job.id for job in jobs), f'<h2 class="os-title">{say("mine", language)}</h2>{note}']
