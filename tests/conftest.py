@@ -16,11 +16,14 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With ``pytest -n``, tests whose checks one group of processes runs go to one worker; each would start a group."""
+    """With ``pytest -n``, tests whose checks one group of processes runs go to one worker, and so do those of one
+    server; each would start a group, or a server."""
     from xdist.scheduler import LoadScopeScheduling
 
     class GroupScheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
+            if nodeid.startswith(("tests/ui/", "tests/integration/test_serving.py")):
+                return "server"
             return re.sub(r"(::test_processes\[\d+)-.*", r"\1", nodeid)
 
     return GroupScheduling(config, log)
@@ -42,6 +45,18 @@ def text_encoder(name: str, width_key: str) -> tuple[str, int]:
     if not (folder / "config.json").is_file():
         pytest.skip(f"{folder} is not at hand")
     return str(folder), json.loads((folder / "config.json").read_text())[width_key]
+
+
+@pytest.fixture(scope="session")
+def demo_server(tmp_path_factory):
+    """A service of the demo model, and the address where it answers, with a page."""
+    pytest.importorskip("gradio", reason="needs requirements-serve.txt")
+    from tests.helpers.serving import listening, served, working
+
+    config = str(ROOT / "configs" / "diffusion" / "inference" / "demo.py")
+    service = served(config, tmp_path_factory.mktemp("demo_server"))
+    with working(service), listening(service) as address:
+        yield service, address
 
 
 @pytest.fixture(scope="session")

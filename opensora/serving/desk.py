@@ -33,6 +33,10 @@ FIRST, LAST = "first", "last"  # uploads of a job
 WORK_FACTOR = 10  # a request may be so many times as much work as the config's own sample
 
 
+class UnknownModel(BadField):
+    """A request for another model than the one that is served."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A request that can be made.
@@ -176,14 +180,12 @@ class Desk:
         return self.prepare(GenerationRequest.read(fields), uploads, job.facts["seed"])
 
     def _check_limits(self, asked: GenerationRequest) -> None:
+        if asked.model not in (None, self.model_name, *OTHER_NAMES):
+            raise UnknownModel("model", f"model {asked.model[:80]!r} is not served here; {self.model_name} is")
         for name in ("prompt", "negative_prompt"):
             length = len(getattr(asked, name))
             if length > self.cfg.max_prompt:
                 raise BadField(name, f"{name} has {length:,} letters; at most {self.cfg.max_prompt:,} are taken")
-
-    def check_model(self, name: str | None) -> bool:
-        """Whether a request's ``model`` is the one that is served."""
-        return name is None or name in (self.model_name, *OTHER_NAMES)
 
     def _too_much(self, plan: SamplePlan) -> str:
         return (

@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from opensora.serving import wire
+from opensora.serving.desk import UnknownModel
 from opensora.serving.folders import PREVIEW, SHEET, THUMBNAIL
 from opensora.serving.guard import Guard
 from opensora.serving.jobs import COMPLETED, Job, QueueFull
@@ -33,6 +34,13 @@ LOOK, BEAT = 0.2, 15.0  # seconds between looks at a job that is streamed, and b
 VARIANTS = {"thumbnail": (THUMBNAIL, "image/webp"), "spritesheet": (SHEET, "image/jpeg")}
 TYPES = {".mp4": "video/mp4", ".png": "image/png"}
 CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large", 429: "try_again"}
+KINDS = {
+    QueueFull: (429, "queue_full"),
+    NoRoom: (429, "no_room"),
+    WrongType: (415, "wrong_content_type"),
+    Broken: (400, "broken_body"),
+    UnknownModel: (404, "model_not_found"),
+}
 ALL_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 NOT_HERE = ("remix", "edits", "extensions", "characters")
 OWN_HOSTS = ("localhost",)
@@ -83,8 +91,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(UserError)
     async def of_user(request: Request, error: UserError) -> JSONResponse:
-        kinds = {QueueFull: (429, "queue_full"), NoRoom: (429, "no_room"), WrongType: (415, "wrong_content_type")}
-        status, code = kinds.get(type(error), (400, "broken_body" if isinstance(error, Broken) else "invalid_value"))
+        status, code = KINDS.get(type(error), (400, "invalid_value"))
         return answer(status, str(error), code, error.field if isinstance(error, BadField) else None)
 
     @app.exception_handler(HTTPException)
@@ -130,10 +137,6 @@ class Api:
     async def create(self, request: Request) -> Response:
         """Take a request; the answer is its job, which waits."""
         fields, files = await read_body(request, int(2 * self.service.cfg.max_upload * MIB))
-        name = fields.get("model")
-        if isinstance(name, str) and not self.service.desk.check_model(name):
-            known = self.service.desk.model_name
-            raise ApiError(404, f"model {name[:80]!r} is not served here; {known} is", "model_not_found", "model")
         job = await run_in_threadpool(self.service.create, fields, files)
         return self._video(job)
 

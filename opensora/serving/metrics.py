@@ -27,7 +27,7 @@ class JobCollector(Collector):
         stages = SummaryMetricFamily("opensora_stage_seconds", "Seconds of completed jobs by stage", labels=["stage"])
         runs, seconds = store.totals("stage_runs"), store.totals("stage_seconds")
         for stage in sorted(runs):
-            stages.add_metric([stage], runs[stage], seconds[stage])
+            stages.add_metric([stage], int(runs[stage]), seconds[stage])
         yield stages
         if supervisor is not None:
             yield GaugeMetricFamily("opensora_worker_ready", "Whether models are loaded", supervisor.state == "ready")

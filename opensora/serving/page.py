@@ -179,7 +179,7 @@ class Page:
     # ------------------------------------------------------------------------------------------------------------- form
 
     def _form(self) -> None:
-        hint = {"placeholder": say("prompt_hint", "en")}
+        hint: dict[str, Any] = {"placeholder": say("prompt_hint", "en")}
         prompt = gr.Textbox(label=say("prompt", "en"), lines=3, max_lines=8, elem_id="prompt", **hint)
         self.prompt = self._said(prompt, label="prompt", placeholder="prompt_hint")
         texts = self._example_texts()
@@ -221,7 +221,7 @@ class Page:
             self.size = self._said(gr.Dropdown(sizes, value=sizes[0], label="Size", elem_id="size"), label="size")
             self.ratio = self._said(gr.Dropdown(ratios, value=ratios[0], label="Aspect ratio"), label="ratio")
         with gr.Row():
-            at = dict(minimum=lengths[0], maximum=lengths[-1], step=lengths[1] - lengths[0])
+            at: dict[str, Any] = dict(minimum=lengths[0], maximum=lengths[-1], step=lengths[1] - lengths[0])
             value = self.option.num_frames
             length = gr.Slider(**at, value=value, label=self._length("en"), elem_id="length")
             self.length = self._said(length, label="length")
@@ -357,10 +357,10 @@ class Page:
 
     def translate(self, language: str) -> list[Any]:
         """The page in another language."""
-        updates = [
-            gr.update(**{name: say(word, language, fps=self.cfg.fps_save) for name, word in words.items()})
-            for _, words in self.named
-        ]
+        updates: list[Any] = []
+        for _, words in self.named:
+            said: dict[str, Any] = {name: say(word, language, fps=self.cfg.fps_save) for name, word in words.items()}
+            updates.append(gr.update(**said))
         return [language, self._head(language), *updates]
 
     def ask(self, request: gr.Request, language: str, first: str | None, last: str | None, *values: Any) -> list[Any]:

@@ -1,10 +1,9 @@
 """Latents as small pictures while they are made: the linear map to RGB that fits an autoencoder best.
 
-The map is found by least squares from what the autoencoder itself makes of pictures drawn on the spot, so that it needs
-no table of autoencoders.
+The map is found by least squares, from what the autoencoder makes of clips drawn on the spot, and then from every video
+that is made, so that it needs no table of autoencoders and gets better with use.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,56 +19,98 @@ from opensora.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-PICTURES, LATENT_SIDE = 32, 8  # drawn for the fit, and how many latents wide
+CLIPS, LATENT_SIDE = 24, 8  # drawn for the first fit, and how many latents wide
+COLOURS = ((1, -1, -1), (-1, 1, -1), (-1, -1, 1), (1, 1, -1), (1, -1, 1), (-1, 1, 1))
+FIRST_WEIGHT = 1 / CLIPS  # of a drawn clip: all of them count like one video
+FORGETTING = 0.995  # of earlier ones by each
 SIDE = 192  # pixels of a preview's longer side
 MOST_FRAMES = 24
 MILLISECONDS = 160  # of a frame
-ENOUGH = 0.3  # share of the variance that a map must explain to be better than none
 
 
-def drawn_pictures(height: int, width: int, seed: int = 0) -> Tensor:
-    """Pictures [N, 3, 1, height, width] in [-1, 1]: a disc or a rectangle on a dark or light ground, in all colours."""
+def drawn_clips(frames: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """Clips [N, 3, frames, height, width] in [-1, 1]: a disc or a rectangle in a strong colour, on a dark or light
+    ground."""
     random = np.random.default_rng(seed)
     rows, columns = np.mgrid[:height, :width]
-    pictures = np.empty((PICTURES, 3, height, width), np.float32)
-    for number, picture in enumerate(pictures):
-        picture[:] = random.choice([-0.8, 0.8]) + random.uniform(-0.15, 0.15)
+    clips = np.empty((CLIPS, 3, frames, height, width), np.float32)
+    for number, clip in enumerate(clips):
+        clip[:] = random.choice([-0.8, 0.8]) + random.uniform(-0.15, 0.15)
         radius = random.uniform(0.12, 0.25) * min(height, width)
-        down, right = (
-            np.abs(rows - random.uniform(0.2, 0.8) * height),
-            np.abs(columns - random.uniform(0.2, 0.8) * width),
-        )
+        top, left = random.uniform(0.2, 0.8, 2) * (height, width)
+        down, right = np.abs(rows - top), np.abs(columns - left)
         inside = np.hypot(down, right) < radius if number % 2 else np.maximum(down, right) < radius
-        picture[:, inside] = random.choice([-0.8, 0.8], (3, 1)) + random.uniform(-0.2, 0.2, (3, 1))
-    return torch.from_numpy(pictures.clip(-1, 1))[:, :, None]
+        clip[:, :, inside] = np.array(COLOURS[number % len(COLOURS)])[:, None, None] * random.uniform(0.6, 0.9)
+    return torch.from_numpy(clips.clip(-1, 1))
 
 
-@torch.no_grad()
-def fit_map(ae: Autoencoder, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-    """The affine map [C + 1, 3] from latents to RGB in [-1, 1]; None where none is any good.
+class ColourMap:
+    """The affine map from latents to RGB in [-1, 1] that fits all that was shown to it.
 
     Args:
-        ae: autoencoder, on ``device``.
-        device: where it works.
-        dtype: of its weights.
+        channels: of a latent.
     """
-    spec = LatentSpec.of(ae)
-    _, rows, columns = spec.compression
-    pictures = drawn_pictures(LATENT_SIDE * rows, LATENT_SIDE * columns)
-    try:
-        latents = [ae.encode(each.to(device, dtype), sample_posterior=False) for each in pictures.split(1)]
-    except (RuntimeError, TypeError, ValueError) as error:  # one that takes no single frames, say
-        logger.info("no preview in colour: the autoencoder takes no pictures (%s)", error)
-        return None
-    flat = torch.cat(latents).float().cpu().movedim(1, -1).flatten(0, -2)
-    flat = torch.cat([flat, torch.ones(len(flat), 1)], dim=1)
-    small = F.adaptive_avg_pool2d(pictures[:, :, 0], tuple(latents[0].shape[-2:]))
-    colours = small.movedim(1, -1).flatten(0, -2)
-    found = torch.linalg.lstsq(flat, colours).solution
-    left = (flat @ found - colours).square().mean() / colours.var()
-    share = 1 - float(left)
-    logger.info("preview: a linear map explains %.0f%% of the colours that the autoencoder encodes", 100 * share)
-    return found if math.isfinite(share) and share > ENOUGH else None
+
+    def __init__(self, channels: int) -> None:
+        self.gram = torch.zeros(channels + 1, channels + 1, dtype=torch.float64)
+        self.cross = torch.zeros(channels + 1, 3, dtype=torch.float64)
+        self.solution: Tensor | None = None  # [C + 1, 3]; None until something was shown
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, ae: Autoencoder, device: torch.device, dtype: torch.dtype) -> "ColourMap":
+        """The map of drawn clips; one that was shown nothing where the autoencoder does not take them.
+
+        Args:
+            ae: autoencoder, on ``device``.
+            device: where it works.
+            dtype: of its weights.
+        """
+        spec, found = LatentSpec.of(ae), cls(ae.latent_channels)
+        time, rows, columns = spec.compression
+        clips = drawn_clips(time + int(spec.is_causal), LATENT_SIDE * rows, LATENT_SIDE * columns)
+        try:
+            for clip in clips.split(1):
+                found.show(ae.encode(clip.to(device, dtype), sample_posterior=False)[0], clip[0], FIRST_WEIGHT)
+        except (RuntimeError, TypeError, ValueError) as error:
+            logger.info("no preview in colour before the first video: the autoencoder takes no clips (%s)", error)
+            return cls(ae.latent_channels)
+        return found
+
+    def show(self, latents: Tensor, pixels: Tensor, weight: float = 1.0) -> None:
+        """Fit a video as well.
+
+        Args:
+            latents: [C, T, h, w].
+            pixels: [3, T', H, W] in [-1, 1].
+            weight: of it.
+        """
+        frames, rows, columns = latents.shape[1:]
+        small = F.adaptive_avg_pool3d(pixels[None].float().cpu(), (frames, rows, columns))[0]
+        known = _with_one(latents).double()
+        share = weight / len(known)
+        self.gram = FORGETTING * self.gram + share * known.T @ known
+        self.cross = FORGETTING * self.cross + share * known.T @ small.flatten(1).T.double()
+        ridge = 1e-4 * self.gram.diagonal().mean() * torch.eye(len(self.gram), dtype=torch.float64)
+        self.solution = torch.linalg.solve(self.gram + ridge, self.cross).float()
+
+    def __call__(self, latents: Tensor) -> np.ndarray:
+        """Latents [C, T, h, w] as uint8 [T, h, w, 3]; before anything was shown, the first channels scaled to what they
+        span."""
+        size = latents.shape[1:]
+        if self.solution is not None:
+            colours = (_with_one(latents) @ self.solution).reshape(*size, 3)
+        else:
+            x = latents.float().cpu()
+            colours = x[[min(channel, len(x) - 1) for channel in range(3)]].movedim(0, -1)
+            colours = (colours - colours.mean()) / (2 * colours.std() + 1e-6)
+        return colours.nan_to_num().clamp(-1, 1).add(1).mul(127.5).byte().numpy()
+
+
+def _with_one(latents: Tensor) -> Tensor:
+    """Latents [C, T, h, w] as rows [T h w, C + 1] on the CPU, with a one for the constant."""
+    flat = latents.detach().float().cpu().flatten(1).T
+    return torch.cat([flat, torch.ones(len(flat), 1)], dim=1)
 
 
 class Denoised:
@@ -93,23 +134,12 @@ class Denoised:
         return latents - self.times[step] * velocity
 
 
-def as_colours(latents: Tensor, fitted: Tensor | None) -> np.ndarray:
-    """Latents [C, T, h, w] as uint8 [T, h, w, 3]: by the map, or the first channels scaled to what they span."""
-    x = latents.float().cpu()
-    if fitted is not None:
-        colours = torch.einsum("cthw,cr->thwr", x, fitted[:-1]) + fitted[-1]
-    else:
-        colours = x[[min(channel, len(x) - 1) for channel in range(3)]].movedim(0, -1)
-        colours = (colours - colours.mean()) / (2 * colours.std() + 1e-6)
-    return colours.nan_to_num().clamp(-1, 1).add(1).mul(127.5).byte().numpy()
-
-
-def write_preview(latents: Tensor, fitted: Tensor | None, path: Path) -> Path:
+def write_preview(latents: Tensor, colours: ColourMap, path: Path) -> Path:
     """Write latents [C, T, h, w] as a small picture that moves."""
-    colours = as_colours(latents, fitted)[:MOST_FRAMES]
-    scale = SIDE / max(colours.shape[1:3])
-    size = (max(round(colours.shape[2] * scale), 1), max(round(colours.shape[1] * scale), 1))
-    frames = [Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC) for frame in colours]
+    shown = colours(latents)[:MOST_FRAMES]
+    scale = SIDE / max(shown.shape[1:3])
+    size = (max(round(shown.shape[2] * scale), 1), max(round(shown.shape[1] * scale), 1))
+    frames = [Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC) for frame in shown]
 
     def write(place: Path) -> None:
         frames[0].save(

@@ -37,7 +37,7 @@ from opensora.serving.adapters import with_lora
 from opensora.serving.desk import Desk, Prepared
 from opensora.serving.folders import PREVIEW, READY, SHEET, THUMBNAIL, Folders
 from opensora.serving.jobs import Gone, Job, JobStore
-from opensora.serving.preview import Denoised, fit_map, write_preview, write_sheet, write_thumbnail
+from opensora.serving.preview import ColourMap, Denoised, write_preview, write_sheet, write_thumbnail
 from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger, setup_logging
@@ -67,7 +67,7 @@ class Worker:
         self.first = pipe.parallel.rank == 0
         self.writer = SampleWriter(desk.cfg, logger.info) if self.first else None
         with on_device(pipe.models["ae"], pipe.device, pipe.cfg.offload) as ae:
-            self.colours = fit_map(as_autoencoder(ae), pipe.device, pipe.dtype)
+            self.colours = ColourMap.of(as_autoencoder(ae), pipe.device, pipe.dtype)
         self._ask: Ask | None = None
 
     def run(self, ends: Callable[[], bool] = lambda: False) -> None:
@@ -168,6 +168,7 @@ class Worker:
         write_sheet(frames, folder / SHEET)
         self.writer.with_config(prepared.cfg, prepared.lora).sample(sample, result, index)
         seconds = {**result.timings, "write": time.perf_counter() - start}
+        self.colours.show(result.latents[index], torch.from_numpy(frames).permute(3, 0, 1, 2) / 127.5 - 1)
         facts = {"text": result.texts[index], "forwards": result.plan.forwards}
         try:
             self.store.complete(job, facts, {stage: round(value, 3) for stage, value in seconds.items()})
