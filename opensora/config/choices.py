@@ -136,5 +136,10 @@ QUANTIZERS: Choices[Any] = Choices(
 )
 STEP_CACHES: Choices[Any] = Choices("step cache", {"first_block": "opensora.diffusion.first_block:FirstBlockCache"})
 METHODS: Choices[Any] = Choices(
-    "training method", {"flow_matching": "opensora.training.methods.flow_matching:FlowMatching"}
+    "training method",
+    {
+        "flow_matching": "opensora.training.methods.flow_matching:FlowMatching",
+        "guidance_distillation": "opensora.training.methods.guidance:GuidanceDistillation",
+        "trajectory_distillation": "opensora.training.methods.trajectory:TrajectoryDistillation",
+    },
 )

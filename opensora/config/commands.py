@@ -180,6 +180,17 @@ class ServeOptions(InferenceOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrajectoryOptions(InferenceOptions):
+    """Sample trajectories of a teacher beforehand, for a student of few steps to train on (into save_dir)."""
+
+    condition_config: dict[str, float] | None = opt(
+        None, "{condition type: weight}: references from the clips of column path; none goes by the table", least=0
+    )
+    keep_every: int = opt(1, "distance of the states to keep", "steps", least=1)
+    shard_size: int = opt(64, "trajectories per file", "samples", least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoopOptions(Options):
     """Keys of both training scripts."""
 

@@ -6,6 +6,7 @@ nearest right key.
 """
 
 import copy
+import dataclasses
 import importlib
 import json
 import sys
@@ -296,7 +297,7 @@ def _resolve(data: dict, options: type[Group], overrides: list[Override], where:
             defaults = {name: sub.default for name, sub in group_options(option.metadata["group"]).items()}
             data[option.name] = {**defaults, **data[option.name]}
     data["config_path"] = where
-    return as_group(options, data)
+    return dataclasses.replace(as_group(options, data), chosen=tuple(sorted(given)))
 
 
 def _link(data: dict, option: Option, given: set[str]) -> None:

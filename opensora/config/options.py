@@ -114,6 +114,7 @@ class Options:
 
     Attributes:
         given: keys that a file or command line set, in their order (empty where code made the instance).
+        chosen: of a script's own group: the dotted keys that a command line or a call set beside the file.
         extra: keys of an open section, and variables of a file, that the group does not define.
 
     Raises:
@@ -125,6 +126,7 @@ class Options:
     key_prefix: ClassVar[str] = ""  # where a config has these keys, with a dot, for messages
 
     given: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    chosen: tuple[str, ...] = field(default=(), repr=False, compare=False)
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:

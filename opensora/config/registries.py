@@ -157,6 +157,9 @@ DATASETS = LazyRegistry(
         "cached_video_text": Entry(
             "opensora.encoded.dataset", "opensora.encoded.config:CachedVideoTextConfig", ("clips",)
         ),
+        "trajectories": Entry(
+            "opensora.encoded.trajectories", "opensora.encoded.config:TrajectoriesConfig", ("clips",)
+        ),
     },
     DatasetOptions,
 )

@@ -162,9 +162,12 @@ def build_train_loader(
 
 
 def to_device(batch: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Move the floating-point tensors of a batch, without waiting where memory is pinned."""
+    """Move the floating-point tensors of a batch, without waiting where memory is pinned.
+
+    The ``states`` of trajectories keep their own dtype: their differences are what matters.
+    """
     return {
-        key: value.to(device, dtype, non_blocking=True)
+        key: value.to(device, None if key == "states" else dtype, non_blocking=True)
         if torch.is_tensor(value) and value.is_floating_point()
         else value
         for key, value in batch.items()

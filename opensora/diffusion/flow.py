@@ -5,6 +5,7 @@ al. 2024 (arXiv:2403.03206) the logit-normal times and the shift towards noise f
 """
 
 import math
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -57,10 +58,21 @@ def get_schedule(
         ``num_steps + 1`` falling values from 1.0 to 0.0.
     """
     times = [1 - step / num_steps for step in range(num_steps + 1)]
+    return shifted(times, image_seq_len, num_frames, shift, flow_shift)
+
+
+def shifted(
+    positions: Sequence[float],
+    image_seq_len: int,
+    num_frames: int,
+    shift: bool = True,
+    flow_shift: float | None = None,
+) -> list[float]:
+    """Times at positions in [0, 1]; arguments as of :func:`get_schedule`."""
     if not shift:
-        return times
+        return list(positions)
     alpha = shift_alpha(image_seq_len, num_frames, flow_shift)
-    return [time_shift(alpha, t) for t in times]
+    return [time_shift(alpha, t) for t in positions]
 
 
 def sample_timesteps(

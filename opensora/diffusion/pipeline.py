@@ -22,6 +22,7 @@ from opensora.config.options import SamplingOption
 from opensora.diffusion.calling import Generators, condition_of, one_of, seeds_of, shown_steps
 from opensora.diffusion.conditions import build_condition, get_spans, restore_references
 from opensora.diffusion.decode import DecodeMemoryError, check_pixels, decode_latents
+from opensora.diffusion.distilled import Distilled, as_distilled
 from opensora.diffusion.encoding import embed_texts, encode_references
 from opensora.diffusion.finite import check_result, watched
 from opensora.diffusion.guidance import Branch
@@ -45,6 +46,7 @@ from opensora.diffusion.velocity import (
     evaluations_of,
     guided_rows,
     guided_velocity,
+    told_velocity,
 )
 from opensora.diffusion.wording import check_motion_score, check_prompt, check_seed, final_text
 from opensora.models.autoencoder import LatentSpec, as_autoencoder
@@ -57,6 +59,7 @@ from opensora.utils.video import to_uint8
 
 logger = get_logger(__name__)
 
+OF_STEPS = ("num_steps", "solver", "shift", "flow_shift")
 ImagesCallback = Callable[[list[np.ndarray]], None]
 """``on_images(images)``: called with the pictures uint8 [H, W, 3] that a batch of videos is to start from."""
 
@@ -104,6 +107,8 @@ class VideoPipeline:
         device: where the models work.
         dtype: of the models.
         parallel: ranks that make a sample together, already reflected in the models; all call the same methods.
+        distilled: what the video model says of itself, if it is distilled; ``cfg`` is already as it asks.
+        plain: sampling options before that, by which a picture that comes first is made.
     """
 
     def __init__(
@@ -113,8 +118,11 @@ class VideoPipeline:
         device: torch.device,
         dtype: torch.dtype,
         parallel: ParallelContext | None = None,
+        distilled: Distilled | None = None,
+        plain: SamplingOption | None = None,
     ) -> None:
         self.parallel = parallel or ParallelContext()
+        self.distilled, self.plain = distilled, plain
         self.models = dict(models)
         self.cfg = cfg
         self.device = device
@@ -176,7 +184,7 @@ class VideoPipeline:
     @classmethod
     def from_prepared(cls, run: PreparedRun, parallel: ParallelContext | None = None) -> "VideoPipeline":
         """Load the models of a run whose config and weights are checked; ``parallel`` as in :meth:`from_config`."""
-        return cls(load_models(run, parallel), run.cfg, run.device, run.dtype, parallel)
+        return cls(load_models(run, parallel), run.cfg, run.device, run.dtype, parallel, run.distilled, run.plain)
 
     def __call__(
         self,
@@ -450,7 +458,9 @@ class VideoPipeline:
             velocity: Velocity
             if memo is not None:
                 denoiser.foresee(coming, noise.shape[0] * noise.shape[1], plan.guidance.text)
-            if plan.method == "distill":
+            if plan.tells_scales:
+                velocity = told_velocity(denoiser, positive, plan.guidance, plan.num_steps, size[0], plan.has_image)
+            elif plan.method == "distill":
                 velocity = distilled_velocity(denoiser, positive, plan.guidance.text)
             else:
                 velocity = guided_velocity(denoiser, *guided)
@@ -469,7 +479,7 @@ class VideoPipeline:
         """A diffusion model on the device, and what remembers what it computes once per sample."""
         with ExitStack() as stack:
             memo = None
-            if self.cfg.precompute:
+            if self.cfg.precompute and not plan.tells_scales:  # which may differ from step to step
                 batches = evaluations_of(coming, noise.shape[0] * noise.shape[1], plan.guidance.text)
                 model = as_diffusion_model(self.models[name])
                 memo = stack.enter_context(reused(model, self.device, batches, len(noise)))
@@ -503,6 +513,8 @@ class VideoPipeline:
         for name in ("img_flux", "img_flux_ae"):
             if name not in self.models:
                 raise UserError(f"{name} is not loaded: set use_t2i2v=True and give the config section {name}")
+        if self.distilled is not None and self.plain is not None:
+            option = replace(option, **{key: getattr(self.plain, key) for key in OF_STEPS})
         plan = plan_picture(self.cfg, self.models, option)
         config: Any = self.models["img_flux"].config
         size, patch = plan.latent_size, plan.patch_size
@@ -537,7 +549,8 @@ class VideoPipeline:
         option = self.cfg.sampling_option
         if not sampling:
             return option
-        return read_group(SamplingOption, {**option.to_dict(), **sampling}, "sampling_option", "this call")
+        option = read_group(SamplingOption, {**option.to_dict(), **sampling}, "sampling_option", "this call")
+        return option if self.distilled is None else as_distilled(option, self.distilled, sampling)
 
     def _plan(self, option: SamplingOption, cond_type: str, sources: Sequence[Sequence[Source] | None]) -> SamplePlan:
         has_refs = any(sources)
@@ -548,7 +561,8 @@ class VideoPipeline:
         for of_sample in sources:
             if of_sample:
                 check_references(of_sample, cond_type, self.spec)
-        return make_plan(option, self.spec, self.cfg.patch_size, cond_type if has_refs else "t2v", has_refs)
+        condition = cond_type if has_refs else "t2v"
+        return make_plan(option, self.spec, self.cfg.patch_size, condition, has_refs, self.distilled)
 
     def _seeds(self, seed: int | Sequence[int] | None, count: int) -> list[int]:
         if seed is None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from opensora.config.options import SamplingOption
 from opensora.datasets.aspect import aspect_ratio_table, closest_aspect_ratio, get_image_size, round_up
 from opensora.diffusion.conditions import fits, get_spans, is_image_condition
-from opensora.diffusion.flow import get_schedule
+from opensora.diffusion.distilled import Distilled
+from opensora.diffusion.flow import get_schedule, shifted
 from opensora.diffusion.guidance import Guidance, count_forwards, phase
 from opensora.diffusion.solvers import SOLVERS, Step, evaluations, make_steps
 from opensora.diffusion.step_cache import StepCacheChoice
@@ -33,10 +34,11 @@ class SamplePlan:
         guidance: scales.
         has_image: whether any sample has references.
         drop_duplicates: leave out frames that only repeat a given picture (non-causal autoencoders).
-        method: ``i2v`` weighs predictions with and without prompt and picture; ``distill`` tells the text scale to a
-            guidance-distilled model.
+        method: ``i2v`` weighs predictions with and without prompt and picture; ``distill`` tells the scales to a
+            guidance-distilled model, or leaves them to one that has its own.
         solver: name in :data:`opensora.diffusion.solvers.SOLVERS`.
         step_cache: what reuses work between steps, or None.
+        distilled: what the model says of itself, if it is distilled.
     """
 
     height: int
@@ -53,6 +55,7 @@ class SamplePlan:
     method: str
     solver: str
     step_cache: StepCacheChoice | None
+    distilled: Distilled | None = None
 
     @property
     def tokens(self) -> int:
@@ -66,10 +69,15 @@ class SamplePlan:
 
     def steps(self) -> list[Step]:
         """What the solver is to do."""
-        if self.method == "distill":
+        if self.method == "distill" and not self.tells_scales:
             return make_steps(self.times)
         phases = [phase(self.guidance, step, self.has_image) for step in range(self.num_steps)]
         return make_steps(self.times, phases)
+
+    @property
+    def tells_scales(self) -> bool:
+        """Whether the model takes the scales of each step, text and image."""
+        return self.distilled is not None and self.distilled.scales == "input" and self.method == "distill"
 
     @property
     def forwards(self) -> int:
@@ -121,6 +129,7 @@ def make_plan(
     patch_size: int,
     cond_type: str = "t2v",
     has_image: bool | None = None,
+    distilled: Distilled | None = None,
 ) -> SamplePlan:
     """Work out a run.
 
@@ -130,6 +139,8 @@ def make_plan(
         patch_size: latent pixels per token side.
         cond_type: condition of the samples.
         has_image: whether any sample has references (default: whether ``cond_type`` takes any).
+        distilled: what the model says of itself; ``option`` is already as it asks (see
+            :func:`opensora.diffusion.distilled.as_distilled`).
 
     Raises:
         UserError: sizes, lengths, steps or conditions that cannot be; says what can.
@@ -138,7 +149,7 @@ def make_plan(
     height, width = frame_size(option, multiple)
     num_frames, num_steps = option.num_frames, option.num_steps
     spec.check_frames(num_frames)
-    if option.method == "distill" and get_spans(cond_type):
+    if option.method == "distill" and distilled is None and get_spans(cond_type):
         raise UserError(
             f"sampling_option.method distill makes videos from text alone, not with cond_type {cond_type} (or "
             "use_t2i2v); --sampling_option.method i2v takes references"
@@ -146,7 +157,10 @@ def make_plan(
     size = spec.latent_size(num_frames, height, width)
     _check_condition(cond_type, num_frames, size[0], spec)
     tokens = size[1] * size[2] // patch_size**2
-    times = get_schedule(num_steps, tokens, size[0], option.shift, option.flow_shift)
+    if distilled is not None and distilled.positions is not None and distilled.num_steps == num_steps:
+        times = shifted(distilled.positions, tokens, size[0], option.shift, option.flow_shift)
+    else:
+        times = get_schedule(num_steps, tokens, size[0], option.shift, option.flow_shift)
     if any(after >= now for now, after in itertools.pairwise(times)):
         raise UserError(f"flow_shift={option.flow_shift}: the times of {num_steps} steps coincide; 1 to 20 is usual")
     given = bool(get_spans(cond_type)) if has_image is None else has_image
@@ -171,6 +185,7 @@ def make_plan(
         method=option.method,
         solver=option.solver,
         step_cache=StepCacheChoice.of(option.step_cache, option.step_cache_threshold),
+        distilled=distilled,
     )
 
 

@@ -1,7 +1,7 @@
 """A sampling run before any weight is loaded: all that can be known and wrong of it, found out once and handed on."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -12,6 +12,7 @@ from opensora.acceleration.plugins import check_sizes, plugin_name
 from opensora.config.commands import InferenceOptions
 from opensora.config.options import ModelOptions, SamplingOption
 from opensora.diffusion.conditions import get_spans
+from opensora.diffusion.distilled import Distilled, as_distilled, find_distilled
 from opensora.diffusion.lora import check_quantized, read_loras
 from opensora.diffusion.lora_fit import Adapter
 from opensora.diffusion.plan import SamplePlan, image_plan, make_plan, starts_from_picture
@@ -34,13 +35,15 @@ class PreparedRun:
     """A sampling config whose models, sizes and lengths are known to go together.
 
     Attributes:
-        cfg: the config.
+        cfg: the config; its sampling options are those of a distilled model, if it is one.
         device: where the models will work.
         dtype: of the models.
         sections: config section of each model that the run needs, by name.
         models: the same models without weights, on meta; none of the text encoders.
         plan: a sample of the config's own condition.
         picture: the picture that it starts from (``use_t2i2v``), else None.
+        distilled: what the video model says of itself, if it is distilled.
+        plain: sampling options as the config says, which a picture that comes first still goes by.
     """
 
     cfg: InferenceOptions
@@ -50,6 +53,8 @@ class PreparedRun:
     models: Mapping[str, nn.Module]
     plan: SamplePlan
     picture: SamplePlan | None = None
+    distilled: Distilled | None = None
+    plain: SamplingOption | None = None
 
     @classmethod
     def of(cls, cfg: InferenceOptions, device: torch.device) -> "PreparedRun":
@@ -60,10 +65,15 @@ class PreparedRun:
         """
         dtype, sections = torch_dtype(cfg.dtype), needed_sections(cfg)
         models = {name: build_on_meta(sections[name]) for name in ("model", "ae")}
-        spec = LatentSpec.of(models["ae"])
-        plan = make_plan(cfg.sampling_option, spec, cfg.patch_size, "t2v")
+        spec, plain = LatentSpec.of(models["ae"]), cfg.sampling_option
+        distilled = find_distilled(cfg)
+        if distilled is not None:
+            cfg = replace(cfg, sampling_option=as_distilled(plain, distilled, _chosen(cfg)))
+            logger.info("%s", distilled.describe(cfg.sampling_option))
+        plan = make_plan(cfg.sampling_option, spec, cfg.patch_size, "t2v", distilled=distilled)
         _check_channels(cfg, models["model"], models["ae"])
-        if plan.method == "distill" and not _config(models["model"]).guidance_embed:
+        fixed = distilled is not None and distilled.scales == "fixed"
+        if plan.method == "distill" and not fixed and not _config(models["model"]).guidance_embed:
             logger.warning("method distill: the model has no guidance_embed, so that guidance has no effect")
         if plan.step_cache is not None and not as_diffusion_model(models["model"]).takes_step_cache:
             kind = type(models["model"]).__name__
@@ -73,12 +83,12 @@ class PreparedRun:
         cond_type = starts_from_picture(cfg.cond_type) if cfg.use_t2i2v else cfg.cond_type
         if get_spans(cond_type):
             check_takes_references(models["model"], cond_type)
-            plan = make_plan(cfg.sampling_option, spec, cfg.patch_size, cond_type)
+            plan = make_plan(cfg.sampling_option, spec, cfg.patch_size, cond_type, distilled=distilled)
         picture = None
         if cfg.use_t2i2v:
             models |= {name: build_on_meta(sections[name]) for name in ("img_flux", "img_flux_ae")}
-            picture = plan_picture(cfg, models)
-        return cls(cfg, device, dtype, sections, models, plan, picture)
+            picture = plan_picture(cfg, models, plain)
+        return cls(cfg, device, dtype, sections, models, plan, picture, distilled, plain)
 
     @property
     def model(self) -> DiffusionModel:
@@ -100,7 +110,8 @@ class PreparedRun:
         for cond_type in sorted(set(cond_types)):
             if get_spans(cond_type):
                 check_takes_references(self.models["model"], cond_type)
-            plans.append(make_plan(self.cfg.sampling_option, self.plan.spec, self.cfg.patch_size, cond_type))
+            option, spec = self.cfg.sampling_option, self.plan.spec
+            plans.append(make_plan(option, spec, self.cfg.patch_size, cond_type, distilled=self.distilled))
         return plans
 
     def check_resources(self) -> None:
@@ -125,6 +136,11 @@ class PreparedRun:
         if adapters and stored_kind(section.from_pretrained) is not None:
             check_quantized(adapters, self.cfg.merge_lora, section.from_pretrained)
         return adapters
+
+
+def _chosen(cfg: InferenceOptions) -> set[str]:
+    """Sampling keys that the command line set."""
+    return {key.removeprefix("sampling_option.") for key in cfg.chosen if key.startswith("sampling_option.")}
 
 
 def plan_picture(

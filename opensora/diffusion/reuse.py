@@ -31,12 +31,12 @@ class Evaluation(NamedTuple):
 
     Attributes:
         time: diffusion time.
-        scale: guidance scale that the model is told.
+        scale: guidance scale that the model is told, or those of text and image.
         texts: what tells the text of each branch of the batch apart.
     """
 
     time: float
-    scale: float
+    scale: float | tuple[float, float]
     texts: tuple[int, ...]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from opensora.acceleration.branch_parallel import own_rows, spread_branches
 from opensora.acceleration.parallel_context import Axis
-from opensora.diffusion.guidance import Branch, Guidance, Weights, step_weights
+from opensora.diffusion.guidance import Branch, Guidance, Weights, image_scale, oscillate, step_weights
 from opensora.diffusion.reuse import Evaluation, SampleMemo
 from opensora.diffusion.solvers import Velocity
 from opensora.diffusion.step_cache import StepCache
@@ -18,6 +18,7 @@ from opensora.models.diffusion import as_diffusion_model
 # Branches go through the model as one batch while that has at most so many tokens. Larger batches gain no speed (the
 # device is busy anyway) and cost memory.
 MAX_TOKENS_AT_ONCE = 8192
+Scale = float | tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,15 @@ class Denoiser:
     cache: StepCache | None = None
     memo: SampleMemo | None = None
 
-    def predict(self, x: Tensor, time: float, step: int, scale: float, rows: Rows) -> list[Tensor]:
+    def predict(self, x: Tensor, time: float, step: int, scale: Scale, rows: Rows) -> list[Tensor]:
         """One float32 prediction [B, L, C] per branch; branches run as one batch if that is small.
 
         Args:
             x: [B, L, C].
             time: diffusion time, the same for all.
             step: whose guidance is asked for, for the cache.
-            scale: guidance scale, for models that embed it.
+            scale: guidance scale, for models that embed it; that of the text and that of the image, for models that
+                embed both.
             rows: each branch with its text.
         """
         predictions: list[Tensor] = []
@@ -80,7 +82,7 @@ class Denoiser:
             predictions += self._forward(x, time, step, scale, batch)
         return predictions
 
-    def foresee(self, evaluations: Sequence[tuple[float, Rows]], tokens: int, scale: float) -> None:
+    def foresee(self, evaluations: Sequence[tuple[float, Rows]], tokens: int, scale: Scale) -> None:
         """Have the memo compute all evaluations to come at once; see :func:`evaluations_of` for the arguments."""
         assert self.memo is not None
         known = evaluations_of(evaluations, tokens, scale)
@@ -91,17 +93,17 @@ class Denoiser:
         model = as_diffusion_model(self.model)
         return model.modulation_input(**self._vector_inputs(evaluation.time, evaluation.scale, rows))
 
-    def _vector_inputs(self, time: float, scale: float, rows: Rows) -> dict[str, Tensor]:
+    def _vector_inputs(self, time: float, scale: Scale, rows: Rows) -> dict[str, Tensor]:
         """Arguments of the model, but for what is made of tokens."""
         vec = torch.cat([text.vec for _, text in rows])
         count, dtype, device = len(vec), rows[0][1].txt.dtype, vec.device
         return {
             "timesteps": torch.full((count,), time, device=device, dtype=dtype),
             "y_vec": vec,
-            "guidance": torch.full((count,), scale, device=device, dtype=dtype),
+            "guidance": torch.tensor([scale] * count, device=device, dtype=dtype),
         }
 
-    def _forward(self, x: Tensor, time: float, step: int, scale: float, rows: Rows) -> Sequence[Tensor]:
+    def _forward(self, x: Tensor, time: float, step: int, scale: Scale, rows: Rows) -> Sequence[Tensor]:
         n, dtype = len(rows), rows[0][1].txt.dtype
         if self.memo is not None:
             key = evaluation_of(time, scale, rows)
@@ -132,12 +134,12 @@ def at_once(rows: Rows, tokens: int) -> list[Rows]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def evaluation_of(time: float, scale: float, rows: Rows) -> Evaluation:
+def evaluation_of(time: float, scale: Scale, rows: Rows) -> Evaluation:
     """What tells the modulation of a batch from that of another."""
     return Evaluation(time, scale, tuple(id(text) for _, text in rows))
 
 
-def evaluations_of(asked: Sequence[tuple[float, Rows]], tokens: int, scale: float) -> dict[Evaluation, Rows]:
+def evaluations_of(asked: Sequence[tuple[float, Rows]], tokens: int, scale: Scale) -> dict[Evaluation, Rows]:
     """The different batches that go through the model in a run.
 
     Args:
@@ -210,6 +212,30 @@ def distilled_velocity(denoiser: Denoiser, prompt: TextEmbeddings, scale: float)
 
     def velocity(x: Tensor, t: float, step: int) -> Tensor:
         (prediction,) = denoiser.predict(x, t, step, scale, [(Branch.PROMPT, prompt)])
+        return prediction
+
+    return torch.no_grad()(velocity)
+
+
+def told_velocity(
+    denoiser: Denoiser,
+    prompt: TextEmbeddings,
+    guidance: Guidance,
+    num_steps: int,
+    latent_frames: int,
+    has_image: bool = False,
+) -> Velocity:
+    """Velocity of a model that takes the scales of text and image of each step as input; arguments as of
+    :func:`guided_velocity`. Where scales oscillate, it is told 1 in their off steps.
+
+    An image scale that grows over the latent frames is told by its top.
+    """
+
+    def velocity(x: Tensor, t: float, step: int) -> Tensor:
+        text = oscillate(guidance.text, step) if guidance.text_osci else guidance.text
+        image = image_scale(guidance, step, num_steps, latent_frames) if has_image else 1.0
+        top = float(image[-1]) if isinstance(image, Tensor) else image
+        (prediction,) = denoiser.predict(x, t, step, (text, top), [(Branch.PROMPT, prompt)])
         return prediction
 
     return torch.no_grad()(velocity)

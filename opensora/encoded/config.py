@@ -1,8 +1,8 @@
-"""Options of the dataset that reads a cache."""
+"""Options of the datasets that read what was computed beforehand."""
 
 from dataclasses import dataclass
 
-from opensora.config.options import opt
+from opensora.config.options import DatasetOptions, opt
 from opensora.datasets.config import VideoTextConfig
 
 
@@ -15,3 +15,8 @@ class CachedVideoTextConfig(VideoTextConfig):
     cache_dir: str | None = opt(None, "folder that scripts/diffusion/cache.py wrote")
     return_latents_path: bool = opt(False, "samples name their latent file")
     load_original_video: bool | None = opt(None, "read the clip too; none does where its latents are not cached")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrajectoriesConfig(DatasetOptions):
+    """Trajectories of a teacher: a folder that scripts/diffusion/trajectories.py wrote (`trajectories`)."""

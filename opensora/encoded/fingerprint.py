@@ -86,6 +86,14 @@ def text_fingerprint(
     return {**encoders[0], **encoders[1], "dtype": str(dtype)}
 
 
+def models_fingerprint(
+    sections: Mapping[str, ModelOptions], dtype: torch.dtype, must_exist: bool = True
+) -> dict[str, Any]:
+    """What samples of a diffusion model depend on: the models by section, with their weights, and the precision."""
+    parts = [_encoder_fingerprint(name, section, must_exist) for name, section in sections.items()]
+    return {**{key: value for part in parts for key, value in part.items()}, "dtype": str(dtype)}
+
+
 def describe_changes(made_with: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """A line per key in which two fingerprints differ; weights that are not at hand are not compared."""
     differing = [key for key in {**made_with, **now} if made_with.get(key) != now.get(key) and now.get(key) != ABSENT]

@@ -1,7 +1,7 @@
 """Prompts: what is appended to them, and tables (or a single flag) of them read into requests."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,18 @@ class Request:
         return self.image_text or self.text
 
 
-def read_requests(cfg: InferenceOptions, downloads: Path) -> list[Request]:
+Row = Mapping[str, Any]
+
+
+def read_requests(
+    cfg: InferenceOptions, downloads: Path, amend: Callable[[Row, int], Row] | None = None
+) -> list[Request]:
     """Requests of a run: the single ``prompt`` if there is one, else the chosen rows of ``dataset``.
 
     Args:
         cfg: resolved config.
         downloads: folder for references from the web.
+        amend: from a row of the table and its number to the row to go by.
 
     Raises:
         UserError: no prompts, a table without ``text`` or with an empty one, a value of the wrong kind.
@@ -96,7 +102,8 @@ def read_requests(cfg: InferenceOptions, downloads: Path) -> list[Request]:
     requests = []
     for index in chosen:
         where = row_name(path, index)
-        requests.append(_request(cfg, table[index], index, where, expand_home(path).parent, downloads))
+        row = table[index] if amend is None else amend(table[index], index)
+        requests.append(_request(cfg, row, index, where, expand_home(path).parent, downloads))
     return requests
 
 

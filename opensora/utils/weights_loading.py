@@ -105,6 +105,14 @@ def check_file(model: nn.Module, path: str | Path, cache_dir: str | None = None)
         compare(model, weights)
 
 
+def _filled(shape: torch.Size, value: float | None, device: torch.device | str, dtype: torch.dtype | None) -> Tensor:
+    """A tensor that a file lacks: constant, or drawn as the weights of a new linear layer (whose biases are zero)."""
+    if value is not None or len(shape) < 2:
+        return torch.full(shape, value or 0.0, dtype=dtype, device=device)
+    bound = shape[1] ** -0.5
+    return torch.empty(shape).uniform_(-bound, bound).to(device, dtype)
+
+
 def load_model(
     build: Callable[[], Model],
     from_pretrained: str | Path | None,
@@ -113,7 +121,7 @@ def load_model(
     *,
     explain: Explain | None = None,
     metadata: Mapping[str, str] | None = None,
-    allow_missing: Mapping[str, float] | None = None,
+    allow_missing: Mapping[str, float | None] | None = None,
     allow_unexpected: Sequence[str] = (),
     cache_dir: str | None = None,
     packing: Packing | None = None,
@@ -131,7 +139,8 @@ def load_model(
         dtype: dtype of floating-point weights; None keeps the file's.
         explain: given the shapes in the file, says which config keys disagree (one sentence each).
         metadata: layouts the model expects, checked against those that the file records (if it does).
-        allow_missing: prefixes of keys that the file may lack, and the constant they are filled with.
+        allow_missing: prefixes of keys that the file may lack, and the constant they are filled with; None fills them
+            as a new linear layer is, from torch's global stream.
         allow_unexpected: prefixes of keys that the file may have beyond the model's.
         cache_dir: cache of downloads.
         packing: form of the weights in the model, if another than the file's. Tensors take it as they are read, so that
@@ -167,8 +176,8 @@ def load_model(
         del tensor, changed  # before the next one is read
     for key in missing:
         value = next(value for prefix, value in (allow_missing or {}).items() if key.startswith(prefix))
-        state[key] = torch.full(model.get_parameter(key).shape, value, dtype=dtype, device=device)
-        logger.info("%s is not in %s: filled with %g", key, weights.path, value)
+        state[key] = _filled(model.get_parameter(key).shape, value, device, dtype)
+        logger.info("%s is not in %s: %s", key, weights.path, "new" if value is None else f"filled with {value:g}")
     if unexpected:
         logger.info("Left out from %s: %s", weights.path, shorten(unexpected))
     return fill(model, state, device)

@@ -12,6 +12,7 @@ from opensora.config.commands import (
     CacheOptions,
     InferenceOptions,
     TrainOptions,
+    TrajectoryOptions,
     VaeInferenceOptions,
     VaeStatsOptions,
     VaeTrainOptions,
@@ -24,6 +25,7 @@ PAGES = ("README.md", "docs/inference.md")
 SCRIPTS = {
     "scripts/diffusion/train.py": TrainOptions,
     "scripts/diffusion/cache.py": CacheOptions,
+    "scripts/diffusion/trajectories.py": TrajectoryOptions,
     "scripts/vae/train.py": VaeTrainOptions,
     "scripts/vae/inference.py": VaeInferenceOptions,
     "scripts/vae/stats.py": VaeStatsOptions,

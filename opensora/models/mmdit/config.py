@@ -37,6 +37,7 @@ class MMDiTConfig(ModelOptions):
     theta: float = opt(10_000.0, "rotary base", above=0, required=True)
     qkv_bias: bool = opt(True, "bias in the query, key and value projections", required=True)
     guidance_embed: bool = opt(False, "model takes the guidance scale as input", required=True)
+    guidance_img_embed: bool = opt(False, "model takes the image guidance scale as a second input of this kind")
     cond_embed: bool = opt(False, "model takes masked reference latents as input")
     fused_qkv: bool = opt(True, "one projection for query, key and value")
     grad_ckpt_settings: tuple[int, int] | None = opt(None, "double and single blocks to recompute in backward", least=0)
@@ -65,6 +66,10 @@ class MMDiTConfig(ModelOptions):
         super().__post_init__()
         if self.given and not self.is_complete:  # of a section without all sizes, nothing can be said yet
             return
+        if self.guidance_img_embed and not self.guidance_embed:
+            raise UserError(
+                "model.guidance_img_embed=True needs guidance_embed=True: text and image scales come together."
+            )
         if self.hidden_size % self.num_heads:
             raise UserError(f"model.hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}.")
         impossible = any(dim % 2 or dim < 0 for dim in self.axes_dim)

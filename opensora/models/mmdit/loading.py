@@ -3,12 +3,16 @@
 import math
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from opensora.models.kinds import explain_other_kind
 from opensora.models.mmdit.config import MMDiTConfig
 from opensora.models.quantization.loading import Quantization
 
+EMBEDDERS: Mapping[str, str] = MappingProxyType(  # key of the config -> module
+    {"guidance_embed": "guidance_in", "guidance_img_embed": "guidance_img_in", "cond_embed": "cond_in"}
+)
 Shapes = Mapping[str, tuple[int, ...]]
 
 # linear layers of the blocks without their modulation, the only ones whose weights are quantised
@@ -50,6 +54,7 @@ def config_of_shapes(shapes: Shapes) -> dict[str, Any]:
     found["context_in_dim"] = size("txt_in.weight", 1)
     found["depth"], found["depth_single_blocks"] = count("double_blocks."), count("single_blocks.")
     found["guidance_embed"] = "guidance_in.in_layer.weight" in shapes
+    found["guidance_img_embed"] = "guidance_img_in.in_layer.weight" in shapes
     found["cond_embed"] = "cond_in.weight" in shapes
     fused = {"double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"}
     split = {"double_blocks.0.img_attn.q_proj.weight", "single_blocks.0.q_proj.weight"}
@@ -96,7 +101,7 @@ def explain_mismatch(config: MMDiTConfig, file_shapes: Shapes, strict: bool = Tr
     hints = _explain_embedders(config, found) if strict else []
     for key, value in found.items():
         wanted = getattr(config, key)
-        if value == wanted or key in ("cond_embed", "guidance_embed"):
+        if value == wanted or key in EMBEDDERS:
             continue
         if key == "mlp_ratio" and int(wanted * found["hidden_size"]) == value * found["hidden_size"]:
             continue  # the ratio is rounded to whole channels
@@ -110,7 +115,7 @@ def explain_mismatch(config: MMDiTConfig, file_shapes: Shapes, strict: bool = Tr
 
 def _explain_embedders(config: MMDiTConfig, found: Mapping[str, Any]) -> list[str]:
     """Sentences about guidance_in and cond_in, which tell apart the kinds of released models."""
-    differs = {key for key in ("guidance_embed", "cond_embed") if found[key] != getattr(config, key)}
+    differs = {key for key in EMBEDDERS if found[key] != getattr(config, key)}
     if differs and found["guidance_embed"] and not found["cond_embed"]:
         return [
             "The file is an image-only Flux model (it has guidance_in and no cond_in). To sample images set "
@@ -125,8 +130,7 @@ def _explain_embedders(config: MMDiTConfig, found: Mapping[str, Any]) -> list[st
         ]
     else:
         cond = []
-    module = {"guidance_embed": "guidance_in", "cond_embed": "cond_in"}
     return cond + [
-        f"The file has {'' if found[key] else 'no '}{module[key]}: set model.{key}={found[key]}."
+        f"The file has {'' if found[key] else 'no '}{EMBEDDERS[key]}: set model.{key}={found[key]}."
         for key in sorted(differs)
     ]

@@ -72,6 +72,7 @@ class MMDiTModel(DiffusionModel):
         self.time_in = MLPEmbedder(TIME_EMBED_DIM, hidden)
         self.vector_in = MLPEmbedder(config.vec_in_dim, hidden)
         self.guidance_in = MLPEmbedder(TIME_EMBED_DIM, hidden) if config.guidance_embed else None
+        self.guidance_img_in = MLPEmbedder(TIME_EMBED_DIM, hidden) if config.guidance_img_embed else None
         self.cond_in = nn.Linear(config.cond_channels, hidden) if config.cond_embed else None
         self.txt_in = nn.Linear(config.context_in_dim, hidden)
         self.rotary = RotaryTable(config.axes_dim, config.theta)
@@ -132,7 +133,11 @@ class MMDiTModel(DiffusionModel):
         if self.guidance_in is not None:
             if guidance is None:
                 raise ValueError("a model with guidance_embed=True needs `guidance`, [B] guidance scales.")
-            vec = vec + self.guidance_in(timestep_embedding(guidance, TIME_EMBED_DIM).to(dtype))
+            told = guidance[:, None] if guidance.ndim == 1 else guidance
+            vec = vec + self.guidance_in(timestep_embedding(told[:, 0], TIME_EMBED_DIM).to(dtype))
+            if self.guidance_img_in is not None:
+                scale = told[:, 1] if told.shape[1] > 1 else torch.ones_like(told[:, 0])
+                vec = vec + self.guidance_img_in(timestep_embedding(scale, TIME_EMBED_DIM).to(dtype))
         return vec
 
     def blocks_in_order(self) -> list[nn.Module]:
@@ -182,7 +187,7 @@ class MMDiTModel(DiffusionModel):
         timesteps: Tensor,  # [B] diffusion times in [0, 1], 1 is noise; embedded in their own dtype
         y_vec: Tensor,  # [B, vec_in_dim] pooled text
         cond: Tensor | None = None,  # [B, N, in_channels + patch_size^2] mask and reference latents
-        guidance: Tensor | None = None,  # [B] guidance scales
+        guidance: Tensor | None = None,  # [B] guidance scales, or [B, 2] of text and image
         around: Callable[[RunBlocks, Tensor, Tensor, Tensor, Rotary], Tensor] | None = None,
     ) -> Tensor:
         """Velocity of every image token, ``[B, N, in_channels]``.
@@ -220,6 +225,13 @@ class MMDiTModel(DiffusionModel):
         return x[:, text_tokens:], x[:, :text_tokens]
 
 
+def new_embedders() -> dict[str, float | None]:
+    """How embedders start that a file lacks: as constants, or (None) as new layers do."""
+    scales = ("guidance_in", "guidance_img_in")
+    layers = {"in_layer": None, "out_layer": 0.0}
+    return {"cond_in.": 0.0, **{f"{name}.{layer}.": value for name in scales for layer, value in layers.items()}}
+
+
 @MODELS.register_module("flux")
 @WeightKind("an MMDiT", "img_in.weight", section="model")
 def Flux(
@@ -233,9 +245,9 @@ def Flux(
 
     Args:
         config: sizes, layouts and the file of the weights (see `opensora.utils.weights.resolve_path`). With
-            ``strict_load=False`` a model may start from one with other embedders: a condition embedder that the file
-            lacks starts at zero, and embedders of a guidance scale or condition that the config does not have are left
-            out.
+            ``strict_load=False`` a model may start from one with other embedders: those of a condition or of guidance
+            scales that the file lacks start without effect (their last layer at zero), and those that the config does
+            not have are left out.
         device_map: device of the model; "meta" builds it without memory.
         torch_dtype: dtype of the weights.
         change: what is done to every parameter when it is read, before it is quantised (``quantize``).
@@ -252,8 +264,8 @@ def Flux(
         torch_dtype,
         explain=partial(explain_mismatch, own, strict=own.strict_load),
         metadata=layout_metadata(own),
-        allow_missing={} if own.strict_load else {"cond_in.": 0.0},
-        allow_unexpected=() if own.strict_load else ("cond_in.", "guidance_in."),
+        allow_missing={} if own.strict_load else new_embedders(),
+        allow_unexpected=() if own.strict_load else ("cond_in.", "guidance_in.", "guidance_img_in."),
         cache_dir=own.cache_dir,
         packing=quantization(own.quantize),
         change=change,

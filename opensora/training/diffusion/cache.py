@@ -17,8 +17,9 @@ from opensora.datasets.source import ClipSource, build_source
 from opensora.diffusion.conditions import condition_runs
 from opensora.encoded.config import CachedVideoTextConfig
 from opensora.encoded.dataset import CachedVideoTextDataset, table_of
-from opensora.encoded.fingerprint import describe_changes, text_fingerprint, video_fingerprint
+from opensora.encoded.fingerprint import describe_changes, models_fingerprint, text_fingerprint, video_fingerprint
 from opensora.encoded.store import WHOLE, CacheInfo
+from opensora.encoded.trajectories import TrajectoryDataset
 from opensora.encoded.writer import CacheWriter, make_plan
 from opensora.models.autoencoder import Autoencoder
 from opensora.models.build import check_weights, count_parameters
@@ -65,6 +66,8 @@ def check_cache(cfg: TrainOptions, dataset: ClipSource, ae: Autoencoder | None =
     Raises:
         UserError: says what differs, or what is not cached, and how to write the cache anew.
     """
+    if isinstance(dataset, TrajectoryDataset):
+        _check_trajectories(cfg, dataset)
     if not isinstance(dataset, CachedVideoTextDataset):
         return
     if dataset.cache is None:
@@ -78,6 +81,19 @@ def check_cache(cfg: TrainOptions, dataset: ClipSource, ae: Autoencoder | None =
         _check_runs(cfg, dataset, ae)
     if cfg.cached_text:
         _compare(dataset, info.text or {}, _text_fingerprint(cfg, must_exist=False))
+
+
+def _check_trajectories(cfg: TrainOptions, dataset: TrajectoryDataset) -> None:
+    """Refuse trajectories whose latents or texts other encoders made; the teacher may be any model."""
+    sections: dict[str, Any] = {name: getattr(cfg, name) for name in ("ae", "t5", "clip")}
+    made_with = {k: v for k, v in dataset.info.models.items() if k.partition(".")[0] in sections}
+    now = {k: v for k, v in models_fingerprint(sections, torch_dtype(cfg.dtype), False).items() if k != "dtype"}
+    changes = describe_changes(made_with, now)
+    if changes:
+        raise UserError(
+            f"the trajectories in {dataset.folder} do not fit this config:\n{changes}\n"
+            f"Sample them again: {dataset.info.config} --overwrite"
+        )
 
 
 def _video_fingerprint(cfg: TrainOptions, ae: Autoencoder, must_exist: bool = True) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from opensora.config.commands import TrainOptions
 from opensora.datasets.source import ClipSource
+from opensora.encoded.config import TrajectoriesConfig
 from opensora.encoded.dataset import CachedVideoTextDataset
+from opensora.encoded.trajectories import TrajectoryDataset
 from opensora.models.autoencoder import Autoencoder, as_autoencoder
 from opensora.registry import MODELS, build_module
 
@@ -40,6 +42,8 @@ def encoders_to_load(cfg: TrainOptions) -> list[str]:
     held-out rows or sample videos need them too, and those that single files (see ``cached_video_text``) leave open."""
     if cfg.validation or cfg.samples:
         return ["ae", "t5", "clip"]
+    if isinstance(cfg.dataset, TrajectoriesConfig):  # which holds all that they make
+        return []
     whole = bool(cache_folder(cfg))
     video = cfg.cached_video and (whole or not cfg.condition_config)
     text = cfg.cached_text and whole  # single files do not hold the empty text
@@ -64,9 +68,12 @@ def cached_encoders(
     if "ae" not in loaded:
         found["ae"] = meta_autoencoder(cfg) if ae is None else ae
     if "t5" not in loaded:
-        assert isinstance(dataset, CachedVideoTextDataset)
-        assert dataset.cache is not None
-        empty = dataset.cache.empty_text()
+        if isinstance(dataset, TrajectoryDataset):
+            empty = dataset.empty_text()
+        else:
+            assert isinstance(dataset, CachedVideoTextDataset)
+            assert dataset.cache is not None
+            empty = dataset.cache.empty_text()
         found["t5"] = EmptyText(empty["text_t5"].to(device, dtype))
         found["clip"] = EmptyText(empty["text_clip"].to(device, dtype))
     return found

@@ -14,7 +14,7 @@ from opensora.diffusion.flow import flow_matching_loss, interpolate, sample_time
 from opensora.diffusion.latents import pack, prepare_ids
 from opensora.encoded.memory import EncodedMemory, even_group
 from opensora.encoded.store import WHOLE, batch_key
-from opensora.models.autoencoder import Autoencoder
+from opensora.models.autoencoder import Autoencoder, LatentSpec
 from opensora.models.text.fitting import count_notes
 
 TEXTS_AT_A_TIME = 8  # where embeddings are kept
@@ -57,6 +57,16 @@ class InputEncoder:
         self._memory, self._text_memory = memory, EncodedMemory()
         with torch.no_grad():
             self._null_txt, self._null_vec = t5([""]), clip([""])
+
+    @property
+    def empty_text(self) -> tuple[Tensor, Tensor]:
+        """Embeddings of the empty text, ``[1, L, D]`` and ``[1, D]``."""
+        return self._null_txt, self._null_vec
+
+    def latent_size(self, batch: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Latent frames, rows and columns of a batch's clips."""
+        frames, height, width = batch["size"][0]
+        return LatentSpec.of(self.ae).latent_size(frames, height, width)
 
     @torch.no_grad()
     def __call__(

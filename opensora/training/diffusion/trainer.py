@@ -98,7 +98,7 @@ class Trainer:
                 stack.callback(hook.close)
             loop = TrainLoop(
                 [model, *method.roles], weights, ema, log, folder, self._settings(), start.states, len(self.sampler),
-                plain.file_metadata(), timer,
+                {**plain.file_metadata(), **method.metadata()}, timer,
             )  # fmt: skip
             batches = endless(self.loader, self.sampler, start.states.micro_step)
             loop.run(prefetch(batches, start.device, start.dtype), method, hooks)

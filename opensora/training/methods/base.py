@@ -107,6 +107,10 @@ class TrainingMethod(ABC):
             UserError: names the key and what would be right.
         """
 
+    def metadata(self) -> dict[str, str]:
+        """What weight files are to say of the model besides its layout, such as how it is to be sampled."""
+        return {}
+
     @abstractmethod
     def __call__(self, batch: Mapping[str, Any], generator: torch.Generator) -> Iterator[Turn]:
         """See :class:`opensora.training.loop.Losses`."""

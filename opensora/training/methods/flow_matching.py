@@ -18,7 +18,7 @@ TIME_QUARTERS = ("0-0.25", "0.25-0.5", "0.5-0.75", "0.75-1")
 
 class FlowMatching(TrainingMethod):
     """Mean squared error of the predicted velocity, with its metrics. A method that only weighs it otherwise overrides
-    :meth:`loss`."""
+    :meth:`loss`, one with other targets :meth:`prepare`."""
 
     def __init__(self, context: MethodContext) -> None:
         super().__init__(context)
@@ -29,7 +29,7 @@ class FlowMatching(TrainingMethod):
         context = self.context
         with context.timer("encode"):
             moved = to_device(dict(batch), context.run.device, context.run.dtype)
-            prepared = context.encode(moved, generator)
+            prepared = self.prepare(moved, generator)
         with context.timer("forward"):
             pred = context.model(**prepared["inputs"])
             loss = self.loss(pred, prepared)
@@ -39,6 +39,10 @@ class FlowMatching(TrainingMethod):
             **self._work(prepared["inputs"]),
         }
         yield Turn(MODEL, loss, {**metrics, **context.timer.take()})
+
+    def prepare(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        """Model inputs and target of a batch on the device, as :class:`InputEncoder` makes them."""
+        return self.context.encode(batch, generator)
 
     def loss(self, pred: Tensor, prepared: Mapping[str, Any]) -> Tensor:
         """Loss of a prediction ``[B, L, C]``, a scalar; ``prepared`` as :class:`InputEncoder` makes it."""

@@ -17,6 +17,7 @@ COMMAND_LINES = PACKAGE / "cli"
 COMMANDS = {
     commands.InferenceOptions: ("diffusion", "generation", "acceleration"),
     commands.ServeOptions: ("serving",),
+    commands.TrajectoryOptions: ("diffusion", "generation", "acceleration"),
     commands.TrainOptions: ("training", "acceleration", "diffusion"),
     commands.CacheOptions: ("training", "encoded"),
     commands.VaeTrainOptions: ("training", "acceleration"),

@@ -6,13 +6,17 @@ from pathlib import Path
 import pytest
 
 from opensora.config import load_config
-from opensora.config.commands import TrainOptions
+from opensora.config.commands import TrainOptions, TrajectoryOptions
+from opensora.diffusion.distilled import even_positions
+from opensora.encoded.trajectories import TrajectoryInfo
 from opensora.training.diffusion.checks import check_config
+from opensora.training.methods.flow_matching import FlowMatching
 from opensora.utils.errors import UserError
 
 FOLDER = Path(__file__).parents[3] / "configs" / "diffusion" / "train"
 RELEASED = ("image", "stage1", "stage1_i2v", "stage2", "stage2_i2v", "high_compression", "demo")
 SMALL = ("demo_cpu", "demo_cpu_i2v", "demo_cpu_lora", "demo_cpu_hc", "demo_cpu_parallel")
+DISTILLED = ("demo_guidance", "demo_trajectory")
 I2V = {"t2v": 1, "i2v_head": 5, "i2v_loop": 1, "i2v_tail": 1}
 
 
@@ -21,7 +25,20 @@ def load(name: str, **overrides):
 
 
 def test_every_config_is_listed():
-    assert {path.stem for path in FOLDER.glob("*.py")} == {*RELEASED, *SMALL}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*RELEASED, *SMALL, *DISTILLED}
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_distillation_fits(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(FOLDER.parents[2])
+    config = load(name, **{"dataset.data_path": str(tmp_path)})
+    if config.dataset.type == "trajectories":
+        sampling = load_config(FOLDER.parent / "trajectories" / "demo.py", TrajectoryOptions).sampling_option
+        positions = even_positions(sampling.num_steps)[::2]
+        info = TrajectoryInfo({}, sampling.to_dict(), [*positions], [17, 64, 64], "", 1, 1)
+        (tmp_path / "trajectories.json").write_text(info.to_json())
+    plan = check_config(config)
+    assert plan.method is not FlowMatching
 
 
 @pytest.mark.parametrize("name", [*RELEASED, *SMALL])
