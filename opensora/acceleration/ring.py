@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opensora.acceleration.parallel_context import Axis
+from opensora.models.mmdit.kernels import HALF, MAX_HEAD_DIM, Card, prefers_cudnn
 from opensora.utils.errors import UserError
 
 
@@ -80,27 +81,60 @@ def cuda_backward(
     )
 
 
+def cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Block, tuple[Any, ...]]:
+    """Block attention by cuDNN's kernel, as torch calls it (16-bit, head dimension a multiple of 8, at most 128)."""
+    out, lse, *extra, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
+    return Block(out, lse.view(q.shape[:-1])), tuple(extra)  # it comes as [B, H, L, 1]
+
+
+def cudnn_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `cudnn_forward`, see `math_backward`."""
+    cum_q, cum_k, max_q, max_k, seed, offset = extra
+    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        grad, q, k, v, out, lse[..., None], seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, False
+    )
+
+
+RING_KERNELS = ("sdpa", "math", "cudnn", "flash2", "auto")
+
+
 def ring_kernel(name: str) -> str:
-    """What attends blocks where a model's attention kernel is called so: ``sdpa`` or ``math``; ``auto`` is ``sdpa``.
+    """What attends blocks where a model's attention kernel is called so: ``sdpa``, ``math``, ``cudnn`` or ``flash2``
+    (torch's); ``auto`` is ``sdpa``, which here is the fastest of them.
 
     Raises:
         UserError: a kernel that gives no log-sum-exp, without which blocks cannot be merged.
     """
-    if name not in ("sdpa", "math", "auto"):
+    if name not in RING_KERNELS:
         raise UserError(
-            f"attn_backend={name!r} cannot be used by ring attention, which knows sdpa (torch's flash kernels) and "
-            "math; choose one of these, or --plugin_config.sequence_parallelism_mode all_to_all, which runs any kernel"
+            f"attn_backend={name!r} cannot be used by ring attention, which knows sdpa (the fastest of torch's "
+            "kernels), cudnn, flash2 and math; choose one of these, or --plugin_config.sequence_parallelism_mode "
+            "all_to_all, which runs any kernel"
         )
     return "sdpa" if name == "auto" else name
 
 
-def block_kernels(q: Tensor, name: str = "sdpa") -> tuple[Forward, Backward]:
-    """Kernels of :func:`ring_kernel` for these queries: flash ones where ``sdpa`` has some, else written out."""
-    if name != "math" and q.device.type == "cpu":
+def block_kernels(q: Tensor, name: str = "sdpa", card: Card | None = None) -> tuple[Forward, Backward]:
+    """Kernels of :func:`ring_kernel` for these queries: fast ones where the name has some, else written out.
+
+    Args:
+        q: queries ``[B, H, L, D]``.
+        name: of the kernel.
+        card: what ``sdpa`` goes by on a GPU; None looks at this machine.
+    """
+    if name == "math":
+        return math_forward, math_backward
+    if q.device.type == "cpu":
         return cpu_forward, cpu_backward
-    if name != "math" and q.is_cuda and q.element_size() == 2 and q.shape[-1] % 8 == 0:
-        return cuda_forward, cuda_backward
-    return math_forward, math_backward
+    if q.dtype not in HALF or q.shape[-1] % 8 or q.device.type not in ("cuda", "meta"):
+        return math_forward, math_backward
+    if name == "sdpa":
+        name = "cudnn" if prefers_cudnn(card or Card.here()) else "flash2"
+    if name == "cudnn" and q.shape[-1] <= MAX_HEAD_DIM:
+        return cudnn_forward, cudnn_backward
+    return cuda_forward, cuda_backward
 
 
 def merge(total: Block | None, block: Block) -> Block:

@@ -101,7 +101,7 @@ class TokenShard:
 
 class _ParallelAttention(JointAttention):
     def __init__(self, replaced: JointAttention, shard: TokenShard) -> None:
-        super().__init__(replaced.backend, replaced.half_split, replaced.rope_backend)
+        super().__init__(replaced.backend, replaced.half_split, replaced.rope_backend, replaced.lenient)
         self.shard = shard
 
     @property

@@ -122,9 +122,10 @@ CONDITIONS: Choices[Any] = Choices(
 ATTENTION_KERNELS: Choices[Any] = Choices(
     "attention kernel",
     {
+        **{name: f"opensora.models.mmdit.kernels:{name}" for name in ("cudnn", "sage")},
         "sdpa": "opensora.models.mmdit.attention:attention_sdpa",
         "math": "opensora.models.mmdit.attention:attention_math",
-        **{name: f"opensora.models.mmdit.attention:{name}" for name in ("flash3", "flash2", "xformers")},
+        **{name: f"opensora.models.mmdit.kernels:{name}" for name in ("flash3", "flash2", "xformers")},
     },
 )
 SOLVERS: Choices[Any] = Choices(

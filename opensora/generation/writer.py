@@ -12,6 +12,8 @@ from opensora.diffusion.decode import DecodeMemoryError
 from opensora.diffusion.pipeline import SampleResult
 from opensora.generation import outputs
 from opensora.generation.jobs import Job
+from opensora.models.mmdit.attention import is_approximate
+from opensora.models.mmdit.config import MMDiTConfig
 from opensora.utils.errors import UserError
 from opensora.utils.main import doing
 from opensora.utils.video import save_image
@@ -91,11 +93,20 @@ class SampleWriter:
             "tokens": plan.tokens,
             "forwards": plan.forwards,
             **_step_cache_record(result, index),
+            **_attention_record(self.cfg),
             "seconds": {stage: round(seconds, 3) for stage, seconds in result.timings.items()},
             **self.common,
         }
         outputs.save_record(record, job.stem)  # first: what else is there without it is not of this program
         outputs.save_text(text, job.stem)
+
+
+def _attention_record(cfg: InferenceOptions) -> dict[str, Any]:
+    """Attention kernels that make a sample approximate."""
+    models = {"model": cfg.model, "img_flux": cfg.img_flux if cfg.use_t2i2v else None}
+    kernels = {name: each.attn_backend for name, each in models.items() if isinstance(each, MMDiTConfig)}
+    found = {name: kernel for name, kernel in kernels.items() if is_approximate(kernel)}
+    return {"attention": {**found, "approximate": True}} if found else {}
 
 
 def _step_cache_record(result: SampleResult, index: int) -> dict[str, Any]:

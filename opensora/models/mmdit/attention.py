@@ -8,23 +8,29 @@ has no mask, so the order of the keys never matters. A further kernel is added f
     def mine(q, k, v): ...
 """
 
-import importlib
-import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opensora.config.choices import ATTENTION_KERNELS as ATTENTION_KERNELS
+from opensora.config.choices import ATTENTION_KERNELS
+from opensora.models.mmdit.kernels import (
+    AttentionKernel,
+    Card,
+    OptionalKernel,
+    TorchKernel,
+    attention_sdpa,
+    fastest,
+    require,
+    where_it_can,
+)
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+__all__ = ["ATTENTION_KERNELS", "JointAttention", "attention_kernel", "attention_sdpa", "require", "resolve_attention"]
 
 
 class Rotary(NamedTuple):
@@ -87,64 +93,10 @@ def rotate_half_split(x: Tensor, rope: Rotary) -> Tensor:
 LIGER_HINT = "`pip install liger-kernel` (NVIDIA or AMD GPU with Triton), or choose 'torch'"
 
 
-def require(module: str, wanted_by: str, hint: str) -> Any:
-    """Import an optional module, or raise a UserError that says who asked for it and how to get it."""
-    try:
-        return importlib.import_module(module)
-    except Exception as error:  # a broken binary raises OSError or RuntimeError as often as ImportError
-        raise UserError(
-            f"{wanted_by} needs the module {module.split('.')[0]}, which cannot be imported here ({error}). "
-            f"To get it: {hint}."
-        ) from error
-
-
-@dataclass(frozen=True)
-class OptionalKernel:
-    """An attention kernel of a package that is not part of torch; they run on GPUs in float16 or bfloat16 only.
-
-    Attributes:
-        module: to import when the kernel is chosen.
-        function: its kernel; of a tuple that it returns the first part is taken (some also return the log-sum-exp).
-        hint: how a user gets it.
-    """
-
-    module: str
-    function: str
-    hint: str
-
-    def require(self, name: str) -> Any:
-        """The module; a UserError tells a user that chose the kernel as ``name`` how to get it."""
-        return require(self.module, f"attn_backend={name!r}", self.hint)
-
-    def load(self, name: str) -> AttentionKernel:
-        """The kernel. Raises as :meth:`require`."""
-        function = getattr(self.require(name), self.function)
-
-        def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = function(q, k, v)
-            return out[0] if isinstance(out, tuple) else out
-
-        return kernel
-
-
-flash3 = OptionalKernel(
-    "flash_attn_interface",
-    "flash_attn_func",
-    "build the `hopper` folder of github.com/Dao-AILab/flash-attention (H100/H200)",
-)
-flash2 = OptionalKernel("flash_attn", "flash_attn_func", "`pip install flash-attn --no-build-isolation` (needs nvcc)")
-xformers = OptionalKernel("xformers.ops", "memory_efficient_attention", "`pip install xformers`")
-
-
 def attention_math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v written out, scores in float32: the reference, quadratic in memory."""
     scores = torch.einsum("blhd,bmhd->bhlm", q, k).float() * q.shape[-1] ** -0.5
     return torch.einsum("bhlm,bmhd->blhd", scores.softmax(dim=-1).to(v.dtype), v)
-
-
-def attention_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's scaled dot product attention: runs everywhere and picks flash, cuDNN or CPU kernels itself."""
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
 def liger_rotation() -> Rotation:
@@ -177,43 +129,63 @@ def rotation(half_split: bool, backend: str = "torch") -> Rotation:
     return lambda q, k, rope: (rotate(q, rope), rotate(k, rope))
 
 
-def _importable(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
+def is_approximate(name: str) -> bool:
+    """Whether results of a kernel differ from the others' by more than rounding."""
+    return name in ATTENTION_KERNELS and bool(getattr(ATTENTION_KERNELS.get(name), "approximate", False))
 
 
-def resolve_attention(name: str) -> str:
-    """Concrete kernel of a name: ``auto`` becomes the fastest one present (and is logged), others are checked.
+def check_trains(name: str) -> None:
+    """Raise a UserError for a kernel that has no backward pass."""
+    kernel = ATTENTION_KERNELS.get(name) if name in ATTENTION_KERNELS else None
+    if isinstance(kernel, OptionalKernel) and kernel.approximate:
+        raise UserError(
+            f"model.attn_backend={name}: it is for sampling, and has no backward pass; auto takes one that has"
+        )
+
+
+def resolve_attention(name: str, card: Card | None = None) -> str:
+    """Concrete kernel of a name: ``auto`` becomes the fastest exact one present, others are checked. What is chosen for
+    the user, and what is approximate, is logged.
+
+    Args:
+        name: of a kernel, or ``auto``.
+        card: what the choice depends on; None looks at this machine.
 
     Raises:
-        UserError: unknown name, or a kernel that is not installed.
+        UserError: unknown name, or a kernel that is not installed or does not run on this card.
     """
     names = [*ATTENTION_KERNELS, "auto"]
     if name not in names:
         raise UserError(f"attn_backend={name!r} is not an attention kernel; choose one of {', '.join(names)}.")
+    card = card or Card.here()
     if name == "auto":
-        name = "sdpa"
-        if torch.cuda.is_available():
-            shipped = {"flash3": flash3, "flash2": flash2, "xformers": xformers}
-            present = [each for each, kernel in shipped.items() if _importable(kernel.module)]
-            # flash-attention 3 is compiled for Hopper only
-            if torch.cuda.get_device_capability()[0] != 9:
-                present = [each for each in present if each != "flash3"]
-            name = next(iter(present), name)
+        name = fastest(card)
         logger.info("attn_backend='auto' uses the attention kernel %r", name)
-    kernel = ATTENTION_KERNELS.get(name)
-    if isinstance(kernel, OptionalKernel):
-        kernel.require(name)
+    attention_kernel(name, card=card)
+    if is_approximate(name):
+        logger.warning("attn_backend=%r is approximate: results differ from other kernels' by more than rounding", name)
     return name
 
 
-def attention_kernel(name: str) -> AttentionKernel:
-    """Function behind a kernel name (see `resolve_attention`); all compute the same full attention."""
-    name = resolve_attention(name)
-    kernel = ATTENTION_KERNELS.get(name)
-    return kernel.load(name) if isinstance(kernel, OptionalKernel) else kernel
+def attention_kernel(name: str, lenient: bool = False, card: Card | None = None) -> AttentionKernel:
+    """Function behind the name of a kernel; all but approximate ones compute the same full attention.
+
+    Args:
+        name: of a kernel, or ``auto``.
+        lenient: `attention_sdpa` takes the inputs that the kernel does not.
+        card: as in `resolve_attention`.
+
+    Raises:
+        UserError: as `resolve_attention`.
+    """
+    card = card or Card.here()
+    if name == "auto" or name not in ATTENTION_KERNELS:
+        return attention_kernel(resolve_attention(name, card), True, card)
+    kernel: Any = ATTENTION_KERNELS.get(name)
+    if not isinstance(kernel, OptionalKernel | TorchKernel):
+        return cast(AttentionKernel, kernel)
+    loaded = kernel.load(name, card)
+    return where_it_can(loaded) if lenient else loaded
 
 
 class JointAttention(nn.Module):
@@ -226,14 +198,18 @@ class JointAttention(nn.Module):
         backend: attention kernel by name, see `resolve_attention`.
         half_split: rotary layout, channel pairs (k, k + D/2) if true, else (2k, 2k + 1).
         rope_backend: "torch", or "liger" for its fused kernel (half-split layout only).
+        lenient: the kernel was chosen by ``auto``, so `attention_sdpa` takes the inputs that it does not.
     """
 
-    def __init__(self, backend: str = "sdpa", half_split: bool = False, rope_backend: str = "torch"):
+    def __init__(
+        self, backend: str = "sdpa", half_split: bool = False, rope_backend: str = "torch", lenient: bool = False
+    ):
         super().__init__()
-        self.backend = resolve_attention(backend)
+        self.lenient = lenient or backend == "auto"
+        self.backend = resolve_attention(backend) if backend == "auto" else backend
         self.half_split = half_split
         self.rope_backend = rope_backend
-        self.kernel = attention_kernel(self.backend)
+        self.kernel = attention_kernel(self.backend, self.lenient)
         self.rotate = rotation(half_split, rope_backend)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

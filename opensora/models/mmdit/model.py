@@ -78,7 +78,7 @@ class MMDiTModel(DiffusionModel):
         self.rotary = RotaryTable(config.axes_dim, config.theta)
 
         def attention() -> JointAttention:
-            return JointAttention(backend, config.use_liger_rope, config.rope_backend)
+            return JointAttention(backend, config.use_liger_rope, config.rope_backend, config.attn_backend == "auto")
 
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(config, attention()) for _ in range(config.depth))
         self.single_blocks = nn.ModuleList(

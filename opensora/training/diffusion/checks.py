@@ -17,6 +17,8 @@ from opensora.datasets.buckets import BucketTable
 from opensora.models.autoencoder import Autoencoder, check_buckets
 from opensora.models.build import MAX_CPU_PARAMETERS, build_on_meta, check_all_weights, count_parameters
 from opensora.models.diffusion import DiffusionModel, as_diffusion_model
+from opensora.models.mmdit.attention import check_trains
+from opensora.models.mmdit.config import MMDiTConfig
 from opensora.models.quantization.loading import kind_of_section
 from opensora.models.text.files import check_text_widths
 from opensora.training.checks import check_loop
@@ -74,6 +76,8 @@ def check_config(cfg: TrainOptions, world_size: int = 1) -> TrainingPlan:
     if torch_dtype(cfg.dtype) == torch.float16:
         raise UserError(f"dtype={cfg.dtype}: training works in bf16 (with fp32 master weights) or fp32")
     model, ae = as_diffusion_model(build_on_meta(cfg.model)), meta_autoencoder(cfg)
+    if isinstance(model.config, MMDiTConfig):
+        check_trains(model.config.attn_backend)
     _check_conditions(cfg, model)
     _check_sizes(cfg, model, ae)
     check_buckets(cfg.bucket_config, ae)

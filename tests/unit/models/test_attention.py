@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from opensora.acceleration.ring import block_kernels, cpu_forward, math_forward, ring_kernel
+from opensora.acceleration.ring import (
+    block_kernels,
+    cpu_forward,
+    cuda_forward,
+    cudnn_forward,
+    math_forward,
+    ring_kernel,
+)
 from opensora.acceleration.sequence_parallel import check_mode
 from opensora.models.mmdit import MMDiTConfig, attention
 from opensora.models.mmdit.attention import (
@@ -17,13 +24,20 @@ from opensora.models.mmdit.attention import (
     JointAttention,
     Rotary,
     attention_kernel,
+    check_trains,
+    is_approximate,
     resolve_attention,
     rotary_table,
     rotate_half_split,
     rotate_interleaved,
 )
+from opensora.models.mmdit.kernels import Card, fastest
 from opensora.models.mmdit.layers import RMSNorm
 from opensora.utils.errors import UserError
+
+
+def card_of(major, cudnn):
+    return Card((major, 0), cudnn, lambda module: False)
 
 
 @pytest.fixture
@@ -106,7 +120,7 @@ def test_help_names_every_kernel():
     assert all(name in help for name in (*ATTENTION_KERNELS.places, "auto"))
 
 
-@pytest.mark.parametrize("name", ["flash2", "flash3", "xformers", "mine"])
+@pytest.mark.parametrize("name", ["flash3", "xformers", "sage", "mine"])
 def test_the_ring_refuses_kernels_that_it_cannot_use(name):
     with pytest.raises(UserError, match=f"attn_backend='{name}' cannot be used by ring attention.*sdpa.*all_to_all"):
         check_mode("ring_attn", 4, 2, name)
@@ -121,17 +135,115 @@ def test_the_ring_uses_the_kernel_of_the_name():
     assert block_kernels(q, ring_kernel("math"))[0] is math_forward
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "kernel"),
+    [
+        ("auto", card_of(9, cudnn=True), cudnn_forward),
+        ("sdpa", card_of(9, cudnn=False), cuda_forward),
+        ("sdpa", card_of(8, cudnn=True), cuda_forward),
+        ("flash2", card_of(9, cudnn=True), cuda_forward),
+        ("cudnn", card_of(8, cudnn=True), cudnn_forward),
+        ("math", card_of(9, cudnn=True), math_forward),
+    ],
+)
+def test_the_ring_takes_the_fastest_kernel_of_the_card(name, given, kernel):
+    """Shapes alone, which torch knows without a GPU: the log-sum-exp fits what blocks are merged by."""
+    q, k, v = (torch.empty(1, 2, length, 16, dtype=torch.bfloat16, device="meta") for length in (3, 5, 5))
+    forward, backward = block_kernels(q, ring_kernel(name), given)
+    assert forward is kernel
+    block, extra = forward(q, k, v)
+    assert (block.out.shape, block.lse.shape) == (q.shape, q.shape[:-1])
+    if kernel is not math_forward:
+        assert block.lse.dtype == torch.float32
+    grads = backward(q, q, k, v, block.out, block.lse, extra)
+    assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
+    assert block_kernels(q.float(), ring_kernel(name), given)[0] is math_forward
+
+
 def test_auto_logs_its_choice(caplog, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with caplog.at_level(logging.INFO, logger="opensora"):
         assert resolve_attention("auto") == "sdpa"
     assert "'sdpa'" in caplog.text
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(attention, "_importable", lambda module: module in ("flash_attn", "flash_attn_interface"))
-    monkeypatch.setattr(attention, "require", lambda *args: None)
-    for major, choice in ((9, "flash3"), (8, "flash2")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda major=major: (major, 0))
-        assert resolve_attention("auto") == choice
+
+
+def card(*capability, cudnn=False, packages=()):
+    return Card(capability or None, cudnn, lambda module: module in packages)
+
+
+EVERY = ("flash_attn", "flash_attn_interface", "xformers.ops", "sageattention")
+
+
+@pytest.mark.parametrize(
+    ("given", "choice"),
+    [
+        (card(packages=EVERY), "sdpa"),
+        (card(7, 5, cudnn=True, packages=EVERY), "xformers"),  # flash-attention starts with Ampere
+        (card(7, 5, cudnn=True, packages=["flash_attn"]), "sdpa"),
+        (card(8, 0, cudnn=True, packages=EVERY), "flash2"),
+        (card(8, 9, cudnn=True), "sdpa"),
+        (card(9, 0, cudnn=True, packages=EVERY), "flash3"),
+        (card(9, 0, cudnn=True, packages=["flash_attn", "sageattention"]), "cudnn"),
+        (card(9, 0, packages=["flash_attn"]), "flash2"),
+        (card(10, 0, cudnn=True, packages=EVERY), "cudnn"),
+        (card(12, 0, cudnn=True, packages=["flash_attn"]), "flash2"),
+    ],
+)
+def test_auto_takes_the_fastest_exact_one(given, choice):
+    assert fastest(given) == choice
+    assert not is_approximate(choice)
+
+
+def test_auto_says_its_choice_and_runs_on_what_it_does_not_take(qkv, caplog):
+    with caplog.at_level(logging.INFO, logger="opensora"):
+        assert resolve_attention("auto", card(9, 0, cudnn=True)) == "cudnn"
+    assert "'cudnn'" in caplog.text
+    lenient = attention_kernel("cudnn", lenient=True, card=card(9, 0, cudnn=True))  # of fp32 there is none
+    torch.testing.assert_close(lenient(*qkv), attention.attention_math(*qkv))
+    with pytest.raises(UserError, match="attn_backend='cudnn' works in bf16 and fp16"):
+        attention_kernel("cudnn", card=card(9, 0, cudnn=True))(*qkv)
+
+
+@pytest.mark.parametrize("given", [card(), card(7, 5, cudnn=True), card(8, 0)])
+def test_cudnn_needs_its_card(given):
+    with pytest.raises(UserError, match=r"attn_backend='cudnn' needs an NVIDIA GPU of compute capability 8.0"):
+        resolve_attention("cudnn", given)
+
+
+def test_flash2_is_torchs_own_where_the_package_is_not(qkv):
+    """Both are FlashAttention-2; torch has one for CPUs as well."""
+    half = [x.bfloat16() for x in qkv]
+    out = attention_kernel("flash2", card=card(8, 6))(*half)
+    torch.testing.assert_close(out, attention.attention_math(*half), rtol=2e-2, atol=2e-2)
+    with pytest.raises(UserError, match=r"attn_backend='flash2' needs the module flash_attn"):
+        attention_kernel("flash2", card=card(7, 5))
+
+
+def test_flash3_comes_from_the_package_kernels_too(qkv, monkeypatch):
+    asked = []
+    stand_in = types.SimpleNamespace(flash_attn_func=lambda q, k, v: (attention.attention_math(q, k, v), None))
+    as_module(monkeypatch, "kernels", get_kernel=lambda name: asked.append(name) or stand_in)
+    kernel = attention_kernel("flash3", card=card(9, 0, packages=["kernels"]))
+    torch.testing.assert_close(kernel(*qkv), attention.attention_math(*qkv))
+    assert asked == ["kernels-community/flash-attn3"]
+
+
+def test_sage_is_approximate_and_for_sampling(qkv, monkeypatch, caplog):
+    def sageattn(q, k, v, tensor_layout):
+        assert tensor_layout == "NHD"
+        return attention.attention_math(q, k, v)
+
+    as_module(monkeypatch, "sageattention", sageattn=sageattn)
+    with caplog.at_level(logging.WARNING, logger="opensora"):
+        assert resolve_attention("sage") == "sage"
+    assert "attn_backend='sage' is approximate" in caplog.text
+    assert is_approximate("sage")
+    torch.testing.assert_close(attention_kernel("sage")(*qkv), attention.attention_math(*qkv))
+    with pytest.raises(UserError, match="attn_backend='sage' is for sampling"):
+        attention_kernel("sage")(*[x.requires_grad_() for x in qkv])
+    with pytest.raises(UserError, match="model.attn_backend=sage: it is for sampling"):
+        check_trains("sage")
+    check_trains("auto")
 
 
 def as_module(monkeypatch, name, **functions):
