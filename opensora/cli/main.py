@@ -42,6 +42,7 @@ COMMANDS = {
     "reconstruct": Command("opensora.cli.reconstruct", "reconstruct clips and measure how well"),
     "vae-stats": Command("opensora.cli.vae_stats", "latent statistics per channel, to paste into a config"),
     "serve": Command("opensora.serving.command", "serve a page in the browser, and the videos API of OpenAI"),
+    "benchmark": Command("opensora.cli.benchmark", "seconds per stage and step, peak memory and TFLOP/s of a video"),
     "doctor": Command("opensora.cli.doctor", "see whether this machine has what is needed, and make a small video"),
 }
 

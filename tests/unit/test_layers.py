@@ -13,7 +13,7 @@ PACKAGE = ROOT / "opensora"
 # A package imports from its own and from those of lower rank; packages of equal rank do not know each other.
 RANKS = {
     **{"base": 0, "models": 1, "datasets": 1, "acceleration": 2, "encoded": 2, "diffusion": 3},
-    **{"generation": 4, "training": 4, "evaluation": 4, "serving": 5},
+    **{"generation": 4, "training": 4, "evaluation": 4, "benchmark": 4, "serving": 5},
     **{"cli": 6, "__main__": 7, "__init__": 7},  # the last two: the package's front door
 }
 NEVER_AT_IMPORT = {

@@ -15,7 +15,7 @@ import json
 import platform
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,11 @@ from tqdm import tqdm
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from opensora.benchmark.measuring import MIB, in_own_process, markdown, peak_of, seconds_of, tensor_bytes
 from opensora.config import run_main
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
 from tools.benchmark.cases import BASELINE, CASES, SIZES, Build, Sizes, diffusers_module
-from tools.benchmark.measuring import MIB, in_own_process, peak_of, seconds_of, tensor_bytes
 from tools.benchmark.released import released
 from tools.benchmark.vae import VAE_SIZES, VaeSizes, autoencoder_rows
 from tools.outputs import add_overwrite, check_new
@@ -100,17 +100,6 @@ def environment(device: torch.device, repeats: int, sizes: Sizes | VaeSizes) -> 
         "repeats": repeats,
         "sizes": {key: str(value) for key, value in vars(sizes).items()},
     }
-
-
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of the rows' single values, one column per key that any row has."""
-    keys = list(dict.fromkeys(key for row in rows for key in row if key != "seconds"))
-
-    def cell(value: Any) -> str:
-        return (f"{value:.0f}" if value >= 100 else f"{value:.3g}") if isinstance(value, float) else str(value)
-
-    lines = [keys, ["---"] * len(keys), *([cell(row.get(key, "")) for key in keys] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from opensora.benchmark.measuring import MIB, peak_of, seconds_of
 from opensora.datasets.aspect import get_image_size
 from opensora.models.hunyuan_vae import AutoencoderKLCausal3D, HunyuanVAEConfig
 from opensora.models.mmdit import MMDiTModel
 from tools.benchmark.cases import Sizes, mmdit_config, transformer_inputs, vae_input
-from tools.benchmark.measuring import MIB, peak_of, seconds_of
 
 TERA = 1e12
 RELEASED = {"256px": get_image_size("256px", "16:9"), "768px": get_image_size("768px", "16:9")}

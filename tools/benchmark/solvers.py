@@ -21,6 +21,7 @@ from torch import Tensor
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from opensora.benchmark.measuring import markdown
 from opensora.config import parse_config, run_main
 from opensora.config.commands import InferenceOptions
 from opensora.diffusion.pipeline import VideoPipeline
@@ -28,7 +29,6 @@ from opensora.diffusion.plan import SamplePlan, make_plan
 from opensora.diffusion.solvers import SOLVERS
 from opensora.diffusion.velocity import TextEmbeddings
 from opensora.diffusion.wording import final_text
-from tools.benchmark.models import markdown
 from tools.demo.analyse import psnr
 from tools.demo.evaluate import plan_cases
 

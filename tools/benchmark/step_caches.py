@@ -19,11 +19,11 @@ import torch
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from opensora.benchmark.measuring import markdown
 from opensora.config import parse_config, run_main
 from opensora.config.commands import InferenceOptions
 from opensora.diffusion.pipeline import VideoPipeline
 from opensora.models.diffusion import as_diffusion_model
-from tools.benchmark.models import markdown
 from tools.demo.analyse import psnr
 from tools.demo.evaluate import Case, generate, plan_cases, summarise
 

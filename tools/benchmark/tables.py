@@ -20,12 +20,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from opensora.benchmark.measuring import MIB, resident_bytes
 from opensora.config import run_main
 from opensora.datasets.buckets import BucketTable
 from opensora.datasets.dataset import VideoTextDataset
 from opensora.datasets.rows import write_shards
 from opensora.datasets.sampler import BucketBatchSampler
-from tools.benchmark.measuring import MIB, resident_bytes
 
 # Lengths and batch sizes of the first training stage of Open-Sora 2.0.
 VIDEO_BATCHES = {5: 12, 37: 6, 69: 4, 101: 3}

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opensora.benchmark.measuring import MIB, in_own_process, peak_of, seconds_of
 from opensora.models.autoencoder import Autoencoder
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
-from tools.benchmark.measuring import MIB, in_own_process, peak_of, seconds_of
 
 AUTOENCODERS: dict[str, dict[str, Any]] = {
     "causal VAE 4x8x8": dict(type="hunyuan_vae"),

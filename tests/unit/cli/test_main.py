@@ -16,9 +16,17 @@ from tests.helpers.cli import load_main
 
 ROOT = Path(__file__).parents[3]
 SCRIPTS = {
-    **{"generate": "diffusion/inference", "decode": "diffusion/decode", "train": "diffusion/train"},
-    **{"cache": "diffusion/cache", "train-vae": "vae/train", "reconstruct": "vae/inference", "vae-stats": "vae/stats"},
-    **{"meta": "cnv/meta", "shard": "cnv/shard"},
+    "generate": "scripts/diffusion/inference.py",
+    "decode": "scripts/diffusion/decode.py",
+    "train": "scripts/diffusion/train.py",
+    "cache": "scripts/diffusion/cache.py",
+    "train-vae": "scripts/vae/train.py",
+    "reconstruct": "scripts/vae/inference.py",
+    "vae-stats": "scripts/vae/stats.py",
+    "meta": "scripts/cnv/meta.py",
+    "shard": "scripts/cnv/shard.py",
+    "serve": "scripts/serve.py",
+    "benchmark": "tools/benchmark/inference.py",
 }
 # what answers before anything large is imported
 ANSWER = """
@@ -42,7 +50,11 @@ def launched(monkeypatch) -> list[list[str]]:
 
 @pytest.mark.parametrize(("name", "script"), SCRIPTS.items())
 def test_scripts_are_the_same_code(name, script):
-    assert load_main(ROOT / "scripts" / f"{script}.py") is importlib.import_module(COMMANDS[name].module).main
+    assert load_main(ROOT / script) is importlib.import_module(COMMANDS[name].module).main
+
+
+def test_every_command_is_a_script_or_new():
+    assert {*COMMANDS} - {*SCRIPTS} == {"doctor"}
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"]])

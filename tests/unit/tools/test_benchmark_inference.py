@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from opensora.benchmark import sampler
+from opensora.cli import benchmark
 from opensora.diffusion.guidance import count_forwards
-from tools.benchmark import inference, sampler
 
 
 @pytest.mark.parametrize(("condition", "forwards"), [("t2v", 6), ("i2v_head", 9)])
@@ -13,7 +14,7 @@ def test_figures_of_a_run(tiny_config_file, tmp_path, capsys, condition, forward
     out = tmp_path / "figures.json"
     words = ["--config", str(tiny_config_file), "--random-weights", "--comparison", "0", "--out", str(out)]
     words += ["--dtype", "bf16"] if condition == "t2v" else ["--offload", "True"]
-    inference.main([*words, "--num_steps", "3", "--cond_type", condition])
+    benchmark.main([*words, "--num_steps", "3", "--cond_type", condition])
     figures = json.loads(out.read_text())["inference"]
     assert (figures["condition"], figures["steps"], figures["forwards"]) == (condition, 3, forwards)
     assert len(figures["step_s"]) == 3

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from opensora.benchmark.measuring import in_own_process, tensor_bytes
 from opensora.config import load_config
 from opensora.config.commands import VaeInferenceOptions, VaeTrainOptions
 from opensora.config.keys import read_section
@@ -14,7 +15,6 @@ from opensora.models.build import build_on_meta
 from opensora.training.vae.checks import check_adversarial, check_config, check_lengths
 from opensora.utils.errors import UserError
 from tools.benchmark import models, vae
-from tools.benchmark.measuring import in_own_process, tensor_bytes
 from tools.benchmark.vae import AUTOENCODERS, VAE_SIZES, VaeSizes, frames_for
 
 ROOT = Path(__file__).parents[3] / "configs" / "vae"

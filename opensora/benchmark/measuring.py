@@ -1,11 +1,11 @@
-"""Time and peak memory of one run, on the CPU and on a GPU."""
+"""Time and peak memory of one run, on the CPU and on a GPU, and tables of them."""
 
 import contextlib
 import ctypes
 import gc
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import accumulate
@@ -91,3 +91,14 @@ def tensor_bytes(run: Callable[[], Any]) -> int:
     changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes.sort(key=lambda event: event.start_ns())
     return max(accumulate((event.nbytes() for event in changes), initial=0))
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of the rows' single values, one column per key that any row has."""
+    keys = list(dict.fromkeys(key for row in rows for key in row if key != "seconds"))
+
+    def cell(value: Any) -> str:
+        return (f"{value:.0f}" if value >= 100 else f"{value:.3g}") if isinstance(value, float) else str(value)
+
+    lines = [keys, ["---"] * len(keys), *([cell(row.get(key, "")) for key in keys] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opensora.benchmark.measuring import seconds_of
 from opensora.diffusion.conditions import build_condition
 from opensora.diffusion.flow import get_schedule
 from opensora.diffusion.guidance import Guidance, count_forwards, image_scale, oscillate
@@ -15,7 +16,6 @@ from opensora.diffusion.latents import get_noise, pack, prepare_ids
 from opensora.diffusion.solvers import euler, make_steps, solve
 from opensora.diffusion.velocity import Denoiser, TextEmbeddings, guided_velocity
 from opensora.models.mmdit import MMDiTConfig, MMDiTModel
-from tools.benchmark.measuring import seconds_of
 
 STEPS = 50
 LATENT, CHANNELS, TEXT_TOKENS, WIDTH = (5, 24, 24), 4, 32, 64
