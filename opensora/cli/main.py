@@ -37,6 +37,9 @@ COMMANDS = {
     "train": Command("opensora.cli.train", "train the diffusion model", ranks=True),
     "train-vae": Command("opensora.cli.train_vae", "train a video autoencoder", ranks=True),
     "cache": Command("opensora.cli.cache", "compute latents and text embeddings beforehand"),
+    "trajectories": Command(
+        "opensora.cli.trajectories", "sample a teacher's trajectories for a student of few steps", ranks=True
+    ),
     "meta": Command("opensora.cli.meta", "add length, size and frame rate of every clip to a table"),
     "shard": Command("opensora.cli.shard", "split a parquet table into shards"),
     "reconstruct": Command("opensora.cli.reconstruct", "reconstruct clips and measure how well"),

@@ -6,29 +6,14 @@ It may be stopped and started again, and started several times at once (on sever
 folder): each process takes the next file that nobody has begun.
 """
 
-import os
 import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from opensora.acceleration.torchrun import Torchrun
-from opensora.config import parse_config, run_main
-from opensora.config.commands import TrajectoryOptions
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Parse the command line and write."""
-    cfg = parse_config(argv, TrajectoryOptions)
-    from opensora.acceleration.devices import pick_device  # after parsing: --help and typos answer at once
-    from opensora.generation.trajectories import write_trajectories
-    from opensora.utils.logging import setup_logging
-
-    processes = Torchrun.read(os.environ)
-    setup_logging(rank=processes.rank)
-    print(write_trajectories(cfg, pick_device(cfg.device, processes.local_rank)))
-
+from opensora.cli.trajectories import main
+from opensora.config import run_main
 
 if __name__ == "__main__":
     run_main(main)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from opensora.benchmark.measuring import markdown
 from opensora.config import parse_config, run_main
 from opensora.config.choices import QUANTIZERS
 from opensora.config.commands import InferenceOptions
@@ -33,7 +34,6 @@ from opensora.models.quantization.fp8 import Fp8
 from opensora.models.quantization.kinds import Parts
 from opensora.models.quantization.linear import QuantizedLinear
 from tools.benchmark.cases import mmdit_config
-from tools.benchmark.models import markdown
 from tools.demo.analyse import psnr
 from tools.demo.evaluate import Case, generate, plan_cases, summarise
 

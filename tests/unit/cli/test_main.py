@@ -20,6 +20,7 @@ SCRIPTS = {
     "decode": "scripts/diffusion/decode.py",
     "train": "scripts/diffusion/train.py",
     "cache": "scripts/diffusion/cache.py",
+    "trajectories": "scripts/diffusion/trajectories.py",
     "train-vae": "scripts/vae/train.py",
     "reconstruct": "scripts/vae/inference.py",
     "vae-stats": "scripts/vae/stats.py",

@@ -7,14 +7,21 @@ from pathlib import Path
 import pytest
 
 from opensora.config import load_config, parse_config
-from opensora.config.commands import CacheOptions, InferenceOptions, TrainOptions, VaeInferenceOptions, VaeTrainOptions
+from opensora.config.commands import (
+    CacheOptions,
+    InferenceOptions,
+    TrainOptions,
+    TrajectoryOptions,
+    VaeInferenceOptions,
+    VaeTrainOptions,
+)
 from opensora.config.shipped import find_config, shipped_names
 from opensora.utils.errors import UserError
 from opensora.utils.paths import shipped_root
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "configs"
-GROUPS = (InferenceOptions, TrainOptions, CacheOptions, VaeTrainOptions, VaeInferenceOptions)
+GROUPS = (InferenceOptions, TrajectoryOptions, TrainOptions, CacheOptions, VaeTrainOptions, VaeInferenceOptions)
 
 
 @pytest.fixture(autouse=True)
