@@ -100,7 +100,7 @@ setup(
             "python-multipart>=0.0.18",
             "uvicorn>=0.30",
         ],
-        # --model.quantize nf4; fp8 and int8 need nothing
+        # --model.quantize nf4 (fp8 and int8 need nothing), --optim.cls AdamW8bit
         "quantize": ["bitsandbytes>=0.46"],
         # ColossalAI is frozen at 0.5.0, whose own pins exclude today's PyTorch: see requirements-colossalai.txt
         "ray": ["ray[data]>=2.51"],

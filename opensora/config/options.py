@@ -253,7 +253,7 @@ class SamplingOption(Options):
 class OptimOptions(Options):
     """Optimizer."""
 
-    cls: str = opt("HybridAdam", "optimizer: HybridAdam, AdamW, Adam, Muon")
+    cls: str = opt("HybridAdam", "optimizer: HybridAdam, AdamW, Adam, AdamW8bit, Muon")
     lr: float = opt(1e-5, "learning rate", least=0)
     eps: float = opt(1e-8, "term added to the denominator", least=0)
     weight_decay: float = opt(0.0, "decoupled weight decay", least=0)

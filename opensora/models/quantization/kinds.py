@@ -4,7 +4,6 @@
 class Mine(Quantizer): ...
 """
 
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opensora.utils.errors import UserError
+from opensora.utils.optional import check_module
 
 METADATA = "quantize"  # in the metadata of a weight file: the kind of its weights
 TINY = 1e-30  # scale of a row of zeros
@@ -51,9 +50,9 @@ class Quantizer(ABC):
         Raises:
             UserError: it is not; says who asked, and what to install.
         """
-        if cls.package is not None and importlib.util.find_spec(cls.package[0]) is None:
+        if cls.package is not None:
             module, hint = cls.package
-            raise UserError(f"{wanted_by} needs the module {module}, which is not installed. To get it: {hint}.")
+            check_module(module, wanted_by, hint)
 
     def fits(self, rows: int, columns: int) -> bool:
         """Whether it takes a weight of this size; another one stays as it is."""

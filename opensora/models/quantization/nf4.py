@@ -1,7 +1,5 @@
 """Weights in 4-bit NormalFloat (QLoRA, arXiv:2305.14314), by bitsandbytes: 4.25 bits a weight."""
 
-import importlib
-import logging
 import math
 from functools import cache
 
@@ -9,25 +7,17 @@ import torch
 from torch import Tensor
 
 from opensora.models.quantization.kinds import Part, Parts, Quantizer
+from opensora.utils.optional import BITSANDBYTES, BITSANDBYTES_HINT, import_bitsandbytes
 
 BLOCK = 64  # weights, in the order of memory, that share a scale
+_library = cache(import_bitsandbytes)  # registers the operators
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that bitsandbytes knows
-
-
-@cache
-def _library() -> None:
-    """Have bitsandbytes register its operators; takes seconds."""
-    log = logging.getLogger("bitsandbytes")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it warns of a kernel for CPUs that is not used here
-    importlib.import_module("bitsandbytes")
-    log.setLevel(level)
 
 
 class Nf4(Quantizer):
     """Two weights a byte, ``qweight`` ``[out, in / 2]``, and ``absmax`` of every 64."""
 
-    package = ("bitsandbytes", "`pip install bitsandbytes`, or choose int8, which needs nothing")
+    package = (BITSANDBYTES, f"{BITSANDBYTES_HINT}, or choose int8, which needs nothing")
 
     def fits(self, rows: int, columns: int) -> bool:
         return columns % 2 == 0

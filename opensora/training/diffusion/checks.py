@@ -21,7 +21,7 @@ from opensora.models.mmdit.attention import check_trains
 from opensora.models.mmdit.config import MMDiTConfig
 from opensora.models.quantization.loading import kind_of_section
 from opensora.models.text.files import check_text_widths
-from opensora.training.checks import check_loop
+from opensora.training.checks import check_loop, check_optimizer
 from opensora.training.diffusion.encoders import encoders_to_load, meta_autoencoder
 from opensora.training.diffusion.inputs import InputOptions
 from opensora.training.diffusion.samples import sampling_config
@@ -155,12 +155,9 @@ def _check_trained(cfg: TrainOptions, model: nn.Module) -> None:
 
 def _check_parts(cfg: TrainOptions, world_size: int) -> None:
     """Raises a UserError for what cannot be divided over processes."""
+    check_optimizer(cfg, world_size)
     if world_size == 1 or (cfg.plugin == "ddp" and cfg.plugin_config.tp_size == 1):
         return
-    if cfg.optim.cls == "Muon":
-        raise UserError(
-            "optim.cls=Muon needs whole matrices on every rank: use --plugin ddp, or --optim.cls AdamW under any plugin"
-        )
     if cfg.lora_config:
         raise UserError("lora_config: adapters are trained with whole weights on every rank: use --plugin ddp")
 

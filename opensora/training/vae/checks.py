@@ -17,7 +17,7 @@ from opensora.models.autoencoder import Autoencoder, LatentSpec, as_autoencoder,
 from opensora.models.build import build_on_meta, check_weights
 from opensora.models.vae.losses import VAELoss
 from opensora.models.vae.lpips import build_lpips, check_lpips
-from opensora.training.checks import check_loop
+from opensora.training.checks import check_loop, check_optimizer
 from opensora.training.report.trackers import check_trackers
 from opensora.training.vae.adversarial import AdversarialOptions
 from opensora.training.vae.loss import LengthMixer
@@ -93,6 +93,7 @@ def check_config(cfg: VaeTrainOptions, world_size: int = 1) -> VAEPlan:
     assert cfg.model is not None
     check_loop(cfg)
     check_plugin(cfg, world_size)
+    check_optimizer(cfg, world_size)
     check_trackers(cfg)
     check_weights("model", cfg.model)
     model = build_on_meta(cfg.model)

@@ -14,12 +14,16 @@ from opensora.config.options import OptimOptions
 from opensora.training.checkpoint.folder import load_part
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
+from opensora.utils.optional import BITSANDBYTES, BITSANDBYTES_HINT, check_module, import_bitsandbytes
 
 logger = get_logger(__name__)
 
 # One process trains with torch's AdamW under either name: HybridAdam is ColossalAI's AdamW for sharded training.
 ADAM_NAMES = ("HybridAdam", "AdamW", "Adam")
-NAMES = (*ADAM_NAMES, "Muon")
+IN_8_BITS = "AdamW8bit"
+NAMES = (*ADAM_NAMES, IN_8_BITS, "Muon")
+WHOLE_MATRICES = (IN_8_BITS, "Muon")  # those that cannot work on a share of a parameter
+STATE_IN_8_BITS = "state1"  # a name in the state of AdamW8bit that no other has
 
 
 class MuonWithAdamW(Optimizer):
@@ -85,11 +89,12 @@ def create_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], optim
 
     Args:
         named_parameters: as ``model.named_parameters()`` gives them; those without ``requires_grad`` are left out.
-        optim: its options. ``cls`` is HybridAdam or AdamW (decoupled decay), Adam, or Muon (:class:`MuonWithAdamW`);
-            ``adamw_mode=False`` is an L2 penalty as in Adam.
+        optim: its options. ``cls`` is HybridAdam or AdamW (decoupled decay), Adam, AdamW8bit (bitsandbytes'; moments of
+            parameters of 4096 numbers and more in 8 bits; arXiv:2110.02861), or Muon
+            (:class:`MuonWithAdamW`); ``adamw_mode=False`` is an L2 penalty as in Adam.
 
     Raises:
-        UserError: unknown ``cls`` or key.
+        UserError: unknown ``cls`` or key, or a package that is not installed.
     """
     name = optim.cls
     if name not in NAMES:
@@ -108,7 +113,34 @@ def create_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], optim
             raise UserError("optim.adamw_mode=False: Muon's decay is decoupled; leave the key out")
         matrices = [p for key, p in trainable if is_hidden_matrix(key, p)]
         return MuonWithAdamW(matrices, [p for key, p in trainable if not is_hidden_matrix(key, p)], **options)
+    if name == IN_8_BITS:
+        check_package(name)
+        if not decoupled:
+            raise UserError(f"optim.adamw_mode=False: the decay of {name} is decoupled; leave the key out")
+        return _adamw_in_8_bits([p for _, p in trainable], options)
     return (AdamW if decoupled else torch.optim.Adam)([p for _, p in trainable], **options)
+
+
+def _adamw_in_8_bits(parameters: Sequence[nn.Parameter], options: Mapping[str, Any]) -> Optimizer:
+    base: Any = import_bitsandbytes().optim.AdamW8bit
+
+    class AdamW8bit(base):
+        """Its state is given as tensors by name, as checkpoints write it; the library hides them in a dict for FSDP."""
+
+        def state_dict(self) -> dict[str, Any]:
+            return Optimizer.state_dict(self)
+
+    return AdamW8bit(parameters, **options)
+
+
+def check_package(name: str) -> None:
+    """See that what an optimizer needs is installed.
+
+    Raises:
+        UserError: it is not; says how to get it.
+    """
+    if name == IN_8_BITS:
+        check_module(BITSANDBYTES, f"optim.cls={name}", BITSANDBYTES_HINT)
 
 
 def check_same_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, source: str) -> None:
@@ -127,6 +159,11 @@ def check_same_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, source:
         raise UserError(
             f"{source}: its optimizer is of another kind, or trains other weights (groups of {sizes[0]} parameters, "
             f"now {sizes[1]}); set optim.cls and freeze_layers as its config.txt has them"
+        )
+    in_8_bits = any(STATE_IN_8_BITS in values for values in saved["state"].values())
+    if saved["state"] and in_8_bits != (type(optimizer).__name__ == IN_8_BITS):
+        raise UserError(
+            f"{source}: its optimizer is {'' if in_8_bits else 'not '}{IN_8_BITS}; set optim.cls as in its config.txt"
         )
 
 

@@ -1,12 +1,15 @@
 """Optimizers and their schedule."""
 
 import copy
+import importlib.util
 
 import pytest
 import torch
 from torch import nn
 
+from opensora.config.commands import LoopOptions
 from opensora.config.options import OptimOptions
+from opensora.training.checks import check_optimizer
 from opensora.training.weights.optimizer import check_same_optimizer, create_optimizer, create_schedule
 from opensora.utils.errors import UserError
 
@@ -104,3 +107,58 @@ def test_another_optimizer_cannot_go_on():
     for saved, other in ((muon, adam), (adam, muon)):
         with pytest.raises(UserError, match="--load x: its optimizer .* optim.cls"):
             check_same_optimizer(saved.state_dict(), other, "--load x")
+
+
+def descend(cls, steps, resume_at=None):
+    """Loss after every step of fitting a matrix of 64 x 128, and the matrix; at ``resume_at`` the optimizer is one that
+    was made anew from the state of the first."""
+    generator = torch.Generator().manual_seed(0)
+    wanted, bias = torch.randn(64, 128, generator=generator), torch.randn(64, generator=generator)
+    weight, small = nn.Parameter(torch.zeros(64, 128)), nn.Parameter(torch.zeros(64))
+    named = [("weight", weight), ("small", small)]
+    config = OptimOptions(cls=cls, lr=3e-2, weight_decay=0.01)
+    optimizer, losses = create_optimizer(named, config), []
+    for step in range(steps):
+        if step == resume_at:
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = create_optimizer(named, config)
+            optimizer.load_state_dict(saved)
+        x = torch.randn(32, 128, generator=torch.Generator().manual_seed(step))
+        loss = (x @ (weight - wanted).t() + small - bias).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, weight.detach(), optimizer
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_adamw_in_8_bits_follows_adamw_and_resumes_exactly():
+    (exact, _, adam), (losses, weight, optimizer) = (descend(cls, 40) for cls in ("AdamW", "AdamW8bit"))
+    assert losses[-1] < 0.2 * losses[0]
+    # of the moments' 8 bits, an update is off by a few percent at random, which the course of the loss averages out
+    assert losses == pytest.approx(exact, rel=0.03)
+    moments = [tensor for tensor in optimizer.state[optimizer.param_groups[0]["params"][0]].values()
+               if isinstance(tensor, torch.Tensor) and tensor.numel() == weight.numel()]  # fmt: skip
+    assert [tensor.dtype for tensor in moments] == [torch.uint8, torch.uint8]
+    assert torch.equal(descend("AdamW8bit", 40, resume_at=17)[1], weight)
+    for saved, other in ((adam, optimizer), (optimizer, adam)):
+        with pytest.raises(UserError, match="its optimizer is (not )?AdamW8bit; set optim.cls"):
+            check_same_optimizer(saved.state_dict(), other, "--load x")
+    with pytest.raises(UserError, match="adamw_mode"):
+        create_optimizer([], OptimOptions(cls="AdamW8bit", adamw_mode=False))
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+    with pytest.raises(UserError, match=r"optim\.cls=AdamW8bit needs the module bitsandbytes.*pip install"):
+        check_optimizer(LoopOptions(optim=OptimOptions(cls="AdamW8bit")), 1)
+
+
+@pytest.mark.parametrize("cls", ["Muon", "AdamW8bit"])
+def test_whole_matrices_are_asked_for(cls):
+    cfg = LoopOptions(optim=OptimOptions(cls=cls), plugin="fsdp2")
+    with pytest.raises(UserError, match=f"optim.cls={cls} needs whole matrices on every rank: use --plugin ddp"):
+        check_optimizer(cfg, 2)
+    check_optimizer(cfg, 1)
+    check_optimizer(LoopOptions(optim=OptimOptions(cls=cls), plugin="ddp"), 2)
