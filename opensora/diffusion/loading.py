@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from opensora.acceleration.compile import compile_and_tell
 from opensora.acceleration.parallel_context import ParallelContext
 from opensora.acceleration.parallel_vae import share_tiles
 from opensora.acceleration.plugins import divide_model
@@ -46,6 +47,8 @@ def load_models(run: PreparedRun, parallel: ParallelContext | None = None) -> di
         divide_model(models["model"], parallel, cfg.plugin_config)
         if cfg.plugin_ae == "hybrid":
             share_tiles(as_autoencoder(models["ae"]), parallel.sample)
+    for name in [name for name, model in models.items() if cfg.compile and isinstance(model, DiffusionModel)]:
+        compile_and_tell(models[name], name)
     return models
 
 

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from opensora.acceleration.compile import check_compiler
 from opensora.acceleration.devices import torch_dtype
 from opensora.acceleration.plugins import check_sizes, plugin_name
 from opensora.config.commands import InferenceOptions
@@ -121,6 +122,8 @@ class PreparedRun:
             UserError: says what to download, which key to change or what to use instead.
         """
         check_capacity(self.models["model"], self.device, self.cfg.device)
+        if self.cfg.compile:
+            check_compiler(self.device)
         adapters = partial(self.adapters, self.models["model"])
         check_all_weights(self.sections, self.models, pretrained_lora_path=adapters)
         check_text_widths(self.model.config, self.sections)

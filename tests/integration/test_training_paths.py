@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._dynamo.utils import counters
 
+from opensora.acceleration.compile import compile_blocks
 from opensora.config import load_config, parse_config
 from opensora.config.commands import CacheOptions, TrainOptions
 from opensora.diffusion.pipeline import VideoPipeline
@@ -321,3 +323,21 @@ def test_small_configs_run(name, tmp_path, monkeypatch):
     losses = scalars(Trainer(parse_config([config, *map(str, words)], TrainOptions)).run(), "loss")
     assert len(losses) == 2
     assert np.isfinite(list(losses.values())).all()
+
+
+def test_compiled_blocks_train_to_the_same_weights(train, base, monkeypatch):
+    """With gradient checkpointing around them. What makes kernels is left out here: it takes long."""
+    monkeypatch.setattr(
+        "opensora.training.diffusion.trainer.compile_and_tell", lambda model, name: compile_blocks(model, "aot_eager")
+    )
+    counters.clear()
+    runs = {
+        name: train(name, "--compile", name == "compiled", model=base, grad_checkpoint=True)
+        for name in ("plain", "compiled")
+    }
+    assert counters["stats"]["unique_graphs"] >= 2
+    found = {name: weights(folder) for name, folder in runs.items()}
+    started = load_file(base["from_pretrained"])
+    for name, value in found["plain"].items():
+        torch.testing.assert_close(found["compiled"][name], value, rtol=1e-4, atol=1e-6)
+    assert any(not torch.equal(value, started[name]) for name, value in found["plain"].items())

@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.optim import AdamW
 
+from opensora.acceleration.compile import compile_blocks
 from opensora.acceleration.engine import Engine
 from opensora.acceleration.parallel_context import ParallelContext
-from opensora.acceleration.plugins import create_engine
+from opensora.acceleration.plugins import create_engine, divide_model
 from opensora.config.options import PluginOptions
 from opensora.utils.errors import UserError
 from tests.parallel.harness import assert_close
@@ -26,10 +28,15 @@ def make_optimizer(named: Any) -> AdamW:
     return AdamW([parameter for _, parameter in named], lr=1e-2, eps=1e-3)
 
 
-def make_engine(plugin: str, place: ParallelContext, mode: str = "ring_attn", **model_options: Any) -> Engine:
+def make_engine(
+    plugin: str, place: ParallelContext, mode: str = "ring_attn", compiled: bool = False, **model_options: Any
+) -> Engine:
     model = tiny_model(**model_options).train()
-    config = PluginOptions(sequence_parallelism_mode=mode)
-    return create_engine(plugin, model, make_optimizer, place, max_norm=MAX_NORM, config=config)
+    config, layout = PluginOptions(sequence_parallelism_mode=mode), None
+    if compiled:
+        layout = divide_model(model, place, config, plugin)
+        compile_blocks(model, "aot_eager")
+    return create_engine(plugin, model, make_optimizer, place, max_norm=MAX_NORM, config=config, layout=layout)
 
 
 def batch(step: int, sample: int) -> dict[str, Tensor]:
@@ -71,10 +78,16 @@ def expected(samples: int, **model_options: Any) -> tuple[list[float], dict[str,
     return norms, weights(engine), optimizer_state(engine)
 
 
-def compare(plugin: str, mode: str = "ring_attn", model_options: dict[str, Any] | None = None, **sizes: int) -> None:
+def compare(
+    plugin: str,
+    mode: str = "ring_attn",
+    model_options: dict[str, Any] | None = None,
+    compiled: bool = False,
+    **sizes: int,
+) -> None:
     """Three steps equal those of one process."""
     place, options = context(**sizes), model_options or {}
-    engine = make_engine(plugin, place, mode, **options)
+    engine = make_engine(plugin, place, mode, compiled, **options)
     samples = place.dp.size
     norms, whole, state = expected(samples, **options)
     found = train(engine, place, 0, STEPS, samples)
@@ -110,6 +123,19 @@ def check_sequence_parallel(folder: Path) -> None:
 def check_tensor_parallel(folder: Path) -> None:
     compare("ddp", tp=2)
     compare("ddp", model_options={"fused_qkv": True, "use_liger_rope": False}, tp=2)
+
+
+def check_compiled(folder: Path) -> None:
+    """Compiled blocks inside of an engine, recomputed, and divided: two graphs around the attention of a double block,
+    two of all single ones; with divided weights one graph each."""
+    for plugin, recomputed, sizes, graphs in (
+        ("fsdp2", {"grad_ckpt_settings": (1, 2)}, {"sp": 2}, 4),
+        ("ddp", {}, {"tp": 2}, 2),
+    ):
+        torch._dynamo.reset()
+        counters.clear()
+        compare(plugin, "ring_attn", recomputed, compiled=True, **sizes)
+        assert counters["stats"]["unique_graphs"] == graphs, counters
 
 
 def check_combined(folder: Path) -> None:
@@ -198,6 +224,7 @@ def check_refusals(folder: Path) -> None:
 CHECKS = [
     check_ddp,
     check_fsdp2,
+    check_compiled,
     check_sequence_parallel,
     check_tensor_parallel,
     check_other_layouts,

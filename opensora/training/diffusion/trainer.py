@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from opensora.acceleration.compile import check_compiler, compile_and_tell
 from opensora.acceleration.engine import Engine
 from opensora.acceleration.plugins import divide_model
 from opensora.acceleration.shardformer import use_shardformer
@@ -54,6 +55,8 @@ class Trainer:
         self.plan = check_config(cfg, world_size)
         self.start = Run.start(cfg, local_rank, world_size)
         check_resources(cfg, self.plan.model, self.plan.ae, self.start.device, self.start.resume)
+        if cfg.compile:
+            check_compiler(self.start.device)
         self.dataset = build_dataset(cfg)
         check_cache(cfg, self.dataset, self.plan.ae)
         self.memory = EncodedMemory() if cfg.keep_encoded else None
@@ -144,6 +147,8 @@ class Trainer:
         apply_recompute(model, cfg.grad_checkpoint, cfg.grad_ckpt_buffer_size, start.device)
         log_size(model, "model", start.device)
         self.layout = divide_model(model, start.parallel, cfg.plugin_config, cfg.plugin)
+        if cfg.compile:
+            compile_and_tell(model, "model")
         return TrainedWeights(model, start.masters_of(model), adapter)
 
     def _role(self, weights: TrainedWeights) -> Role:
