@@ -23,7 +23,7 @@ from opensora.datasets.table import locate, reading_table, require_columns, row_
 from opensora.utils.errors import UserError, shorten
 from opensora.utils.files import write_beside, write_text
 from opensora.utils.logging import get_logger
-from opensora.utils.paths import expand_home
+from opensora.utils.paths import expand_home, own_command
 
 logger = get_logger(__name__)
 
@@ -71,7 +71,7 @@ class ShardedRows:
         self.table_path, self.num_rows = expand_home(table_path), num_rows
         self.folder = shard_folder(self.table_path)
         self.files = sorted(self.folder.glob("[0-9]*.parquet"))
-        command = f"python scripts/cnv/shard.py {self.table_path}"
+        command = f"{own_command('shard', 'scripts/cnv/shard.py')} {self.table_path}"
         if not self.files:
             raise UserError(f"memory_efficient reads from shards, but {self.folder} holds none; write them: {command}")
         self.rows_per_shard = pq.read_metadata(self.files[0]).num_rows

@@ -33,6 +33,7 @@ from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
 from opensora.utils.logging import get_logger
 from opensora.utils.main import doing
+from opensora.utils.paths import own_command
 from opensora.utils.weights import files_hash
 from opensora.utils.weights_writing import save_safetensors
 
@@ -284,6 +285,7 @@ def describe(cfg: TrajectoryOptions, run: PreparedRun, starts: Sequence[Start]) 
     steps = run.plan.num_steps
     option = asdict(replace(cfg.sampling_option, seed=None))
     kept = {key: value for key, value in option.items() if key not in ("given", "chosen")}
+    command = own_command("trajectories", "scripts/diffusion/trajectories.py")
     return TrajectoryInfo(
         models=models,
         sampling=json.loads(json.dumps(kept)),
@@ -292,5 +294,5 @@ def describe(cfg: TrajectoryOptions, run: PreparedRun, starts: Sequence[Start]) 
         plan=digest.hexdigest()[:16],
         count=len(starts),
         shard_size=cfg.shard_size,
-        config=f"python scripts/diffusion/trajectories.py {cfg.config_path} --save-dir {cfg.save_dir}",
+        config=f"{command} {cfg.config_path} --save-dir {cfg.save_dir}",
     )

@@ -16,6 +16,7 @@ from opensora.models.mmdit.attention import is_approximate
 from opensora.models.mmdit.config import MMDiTConfig
 from opensora.utils.errors import UserError
 from opensora.utils.main import doing
+from opensora.utils.paths import own_command
 from opensora.utils.video import save_image
 
 
@@ -67,9 +68,10 @@ class SampleWriter:
         for index, job in enumerate(batch):
             self._notes(job, error.result, index)
             paths.append(self._latents(job, error.result, index))
+        command = own_command("decode", "scripts/diffusion/decode.py")
         return UserError(
             f"{error}. Nothing is lost; when there is memory:\n"
-            f"  python scripts/diffusion/decode.py {self.cfg.config_path} {' '.join(map(str, paths))}"
+            f"  {command} {self.cfg.config_path} {' '.join(map(str, paths))}"
         )
 
     def _latents(self, job: Job, result: SampleResult, index: int) -> Path:

@@ -14,6 +14,11 @@ def shipped_root() -> Path:
     return inside if inside.is_dir() else PACKAGE.parent
 
 
+def own_command(name: str, script: str) -> str:
+    """How a user runs a command of the package, for messages: in a checkout by its script, else by its name."""
+    return f"opensora {name}" if (PACKAGE / INSTALLED).is_dir() else f"python {script}"
+
+
 def expand_home(path: str | Path) -> Path:
     """The path with a leading ``~`` or ``~user`` replaced by the home folder, which a shell does not do after ``=`` and
     in tables; unchanged where there is a file of that very name, or no such user."""

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from opensora.acceleration.plugins import check_training
+from opensora.cli.main import split_processes
 from opensora.config import parse_config
 from opensora.config.commands import (
     CacheOptions,
     InferenceOptions,
+    ServeOptions,
     TrainOptions,
     TrajectoryOptions,
     VaeInferenceOptions,
@@ -29,6 +31,17 @@ SCRIPTS = {
     "scripts/vae/train.py": VaeTrainOptions,
     "scripts/vae/inference.py": VaeInferenceOptions,
     "scripts/vae/stats.py": VaeStatsOptions,
+}
+
+OPTIONS = {
+    "generate": InferenceOptions,
+    "serve": ServeOptions,
+    "benchmark": InferenceOptions,
+    "train": TrainOptions,
+    "cache": CacheOptions,
+    "train-vae": VaeTrainOptions,
+    "reconstruct": VaeInferenceOptions,
+    "vae-stats": VaeStatsOptions,
 }
 
 
@@ -74,6 +87,21 @@ def test_commands_are_valid(command, monkeypatch):
     for ref in (cfg.ref or "").split(";"):
         # a clip may come from an earlier command
         assert ref == "" or ref.startswith("samples/") or Path(ref).is_file()
+
+
+def installed_commands() -> list[str]:
+    """Those of the command ``opensora`` that take a config."""
+    pages = (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+    lines = {line for page in pages for block in blocks(str(page), "bash") for line in block.splitlines()}
+    return sorted(line for line in lines if line.startswith("opensora ") and line.split()[1] in OPTIONS)
+
+
+@pytest.mark.parametrize("command", installed_commands())
+def test_commands_of_the_installed_package_are_valid(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, name, *words = shlex.split(command)
+    _, words = split_processes(words)
+    assert parse_config(words, OPTIONS[name])
 
 
 def other_commands() -> list[tuple[str, str]]:

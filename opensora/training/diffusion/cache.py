@@ -28,6 +28,7 @@ from opensora.models.text.fitting import count_notes
 from opensora.registry import MODELS, build_module
 from opensora.training.diffusion.encoders import cache_folder, meta_autoencoder
 from opensora.utils.errors import UserError
+from opensora.utils.paths import own_command
 
 
 def source_section(cfg: TrainOptions) -> DatasetOptions:
@@ -153,7 +154,7 @@ def cache_writer(cfg: CacheOptions) -> CacheWriter:
         plan=plan.digest(),
         clips=len(plan.keys),
         shard_size=cfg.cache_shard_size,
-        config=f"python scripts/diffusion/cache.py {cfg.config_path} --cache-dir {folder}",
+        config=f"{own_command('cache', 'scripts/diffusion/cache.py')} {cfg.config_path} --cache-dir {folder}",
     )
     return CacheWriter(
         folder,
