@@ -9,6 +9,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from opensora.acceleration.torchrun import Torchrun
 from opensora.config import parse_config
 from opensora.config.commands import ServeOptions
 from opensora.utils.claims import claimed
@@ -26,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         UserError: anything wrong with config, weights, key or place; found before the server listens.
     """
     cfg = with_key(parse_config(argv, ServeOptions))
+    if Torchrun.read(os.environ).world_size > 1:
+        raise UserError("start one server, without torchrun: --worker-processes N starts its ranks")
     check_address(cfg)
     check_installed(cfg)
     from opensora.serving.run import serve  # after parsing: --help and typos answer at once

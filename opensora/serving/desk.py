@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from opensora.config.commands import ServeOptions
+from opensora.config.options import SamplingOption
 from opensora.diffusion.conditions import get_spans
 from opensora.diffusion.lora import read_loras
 from opensora.diffusion.plan import SamplePlan, make_plan, starts_from_picture
@@ -102,6 +103,20 @@ class Desk:
             make_asker(cfg, environment)
         self._lora_files: dict[tuple[str, float], float] = {}
 
+    @property
+    def settings(self) -> ServeOptions:
+        """The config as the model asks for it, if that is distilled; requests replace what it says."""
+        return cast(ServeOptions, self.run.cfg)
+
+    def plan(self, option: SamplingOption) -> SamplePlan:
+        """A video from text alone.
+
+        Raises:
+            UserError: sizes or lengths that cannot be.
+        """
+        run = self.run
+        return make_plan(option, run.plan.spec, run.cfg.patch_size, "t2v", distilled=run.distilled)
+
     @cached_property
     def can_refine(self) -> bool:
         """Whether a language model is at hand."""
@@ -151,9 +166,9 @@ class Desk:
             UserError: it cannot be made; says why, as the command line does.
         """
         self._check_limits(asked)
-        cfg = asked.settings(self.cfg, self.run.plan.spec)
+        cfg = asked.settings(self.settings, self.run.plan.spec)
         cond_type = self._cond_type(asked, uploads)
-        plan = make_plan(cfg.sampling_option, self.run.plan.spec, cfg.patch_size, "t2v")
+        plan = self.plan(cfg.sampling_option)
         if work_of(plan) > self.most_work:  # before references are read
             raise UserError(self._too_much(plan))
         refs = ";".join(str(uploads[name]) for name in (FIRST, LAST) if name in uploads)
@@ -218,7 +233,9 @@ class Desk:
         if self.cfg.worker_processes > 1:
             raise BadField("lora", "this server's model is divided over several processes, which takes no lora")
         path = Path(str(self.cfg.lora_dir)).expanduser() / asked.lora
-        entry = f"{path}@{asked.lora_strength}"
+        if self.cfg.pretrained_lora_path and not self.cfg.merge_lora:
+            raise BadField("lora", "this server's model has adapters beside its weights, which takes no further lora")
+        entry = f"{path}@{asked.lora_strength!r}"
         key, changed = (asked.lora, asked.lora_strength), path.stat().st_mtime
         if self._lora_files.get(key) != changed:
             try:

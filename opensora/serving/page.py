@@ -18,7 +18,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from opensora.config.options import SamplingOption
 from opensora.datasets.aspect import BASE_RATIOS
-from opensora.diffusion.plan import make_plan
 from opensora.serving import views
 from opensora.serving.desk import work_of
 from opensora.serving.jobs import Job
@@ -27,13 +26,13 @@ from opensora.serving.request import FILES
 from opensora.serving.service import MIB, Service
 from opensora.serving.words import LANGUAGES, preferred, say
 from opensora.utils.errors import UserError
+from opensora.utils.paths import shipped_root
 
 OWNER, LANGUAGE = "opensora_owner", "opensora_language"  # cookies
 A_YEAR = 365 * 24 * 3600
 TICK = 0.6  # seconds between looks at a job that is being made
 CARDS = 12
 EXAMPLES = 4
-ASSETS = Path(__file__).parents[2] / "assets" / "texts"
 SIDES = (64, 128, 192, 256, 384, 512, 768, 1024)
 KEEP_LANGUAGE = f"(l) => {{ document.cookie = '{LANGUAGE}=' + l + '; path=/; max-age={A_YEAR}; samesite=strict'; }}"
 ELSEWHERE = re.compile(rb'<meta\s+(?:property|name)="(?:og|twitter):[^>]*>')  # pictures for previews of links
@@ -138,7 +137,7 @@ class Page:
 
     def __init__(self, service: Service) -> None:
         self.service, self.desk, self.cfg = service, service.desk, service.cfg
-        self.option: SamplingOption = service.cfg.sampling_option
+        self.option: SamplingOption = service.desk.settings.sampling_option
         self.named: list[tuple[Any, dict[str, str]]] = []  # components with texts: word by property
 
     def build(self) -> gr.Blocks:
@@ -200,7 +199,8 @@ class Page:
 
     def _example_texts(self) -> list[str]:
         name = "demo.csv" if "demo" in self.cfg.config_path else "sora.csv"
-        place = Path(self.cfg.examples).expanduser() if self.cfg.examples else ASSETS / name
+        shipped = shipped_root() / "assets" / "texts" / name
+        place = Path(self.cfg.examples).expanduser() if self.cfg.examples else shipped
         try:
             texts = pd.read_csv(place)["text"].astype(str).tolist()
         except (OSError, ValueError, KeyError):
@@ -235,7 +235,7 @@ class Page:
         """Whether a sample of other sampling options is within the server's limits."""
         plain = {**self.option.to_dict(), **changes}
         try:
-            plan = make_plan(SamplingOption(**plain), self.desk.run.plan.spec, self.cfg.patch_size, "t2v")
+            plan = self.desk.plan(SamplingOption(**plain))
         except (UserError, TypeError):
             return False
         return work_of(plan) <= self.desk.most_work

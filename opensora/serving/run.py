@@ -4,6 +4,7 @@ import socket
 from collections.abc import Mapping
 
 from opensora.acceleration.devices import pick_device
+from opensora.config import naming_places
 from opensora.config.commands import ServeOptions
 from opensora.serving.desk import Desk, check_served
 from opensora.serving.folders import Folders
@@ -30,7 +31,8 @@ def make_service(cfg: ServeOptions, environment: Mapping[str, str], works: bool 
     """
     check_served(cfg)
     desk = Desk(cfg, pick_device(cfg.device), environment)
-    desk.run.check_resources()
+    with naming_places(cfg):
+        desk.run.check_resources()
     folders = Folders(cfg.data_dir)
     store = JobStore(folders.database)
     supervisor = Supervisor(cfg, folders, store) if works else None

@@ -9,9 +9,10 @@ from opensora.serving.jobs import COMPLETED, QUEUED, Job
 from opensora.serving.service import Service
 
 POLL_MS = 500  # what clients that poll are told to wait
+OF_WEIGHTS = ("sha256", "strength", "quantize", "approximate")
 RECORD = (
     *("text", "prompt", "negative_prompt", "cond_type", "seed", "fps", "frames", "latent", "tokens", "forwards"),
-    *("seconds", "versions"),
+    *("step_cache", "attention", "seconds", "versions"),
 )
 
 
@@ -82,7 +83,6 @@ def settings(job: Job, record: Path) -> dict[str, Any]:
         "request": {name: value for name, value in job.request.items() if name != "uploads"},
         **{name: content[name] for name in RECORD if name in content},
         "weights": {
-            name: {key: value for key, value in entry.items() if key in ("sha256", "strength")}
-            for name, entry in weights.items()
+            name: {key: value for key, value in entry.items() if key in OF_WEIGHTS} for name, entry in weights.items()
         },
     }

@@ -26,6 +26,7 @@ from opensora.acceleration.parallel_context import ParallelContext, launch, shut
 from opensora.acceleration.torchrun import Torchrun
 from opensora.config import load_config
 from opensora.config.commands import ServeOptions
+from opensora.diffusion.lora import split_lora
 from opensora.diffusion.offload import on_device
 from opensora.diffusion.pipeline import SampleResult, VideoPipeline
 from opensora.generation.refine import Ask, make_asker, refine_requests, wants_language_model
@@ -33,7 +34,6 @@ from opensora.generation.requests import Request
 from opensora.generation.run import join
 from opensora.generation.writer import SampleWriter
 from opensora.models.autoencoder import as_autoencoder
-from opensora.serving.adapters import with_lora
 from opensora.serving.desk import Desk, Prepared
 from opensora.serving.folders import PREVIEW, READY, SHEET, THUMBNAIL, Folders
 from opensora.serving.jobs import Gone, Job, JobStore
@@ -113,8 +113,8 @@ class Worker:
         try:
             batch = [self._prepare(job) for job in jobs]
             progress = Progress(self, jobs, Denoised(batch[0].plan.times))
-            with with_lora(self.pipe.models["model"], batch[0].lora, self.desk.cfg.lora_partial):
-                result = self._sample(jobs, batch, progress)
+            self._use_lora(batch[0].lora)
+            result = self._sample(jobs, batch, progress)
         except (UserError, torch.OutOfMemoryError) as error:
             if len(jobs) == 1:
                 raise
@@ -139,6 +139,14 @@ class Worker:
         return dataclasses.replace(
             prepared, request=collectives.broadcast_object(refined, self.pipe.parallel.host) or prepared.request
         )
+
+    def _use_lora(self, entry: str | None) -> None:
+        """Have an adapter (``PATH@strength``) on the model, or none; it stays for the jobs that want it as well."""
+        if [each.entry for each in self.pipe.loras] == ([] if entry is None else [entry]):
+            return
+        self.pipe.unload_lora()
+        if entry is not None:
+            self.pipe.load_lora(*split_lora(entry))
 
     def _refined(self, prepared: Prepared) -> Request:
         self._ask = self._ask or make_asker(prepared.cfg, self.desk.environment)()

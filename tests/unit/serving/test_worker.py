@@ -212,12 +212,15 @@ def test_an_adapter_is_on_the_model_for_its_job_alone(service, worker):
     before = {name: value.clone() for name, value in worker.pipe.models["model"].state_dict().items()}
     plain, styled, weak = ask(service), ask(service, lora="style"), ask(service, lora="style", lora_strength="0")
     work(worker)
+    last = ask(service)
+    work(worker)
     after = worker.pipe.models["model"].state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     made = [frames_of(service, job).astype(int) for job in (plain, styled, weak)]
     assert abs(made[0] - made[1]).max() > 0
     np.testing.assert_array_equal(made[0], made[2])
+    np.testing.assert_array_equal(made[0], frames_of(service, last))
     record = json.loads((service.folders.of(styled.id) / "video.json").read_text())
     assert len(record["weights"]["lora"]["sha256"]) == 64
 
