@@ -25,7 +25,7 @@ from tests.conftest import tiny_inference_config
 
 ROOT = Path(__file__).parents[2]
 JOBS, STEPS = 3, 12
-PATIENCE = 120.0
+PATIENCE = 600.0  # of machines that do much else as well
 
 
 class Server:
