@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opensora.diffusion.decode import fitting_tiles
 from opensora.diffusion.plan import SamplePlan
 from opensora.diffusion.references import Source, read_clips
 from opensora.models.autoencoder import Autoencoder
@@ -28,6 +29,7 @@ def encode_references(
     seeds: Sequence[int],
     device: torch.device,
     dtype: torch.dtype,
+    room: int | None = None,
 ) -> list[list[Tensor] | None]:
     """Latents [C, T', h, w] of each sample's references, one per given run of the plan's condition; None without.
 
@@ -39,6 +41,7 @@ def encode_references(
         plan: sizes and condition.
         seeds: per sample.
         device, dtype: of the latents.
+        room: bytes of the device's memory that tiles are chosen by; None: they are those of the config.
 
     Raises:
         UserError: a reference that cannot be read or is too short.
@@ -51,5 +54,9 @@ def encode_references(
         generator = torch.Generator("cpu").manual_seed(seed ^ REFERENCE_SEED_OFFSET)
         clips = read_clips(of_sample, plan.cond_type, plan.spec, plan.height, plan.width)
         pixels = [clip[None].to(device, dtype) for clip in clips]
-        encoded.append([ae.encode(clip, generator=generator)[0] for clip in pixels])
+        latents = []
+        for clip in pixels:
+            with ae.in_tiles(fitting_tiles(ae, clip.shape[2:], dtype, room, encode=True)):
+                latents.append(ae.encode(clip, generator=generator)[0])
+        encoded.append(latents)
     return encoded

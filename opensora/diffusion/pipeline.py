@@ -21,7 +21,7 @@ from opensora.config.keys import read_group
 from opensora.config.options import SamplingOption
 from opensora.diffusion.calling import Generators, condition_of, one_of, seeds_of, shown_steps
 from opensora.diffusion.conditions import build_condition, get_spans, restore_references
-from opensora.diffusion.decode import DecodeMemoryError, check_pixels, decode_latents
+from opensora.diffusion.decode import DecodeMemoryError, FrameSink, Gathered, check_pixels, decode_into, room_to_work
 from opensora.diffusion.distilled import Distilled, as_distilled
 from opensora.diffusion.encoding import embed_texts, encode_references
 from opensora.diffusion.finite import check_result, watched
@@ -55,6 +55,7 @@ from opensora.models.diffusion import DiffusionModel, as_diffusion_model
 from opensora.models.quantization.linear import QuantizedLinear
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
+from opensora.utils.sizes import parse_bytes
 from opensora.utils.video import to_uint8
 
 logger = get_logger(__name__)
@@ -73,11 +74,13 @@ class SampleResult:
         frames: uint8 arrays [num_frames, H, W, 3].
         texts: prompts as the text encoders got them.
         seeds: of the starting noise.
-        timings: seconds by stage: ``image``, ``text``, ``references``, ``denoise``, ``decode``.
+        timings: seconds by stage: ``image``, ``text``, ``references``, ``denoise``, ``decode`` (with writing, where
+            frames go to files).
         plan: sizes and schedule.
         images: uint8 [H, W, 3], pictures made first from the prompts (``use_t2i2v``), else empty.
         reused: share of the transformer's evaluations in which the step cache left blocks out; empty without one that
             counts them.
+        tiles: those that were decoded in, in words, where they are not the config's.
     """
 
     latents: Tensor
@@ -88,6 +91,11 @@ class SampleResult:
     plan: SamplePlan
     images: list[np.ndarray] = field(default_factory=list)
     reused: list[float] = field(default_factory=list)
+    tiles: str = ""
+
+
+SampledCallback = Callable[[SampleResult], FrameSink]
+"""``on_sampled(result)``: called with all but the frames of a batch, gives where those go."""
 
 
 class VideoPipeline:
@@ -273,6 +281,7 @@ class VideoPipeline:
         on_step: StepCallback | None = None,
         image_texts: Sequence[str] | None = None,
         on_images: ImagesCallback | None = None,
+        on_sampled: SampledCallback | None = None,
     ) -> SampleResult:
         """Make a batch with everything given: what a call does after it has worked out its defaults.
 
@@ -287,6 +296,8 @@ class VideoPipeline:
             image_texts: prompts of pictures to make first and start from, where no sample has references; None makes
                 none.
             on_images: gets these pictures before their videos are made.
+            on_sampled: called when a batch is about to be decoded, and gives where its frames go instead of into the
+                result, so that no video is held whole.
         """
         timings: dict[str, float] = {}
         images: list[np.ndarray] = []
@@ -309,13 +320,16 @@ class VideoPipeline:
         with timed(timings, "denoise", self.device):
             latents = self.sample(plan, *embedded.split(len(texts)), refs, seeds, on_step, cache)
         reused = self._reused(cache)
+        gathered = Gathered()
         result = SampleResult(latents.float().cpu(), [], list(texts), list(seeds), timings, plan, images, reused)
         try:
             with timed(timings, "decode", self.device):
-                result.frames = self.decode(latents, plan)
+                sink = gathered if on_sampled is None else on_sampled(result)
+                result.tiles = self.decode_into(sink, latents, plan)
         except DecodeMemoryError as error:
             error.result = result
             raise
+        result.frames = gathered.videos()
         return result
 
     @property
@@ -412,7 +426,8 @@ class VideoPipeline:
         if not plan.has_image:
             return [None] * len(sources)
         with self._ready("ae") as ae:
-            found = encode_references(as_autoencoder(ae), sources, plan, seeds, self.device, self.dtype)
+            room = self._room()
+            found = encode_references(as_autoencoder(ae), sources, plan, seeds, self.device, self.dtype, room)
         for latent in (latent for of_sample in found for latent in of_sample or ()):
             check_result(latent[None], "latents of a reference", "--dtype bf16 or fp32, or other weights of ae")
         return found
@@ -486,9 +501,21 @@ class VideoPipeline:
             yield stack.enter_context(self._ready(name)), memo
 
     def decode(self, latents: Tensor, plan: SamplePlan) -> list[np.ndarray]:
-        """Latents [B, C, T, h, w] to uint8 videos [num_frames, H, W, 3], see :func:`decode_latents`."""
+        """Latents [B, C, T, h, w] to uint8 videos [num_frames, H, W, 3], see :func:`decode_into`."""
+        gathered = Gathered()
+        self.decode_into(gathered, latents, plan)
+        return gathered.videos()
+
+    def decode_into(self, sink: FrameSink, latents: Tensor, plan: SamplePlan) -> str:
+        """Decode latents, frames to ``sink`` as they are done; see :func:`opensora.diffusion.decode.decode_into`."""
         with self._ready("ae") as ae:
-            return decode_latents(as_autoencoder(ae), latents, plan.kept_frames(), self.device, self.dtype)
+            frames, room = plan.kept_frames(), self._room()
+            return decode_into(sink, as_autoencoder(ae), latents, frames, self.device, self.dtype, room)
+
+    def _room(self) -> int | None:
+        """Bytes for tiles to be chosen by, the same on all ranks that make a sample together."""
+        own = room_to_work(self.device, parse_bytes(self.cfg.gpu_memory, "gpu_memory"))
+        return None if own is None else min(collectives.gather_values(own, self.parallel.sample))
 
     def make_images(
         self, prompts: Sequence[str], seeds: Sequence[int], on_step: StepCallback | None = None, **sampling: Any

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from opensora.acceleration.devices import torch_dtype
 from opensora.config.commands import InferenceOptions
-from opensora.diffusion.decode import decode_latents
-from opensora.diffusion.offload import on_device
+from opensora.diffusion.decode import decode_into, room_to_work
 from opensora.generation import outputs
+from opensora.generation.sample_files import SampleFiles
 from opensora.models.autoencoder import as_autoencoder
 from opensora.models.build import build_ready, check_weights
 from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
 from opensora.utils.main import doing
+from opensora.utils.sizes import parse_bytes
 
 
 def decode_files(
@@ -45,7 +46,7 @@ def decode_files(
     check_weights("ae", cfg.ae)
     dtype = torch_dtype(cfg.dtype)
     ae = build_ready(cfg.ae, device, dtype, "ae")
-    made = []
+    made, limit = [], parse_bytes(cfg.gpu_memory, "gpu_memory")
     for path, latents, facts in kept:
         frames = slice(int(facts["first_frame"]), int(facts["end_frame"]))
         with (
@@ -54,9 +55,10 @@ def decode_files(
         ):
             if not _is_wanted(cfg, _stem_of(path)):  # another process was quicker
                 continue
-            with on_device(ae, device, offload=False):
-                (video,) = decode_latents(as_autoencoder(ae), latents[None], frames, device, dtype)
-            made.append(outputs.save_sample(video, _stem_of(path), float(facts["fps"])))
+            with SampleFiles([(_stem_of(path), float(facts["fps"]))]) as frames_to:
+                room = room_to_work(device, limit)
+                decode_into(frames_to, as_autoencoder(ae), latents[None], frames, device, dtype, room)
+                made.append(frames_to.put_in_place(0))
         log(f"saved {made[-1]}")
     return made
 

@@ -24,7 +24,7 @@ from opensora.generation.requests import Request
 from opensora.models.quantization.loading import kind_of_section
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
-from opensora.utils.video import save_image, save_video
+from opensora.utils.video import VideoWriter, save_image
 from opensora.utils.weights import WeightFiles, fingerprint, index_of, open_weights
 from opensora.utils.weights_writing import save_safetensors
 
@@ -143,11 +143,45 @@ def _with_ending(stem: Path, ending: str) -> Path:
     return stem.with_name(stem.name + ending)  # names may hold dots, so with_suffix would cut them
 
 
-def save_sample(frames: np.ndarray, stem: Path, fps: float) -> Path:
-    """Write a uint8 video [T, H, W, 3] as ``.mp4``, or a single frame as ``.png``."""
-    if len(frames) == 1:
-        return save_image(frames[0], _with_ending(stem, ".png"))
-    return save_video(frames, _with_ending(stem, ".mp4"), fps)
+class SampleFile:
+    """A sample on its way to a file, frames as they come: a ``.mp4``, or a ``.png`` of a single frame.
+
+    Nothing of it is there before :meth:`put_in_place`.
+
+    Args:
+        stem: the file without its ending.
+        fps: frames per second of a video.
+    """
+
+    def __init__(self, stem: Path, fps: float) -> None:
+        self.stem, self.fps = stem, fps
+        self._first: np.ndarray | None = None  # a frame that may be the only one
+        self._video: VideoWriter | None = None
+
+    def write(self, frames: np.ndarray) -> None:
+        """Add frames, uint8 [T, H, W, 3]."""
+        if self._video is None and self._first is None and len(frames) == 1:
+            self._first = frames
+            return
+        if self._video is None:
+            self._video = VideoWriter(_with_ending(self.stem, ".mp4"), self.fps)
+        if self._first is not None:
+            self._video.write(self._first)
+            self._first = None
+        self._video.write(frames)
+
+    def put_in_place(self) -> Path:
+        """Finish the file and give it its name; returns that."""
+        if self._video is not None:
+            return self._video.put_in_place()
+        assert self._first is not None, "no frames"
+        return save_image(self._first[0], _with_ending(self.stem, ".png"))
+
+    def discard(self) -> None:
+        """Leave nothing of it."""
+        if self._video is not None:
+            self._video.discard()
+        self._video = self._first = None
 
 
 def save_latents(latents: Tensor, stem: Path, text: str, fps: float, frames: slice) -> Path:

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from opensora.acceleration.parallel_context import ParallelContext, Sizes
 from opensora.acceleration.rank_zero import from_rank_zero
 from opensora.acceleration.torchrun import Torchrun
 from opensora.config.commands import InferenceOptions
-from opensora.diffusion.decode import DecodeMemoryError
+from opensora.diffusion.decode import DecodeMemoryError, Dropped, FrameSink
 from opensora.diffusion.pipeline import SampleResult, VideoPipeline
 from opensora.diffusion.prepared import PreparedRun, check_parallelism
 from opensora.diffusion.references import check_references
@@ -24,6 +24,7 @@ from opensora.generation.jobs import Job, hold_jobs, left_to_make, list_jobs, se
 from opensora.generation.refine import make_asker, wants_language_model
 from opensora.generation.requests import Request, read_requests, where_of_ref
 from opensora.generation.room import check_room
+from opensora.generation.sample_files import SampleFiles
 from opensora.generation.writer import SampleWriter
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -119,10 +120,11 @@ def make_all(pipe: VideoPipeline, jobs: Sequence[Job], log: Callable[[str], None
     with tqdm(total=len(jobs), desc="samples", unit="sample", disable=hidden) as bar:
         for batch in _batches(jobs, cfg.batch_size):
             shown = tqdm(desc=batch[0].request.text[:40], unit="step", leave=False, disable=hidden)
-            with doing(", ".join(job.request.where for job in batch)), shown as steps:
-                result = _make(pipe, batch, writer, _shown_on(steps))
-            if writer is not None:
-                made += [writer.sample(job, result, index) for index, job in enumerate(batch)]
+            with nullcontext() if writer is None else writer.files(batch) as files:
+                with doing(", ".join(job.request.where for job in batch)), shown as steps:
+                    result = _make(pipe, batch, writer, _shown_on(steps), files)
+                if writer is not None and files is not None:
+                    made += [writer.sample(job, result, index, files) for index, job in enumerate(batch)]
             bar.update(len(batch))
     return made
 
@@ -148,10 +150,21 @@ def _shown_on(bar: "tqdm[None]") -> StepCallback:
 
 
 def _make(
-    pipe: VideoPipeline, batch: Sequence[Job], writer: SampleWriter | None, on_step: StepCallback
+    pipe: VideoPipeline,
+    batch: Sequence[Job],
+    writer: SampleWriter | None,
+    on_step: StepCallback,
+    files: SampleFiles | None,
 ) -> SampleResult:
-    """Sample a batch; pictures made on the way, and latents that cannot be decoded, are saved at once."""
+    """Sample a batch, frames to ``files`` as they are decoded; pictures made on the way, and latents that cannot be
+    decoded, are saved at once."""
     requests = [job.request for job in batch]
+
+    def on_sampled(result: SampleResult) -> FrameSink:
+        if writer is not None:
+            writer.latents(batch, result)
+        return files or Dropped()
+
     try:
         return pipe.make(
             [request.final_text for request in requests],
@@ -162,6 +175,7 @@ def _make(
             on_step=on_step,
             image_texts=[request.picture_text for request in requests] if pipe.cfg.use_t2i2v else None,
             on_images=None if writer is None else lambda images: writer.pictures(batch, images),
+            on_sampled=on_sampled,
         )
     except DecodeMemoryError as error:
         if writer is None:

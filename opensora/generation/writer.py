@@ -12,6 +12,7 @@ from opensora.diffusion.decode import DecodeMemoryError
 from opensora.diffusion.pipeline import SampleResult
 from opensora.generation import outputs
 from opensora.generation.jobs import Job
+from opensora.generation.sample_files import SampleFiles
 from opensora.models.mmdit.attention import is_approximate
 from opensora.models.mmdit.config import MMDiTConfig
 from opensora.utils.errors import UserError
@@ -52,13 +53,23 @@ class SampleWriter:
             outputs.save_text(job.request.picture_text, path.parent / job.stem.name)
             self.log(f"saved {save_image(image, path)}")
 
-    def sample(self, job: Job, result: SampleResult, index: int) -> Path:
-        """Write a sample. The video comes last: where it is, all else is."""
+    def files(self, batch: Sequence[Job]) -> SampleFiles:
+        """Where the frames of a batch go while it is decoded."""
+        return SampleFiles([(job.stem, job.request.fps) for job in batch])
+
+    def latents(self, batch: Sequence[Job], result: SampleResult) -> None:
+        """Keep the latents of a batch that is about to be decoded, if they are to be kept: whatever happens then."""
+        if not self.cfg.save_latents:
+            return
+        for index, job in enumerate(batch):
+            self._notes(job, result, index)
+            self._latents(job, result, index)
+
+    def sample(self, job: Job, result: SampleResult, index: int, files: SampleFiles) -> Path:
+        """Write what belongs beside a sample, and give it its name. The video comes last: where it is, all else is."""
         with doing(f"writing {job.stem}"):
             self._notes(job, result, index)
-            if self.cfg.save_latents:
-                self._latents(job, result, index)
-            path = outputs.save_sample(result.frames[index], job.stem, job.request.fps)
+            path = files.put_in_place(index)
         self.log(f"saved {path}")
         return path
 
@@ -96,6 +107,7 @@ class SampleWriter:
             "forwards": plan.forwards,
             **_step_cache_record(result, index),
             **_attention_record(self.cfg),
+            **({"tiles": result.tiles} if result.tiles else {}),
             "seconds": {stage: round(seconds, 3) for stage, seconds in result.timings.items()},
             **self.common,
         }

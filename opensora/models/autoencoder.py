@@ -5,15 +5,17 @@ weights alone: the moments of a posterior, or latents. What is *final*, the late
 made of it each time: drawn from the posterior, and scaled.
 """
 
+import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from opensora.models.vae.footprint import bytes_of
 from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.models.vae.tiling import Tiling
 from opensora.utils.errors import UserError
@@ -89,6 +91,44 @@ class Autoencoder(Protocol):
     ) -> tuple[Tensor, DiagonalGaussian | None, Tensor]:
         """Reconstruct (a module's ``forward``): ``(reconstruction like x, posterior if there is one, latents)``."""
 
+    def decode_parts(self, z: Tensor) -> Iterator[Tensor]:
+        """What `decode` gives of one sample, bit for bit, in consecutive parts along time ``[1, 3, T', H, W]``; each is
+        finished, and nothing of it is held once the next is asked for. Here one part, all of it."""
+        yield self.decode(z)
+
+    def decode_bytes(self, size: Sequence[int], dtype: torch.dtype) -> int | None:
+        """Most bytes of a GPU's memory that decoding a latent (t, h, w) in parts takes with the present `tiling`,
+        beyond the weights; None where that cannot be told. Counted (`opensora.models.vae.footprint`), in ``dtype``.
+        """
+        tile = [*size] if self.tiling is None else self.tiling.largest(size)
+        latent = torch.empty(1, self.latent_channels, *tile, dtype=dtype, device="meta")
+        peak = self._bytes(dtype, lambda: self.decode(latent))
+        whole = tile[0] * math.prod(size[1:]) * math.prod(self.compression) * 3  # pixels of a part
+        # joined from strips while the last of them is made; then, the network being done, made uint8 by way of float32
+        return None if peak is None else max(peak + 2 * whole * dtype.itemsize, whole * (dtype.itemsize + 8))
+
+    def encode_bytes(self, size: Sequence[int], dtype: torch.dtype) -> int | None:
+        """The same for encoding a clip (T, H, W)."""
+        tile = [*size]
+        if self.tiling is not None:
+            t, h, w = self.tiling.largest(self.get_latent_size(size))
+            ratio, rows, columns = self.compression
+            tile = [min(size[0], t * ratio), min(size[1], h * rows), min(size[2], w * columns)]
+            tile[0] = self.nearest_frames(tile[0])[0]
+        clip = torch.empty(1, 3, *tile, dtype=dtype, device="meta")
+        peak = self._bytes(dtype, lambda: self.encode_stored(clip))
+        return None if peak is None else peak + clip.nbytes // math.prod(tile) * math.prod(size)
+
+    def _bytes(self, dtype: torch.dtype, run: Callable[[], object]) -> int | None:
+        """Bytes of a run in one piece."""
+        before = self.tiling
+        try:
+            if before is not None:
+                self.tiling = replace(before, use_spatial=False, use_temporal=False, runner=None)
+            return bytes_of(cast(nn.Module, self), dtype, run)
+        finally:
+            self.tiling = before
+
     def from_stored(
         self, stored: Tensor, generator: torch.Generator | None = None, sample_posterior: bool = True
     ) -> Tensor:
@@ -139,6 +179,16 @@ class Autoencoder(Protocol):
         return LatentSpec.of(self).keeps_length(num_frames)
 
     @contextmanager
+    def in_tiles(self, tiling: Tiling | None) -> Iterator[None]:
+        """Work in other tiles for a while; None changes nothing."""
+        before = self.tiling
+        try:
+            self.tiling = tiling or before
+            yield
+        finally:
+            self.tiling = before
+
+    @contextmanager
     def tiled(self) -> Iterator[None]:
         """Work in tiles for a while, whatever the config says; no difference for one that cannot.
 
@@ -146,12 +196,8 @@ class Autoencoder(Protocol):
             UserError: the configured tile sizes cannot be.
         """
         before = self.tiling
-        try:
-            if before is not None:
-                self.tiling = replace(before, use_spatial=True, use_temporal=True)
+        with self.in_tiles(before and replace(before, use_spatial=True, use_temporal=True)):
             yield
-        finally:
-            self.tiling = before
 
     def set_grad_checkpoint(self, enabled: bool = True, last_layer: bool = True) -> None:
         """Recompute the activations of every block in the backward pass instead of keeping them.

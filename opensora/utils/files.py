@@ -26,31 +26,54 @@ def check_name(path: str | Path) -> None:
         raise UserError(f"{path}: the name has {length} bytes, file systems take {NAME_BYTES}; choose a shorter one")
 
 
-def write_beside(path: str | Path, write: Callable[[Path], Any]) -> Path:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it, so that ``path`` is whole or absent.
+class FileBeside:
+    """A temporary file beside ``path`` that gets its name once it is complete, so that ``path`` is whole or absent.
 
     The temporary name keeps the ending of ``path``, since codecs choose their container by it. Missing parent folders
     are created. What a killed program leaves is for :func:`remove_unfinished_files`.
 
+    Attributes:
+        path: where the file will be.
+        temporary: where it is written; empty at first.
+
     Raises:
         UserError: the name is too long, or that of a link that leads nowhere.
     """
-    path = Path(path)
-    check_name(path)
-    if path.is_symlink() and not is_there(path):
-        raise UserError(f"{path} is a link that leads nowhere; delete it, or give another place")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=UNFINISHED, suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        check_name(self.path)
+        if self.path.is_symlink() and not is_there(self.path):
+            raise UserError(f"{self.path} is a link that leads nowhere; delete it, or give another place")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=UNFINISHED, suffix=self.path.suffix, dir=self.path.parent)
+        os.close(handle)
+        self.temporary = Path(name)
+
+    def put_in_place(self) -> Path:
+        """Give the file its name, in place of one that has it."""
+        self.temporary.chmod(0o666 & ~_umask())
+        self.temporary.replace(self.path)
+        return self.path
+
+    def discard(self) -> None:
+        """Delete the temporary file, if it is still there."""
+        self.temporary.unlink(missing_ok=True)
+
+
+def write_beside(path: str | Path, write: Callable[[Path], Any]) -> Path:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it, see :class:`FileBeside`.
+
+    Raises:
+        UserError: the name is too long, or that of a link that leads nowhere.
+    """
+    file = FileBeside(path)
     try:
-        write(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
+        write(file.temporary)
+        return file.put_in_place()
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        file.discard()
         raise
-    return path
 
 
 def _umask() -> int:

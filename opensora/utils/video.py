@@ -12,11 +12,12 @@ import av
 import numpy as np
 from av.container import OutputContainer
 from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from opensora.utils.errors import UserError
-from opensora.utils.files import write_beside, write_text
+from opensora.utils.files import FileBeside, write_beside, write_text
 from opensora.utils.media.frames import read_clip as read_video
 from opensora.utils.media.kinds import kind_of
 from opensora.utils.media.pictures import read_picture as read_image
@@ -29,6 +30,7 @@ __all__ = [
     "SAME_EVERYWHERE",
     "VIDEO_EXTENSIONS",
     "VideoInfo",
+    "VideoWriter",
     "contact_sheet",
     "is_video",
     "read_image",
@@ -104,25 +106,79 @@ def save_video(frames: np.ndarray | Tensor, path: str | Path, fps: float, crf: i
     array = _as_frames(frames, 4)
     if not array.size:
         raise UserError(f"{path}: a video needs at least one frame, and pixels in it; got {list(array.shape)}")
-    if not isinstance(fps, numbers.Real) or not 0 < fps < math.inf:
-        raise UserError(f"{path}: fps {fps!r} must be a number above 0")
-    height, width = array.shape[1:3]
-    array = np.pad(array, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    writer = VideoWriter(path, fps, crf)
+    try:
+        writer.write(array)
+        return writer.put_in_place()
+    except BaseException:
+        writer.discard()
+        raise
 
-    def write(temporary: Path) -> None:
-        with _open_to_write(temporary, named=path) as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(65535))
-            stream.height, stream.width = array.shape[1:3]
-            stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": str(crf), **SAME_EVERYWHERE}
-            tag_bt709(stream.codec_context)
-            convert = VideoReformatter()
-            for frame in array:
-                rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-                container.mux(stream.encode(to_bt709(rgb, convert)))
-            container.mux(stream.encode())
 
-    return write_beside(path, write)
+class VideoWriter:
+    """What :func:`save_video` does, with frames that come in parts: the file is the same, whatever the parts.
+
+    Its last word is :meth:`put_in_place` or :meth:`discard`; until then there is no file of this name.
+
+    Args:
+        path, fps, crf: as there.
+
+    Raises:
+        UserError: a rate that cannot be.
+    """
+
+    def __init__(self, path: str | Path, fps: float, crf: int = 23) -> None:
+        if not isinstance(fps, numbers.Real) or not 0 < fps < math.inf:
+            raise UserError(f"{path}: fps {fps!r} must be a number above 0")
+        self.path: Path = Path(path)
+        self.fps, self.crf = float(fps), crf
+        self._file = FileBeside(path)
+        self._container: OutputContainer | None = None
+        self._stream: VideoStream | None = None
+        self._convert = VideoReformatter()
+
+    def write(self, frames: np.ndarray) -> None:
+        """Add frames, uint8 [T, H, W, 3], all of one size.
+
+        Raises:
+            UserError: other pixels, or an ending that is no container's.
+        """
+        height, width = _as_frames(frames, 4).shape[1:3]
+        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        if self._container is None:
+            self._container = _open_to_write(self._file.temporary, named=self.path)
+            self._stream = self._video_stream(self._container, *frames.shape[1:3])
+        assert self._stream is not None
+        for frame in frames:
+            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            self._container.mux(self._stream.encode(to_bt709(rgb, self._convert)))
+
+    def _video_stream(self, container: OutputContainer, height: int, width: int) -> VideoStream:
+        stream = container.add_stream("libx264", rate=Fraction(self.fps).limit_denominator(65535))
+        assert isinstance(stream, VideoStream)
+        stream.height, stream.width = height, width
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": str(self.crf), **SAME_EVERYWHERE}
+        tag_bt709(stream.codec_context)
+        return stream
+
+    def put_in_place(self) -> Path:
+        """Finish the video and give it its name; returns that."""
+        assert self._container is not None, "no frames"
+        assert self._stream is not None
+        self._container.mux(self._stream.encode())
+        self._close()
+        return self._file.put_in_place()
+
+    def discard(self) -> None:
+        """Leave nothing of it."""
+        self._close()
+        self._file.discard()
+
+    def _close(self) -> None:
+        container, self._container = self._container, None
+        if container is not None:
+            container.close()
 
 
 def _open_to_write(path: Path, named: str | Path) -> OutputContainer:

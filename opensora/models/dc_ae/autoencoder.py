@@ -1,6 +1,6 @@
 """The deep-compression video autoencoder (DC-AE, arXiv:2410.10733, with a time axis)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -221,16 +221,31 @@ class DCAE(nn.Module, Autoencoder):
         in the original: with the default tiles, 6k + 1 latent frames (above 8) give 4 (t - 1) + 1 frames.
         """
         video = self._per_sample(self.denormalize(z), lambda sample: self.tiling.decode(sample, self.decoder))
-        expected = z.shape[2] * self.compression[0]
-        if z.shape[2] > 1 and video.shape[2] < expected:
+        self._warn_of_lost_frames(z.shape[2], video.shape[2])
+        return video
+
+    def decode_parts(self, z: Tensor) -> Iterator[Tensor]:
+        """A part for each tile of time."""
+        if not self.tiling.cuts_time(z.shape[2]):
+            yield self.decode(z)
+            return
+        frames = 0
+        for part in self.tiling.decode_parts(self.denormalize(z), self.decoder):
+            frames += part.shape[2]
+            yield part
+            del part
+        self._warn_of_lost_frames(z.shape[2], frames)
+
+    def _warn_of_lost_frames(self, latent_frames: int, frames: int) -> None:
+        expected = latent_frames * self.compression[0]
+        if latent_frames > 1 and frames < expected:
             logger.warning(
                 "%d latent frames leave one for the last temporal tile, which decodes to a single frame: %d frames "
                 "instead of %d; another ae.temporal_tile_size keeps them all",
-                z.shape[2],
-                video.shape[2],
+                latent_frames,
+                frames,
                 expected,
             )
-        return video
 
     def forward(
         self, x: Tensor, sample_posterior: bool = True, generator: torch.Generator | None = None

@@ -1,6 +1,6 @@
 """The causal 3D video autoencoder (HunyuanVideo, arXiv:2412.03603)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -142,8 +142,17 @@ class AutoencoderKLCausal3D(nn.Module, Autoencoder):
             return torch.cat([self._decode(sample) for sample in raw.split(1)])
         return self._decode(raw)
 
+    def decode_parts(self, z: Tensor) -> Iterator[Tensor]:
+        """A part for each tile of time."""
+        if not self.tiling.cuts_time(z.shape[2]):
+            return super().decode_parts(z)
+        return self.tiling.decode_parts(self.denormalize(z), self._decode_tile)
+
     def _decode(self, raw: Tensor) -> Tensor:
-        return self.tiling.decode(raw, lambda tile: self.decoder(self.post_quant_conv(tile)))
+        return self.tiling.decode(raw, self._decode_tile)
+
+    def _decode_tile(self, tile: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(tile))
 
     def forward(
         self, x: Tensor, sample_posterior: bool = True, generator: torch.Generator | None = None

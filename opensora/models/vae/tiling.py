@@ -6,7 +6,7 @@ latents always cover the same area, whatever tile size and overlap are configure
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,10 @@ class TileAxis:
     def starts(self, length: int) -> range:
         """Where tiles start on an axis of ``length`` elements; a tile of nothing but the lead is left out."""
         return range(0, max(length - self.lead, 1), self.stride)
+
+    def covered(self, length: int) -> int:
+        """Elements of all tiles of an axis of ``length`` elements together."""
+        return sum(min(self.size + self.lead, length - start) for start in self.starts(length))
 
     def cut(self, x: Tensor, start: int, dim: int) -> Tensor:
         """The tile of ``x`` that starts at ``start``, a view."""
@@ -131,6 +135,46 @@ class Tiling:
         """Run ``network`` (``[B, C, t, h, w]`` latents to ``[B, C', T, H, W]``) on ``z``, in tiles where due."""
         return self._run(z, network, [self._axis(dim, decoding=True) for dim in (TIME, HEIGHT, WIDTH)])
 
+    def decode_parts(self, z: Tensor, network: Network) -> Iterator[Tensor]:
+        """What `decode` gives, in consecutive parts along time, one for each tile of it: nothing of a part is still
+        to be faded, and nothing of it is held once the next is asked for."""
+        return self._parts(z, network, [self._axis(dim, decoding=True) for dim in (TIME, HEIGHT, WIDTH)])
+
+    def cuts_time(self, latent_frames: int) -> bool:
+        """Whether a latent of that length is decoded in several tiles of time."""
+        return self.use_temporal and latent_frames > self.latent_tile(TIME)
+
+    def latent_starts(self, latent_frames: int) -> range:
+        """First latents of the tiles of time of a latent of that length."""
+        return self._axis(TIME, decoding=True).starts(latent_frames)
+
+    def largest(self, size: Sequence[int]) -> tuple[int, int, int]:
+        """Latent (t, h, w) of the largest tile of a latent of that size."""
+        time, rows, columns = (self._axis(dim, decoding=True) for dim in (TIME, HEIGHT, WIDTH))
+        t, h, w = size
+        if self.cuts_time(t):
+            t = min(t, time.size + time.lead)
+        if self.use_spatial:
+            h, w = min(h, rows.size), min(w, columns.size)
+        return t, h, w
+
+    def volume(self, size: Sequence[int]) -> int:
+        """Latents of the largest tile."""
+        return math.prod(self.largest(size))
+
+    def work(self, size: Sequence[int]) -> float:
+        """Latents that tiles of a latent (t, h, w) cover, over those that it has: 1 for one piece."""
+        axes = [self._axis(dim, decoding=True) for dim in (TIME, HEIGHT, WIDTH)]
+        in_space = self.use_spatial and (size[1] > axes[1].size or size[2] > axes[2].size)
+        used = (self.cuts_time(size[0]), in_space, in_space)
+        return math.prod(axis.covered(length) / length for axis, length, cut in zip(axes, size, used) if cut)
+
+    def describe(self) -> str:
+        """The tiles in words."""
+        sizes = [f"{self.spatial_tile} px"] if self.use_spatial else []
+        sizes += [f"{self.temporal_tile} frames"] if self.use_temporal else []
+        return f"tiles of {' and '.join(sizes)}" if sizes else "one piece"
+
     def latent_tile(self, dim: int) -> int:
         """Latents of a tile along an axis (2 time, 3 height, 4 width)."""
         return (self.temporal_tile if dim == TIME else self.spatial_tile) // self.compression[dim - TIME]
@@ -145,6 +189,10 @@ class Tiling:
         return TileAxis(size * ratio, keep * ratio, extent, keep, lead)
 
     def _run(self, x: Tensor, network: Network, axes: list[TileAxis]) -> Tensor:
+        parts = [*self._parts(x, network, axes)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, TIME)
+
+    def _parts(self, x: Tensor, network: Network, axes: list[TileAxis]) -> Iterator[Tensor]:
         if self.runner is None:
             return self._join(x, network, axes)
         outputs = iter(self.runner(list(self._cut(x, axes)), network))
@@ -168,18 +216,17 @@ class Tiling:
     def _in_tiles_of_space(self, x: Tensor, rows: TileAxis, columns: TileAxis) -> bool:
         return self.use_spatial and (x.shape[HEIGHT] > rows.size or x.shape[WIDTH] > columns.size)
 
-    def _join(self, x: Tensor, network: Network, axes: list[TileAxis]) -> Tensor:
+    def _join(self, x: Tensor, network: Network, axes: list[TileAxis]) -> Iterator[Tensor]:
         time, rows, columns = axes
 
         def frames(part: Tensor) -> Tensor:
             tiled = self._in_tiles_of_space(part, rows, columns)
             return _in_space(part, network, rows, columns) if tiled else network(part)
 
-        return _in_time(x, frames, time) if self._in_tiles_of_time(x, time) else frames(x)
+        return _in_time(x, frames, time) if self._in_tiles_of_time(x, time) else (frames(part) for part in (x,))
 
 
-def _in_time(x: Tensor, network: Network, axis: TileAxis) -> Tensor:
-    parts: list[Tensor] = []
+def _in_time(x: Tensor, network: Network, axis: TileAxis) -> Iterator[Tensor]:
     before = None
     for start in axis.starts(x.shape[TIME]):
         first = start == 0
@@ -188,8 +235,9 @@ def _in_time(x: Tensor, network: Network, axis: TileAxis) -> Tensor:
             tile = tile[:, :, axis.lead :]
         tile = axis.join(before, tile, TIME)
         before = axis.end(tile, TIME)
-        parts.append(axis.crop(tile, TIME, first))
-    return torch.cat(parts, TIME)
+        tile = axis.crop(tile, TIME, first)
+        yield tile
+        del tile  # not held while the next one is made
 
 
 def _in_space(x: Tensor, network: Network, rows: TileAxis, columns: TileAxis) -> Tensor:
