@@ -169,7 +169,8 @@ def fitting_tiles(
 
     def count(tiling: Tiling) -> int | None:
         with ae.in_tiles(tiling):
-            return ae.encode_bytes(size, dtype) if encode else ae.decode_bytes(size, dtype)
+            cost = ae.encode_cost(size, dtype) if encode else ae.decode_cost(size, dtype)
+        return None if cost is None else int(cost.peak)
 
     fit = fit_tiling(ae.tiling, ae.get_latent_size(size) if encode else size, room, count)
     what = "encoding" if encode else "decoding"

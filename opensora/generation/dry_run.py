@@ -1,13 +1,20 @@
 """The plan of a run in numbers, for ``--dry-run``: sizes, forwards, parameters, memory, FLOPs, files."""
 
+import dataclasses
+import sys
 from collections.abc import Sequence
 
+import torch
+
+from opensora.acceleration.memory import memory_of
+from opensora.diffusion.cards import CARDS, CONTEXT, Card, known_card
 from opensora.diffusion.prepared import PreparedRun, text_length
+from opensora.generation.estimate import Estimate, Outlook, Way, gib, seconds_text
 from opensora.generation.jobs import Job
 from opensora.generation.room import Needs, parameter_counts
 from opensora.models.diffusion import as_diffusion_model
 from opensora.models.quantization.loading import kind_of_section
-from opensora.utils.sizes import size_text
+from opensora.utils.sizes import parse_bytes, size_text
 
 
 def dry_run_report(run: PreparedRun, jobs: Sequence[Job]) -> str:
@@ -43,8 +50,63 @@ def dry_run_report(run: PreparedRun, jobs: Sequence[Job]) -> str:
         f"files        {len(jobs)} to write, with .txt and .json beside:",
         *(f"  {job.stem}{ending}" for job in jobs),
         "dry run: nothing loaded, nothing written",
+        *_outlook_lines(Estimate(run, plan)),
     ]
     return "\n".join(lines)
+
+
+def _outlook_lines(estimate: Estimate) -> list[str]:
+    """What the run takes by stage, and on cards that people have."""
+    run, own = estimate.run, estimate.own
+    here = _card_here(run)
+    peaks, _ = estimate.peaks(own, here.room if here is not None else sys.maxsize)
+    read = sum(estimate.weights(Way()).values())
+    return [
+        "",
+        "peak         of the GPU, GiB: " + ", ".join(f"{stage} {gib(count)}" for stage, count in peaks.items()),
+        f"host memory  about {size_text(estimate.host(own))}; {size_text(read)} of weights to read",
+        *([_fit_line(estimate, here)] if here is not None else []),
+        "",
+        "estimated    for one sample; what is added to the command line where the run would not fit as it is",
+        *table([_row(estimate.on(card), card) for card in CARDS]),
+    ]
+
+
+def _row(outlook: Outlook, card: Card) -> list[str]:
+    stages = [seconds_text(outlook.seconds[stage]) for stage in ("text", "denoise", "decode")]
+    if not outlook.fits:
+        return [card.name, f"{gib(outlook.peak)} GiB", "", "", "", "", "does not fit"]
+    return [card.name, f"{gib(outlook.peak)} GiB", *stages, seconds_text(outlook.total), outlook.way.flags]
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows below their headings, in columns."""
+    rows = [["card", "peak", "text", "denoise", "decode", "sample", "with"], *rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  " + "  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def _fit_line(estimate: Estimate, here: Card) -> str:
+    """Whether the run fits the GPU that is there."""
+    own, best = estimate.outlook(estimate.own, here), estimate.on(here)
+    room = f"{here.name}, of which {gib(here.room)} GiB may be used"
+    tiles = f", decoding in {own.tiles}" if own.tiles else ""
+    if own.fits:
+        return f"fits         {room}{tiles}"
+    if best.fits:
+        return f"fits not     {room}: {gib(own.peak)} GiB; add {best.way.flags}"
+    return f"fits not     {room}: {gib(own.peak)} GiB; fewer frames or a smaller resolution need less"
+
+
+def _card_here(run: PreparedRun) -> Card | None:
+    """The GPU that a run would work on, with what `gpu_memory` allows of it; None on a CPU."""
+    if run.device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(run.device)
+    known = known_card(name) or CARDS[0]
+    limit = parse_bytes(run.cfg.gpu_memory, "gpu_memory")
+    allowed = memory_of(run.device)[0] if limit is None else limit + CONTEXT
+    return dataclasses.replace(known, name=name, gib=allowed / 2**30)
 
 
 def _quantized(run: PreparedRun, name: str) -> str:

@@ -60,7 +60,7 @@ class Needs:
         on_demand = cfg.offload and run.device.type != "cpu"  # there they are at home
         return cls(
             weights=(max if on_demand else sum)(weight_bytes(run, name, count) for name, count in counts.items()),
-            activations=max(_activations(run, plan) for plan in plans),
+            activations=max(activations_of(run, plan) for plan in plans),
             pixels=float(cfg.batch_size * 3 * frames * PIXEL_BYTES),
             latents=float(samples * latent if cfg.save_latents else 0),
             videos=samples * frames * FILE_BITS / 8,
@@ -107,8 +107,8 @@ def encoder_parameters(path: str | None) -> int | None:
     return sum(map(math.prod, shapes)) if shapes else None
 
 
-def _activations(run: PreparedRun, plan: SamplePlan) -> float:
-    """Of the rows that the diffusion model works on at once."""
+def activations_of(run: PreparedRun, plan: SamplePlan) -> float:
+    """Bytes of activations of the rows that the diffusion model works on at once."""
     batch = run.cfg.batch_size
     branches = 1 if plan.method == "distill" else 3 if plan.has_image else 2
     rows = batch * (branches if batch * branches * plan.tokens <= MAX_TOKENS_AT_ONCE else 1)

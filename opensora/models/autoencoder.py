@@ -15,7 +15,7 @@ from typing import Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from opensora.models.vae.footprint import bytes_of
+from opensora.models.vae.footprint import Cost, cost_of
 from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.models.vae.tiling import Tiling
 from opensora.utils.errors import UserError
@@ -96,36 +96,45 @@ class Autoencoder(Protocol):
         finished, and nothing of it is held once the next is asked for. Here one part, all of it."""
         yield self.decode(z)
 
-    def decode_bytes(self, size: Sequence[int], dtype: torch.dtype) -> int | None:
-        """Most bytes of a GPU's memory that decoding a latent (t, h, w) in parts takes with the present `tiling`,
-        beyond the weights; None where that cannot be told. Counted (`opensora.models.vae.footprint`), in ``dtype``.
-        """
+    def decode_cost(self, size: Sequence[int], dtype: torch.dtype) -> Cost | None:
+        """What decoding a latent (t, h, w) in parts takes with the present `tiling`, on a GPU and beyond the weights;
+        None where that cannot be told. Counted (`opensora.models.vae.footprint`), in ``dtype``."""
         tile = [*size] if self.tiling is None else self.tiling.largest(size)
         latent = torch.empty(1, self.latent_channels, *tile, dtype=dtype, device="meta")
-        peak = self._bytes(dtype, lambda: self.decode(latent))
+        cost = self._cost(dtype, lambda: self.decode(latent))
+        if cost is None:
+            return None
         whole = tile[0] * math.prod(size[1:]) * math.prod(self.compression) * 3  # pixels of a part
         # joined from strips while the last of them is made; then, the network being done, made uint8 by way of float32
-        return None if peak is None else max(peak + 2 * whole * dtype.itemsize, whole * (dtype.itemsize + 8))
+        peak = max(cost.peak + 2 * whole * dtype.itemsize, whole * (dtype.itemsize + 8))
+        return self._of_tiles(cost, peak, tile, size)
 
-    def encode_bytes(self, size: Sequence[int], dtype: torch.dtype) -> int | None:
+    def encode_cost(self, size: Sequence[int], dtype: torch.dtype) -> Cost | None:
         """The same for encoding a clip (T, H, W)."""
-        tile = [*size]
-        if self.tiling is not None:
-            t, h, w = self.tiling.largest(self.get_latent_size(size))
-            ratio, rows, columns = self.compression
-            tile = [min(size[0], t * ratio), min(size[1], h * rows), min(size[2], w * columns)]
+        latent, tile = self.get_latent_size(size), [*size]
+        largest = latent if self.tiling is None else self.tiling.largest(latent)
+        if largest != latent:
+            tile = [min(part) for part in zip(size, (n * ratio for n, ratio in zip(largest, self.compression)))]
             tile[0] = self.nearest_frames(tile[0])[0]
         clip = torch.empty(1, 3, *tile, dtype=dtype, device="meta")
-        peak = self._bytes(dtype, lambda: self.encode_stored(clip))
-        return None if peak is None else peak + clip.nbytes // math.prod(tile) * math.prod(size)
+        cost = self._cost(dtype, lambda: self.encode_stored(clip))
+        if cost is None:
+            return None
+        return self._of_tiles(cost, cost.peak + 3 * math.prod(size) * dtype.itemsize, largest, latent)
 
-    def _bytes(self, dtype: torch.dtype, run: Callable[[], object]) -> int | None:
-        """Bytes of a run in one piece."""
+    def _of_tiles(self, cost: Cost, peak: float, tile: Sequence[int], size: Sequence[int]) -> Cost:
+        """Cost of all tiles, from that of the largest."""
+        work = 1.0 if self.tiling is None else self.tiling.work(size)
+        share = work * math.prod(size) / math.prod(tile)
+        return Cost(peak, cost.written * share, cost.flops * share)
+
+    def _cost(self, dtype: torch.dtype, run: Callable[[], object]) -> Cost | None:
+        """Cost of a run in one piece."""
         before = self.tiling
         try:
             if before is not None:
                 self.tiling = replace(before, use_spatial=False, use_temporal=False, runner=None)
-            return bytes_of(cast(nn.Module, self), dtype, run)
+            return cost_of(cast(nn.Module, self), dtype, run)
         finally:
             self.tiling = before
 

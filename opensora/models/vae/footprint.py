@@ -10,6 +10,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,12 +30,15 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         now: bytes alive.
         peak: most bytes alive at a time.
+        written: bytes of all that were made.
+        flops: operations of convolutions.
     """
 
     def __init__(self, workspace: bool = False) -> None:
         super().__init__()
         self.workspace = workspace
-        self.now = self.peak = 0
+        self.now = self.peak = self.written = 0
+        self.flops = 0.0
         self._alive: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(
@@ -46,7 +50,10 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
                 self._count(tensor)
-        held = args[0].nbytes + out.nbytes if self.workspace and func is CONVOLUTION else 0
+        held = 0
+        if func is CONVOLUTION:
+            self.flops += 2.0 * out.numel() * args[1][0].numel()
+            held = (args[0].nbytes + out.nbytes) * self.workspace
         self.peak = max(self.peak, self.now + held)
         return out
 
@@ -56,6 +63,7 @@ class LiveBytes(TorchDispatchMode):
         if key not in self._alive:
             self._alive[key] = weakref.ref(storage, lambda _: self._free(key, size))
             self.now += size
+            self.written += size
 
     def _free(self, key: int, size: int) -> None:
         if self._alive.pop(key, None) is not None:
@@ -83,8 +91,23 @@ def weightless(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             owner[name] = tensor
 
 
-def bytes_of(model: nn.Module, dtype: torch.dtype, run: Callable[[], Any]) -> int | None:
-    """Most bytes that a run of a model takes beyond its weights, cuDNN's copies included.
+@dataclass(frozen=True)
+class Cost:
+    """What a run of a network takes.
+
+    Attributes:
+        peak: bytes at most at a time beyond the weights, cuDNN's copies included.
+        written: bytes of all that its layers give.
+        flops: operations of its convolutions.
+    """
+
+    peak: float
+    written: float
+    flops: float
+
+
+def cost_of(model: nn.Module, dtype: torch.dtype, run: Callable[[], Any]) -> Cost | None:
+    """What a run of a model takes.
 
     Args:
         model: on any device; its weights are left alone.
@@ -99,7 +122,7 @@ def bytes_of(model: nn.Module, dtype: torch.dtype, run: Callable[[], Any]) -> in
             run()
         except RuntimeError:  # also NotImplementedError
             return None
-    return live.peak
+    return Cost(live.peak, live.written, live.flops)
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
