@@ -126,15 +126,13 @@ def check_tensor_parallel(folder: Path) -> None:
 
 
 def check_compiled(folder: Path) -> None:
-    """Compiled blocks inside of an engine, recomputed, and divided: two graphs around the attention of a double block,
-    two of all single ones; with divided weights one graph each."""
-    for plugin, recomputed, sizes, graphs in (
-        ("fsdp2", {"grad_ckpt_settings": (1, 2)}, {"sp": 2}, 4),
-        ("ddp", {}, {"tp": 2}, 2),
-    ):
+    """Compiled blocks inside of an engine, recomputed, and divided. However many blocks: one graph of each kind with
+    divided weights; with divided tokens, those before, around and after the exchange in attention, seven in all."""
+    deep = {"depth": 2, "depth_single_blocks": 3, "grad_ckpt_settings": (1, 3)}
+    for plugin, options, sizes, graphs in (("fsdp2", deep, {"sp": 2}, 7), ("ddp", {}, {"tp": 2}, 2)):
         torch._dynamo.reset()
         counters.clear()
-        compare(plugin, "ring_attn", recomputed, compiled=True, **sizes)
+        compare(plugin, "ring_attn", options, compiled=True, **sizes)
         assert counters["stats"]["unique_graphs"] == graphs, counters
 
 
