@@ -72,6 +72,16 @@ def branches(folder: Path) -> None:
     compare(picture=False, branch=2)
 
 
+def step_cache(folder: Path) -> None:
+    """What is left out, and how much, is what one process leaves out, whoever has which branch or token."""
+    expected = sample(None, picture=True, step_cache=5.0)
+    assert 0 < expected.reused[0] < 1
+    for sizes in ({"branch": 2}, {"sp": 2}):
+        found = sample(context(**sizes), picture=True, step_cache=5.0, plugin="hybrid", plugin_ae="hybrid")
+        assert_close(found.latents, expected.latents, f"{sizes} latents")
+        assert found.reused == expected.reused
+
+
 def branches_and_tokens(folder: Path) -> None:
     compare(branch=2, sp=2)
 
@@ -133,6 +143,7 @@ CHECKS = [
     quantized_weights,
     tensor_parallel,
     branches,
+    step_cache,
     tiles_of_the_autoencoder,
     command,
     sizes_fit_the_processes,
