@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from opensora.utils.errors import first_line
-from opensora.utils.paths import INSTALLED, PACKAGE, shipped_root
+from opensora.utils.paths import PACKAGE, in_checkout, shipped_root
 
 NAME = "opensora"
 GIB = 2**30
@@ -69,11 +69,13 @@ OPTIONAL = (
         "pip install flash-attn --no-build-isolation   (needs nvcc)",
         load=True,
     ),
+    Optional("sageattention", "sageattention", "model.attn_backend sage", "pip install sageattention", load=True),
     Optional("xformers", "xformers", "model.attn_backend xformers", "pip install xformers", load=True),
+    Optional("triton", "triton", "compile True on a GPU", "pip install triton"),
     Optional(
         "liger_kernel", "liger-kernel", "model.norm_backend, rope_backend liger", "pip install liger-kernel", load=True
     ),
-    Optional("bitsandbytes", "bitsandbytes", "quantize nf4", "pip install bitsandbytes"),
+    Optional("bitsandbytes", "bitsandbytes", "quantize nf4, optim.cls AdamW8bit", "pip install bitsandbytes"),
     Optional(
         "colossalai",
         "colossalai",
@@ -92,7 +94,7 @@ def package() -> Iterator[Finding]:
     """Python, the package, and where its configs are."""
     yield Finding("python", f"{platform.python_version()} ({sys.executable}) on {platform.platform()}")
     root = shipped_root()
-    kind = "installed" if (PACKAGE / INSTALLED).is_dir() else "checkout"
+    kind = "checkout" if in_checkout() else "installed"
     yield Finding(NAME, f"{version_of(NAME) or 'not installed'}, {kind}: {PACKAGE}")
     absent = [name for name in ("configs", "assets") if not (root / name).is_dir()]
     if absent:
@@ -210,6 +212,11 @@ def _has_encoder(av: Any, name: str) -> bool:
 
 def optional_packages(torch_is_there: bool) -> Iterator[Finding]:
     """What is of use and not needed, with what installs it."""
+    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    use = "compile True on a CPU, kernels that are built here"
+    yield Finding(
+        "C++ compiler", f"{compiler or 'not there'}: {use}", *(() if compiler else ("note", "apt install g++"))
+    )
     for each in OPTIONAL:
         if importlib.util.find_spec(each.module) is None:
             yield Finding(each.name, f"not there: {each.use}", "note", each.fix)

@@ -14,6 +14,7 @@ from opensora.config import parse_config
 from opensora.config.commands import ServeOptions
 from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
+from opensora.utils.paths import in_checkout
 
 NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client",
           "python_multipart": "python-multipart"}  # fmt: skip
@@ -82,7 +83,8 @@ def check_installed(cfg: ServeOptions) -> None:
     needed = {**NEEDED, **({"gradio": "gradio"} if cfg.page else {})}
     missing = [package for module, package in needed.items() if find_spec(module) is None]
     if missing:
-        raise UserError(f"the server needs {', '.join(missing)}: pip install -r requirements-serve.txt")
+        wanted = "-r requirements-serve.txt" if in_checkout() else '"opensora[serve]"'
+        raise UserError(f"the server needs {', '.join(missing)}: pip install {wanted}")
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -10,13 +10,17 @@ INSTALLED = "_data"  # folder of an installed package that holds what a checkout
 
 def shipped_root() -> Path:
     """The folder that holds ``configs`` and ``assets``: the checkout, or one inside an installed package."""
-    inside = PACKAGE / INSTALLED
-    return inside if inside.is_dir() else PACKAGE.parent
+    return PACKAGE.parent if in_checkout() else PACKAGE / INSTALLED
+
+
+def in_checkout() -> bool:
+    """Whether the package lies in a checkout, with scripts and requirements beside it."""
+    return not (PACKAGE / INSTALLED).is_dir()
 
 
 def own_command(name: str, script: str) -> str:
     """How a user runs a command of the package, for messages: in a checkout by its script, else by its name."""
-    return f"opensora {name}" if (PACKAGE / INSTALLED).is_dir() else f"python {script}"
+    return f"python {script}" if in_checkout() else f"opensora {name}"
 
 
 def expand_home(path: str | Path) -> Path:

@@ -10,6 +10,7 @@ import pytest
 
 from opensora.config import load_config
 from opensora.config.commands import InferenceOptions, TrainOptions
+from opensora.utils.paths import own_command
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("opensora", "configs", "assets", "setup.py", "pyproject.toml", "LICENSE")
@@ -57,6 +58,7 @@ def test_names_and_paths_lead_into_it(wheel, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     monkeypatch.setattr("opensora.utils.paths.PACKAGE", package)
+    assert own_command("decode", "scripts/decode.py") == "opensora decode"
     cfg = load_config("demo", InferenceOptions)
     paths = [cfg.config_path, *(section.from_pretrained for section in (cfg.model, cfg.ae, cfg.t5, cfg.clip))]
     assert all(Path(path).is_relative_to(package / "_data") and Path(path).exists() for path in paths)

@@ -83,6 +83,8 @@ def test_packages_of_use(tmp_path, monkeypatch):
         "liger-kernel": "note",
     }
     assert "cannot be imported (undefined symbol: _ZN3c10): model.attn_backend flash2" in said["flash-attn"].text
+    monkeypatch.setattr(findings.shutil, "which", lambda name: None)
+    assert found(findings.optional_packages(torch_is_there=False))["C++ compiler"].fix == "apt install g++"
     assert said["liger-kernel"].fix == "pip install liger-kernel"
     assert found(findings.optional_packages(torch_is_there=False))["flash-attn"].state == "ok", "not tried"
 
