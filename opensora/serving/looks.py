@@ -74,6 +74,10 @@ footer { display: none !important; }
   border: 1px solid var(--border-color-primary); }
 .os-card .os-wrong { color: #be123c; max-height: 90px; font-size: 13px; }
 .os-card .os-do { padding: 4px 12px 12px; gap: 8px; }
+@media (max-width: 640px) {
+  .gradio-container { padding: 12px 12px 32px !important; }
+  .os-head p, .os-head code { display: none; }
+}
 """
 
 

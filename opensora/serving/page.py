@@ -211,8 +211,8 @@ class Page:
         takes = self.desk.takes_references
         with self._said(gr.Accordion(say("pictures", "en"), open=False, visible=takes), label="pictures"), gr.Row():
             how: dict[str, Any] = dict(type="filepath", sources=["upload", "clipboard"], height=170, buttons=[])
-            self.first = self._said(gr.Image(label=say("first", "en"), elem_id="first", **how), label="first")
-            self.last = self._said(gr.Image(label=say("last", "en"), elem_id="last", **how), label="last")
+            self.first = self._said(gr.Image(elem_id="first", **how), label="first", placeholder="drop")
+            self.last = self._said(gr.Image(elem_id="last", **how), label="last", placeholder="drop")
 
     def _sizes(self) -> None:
         sizes, ratios = self._resolutions(), self._ratios()
@@ -272,8 +272,7 @@ class Page:
         )
         with gr.Row():
             self.guidance = self._said(gr.Slider(0, 20, self.option.guidance, step=0.1), label="guidance")
-            seed = gr.Number(None, precision=0, minimum=0, elem_id="seed")
-            self.seed = self._said(seed, label="seed", info="seed_hint")
+            self.seed = self._said(gr.Textbox(elem_id="seed"), label="seed", placeholder="seed_hint")
         with gr.Row():
             own = self.cfg.motion_score if str(self.cfg.motion_score).isdigit() else ""
             scores = [("–", ""), *((str(score), str(score)) for score in range(1, 16))]
@@ -421,6 +420,7 @@ class Page:
         }
         folder, uploads = self.service.folders.of(id), job.request.get("uploads", ())
         pictures = [str(folder / name) if name in uploads else None for name in ("first", "last")]
+        asked["seed"] = str(asked["seed"])  # it has more digits than a browser's numbers
         return [*(asked.get(name) for name in self.fields), *pictures]
 
     def delete(self, id: str, language: str, request: gr.Request) -> list[Any]:

@@ -14,6 +14,7 @@ WORDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "examples": ("Examples", "示例"),
         "pictures": ("Start from a picture", "从图片开始"),
         "first": ("First frame", "首帧"),
+        "drop": ("Drop a picture here, or click", "拖放图片到此处，或点击选择"),
         "last": ("Last frame", "末帧"),
         "size": ("Size", "尺寸"),
         "ratio": ("Aspect ratio", "宽高比"),

@@ -79,8 +79,8 @@ class Server:
         self.process = self._started()
 
     def stop(self) -> None:
-        """End it as Ctrl-C does."""
-        self.process.send_signal(signal.SIGINT)
+        """End it."""
+        self.process.terminate()
         self.process.wait(30)
 
     # ------------------------------------------------------------------------------------------------------------ jobs

@@ -102,6 +102,10 @@ def test_settings_of_a_video_come_back_and_it_is_deleted(page, demo_server):
     page.locator(".os-card", has_text="triangle").locator(".again").click()
     expect(page.locator("#prompt textarea")).to_have_value("a green <b>triangle</b>")
     expect(page.locator("#steps input[type=number]")).to_have_value("3")
+    (made,) = (job for job in own_jobs(service) if "triangle" in job.request["prompt"])
+    page.get_by_text("More settings").click()
+    expect(page.locator("#seed input, #seed textarea")).to_have_value(str(made.facts["seed"]))
+    page.locator("#seed input, #seed textarea").fill("")
     page.locator(".os-card", has_text="another").locator(".delete").click()
     expect(page.locator(".os-card", has_text="another")).to_have_count(0)
     assert not [job for job in own_jobs(service) if job.request["prompt"] == "another"]
