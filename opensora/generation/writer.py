@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,31 @@ class SampleWriter:
             self._notes(job, result, index)
             self._latents(job, result, index)
 
-    def sample(self, job: Job, result: SampleResult, index: int, files: SampleFiles) -> Path:
-        """Write what belongs beside a sample, and give it its name. The video comes last: where it is, all else is."""
+    def sample(self, job: Job, result: SampleResult, index: int, files: SampleFiles | None = None) -> Path:
+        """Write what belongs beside a sample, and give it its name. The video comes last: where it is, all else is.
+
+        Args:
+            job: the sample.
+            result: of its batch.
+            index: its place there.
+            files: where its frames went while it was decoded (and its latents went beside); None: they are in
+                ``result``.
+        """
         with doing(f"writing {job.stem}"):
             self._notes(job, result, index)
-            path = files.put_in_place(index)
+            if files is None and self.cfg.save_latents:
+                self._latents(job, result, index)
+            with nullcontext(files) if files is not None else self.files([job]) as written:
+                number = index if files is not None else self._write(written, result.frames[index])
+                path = written.put_in_place(number)
         self.log(f"saved {path}")
         return path
+
+    def _write(self, files: SampleFiles, frames: np.ndarray) -> int:
+        """Write all frames of a sample, the only one of ``files``; returns its number there."""
+        files.start(0)
+        files.write(frames)
+        return 0
 
     def undecoded(self, batch: Sequence[Job], error: DecodeMemoryError) -> UserError:
         """Keep the latents of a batch for which decoding had no memory; what to tell the user."""

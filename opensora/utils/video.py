@@ -131,11 +131,12 @@ class VideoWriter:
         if not isinstance(fps, numbers.Real) or not 0 < fps < math.inf:
             raise UserError(f"{path}: fps {fps!r} must be a number above 0")
         self.path: Path = Path(path)
-        self.fps, self.crf = float(fps), crf
-        self._file = FileBeside(path)
+        self.fps: float = float(fps)
+        self.crf: int = crf
+        self._file: FileBeside = FileBeside(path)
         self._container: OutputContainer | None = None
         self._stream: VideoStream | None = None
-        self._convert = VideoReformatter()
+        self._convert: VideoReformatter = VideoReformatter()
 
     def write(self, frames: np.ndarray) -> None:
         """Add frames, uint8 [T, H, W, 3], all of one size.

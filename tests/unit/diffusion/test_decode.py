@@ -1,5 +1,6 @@
 """Frames leave the decoder as they are done, whole videos are held nowhere, and tiles fit into the memory."""
 
+import dataclasses
 import itertools
 import json
 
@@ -11,8 +12,11 @@ from opensora.config import load_config
 from opensora.config.commands import InferenceOptions
 from opensora.diffusion import decode, pipeline
 from opensora.diffusion.decode import Gathered, decode_into, decode_latents
+from opensora.generation.jobs import list_jobs
+from opensora.generation.requests import read_requests
 from opensora.generation.run import generate
 from opensora.generation.sample_files import SampleFiles
+from opensora.generation.writer import SampleWriter
 from opensora.models.vae.footprint import LiveBytes
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
@@ -151,3 +155,18 @@ def test_no_frames_is_an_error_of_ours(tmp_path):
     with pytest.raises(UserError, match="at least one frame"):
         save_video(np.zeros((0, 4, 4, 3), np.uint8), tmp_path / "a.mp4", 8)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_takes_frames_that_a_result_holds(tiny_config, tmp_path):
+    """As a server does, which shows them too: the same files."""
+    settings = {"save_dir": str(tmp_path), "num_steps": 1, "save_latents": True, "seed": 3}
+    cfg = load_config({**tiny_config, "prompt": "a"}, InferenceOptions, settings)
+    (made,) = generate(cfg, CPU, log=lambda line: None)
+    pipe = pipeline.VideoPipeline.from_config(cfg)
+    request = read_requests(cfg, tmp_path)[0]
+    job = dataclasses.replace(list_jobs(cfg, [request])[0], stem=tmp_path / "other")
+    result = pipe.make([request.final_text], [[]], "t2v", [job.seed], [request.neg])
+    path = SampleWriter(cfg, lambda line: None).sample(job, result, 0)
+    assert path.read_bytes() == made.read_bytes()
+    ends = {".mp4", ".json", ".txt", ".latents.safetensors"}
+    assert {path.name.removeprefix("other") for path in tmp_path.glob("other*")} == ends
