@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 
@@ -84,7 +84,7 @@ class Estimate:
     def __init__(self, run: PreparedRun, plan: SamplePlan) -> None:
         self.run, self.plan = run, plan
         self.ae = as_autoencoder(run.models["ae"])
-        self.own = Way("", offload=bool(run.cfg.offload), streams=run.cfg.offload == "blocks")
+        self.own = Way("", offload=bool(run.cfg.offload), streams=run.cfg.offload in ("blocks", "disk"))
 
     def weights(self, way: Way) -> dict[str, float]:
         """Bytes of each model."""
@@ -100,7 +100,8 @@ class Estimate:
                 continue
             changed = run
             if way.quantize and name in ("model", "t5") and hasattr(section, "quantize"):
-                sections = {**run.sections, name: dataclasses.replace(section, quantize=way.quantize)}
+                keys: dict[str, Any] = {"quantize": way.quantize}
+                sections = {**run.sections, name: dataclasses.replace(section, **keys)}
                 changed = dataclasses.replace(run, sections=sections)
             found[name] = float(weight_bytes(changed, name, counts[name]))
         return found
@@ -142,22 +143,30 @@ class Estimate:
         def beside(*names: str) -> float:
             return max(weights[name] for name in names) if way.offload else everything
 
-        model = beside("model") - self.modulation(way)
-        text = beside(*TEXT_ENCODERS)
-        if way.streams:
-            model, text = (min(held, 0.1 * held + self.run.dtype.itemsize * 1e9) for held in (model, text))
         fit = self.tiles(room - beside("ae"))
         decode = fit.bytes if fit is not None else self.decoding.peak if self.decoding is not None else 0
         found = {
-            "text": text + TEXT_WORK * (text_length(self.run.sections["t5"]) / 512),
-            "denoise": model + activations_of(self.run, self.plan),
+            "text": beside(*TEXT_ENCODERS) + TEXT_WORK * (text_length(self.run.sections["t5"]) / 512),
+            "denoise": beside("model") - self.modulation(way) + activations_of(self.run, self.plan),
             "decode": beside("ae") + (decode or 0),
         }
         if self.encoding is not None:
             found["references"] = beside("ae") + self.encoding.peak
         if way.streams:  # what there is room for stays
-            found["denoise"] = min(max(found["denoise"], room), beside("model") + activations_of(self.run, self.plan))
+            least = {"denoise": found["denoise"] - self.movable(way), "text": found["text"] - 0.85 * weights["t5"]}
+            found |= {stage: min(found[stage], max(room, count)) for stage, count in least.items()}
         return found, fit
+
+    def movable(self, way: Way) -> float:
+        """Bytes of the transformer's blocks that need not be there at once: all but two."""
+        blocks = self.run.model.blocks_in_order()
+        away = {id(p) for layer in self.run.model.modulation_layers().values() for p in layer.parameters()}
+        kept = away if self.run.cfg.precompute else set()
+        sizes = [sum(p.numel() for p in block.parameters() if id(p) not in kept) for block in blocks]
+        if len(sizes) < 3:
+            return 0.0
+        share = (sum(sizes) - 2 * max(sizes)) / sum(p.numel() for p in self.run.model.parameters() if id(p) not in kept)
+        return share * (self.weights(way)["model"] - self.modulation(way))
 
     def forward_seconds(self, card: Card) -> float:
         """Of the video model, on one sample."""
@@ -172,10 +181,10 @@ class Estimate:
         weights, forward = self.weights(way), self.forward_seconds(card)
         copied = {name: card.copy_seconds(count) if way.offload else 0.0 for name, count in weights.items()}
         denoise = copied["model"] + forward * self.plan.forwards
-        if way.streams:
-            held = max(card.room - activations_of(self.run, self.plan), 0)
-            rest = max(weights["model"] - self.modulation(way) - held, 0)
-            denoise = max(forward, card.copy_seconds(rest)) * self.plan.forwards
+        if way.streams:  # while the card computes; the branches of a step share what comes
+            full = self.peaks(dataclasses.replace(way, streams=False), card.room)[0]["denoise"]
+            coming = card.copy_seconds(max(full - card.room, 0.0))
+            denoise = copied["model"] + max(forward * self.plan.forwards, coming * self.plan.num_steps)
         found = {"text": TEXT_SECONDS + copied["t5"] + copied["clip"], "denoise": denoise, "decode": copied["ae"]}
         if self.decoding is not None:
             tiling, size = self.ae.tiling, self.plan.latent_size

@@ -68,6 +68,20 @@ def test_flags_that_are_proposed_can_be_given(released):
         assert bool(cfg.offload) == way.offload
 
 
+def test_blocks_that_come_and_go_need_little_and_cost_what_copying_them_takes(released):
+    way = Way("--offload blocks", offload=True, streams=True)
+    small, large = Card("small", 100, 6.0, 500, 10), Card("large", 100, 40.0, 500, 10)
+    least, there = released.outlook(way, small), released.outlook(way, large)
+    assert least.fits
+    assert least.peak <= small.room
+    assert there.seconds["denoise"] == released.outlook(OFFLOAD, large).seconds["denoise"], "all of it stays"
+    full = released.peaks(OFFLOAD, large.room)[0]["denoise"]
+    copied = small.copy_seconds(full - small.room) * released.plan.num_steps
+    computed = there.seconds["denoise"]
+    assert least.seconds["denoise"] == pytest.approx(max(copied, computed), rel=0.05)
+    assert not released.outlook(way, Card("tiny", 100, 1.0, 500, 10)).fits
+
+
 def test_tiles_get_smaller_before_the_way_changes(released):
     """48 GB: as it is, in smaller tiles."""
     outlook = released.on(next(card for card in CARDS if card.name.startswith("L40S")))

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from opensora.models.mmdit import MMDiTModel
 from tools.benchmark.gpu_parts.bench import Bench, Row, cut
 from tools.benchmark.gpu_parts.variants import compiled
 from tools.benchmark.released import TERA, forward_flops, released_inputs, released_model
@@ -41,7 +40,7 @@ def training_rows(bench: Bench) -> Iterator[Row]:
         bench.clear()
 
 
-def step(model: MMDiTModel, inputs: dict[str, torch.Tensor]) -> None:
+def step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
     """One step: the mean square of the output, and a small move against its gradient."""
     model(**inputs).float().square().mean().backward()
     with torch.no_grad():

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from opensora.acceleration.compile import compile_blocks
 from opensora.config.choices import ATTENTION_KERNELS, QUANTIZERS
 from opensora.models.mmdit import MMDiTModel
 from opensora.models.mmdit.attention import JointAttention, attention_kernel, rotation
@@ -55,8 +56,7 @@ def liger(model: MMDiTModel, bench: Bench) -> None:
 
 def compiled(model: MMDiTModel, bench: Bench) -> None:
     """Every block compiled; toys only traced."""
-    for block in model.blocks_in_order():
-        block.compile(backend="aot_eager" if bench.toy else "inductor")
+    compile_blocks(model, "aot_eager" if bench.toy else "inductor")
 
 
 def quantized(model: MMDiTModel, bench: Bench, kind: str) -> None:
