@@ -107,6 +107,6 @@ def _share(
     setattr(module, name, MethodType(made[plain], module))
 
 
-def _limit() -> dict[str, int]:
+def _limit() -> dict[str, Any]:
     """Argument that raises the number of graphs, where this torch has it (since 2.12)."""
     return {"recompile_limit": GRAPHS} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}

@@ -25,7 +25,7 @@ from opensora.config.commands import InferenceOptions
 from opensora.diffusion.pipeline import VideoPipeline
 from opensora.models.diffusion import as_diffusion_model
 from tools.demo.analyse import psnr
-from tools.demo.evaluate import Case, generate, plan_cases, summarise
+from tools.demo.evaluate import Case, Frames, generate, plan_cases, summarise
 
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3)
 
@@ -60,6 +60,12 @@ def left_out(pipe: VideoPipeline, reused: float) -> float:
     return reused * (1 - 1 / (config.depth + config.depth_single_blocks))
 
 
+def frames_of(case: Case) -> Frames:
+    """The video of a case that has been made."""
+    assert case.frames is not None
+    return case.frames
+
+
 def measure(
     pipe: VideoPipeline, cases: Sequence[Case], exact: Sequence[Case] | None, kind: str | None, threshold: float
 ) -> Row:
@@ -74,12 +80,12 @@ def measure(
     """
     seconds = generate(pipe, cases, batch_size=8, step_cache=kind, step_cache_threshold=threshold)
     table = summarise(cases)
-    pairs = [(case.frames, other.frames) for case, other in zip(cases, exact or cases, strict=True)]
-    decibels = [psnr(*pair) for pair in pairs if pair[0] is not None and pair[1] is not None]
-    shares = [table[name]["all"] if name in table else float("nan") for name in ("both", "i2v")]
+    decibels = [psnr(frames_of(case), frames_of(other)) for case, other in zip(cases, exact or cases, strict=True)]
+    text, picture = (table[name]["all"] if name in table else float("nan") for name in ("both", "i2v"))
     reused = float(np.mean([case.reused for case in cases]))
-    quality = statistics.median(decibels), min(decibels)
-    row = Row(kind or "none", threshold, *shares, *quality, reused, left_out(pipe, reused), round(seconds, 2))
+    middle, lowest = statistics.median(decibels), min(decibels)
+    blocks = left_out(pipe, reused)
+    row = Row(kind or "none", threshold, text, picture, middle, lowest, reused, blocks, round(seconds, 2))
     print(row, flush=True)
     return row
 

@@ -80,8 +80,8 @@ def rotate_interleaved(x: Tensor, rope: Rotary) -> Tensor:
     """Rotate adjacent channel pairs (2k, 2k+1) of ``x`` ``[B, L, H, D]``, in float32: the layout of FLUX.1."""
     if torch.compiler.is_compiling():  # which fuses real numbers, but knows no complex ones
         even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        turned = (even * rope.cos - odd * rope.sin, odd * rope.cos + even * rope.sin)
-        return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
+        pair = (even * rope.cos - odd * rope.sin, odd * rope.cos + even * rope.sin)
+        return torch.stack(pair, dim=-1).flatten(-2).to(x.dtype)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     turned = pairs * torch.complex(rope.cos, rope.sin)  # one pass over x, against six for real and imaginary parts
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
