@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from opensora.acceleration.compile import compile_blocks
 from opensora.acceleration.ring import block_kernels, math_backward, math_forward
 from opensora.config.choices import ATTENTION_KERNELS
 from opensora.models.mmdit.attention import attention_kernel, attention_math, rotary_table, rotation
 from opensora.models.vae.group_norm import group_norm, spread_group_norm
 from opensora.utils.errors import UserError
+from tests.parallel.tiny import tiny_inputs, tiny_model
 
 # of values around one in bf16, whose rounding is 2^-8; kernels that quantise say so in their name
 TOLERANCE = 2e-2
@@ -53,10 +55,12 @@ def test_attention_backward(device, name):
 
 
 @pytest.mark.anywhere
-def test_ring_kernels(device):
+@pytest.mark.parametrize("name", ["sdpa", "cudnn", "flash2"])
+def test_ring_kernels(device, name):
     """Forward, log-sum-exp and backward of the block kernels that this device takes."""
+    or_skip(name)
     q, k, v = (x.transpose(1, 2).contiguous() for x in heads(device))  # [B, H, L, D]
-    forward, backward = block_kernels(q)
+    forward, backward = block_kernels(q, name)
     block, kept = forward(q, k, v)
     exact, _ = math_forward(*(x.double() for x in (q, k, v)))
     assert (block.out.double() - exact.out).abs().max() < TOLERANCE
@@ -66,6 +70,17 @@ def test_ring_kernels(device):
     expected = math_backward(grad.double(), *(x.double() for x in (q, k, v)), exact.out, exact.lse, None)
     for mine, theirs in zip(found, expected):
         assert (mine.double() - theirs).norm() < TOLERANCE * theirs.norm()
+
+
+@pytest.mark.parametrize("half_split", [True, False])
+def test_compiled_blocks(device, half_split, precise):
+    """Triton's kernels against torch's, in both rotary layouts; what is fused rounds otherwise."""
+    model = tiny_model(depth=2, use_liger_rope=half_split).eval().to(device)
+    inputs = {name: x.to(device) for name, x in tiny_inputs(image=64).items()}
+    with torch.no_grad():
+        plain = model(**inputs)
+        assert compile_blocks(model) == 2
+        torch.testing.assert_close(model(**inputs), plain, atol=1e-4, rtol=1e-4)
 
 
 def test_ligers_rotation_is_ours(device):
