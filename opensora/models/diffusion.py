@@ -131,8 +131,12 @@ class DiffusionModel(nn.Module):
         return {}
 
     def modulation_input(self, timesteps: Tensor, y_vec: Tensor, guidance: Tensor | None) -> Tensor:
-        """What `forward` gives all of :meth:`modulation_layers`, ``[B, C]``, from some of its arguments."""
-        raise NotImplementedError
+        """What `forward` gives all of :meth:`modulation_layers`, ``[B, C]``, from some of its arguments.
+
+        A model that has no such layers need not say."""
+        if self.modulation_layers():
+            raise NotImplementedError
+        return y_vec
 
     def constant_layers(self) -> Mapping[str, nn.Module]:
         """Layers by name whose only input follows from ``txt``, ``txt_ids`` and ``img_ids``, which are the same at all
