@@ -78,7 +78,7 @@ def dispatch(words: Sequence[str], debug: Sequence[str] = ()) -> None:
         print(help_text())
         raise SystemExit(0)
     if name == "--version":
-        print(f"{PROGRAM} {metadata.version(PROGRAM)}")
+        print(f"{PROGRAM} {version()}")
         raise SystemExit(0)
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
@@ -126,6 +126,14 @@ def start_processes(count: int, words: Sequence[str]) -> None:
     from opensora.acceleration.launch import main as launch  # imports torch
 
     launch(["--nproc_per_node", str(count), "--standalone", "-m", PROGRAM, *words])
+
+
+def version() -> str:
+    """Version of the installed package."""
+    try:
+        return metadata.version(PROGRAM)
+    except metadata.PackageNotFoundError:
+        return "of a checkout that is not installed"
 
 
 def help_text() -> str:

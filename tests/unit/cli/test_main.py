@@ -54,6 +54,20 @@ def test_scripts_are_the_same_code(name, script):
     assert load_main(ROOT / script) is importlib.import_module(COMMANDS[name].module).main
 
 
+def test_version(monkeypatch, capsys):
+    def absent(name):
+        raise cli.metadata.PackageNotFoundError(name)
+
+    for found, said in (
+        (lambda name: "9.8", "opensora 9.8\n"),
+        (absent, "opensora of a checkout that is not installed\n"),
+    ):
+        monkeypatch.setattr(cli.metadata, "version", found)
+        with pytest.raises(SystemExit):
+            dispatch(["--version"])
+        assert capsys.readouterr().out == said
+
+
 def test_every_command_is_a_script_or_new():
     assert {*COMMANDS} - {*SCRIPTS} == {"doctor"}
 
