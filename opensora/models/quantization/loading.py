@@ -112,9 +112,12 @@ class Quantization:
                 model.set_submodule(name, layer)
 
     def _layers(self, model: nn.Module, quantizer: Quantizer) -> Iterator[tuple[str, nn.Linear]]:
-        for name, module in list(model.named_modules()):
-            plain = isinstance(module, nn.Linear) and not isinstance(module, QuantizedLinear)
-            if plain and self.covers(name) and quantizer.fits(module.out_features, module.in_features):
+        names = [name for name, _ in model.named_modules() if self.covers(name)]  # no modules: replaced ones can go
+        for name in names:
+            module = model.get_submodule(name)
+            if not isinstance(module, nn.Linear) or isinstance(module, QuantizedLinear):
+                continue
+            if quantizer.fits(module.out_features, module.in_features):
                 yield name, module
 
     def layout(
@@ -123,7 +126,9 @@ class Quantization:
         """What the weights of these shapes become: those that stay, and the tensors that stand for the others."""
         quantizer = self.quantizer(weights)
         kept, parts = dict(shapes), dict[str, Part]()
-        for key, shape in shapes.items() if quantizer is not None else ():
+        if quantizer is None:
+            return kept, parts
+        for key, shape in shapes.items():
             name, _, leaf = key.rpartition(".")
             if leaf == "weight" and len(shape) == 2 and self.covers(name) and quantizer.fits(*shape):
                 del kept[key]
