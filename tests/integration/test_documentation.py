@@ -25,6 +25,7 @@ from opensora.models.build import build_on_meta
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/inference.md")
 SCRIPTS = {
+    "scripts/serve.py": ServeOptions,
     "scripts/diffusion/train.py": TrainOptions,
     "scripts/diffusion/cache.py": CacheOptions,
     "scripts/diffusion/trajectories.py": TrajectoryOptions,
