@@ -266,7 +266,7 @@ def check_served(cfg: ServeOptions) -> None:
     """
     plain = ServeOptions()
     for key in ("prompt", "ref", "start_index", "end_index", "num_samples", "num_sample", "save_prefix",
-                "prompt_as_path", "skip_existing", "overwrite", "save_latents", "wait"):  # fmt: skip
+                "prompt_as_path", "skip_existing", "overwrite", "save_latents", "wait", "dry_run"):  # fmt: skip
         if getattr(cfg, key) != getattr(plain, key):
             raise UserError(f"--{key} {getattr(cfg, key)}: a server makes what its requests ask for; leave it out")
     if ";" in str(Path(cfg.data_dir).absolute()):

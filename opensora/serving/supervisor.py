@@ -1,10 +1,12 @@
 """Keeps one worker running: starts it, starts it anew when it ends, and says what to do with what it was making."""
 
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 from opensora.config.commands import ServeOptions
 from opensora.serving.folders import READY, Folders
@@ -40,17 +42,21 @@ class Supervisor:
         self.failures = self.starts = 0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
-        self.process: subprocess.Popen | None = None
 
     @property
     def state(self) -> str:
         """``starting``, ``ready``, or ``failing`` after several ends in a row."""
-        if (self.folders.root / READY).exists():
+        if self._ready.exists():
             return "ready"
         return "failing" if self.failures > 2 else "starting"
 
+    @property
+    def _ready(self) -> Path:
+        return self.folders.root / READY
+
     def start(self) -> None:
         """Start it, in a thread."""
+        self._ready.unlink(missing_ok=True)  # of a server that was killed
         self._write_settings()
         self._thread.start()
 
@@ -69,29 +75,31 @@ class Supervisor:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            with claimed(self.folders.worker, is_folder=False, wait=True):
-                self.store.recover()  # nobody makes anything now
             began = time.monotonic()
-            self._work()
+            try:
+                with claimed(self.folders.worker, is_folder=False, wait=True):
+                    self.store.recover()  # nobody makes anything now
+                said = f"has ended (status {self._work()})"
+            except (OSError, sqlite3.Error) as error:  # no room on the disk, say, or for a process
+                said = f"cannot be started ({error})"
             if self._stopping.is_set():
                 return
             self.failures = 0 if time.monotonic() - began > SETTLED else self.failures + 1
             pause = min(0.1 * 2**self.failures, LONGEST_PAUSE)
-            status = self.process.returncode if self.process else None
-            logger.warning("the worker has ended (status %s); it is started again in %.1f s", status, pause)
+            logger.warning("the worker %s; it is started again in %.1f s", said, pause)
             self._stopping.wait(pause)
 
-    def _work(self) -> None:
-        """Run the worker to its end, or to the server's."""
-        ready = self.folders.root / READY
-        ready.unlink(missing_ok=True)
+    def _work(self) -> int | None:
+        """Run the worker to its end, or to the server's; its exit status."""
+        self._ready.unlink(missing_ok=True)
         self.starts += 1
-        self.process = subprocess.Popen(self._command())
-        while self.process.poll() is None:
+        process = subprocess.Popen(self._command())
+        while process.poll() is None:
             if self._stopping.wait(POLL):
-                self._end(self.process)
+                self._end(process)
                 self.store.give_back()
-        ready.unlink(missing_ok=True)
+        self._ready.unlink(missing_ok=True)
+        return process.returncode
 
     def _command(self) -> list[str]:
         count = self.cfg.worker_processes
