@@ -1,9 +1,6 @@
 """Sample a teacher's trajectories for a student of few steps.
 
     python scripts/diffusion/trajectories.py CONFIG --dataset.data-path clips.csv --save-dir trajectories/mine
-
-It may be stopped and started again, and started several times at once (on several devices or machines that share the
-folder): each process takes the next file that nobody has begun.
 """
 
 import sys
