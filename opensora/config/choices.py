@@ -129,7 +129,7 @@ ATTENTION_KERNELS: Choices[Any] = Choices(
     },
 )
 SOLVERS: Choices[Any] = Choices(
-    "solver", {name: f"opensora.diffusion.solvers:{name}" for name in ("euler", "heun", "ab2")}
+    "solver", {name: f"opensora.diffusion.solvers:{name}" for name in ("euler", "heun", "ab2", "renoise")}
 )
 QUANTIZERS: Choices[Any] = Choices(
     "kind of quantised weights",
@@ -140,6 +140,7 @@ METHODS: Choices[Any] = Choices(
     "training method",
     {
         "flow_matching": "opensora.training.methods.flow_matching:FlowMatching",
+        "dmd": "opensora.training.methods.dmd:DistributionMatching",
         "guidance_distillation": "opensora.training.methods.guidance:GuidanceDistillation",
         "trajectory_distillation": "opensora.training.methods.trajectory:TrajectoryDistillation",
     },

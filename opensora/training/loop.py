@@ -121,6 +121,7 @@ class TrainLoop:
         self.writer = CheckpointWriter(folder, settings.keep_n_latest, settings.async_io, ranks, settings.shard_bytes)
         self.timer = timer or StageTimer(torch.device("cpu"), enabled=False)
         self._skipped_in_a_row = 0
+        self._had_turn: set[str] = set()  # roles that the present optimizer step has gradients for
 
     def run(self, batches: Iterator[dict[str, Any]], losses: Losses, hooks: Sequence[Hook] = ()) -> None:
         """Train until ``stop_at``, with the hooks after every optimizer step.
@@ -179,6 +180,7 @@ class TrainLoop:
 
     def _backward(self, turn: Turn) -> None:
         loss = turn.loss.detach()
+        self._had_turn.add(turn.role)
         if turn.role in self.roles:  # otherwise the model, frozen
             # A loss that is not finite makes every gradient NaN, on every rank, and so the step is skipped; a finite
             # one is multiplied by exactly 1. (Looking at the value here would wait for the GPU.)
@@ -187,15 +189,20 @@ class TrainLoop:
 
     def _optimizer_step(self, rows: list[str]) -> None:
         lr = float(self.lead.schedule.get_last_lr()[0])
+        waits = MODEL not in self._had_turn and MODEL in self.roles  # for others, which a method trains more often
+        stepping = {name: role for name, role in self.roles.items() if not (waits and name == MODEL)}
+        self._had_turn.clear()
         with self.timer("update"):
-            norms = {name: role.engine.step() for name, role in self.roles.items()}
+            norms = {name: role.engine.step() for name, role in stepping.items()}
         for role in self.roles.values():
             role.schedule.step()
             if role is not self.lead:
                 self._log_norm(role, norms[role.name])
         self.states.global_step += 1
-        norm = norms[self.lead.name]
-        if math.isfinite(norm):
+        norm = norms.get(self.lead.name)
+        if norm is None:
+            pass
+        elif math.isfinite(norm):
             self._skipped_in_a_row = 0
             if self.ema is not None:
                 self.ema.update(self.weights)

@@ -1,6 +1,6 @@
 """Sample a teacher's trajectories for a student of few steps.
 
-    python scripts/diffusion/trajectories.py CONFIG --dataset.data-path clips.csv --save-dir trajectories/mine
+python scripts/diffusion/trajectories.py CONFIG --dataset.data-path clips.csv --save-dir trajectories/mine
 """
 
 import sys

@@ -105,8 +105,9 @@ def context_of(model: nn.Module, options: Any, **more: Any) -> Any:
     run = SimpleNamespace(
         device=torch.device("cpu"),
         dtype=next(model.parameters()).dtype,
-        build=lambda section: ExactTeacher(),
+        build=lambda section, **trained: Student().to(next(model.parameters())) if trained else ExactTeacher(),
         master_dtype=torch.float32,
+        states=SimpleNamespace(global_step=0),
     )
     cfg = SimpleNamespace(
         patch_size=1,
@@ -117,6 +118,7 @@ def context_of(model: nn.Module, options: Any, **more: Any) -> Any:
     )
     values = dict(
         cfg=cfg, options=options, run=run, model=model, plain=model, encode=Encoder(), total_steps=100,
-        timer=StageTimer(torch.device("cpu"), enabled=False), **more,
+        timer=StageTimer(torch.device("cpu"), enabled=False),
+        role=lambda name, module, optim: SimpleNamespace(engine=SimpleNamespace(model=module)), **more,
     )  # fmt: skip
     return SimpleNamespace(**values)

@@ -1,7 +1,7 @@
 """The teacher of a distillation: a frozen model, or the model in training without its adapters, under guidance."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora.config.options import ModelOptions, Options, opt
+from opensora.training.methods.adapters import adapter_shown
 from opensora.training.methods.base import MethodContext
 from opensora.utils.errors import UserError
 from opensora.utils.weights import open_weights
@@ -35,20 +36,6 @@ def check_teacher(cfg: Any, options: Any) -> None:
             f"training_method {cfg.training_method}: there is no teacher; give its weights with "
             "--model.from_pretrained (which the student starts from too) or training_method_config.teacher"
         )
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within it, the LoRA layers of a model are the layers that they are in."""
-    layers: list[Any] = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
-    before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer, value in zip(layers, before):
-            layer._disable_adapters = value
 
 
 def teacher_section(section: ModelOptions, weights: str | None) -> ModelOptions:
@@ -97,7 +84,7 @@ class Teacher:
         Returns:
             [B, L, C] float32.
         """
-        off = adapters_off(self.context.plain) if self.shares_base else nullcontext()
+        off = adapter_shown(self.context.plain, None) if self.shares_base else nullcontext()
         with off:
             return guided(self.model, inputs, self.empty_txt, self.empty_vec, text, image)
 
