@@ -201,7 +201,7 @@ def test_imports_on_the_command_line(sampling, tiny_config, folder, write_config
         script("diffusion/inference.py", config, "--imports=my_package", "--help")
     help_text = capsys.readouterr().out
     assert "--ae.patch" in help_text
-    assert "euler, heun, ab2, midpoint" in help_text
+    assert "euler, heun, ab2, renoise, midpoint" in help_text
 
 
 TAKEN = " is there already: register yours under another name"

@@ -2,4 +2,4 @@
 _base_ = ["demo_trajectory.py"]
 
 training_method_config = dict(num_steps=2, shares=[1.2, 0.8])
-max_steps = 300
+max_steps = 200

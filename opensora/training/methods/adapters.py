@@ -1,5 +1,6 @@
 """Several LoRA adapters in one frozen model: student and fake score in the memory of one, switched between forwards."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -48,7 +49,9 @@ class FurtherAdapter(nn.Module):
             raise UserError("lora_config needs PEFT: pip install peft") from error
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         was_training = model.training
-        inject_adapter_in_model(LoraConfig(**{"init_lora_weights": True, **lora_config}), model, adapter_name=name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that is the point
+            inject_adapter_in_model(LoraConfig(**{"init_lora_weights": True, **lora_config}), model, adapter_name=name)
         for layer in adapted_layers(model):
             layer._active_adapter = [STUDENT]
         model.train(was_training)

@@ -47,7 +47,31 @@ def observed_order(errors):
 
 
 def test_every_shipped_solver_has_its_order_tested():
-    assert set(SHIPPED) == set(SOLVERS.places)
+    assert {*SHIPPED, "renoise"} == set(SOLVERS.places)
+
+
+def test_renoise_draws_by_the_starting_noise_alone():
+    """With the exact velocity of data at one point every step predicts it; between steps there is its noise, which
+    neither batch nor dtype changes, and which is none of the noise before."""
+    point, times = torch.tensor([3.0, -2.0]), [1.0, 0.6, 0.3, 0.0]
+    states = []
+
+    def run_from(noise):
+        states.clear()
+        keep = lambda step, total, x: states.append(x)  # noqa: E731
+        exact = lambda x, t, step: (x - point) / t  # noqa: E731
+        return solve(SOLVERS.get("renoise"), exact, noise, make_steps(times), keep)
+
+    noise = torch.randn(500, 40, 2, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(run_from(noise), point.expand(500, 40, 2))
+    drawn = [(state - (1 - t) * point) / t for state, t in zip(states[:2], times[1:3])]
+    assert [each.std().item() for each in drawn] == pytest.approx([1, 1], abs=0.02)
+    for one, other in ((drawn[0], drawn[1]), (drawn[0], noise)):
+        assert abs((one * other).mean()) < 0.03  # 40,000 numbers: 6 deviations
+    together = states[0][7:8].clone()
+    run_from(noise[7:8])
+    assert torch.equal(states[0], together)
+    assert evaluations(SOLVERS.get("renoise"), make_steps(times)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -306,8 +306,8 @@ def _chosen_step(method, batch, seed):
 
 
 def test_a_student_by_dmd_makes_the_known_distribution():
-    """One step without guidance, after 120 updates, on 1000 samples: mean and deviation (0.4) of each component within
-    0.2. One step of the teacher makes its mean alone (a deviation below 0.15)."""
+    """One step without guidance, after 100 updates, on 1000 samples: mean and deviation (0.4) of each component within
+    0.12. One step of the teacher makes its mean alone (a deviation below 0.15)."""
     torch.manual_seed(0)
     student = Student()
     context = context_of(student, DmdOptions(num_steps=1, guidance=1.0, flow_shift=1.0, fake_updates=4))
@@ -324,13 +324,12 @@ def test_a_student_by_dmd_makes_the_known_distribution():
     noise = torch.randn(1000, 2, generator=torch.Generator().manual_seed(9))
     y_vec = batch_of(1000, 9)["y_vec"]
     before = sample_by_euler(student, [1.0, 0.0], noise, y_vec)
-    optimizers = {
-        "model": torch.optim.Adam(student.parameters(), 2e-3),
-        "fake": torch.optim.Adam(fake.parameters(), 4e-3),
-    }
-    for step in range(480):
+    modules, rates = {"model": student, "fake": fake}, {"model": 2e-3, "fake": 4e-3}
+    optimizers = {name: torch.optim.Adam(modules[name].parameters(), betas=(0.5, 0.99)) for name in modules}
+    for step in range(400):
         context.run.states.global_step = step
         for turn in method(batch_of(128, step), torch.Generator().manual_seed(step)):
+            optimizers[turn.role].param_groups[0]["lr"] = rates[turn.role] * (1 - step / 400)
             optimizers[turn.role].zero_grad()
             turn.loss.backward()
             optimizers[turn.role].step()
@@ -338,5 +337,5 @@ def test_a_student_by_dmd_makes_the_known_distribution():
     for component, mean in enumerate(MEANS.float()):
         chosen = y_vec[:, component] == 1
         assert before[chosen].std(0).max() < 0.15
-        torch.testing.assert_close(made[chosen].mean(0), mean, rtol=0, atol=0.2)
-        torch.testing.assert_close(made[chosen].std(0), torch.full((2,), DEVIATION), rtol=0, atol=0.2)
+        torch.testing.assert_close(made[chosen].mean(0), mean, rtol=0, atol=0.12)
+        torch.testing.assert_close(made[chosen].std(0), torch.full((2,), DEVIATION), rtol=0, atol=0.12)
