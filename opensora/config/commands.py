@@ -185,6 +185,7 @@ class TrajectoryOptions(InferenceOptions):
     """Sample trajectories of a teacher beforehand, for a student of few steps to train on (into save_dir)."""
 
     configs: ClassVar[str] = "diffusion/trajectories"
+
     condition_config: dict[str, float] | None = opt(
         None, "{condition type: weight}: references from the clips of column path; none goes by the table", least=0
     )
