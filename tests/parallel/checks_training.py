@@ -17,11 +17,13 @@ from opensora.acceleration.parallel_context import ParallelContext, Sizes
 from opensora.acceleration.plugins import NATIVE
 from opensora.config import parse_config
 from opensora.config.commands import TrainOptions
+from opensora.registry import MODELS, build_module
 from opensora.training.checkpoint.folder import load_weights
 from opensora.training.diffusion.trainer import Trainer
 from opensora.training.report.metrics import Mean, MetricLog, Rate
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_video
+from opensora.utils.weights_writing import save_safetensors
 from tests.conftest import tiny_inference_config
 from tests.integration.own_package import with_page, write_package
 from tests.parallel.harness import assert_close
@@ -80,11 +82,13 @@ def run(config: str, words: Sequence[Any], world_size: int = 2) -> Path:
     return box[0]
 
 
-def compare(found: Path, expected: Path, step: int, limit: float = 1e-5) -> None:
+def compare(
+    found: Path, expected: Path, step: int, limit: float = 1e-5, names: Sequence[str] = ("model", "ema")
+) -> None:
     """Weights and averages of two runs."""
     if dist.get_rank():
         return
-    for name in ("model", "ema"):
+    for name in names:
         a, b = (load_weights(next(run.glob(f"epoch*-global_step{step}")), name) for run in (found, expected))
         assert a.keys() == b.keys()
         for key, value in b.items():
@@ -190,6 +194,24 @@ def own_types(folder: Path) -> None:
     compare(*(run(str(folder / "own_model.py"), [*words, name, "--exp-name", name]) for name in NATIVE), step=1)
 
 
-CHECKS = [layouts, data_parallel, curves, bfloat16, refusals, own_types]
+def distillation(folder: Path) -> None:
+    """Student and fake score of two processes that share their samples are those of one; both engines agree."""
+    if dist.get_rank() == 0:
+        torch.manual_seed(0)
+        section = tiny_inference_config()["model"]
+        save_safetensors(build_module(section, MODELS).state_dict(), folder / "start.safetensors")
+        method = {"num_steps": 2, "fake_updates": 2, "fake_optim": {"cls": "AdamW", "lr": 1e-3, "eps": 1e-4}}
+        model = {**section, "from_pretrained": str(folder / "start.safetensors")}
+        tiny_run(folder, model=model, training_method="dmd", training_method_config=method)
+    dist.barrier()
+    config = str(folder / "train.py")
+    alone = run(config, ["--exp-name", "alone"], world_size=1)
+    divided = run(config, ["--exp-name", "divided", "--plugin", "fsdp2", "--plugin_config.sp_size", 2])
+    compare(divided, alone, 3, names=("model", "ema", "fake"))
+    engines = (run(config, ["--exp-name", name, "--plugin", name, "--max-steps", 2]) for name in NATIVE)
+    compare(*engines, step=2, names=("model", "fake"))
+
+
+CHECKS = [layouts, data_parallel, curves, bfloat16, refusals, own_types, distillation]
 if importlib.util.find_spec("colossalai") is not None:
     CHECKS.append(booster)
