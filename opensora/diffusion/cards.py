@@ -76,6 +76,8 @@ CARDS = (
     Card("RTX 5090 32GB", 210, 31.8, 1792, 64, known_as="RTX 5090"),
     Card("RTX 4090 24GB", 165, 24.0, 1008, 32, known_as="RTX 4090"),
     Card("RTX 3090 24GB", 71, 24.0, 936, 32, known_as="RTX 3090"),
+    Card("RTX 4080 16GB", 98, 16.0, 717, 32, known_as="RTX 4080"),
+    Card("RTX 3060 12GB", 26, 12.0, 360, 32, known_as="RTX 3060"),
     Card("T4 16GB", 65, 15.0, 320, 16, dtype="fp16", known_as="T4"),
 )
 
