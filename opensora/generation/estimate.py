@@ -24,7 +24,7 @@ from opensora.models.vae.footprint import Cost
 RELEASED_ENCODERS = {"t5": (4096, 4_762_310_656), "clip": (768, 123_060_480)}  # width, parameters
 TEXT_WORK = 0.3 * 2**30  # bytes of activations of the text encoders, for texts of 512 tokens
 QUANTIZED = {"fp8": 0.51, "int8": 0.51, "nf4": 0.29}  # of an encoder of which only the size is known
-EXACT_KINDS = ("int8", "nf4")  # in which a run that does not fit is proposed; the smaller loss first
+KINDS = ("int8", "nf4")  # of weights that are proposed where nothing else fits; the smaller loss first
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,19 @@ class Way:
         flags: added to the command line.
         offload: models are on the device one at a time.
         streams: weights of transformer and T5 come a block ahead of the computation (``--offload blocks``).
-        quantize: kind of the weights of transformer and T5.
+        quantize: kind of the transformer's weights.
+        t5_quantize: kind of T5's weights.
     """
 
     flags: str = ""
     offload: bool = False
     streams: bool = False
     quantize: str | None = None
+    t5_quantize: str | None = None
+
+    def kind_of(self, name: str) -> str | None:
+        """Kind of the weights of a model, None for that of the config."""
+        return {"model": self.quantize, "t5": self.t5_quantize}.get(name)
 
 
 @dataclass(frozen=True)
@@ -95,12 +101,11 @@ class Estimate:
             if name not in counts:
                 widths = {"t5": run.model.config.context_in_dim, "clip": run.model.config.vec_in_dim}
                 count = released[1] if widths.get(name) == released[0] else 0
-                share = QUANTIZED.get(way.quantize or "", 1.0) if name == "t5" else 1.0
-                found[name] = count * run.dtype.itemsize * share
+                found[name] = count * run.dtype.itemsize * QUANTIZED.get(way.kind_of(name) or "", 1.0)
                 continue
             changed = run
-            if way.quantize and name in ("model", "t5") and hasattr(section, "quantize"):
-                keys: dict[str, Any] = {"quantize": way.quantize}
+            if way.kind_of(name) is not None:
+                keys: dict[str, Any] = {"quantize": way.kind_of(name)}
                 sections = {**run.sections, name: dataclasses.replace(section, **keys)}
                 changed = dataclasses.replace(run, sections=sections)
             found[name] = float(weight_bytes(changed, name, counts[name]))
@@ -209,13 +214,12 @@ class Estimate:
         streams = "blocks" in _choices_of("offload")
         if streams and not self.own.streams:
             yield Way("--offload blocks", offload=True, streams=True)
-        model = self.run.sections["model"]
-        if hasattr(model, "quantize") and not model.quantize:
-            for kind in EXACT_KINDS:
-                flags = f"--offload True --model.quantize {kind}"
-                if hasattr(self.run.sections["t5"], "quantize"):
-                    flags += f" --t5.quantize {kind}"
-                yield Way(flags, offload=True, quantize=kind)
+        takes = {name for name in ("model", "t5") if getattr(self.run.sections[name], "quantize", "") is None}
+        for kind in KINDS if "model" in takes else ():
+            flags = f"--offload True --model.quantize {kind}"
+            yield Way(flags, offload=True, quantize=kind)
+            if "t5" in takes:
+                yield Way(f"{flags} --t5.quantize {kind}", offload=True, quantize=kind, t5_quantize=kind)
 
     def on(self, card: Card) -> Outlook:
         """The first way that fits a card; this run's own if none does."""

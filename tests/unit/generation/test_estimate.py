@@ -54,6 +54,7 @@ def test_the_first_way_that_fits_is_proposed(released):
     small = found["T4 16GB"]
     assert small.fits
     assert small.way.flags.endswith("--dtype fp16")
+    assert "--t5.quantize" not in small.way.flags, "T5 fits as it is"
     for outlook in found.values():
         assert not outlook.fits or outlook.peak <= max(card.room for card in CARDS)
     tiny = released.on(Card("toy", 10, 3.0, 100, 16))

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from opensora.config.choices import ATTENTION_KERNELS, QUANTIZERS
+from opensora.generation.estimate import Way
+from opensora.models.quantization.linear import QuantizedLinear
 from opensora.utils.errors import UserError
 from tools.benchmark import gpu
 from tools.benchmark.gpu_parts import autoencoder, forward, pipelines
@@ -72,6 +74,14 @@ def test_pipelines_whole_and_held_to_less(bench):
     assert plain["total_s"] >= plain["denoise_s"] > 0
     assert [row["held to"] for row in pipelines.capped_rows(bench, models)] == ["24 GB", "12 GB"]
     assert room_of(16) == 15.5
+    before = models.models
+    for way in (Way(quantize="int8", t5_quantize="int8"), Way(quantize="int8", t5_quantize="int8")):
+        models.quantize(way)
+        assert models.models is before
+    for name in ("model", "t5"):
+        assert any(isinstance(module, QuantizedLinear) for module in before[name].modules())
+    models.quantize(Way(quantize="nf4"))
+    assert models.models is not before, "of another kind"
 
 
 def test_what_there_is_no_time_for_is_named(monkeypatch):

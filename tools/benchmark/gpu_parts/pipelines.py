@@ -18,6 +18,7 @@ from opensora.diffusion.pipeline import VideoPipeline
 from opensora.diffusion.prepared import PreparedRun
 from opensora.generation.estimate import Estimate, Way
 from opensora.models.mmdit.loading import quantization
+from opensora.models.text.files import quantization as text_quantization
 from tools.benchmark.gpu_parts.bench import GIB, Bench, Row, memory_cap, room_of
 from tools.benchmark.hardware import CONFIG, ROOT
 
@@ -38,6 +39,7 @@ class Models:
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
+        self.kinds: dict[str, str] = {}
 
     def config(self, **keys: Any) -> InferenceOptions:
         """Config of a run with random weights."""
@@ -53,11 +55,21 @@ class Models:
         """By name."""
         return build_pipeline(self.config(offload=True), self.bench.device, random_weights=True).models
 
-    def quantize(self, kind: str) -> None:
-        """Quantise the transformer's weights, in place and on the card: for the last runs."""
-        model = self.models["model"].to(self.bench.device)
-        quantization(kind).replace_filled(model)
-        model.to("cpu")
+    def quantize(self, way: Way) -> None:
+        """Have the weights that a way asks for, quantised on the card; for the last runs."""
+        kinds = {name: kind for name in ("model", "t5") if (kind := way.kind_of(name)) is not None}
+        if kinds == self.kinds:
+            return
+        if self.kinds:  # of other kinds
+            del self.models
+        for name, kind in kinds.items():
+            model = self.models[name].to(self.bench.device)
+            if name == "model":
+                quantization(kind).replace_filled(model)
+            else:
+                text_quantization(kind).replace_filled(model.get_submodule("encoder"))
+            model.to("cpu")
+        self.kinds = kinds
         self.bench.clear()
 
     def pipeline(self, cfg: InferenceOptions) -> VideoPipeline:
@@ -111,8 +123,7 @@ def capped_rows(bench: Bench, models: Models) -> Iterator[Row]:
             continue
         way = proposed(bench, models, cap)
         keys: dict[str, Any] = {**steps, "offload": _offload(way), "gpu_memory": f"{room_of(cap)}GiB"}
-        if way.quantize:
-            models.quantize(way.quantize)
+        models.quantize(way)
         with memory_cap(bench.device, room_of(cap)):
             yield {"held to": f"{cap} GB", "with": way.flags or "nothing added", **tried(bench, models, keys)}
 
