@@ -69,9 +69,15 @@ def bytes_of(module: nn.Module) -> int:
     return sum(tensor_bytes(tensor) for tensor in {id(held.tensor): held.tensor for held in held_by(module)}.values())
 
 
+def lies_on(tensor: Tensor, device: torch.device) -> bool:
+    """Whether a tensor is on a device; ``cuda`` without a number is any."""
+    places = {part.device for part in parts_of(tensor)}
+    return all(place.type == device.type and device.index in (None, place.index) for place in places)
+
+
 def is_on(module: nn.Module, device: torch.device) -> bool:
     """Whether all that a module holds is on a device."""
-    return all(part.device == device for held in held_by(module) for part in parts_of(held.tensor))
+    return all(lies_on(held.tensor, device) for held in held_by(module))
 
 
 class Mover:
@@ -93,7 +99,7 @@ class Mover:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """A copy of a tensor on the device; itself where it is there."""
-        if all(part.device == self.device for part in parts_of(tensor)):
+        if lies_on(tensor, self.device):
             return tensor
         return rebuilt(tensor, iter([self._moved(part.detach()) for part in parts_of(tensor)]))
 
@@ -134,7 +140,7 @@ def placed(
         leave: which tensors stay where they are.
     """
     slots = [held for held in held_by(module) if leave is None or not leave(held.tensor)]
-    if all(part.device == device for held in slots for part in parts_of(held.tensor)):
+    if all(lies_on(held.tensor, device) for held in slots):
         yield module
         return
     copies: dict[int, Tensor] = {}  # by original: a weight that two modules share is copied once

@@ -125,10 +125,12 @@ class InferenceOptions(RunOptions):
     img_resolution: str = opt("768px", "pixel count of that picture, by name")
     img_flux: ModelOptions | None = component("model", "diffusion", "image diffusion model")
     img_flux_ae: ModelOptions | None = component("model", "image autoencoder", "image autoencoder")
-    offload: bool = opt(False, "keep each model on the device only while it works")
+    offload: bool | Literal["blocks", "disk"] = opt(
+        False, "have models on the device only while they work: whole, by blocks, or blocks from the disk"
+    )
     gpu_memory: str | None = opt(None, "memory of the GPU to stay within, such as 16GB; none takes what is free")
     compile: bool = opt(False, "compile the diffusion model's blocks: faster steps, after a slow first one")
-    precompute: bool = opt(True, "compute modulation, rotary tables and embedded texts once per sample (same numbers)")
+    precompute: bool = opt(True, "compute modulation and the like once per sample for all steps (same numbers)")
     save_prefix: str = opt("", "start of every file name")
     prompt_as_path: bool = opt(False, "name files after their prompts (VBench)")
     skip_existing: bool = opt(False, "leave out what is already there")

@@ -24,7 +24,7 @@ from opensora.config.keys import Option, Place, as_group, check_value, default_f
 from opensora.config.options import AE_KNOWS, Options, check_bounds
 from opensora.config.places import is_relative, named_files, places_of, with_places
 from opensora.config.shipped import SUFFIXES, find_config
-from opensora.config.values import coerce, describe, parse_text
+from opensora.config.values import coerce, describe, is_switch, parse_text
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from opensora.utils.paths import is_at_hand, is_file
@@ -335,7 +335,7 @@ def _typed(override: Override, place: Place) -> Any:
     value, is_section = override.value, place.option is not None and place.option.is_section
     expected = f"a section; set its keys one by one ({override.shown}.KEY)" if is_section else describe(place.hint)
     if isinstance(value, _Bare):
-        if place.hint is not bool:
+        if not is_switch(place.hint):
             raise UserError(f"{override.shown} needs a value: {expected}")
         return True
     hint = dict | None if is_section else place.hint

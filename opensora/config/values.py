@@ -32,6 +32,11 @@ def describe(hint: Any) -> str:
     return _SCALAR_NAMES.get(hint, str(hint))
 
 
+def is_switch(hint: Any) -> bool:
+    """Whether a key may stand without a value, which means true."""
+    return hint is bool or (get_origin(hint) in (Union, types.UnionType) and bool in get_args(hint))
+
+
 def mapping_types(hint: Any) -> tuple[Any, Any] | None:
     """Key and value hints if the hint is (optionally) a dict with any keys, else None."""
     members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)

@@ -7,7 +7,9 @@ from opensora.acceleration.compile import compile_and_tell
 from opensora.acceleration.parallel_context import ParallelContext
 from opensora.acceleration.parallel_vae import share_tiles
 from opensora.acceleration.plugins import divide_model
+from opensora.acceleration.scratch import ScratchFile
 from opensora.acceleration.shardformer import use_shardformer
+from opensora.diffusion.fitting import blocks_of
 from opensora.diffusion.lora import apply_loras, attach_loras, tell_loras, with_loras
 from opensora.diffusion.prepared import TEXT_ENCODERS, PreparedRun
 from opensora.models.autoencoder import as_autoencoder
@@ -27,19 +29,21 @@ def load_models(run: PreparedRun, parallel: ParallelContext | None = None) -> di
     cfg = run.cfg
     home = torch.device("cpu") if cfg.offload else run.device
     embeds = parallel is None or parallel.sample.first
+    scratch = ScratchFile() if cfg.offload == "disk" else None
+    while_read = run.quantized or (scratch is not None and run.sections["model"].type == "flux")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)  # for models that start from random weights
         models: dict[str, nn.Module] = {}
         for name, section in run.sections.items():
             if not embeds and name in TEXT_ENCODERS:
                 continue
-            quantized = name == "model" and run.quantized
-            models[name] = _quantized(run, home) if quantized else build_ready(section, home, run.dtype, name)
+            changed = name == "model" and while_read
+            models[name] = _changed(run, home, scratch) if changed else build_ready(section, home, run.dtype, name)
             if cfg.precompute and isinstance(models[name], DiffusionModel):
                 park_modulation(models[name])
     for name in set(TEXT_ENCODERS) & models.keys():
         use_shardformer(models[name])
-    if not run.quantized:
+    if not while_read:
         apply_loras(models["model"], run.adapters(models["model"]), cfg.merge_lora)
     for name, model in models.items():
         tell(name, model, run.device)
@@ -47,6 +51,9 @@ def load_models(run: PreparedRun, parallel: ParallelContext | None = None) -> di
         divide_model(models["model"], parallel, cfg.plugin_config)
         if cfg.plugin_ae == "hybrid":
             share_tiles(as_autoencoder(models["ae"]), parallel.sample)
+    if scratch is not None:
+        for model in models.values():
+            scratch.take(blocks_of(model))
     for name in [name for name, model in models.items() if cfg.compile and isinstance(model, DiffusionModel)]:
         compile_and_tell(models[name], name)
     return models
@@ -58,10 +65,13 @@ def park_modulation(model: nn.Module) -> None:
         layer.to("cpu")
 
 
-def _quantized(run: PreparedRun, home: torch.device) -> nn.Module:
-    """The video model with quantised weights, which take the changes of adapters before they are quantised."""
+def _changed(run: PreparedRun, home: torch.device, scratch: ScratchFile | None) -> nn.Module:
+    """The video model with adapters, which change its weights while they are read: before they are quantised, or go to
+    the disk."""
     adapters, merge = run.adapters(run.model), run.cfg.merge_lora
-    model = build_ready(run.sections["model"], home, run.dtype, "model", with_loras(adapters, merge))
+    change = with_loras(adapters, merge)
+    filed = change if scratch is None else lambda key, value: scratch.keep(change(key, value))
+    model = build_ready(run.sections["model"], home, run.dtype, "model", filed)
     tell_loras(adapters)
     if not merge:
         attach_loras(model, adapters)

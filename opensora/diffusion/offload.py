@@ -10,7 +10,7 @@ from opensora.acceleration.placing import is_on, placed
 
 
 @contextmanager
-def on_device(model: nn.Module, device: torch.device, offload: bool) -> Iterator[nn.Module]:
+def on_device(model: nn.Module, device: torch.device, offload: bool | str) -> Iterator[nn.Module]:
     """Have a model on ``device`` inside the block.
 
     With ``offload`` its weights are copied there and the copies dropped at the end; the originals stay where they are

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from opensora.acceleration import collectives
 from opensora.acceleration.devices import DTYPES, dtype_name, pick_device, torch_dtype
+from opensora.acceleration.lockstep import Lockstep
 from opensora.acceleration.parallel_context import ParallelContext
+from opensora.acceleration.streaming import BlockStream, streamed
 from opensora.config import load_config, naming_places
 from opensora.config.commands import InferenceOptions
 from opensora.config.keys import read_group
@@ -25,6 +27,7 @@ from opensora.diffusion.decode import DecodeMemoryError, FrameSink, Gathered, ch
 from opensora.diffusion.distilled import Distilled, as_distilled
 from opensora.diffusion.encoding import embed_texts, encode_references
 from opensora.diffusion.finite import check_result, watched
+from opensora.diffusion.fitting import blocks_of, check_fit, device_room, sampling_bytes, streams, text_bytes
 from opensora.diffusion.guidance import Branch
 from opensora.diffusion.latents import get_noise, pack, prepare_ids, unpack
 from opensora.diffusion.loading import load_models, park_modulation
@@ -39,13 +42,15 @@ from opensora.diffusion.solvers import SOLVERS, StepCallback, Velocity, asked, s
 from opensora.diffusion.step_cache import CountedStepCache, StepCache
 from opensora.diffusion.timing import as_stage, timed, with_latents
 from opensora.diffusion.velocity import (
+    Coming,
     Denoiser,
-    Rows,
+    Scale,
     TextEmbeddings,
     distilled_velocity,
     evaluations_of,
     guided_rows,
     guided_velocity,
+    told_scales,
     told_velocity,
 )
 from opensora.diffusion.wording import check_motion_score, check_prompt, check_seed, final_text
@@ -187,6 +192,7 @@ class VideoPipeline:
         run = PreparedRun.of(cfg, pick_device(cfg.device if device is None else str(device)))
         with naming_places(cfg):
             run.check_resources()
+        check_fit(run, [run.plan])
         return cls.from_prepared(run, parallel)
 
     @classmethod
@@ -413,7 +419,7 @@ class VideoPipeline:
     def _embed(self, texts: Sequence[str]) -> list[Tensor]:
         embedded = []
         for name in TEXT_ENCODERS:
-            with self._ready(name) as embedder:
+            with self._ready(name, text_bytes(self.models[name], len(set(texts)))) as embedder:
                 embedded.append(embed_texts(embedder, texts, self.device, self.dtype))
             check_result(embedded[-1], f"embeddings of the prompts by {name}", "--dtype bf16 or fp32, or other weights")
         return embedded
@@ -468,11 +474,11 @@ class VideoPipeline:
         ids = prepare_ids(len(noise), size, patch, positive.txt.shape[1], self.device)
         guided = (positive, negative, plan.guidance, plan.num_steps, size[0], plan.has_image, self.parallel.branch)
         coming = self._coming(plan, positive, *guided)
-        with self._sampling(name, coming, noise, plan) as (model, memo):
-            denoiser = Denoiser(model, *ids, cond, cache, memo)
+        with self._sampling(name, coming, noise, plan, positive.txt.shape[1]) as (memo, together):
+            denoiser = Denoiser(self.models[name], *ids, cond, cache, memo, together)
             velocity: Velocity
             if memo is not None:
-                denoiser.foresee(coming, noise.shape[0] * noise.shape[1], plan.guidance.text)
+                denoiser.foresee(coming, noise.shape[0] * noise.shape[1])
             if plan.tells_scales:
                 velocity = told_velocity(denoiser, positive, plan.guidance, plan.num_steps, size[0], plan.has_image)
             elif plan.method == "distill":
@@ -482,23 +488,33 @@ class VideoPipeline:
             looked_at = watched(with_latents(on_step, size, patch), self.dtype)
             return solve(SOLVERS.get(plan.solver), velocity, noise, plan.steps(), looked_at)
 
-    def _coming(self, plan: SamplePlan, positive: TextEmbeddings, *guided: Any) -> list[tuple[float, Rows]]:
-        """Time and branches (of this rank) of each evaluation to come."""
+    def _coming(self, plan: SamplePlan, positive: TextEmbeddings, *guided: Any) -> list[Coming]:
+        """Each evaluation to come."""
         rows = guided_rows(*guided) if plan.method != "distill" else lambda step: [(Branch.PROMPT, positive)]
-        return [(time, rows(step)) for time, step in asked(SOLVERS.get(plan.solver), plan.steps())]
+
+        def scale(step: int) -> Scale:
+            if not plan.tells_scales:
+                return plan.guidance.text
+            return told_scales(plan.guidance, step, plan.num_steps, plan.latent_size[0], plan.has_image)
+
+        return [(time, scale(step), rows(step)) for time, step in asked(SOLVERS.get(plan.solver), plan.steps())]
 
     @contextmanager
     def _sampling(
-        self, name: str, coming: Sequence[tuple[float, Rows]], noise: Tensor, plan: SamplePlan
-    ) -> Iterator[tuple[nn.Module, SampleMemo | None]]:
-        """A diffusion model on the device, and what remembers what it computes once per sample."""
+        self, name: str, coming: Sequence[Coming], noise: Tensor, plan: SamplePlan, text_tokens: int
+    ) -> Iterator[tuple[SampleMemo | None, Lockstep | None]]:
+        """Have a diffusion model on the device; yields what it computes once per sample, and what takes branches
+        through it together, where there are these."""
         with ExitStack() as stack:
             memo = None
-            if self.cfg.precompute and not plan.tells_scales:  # which may differ from step to step
-                batches = evaluations_of(coming, noise.shape[0] * noise.shape[1], plan.guidance.text)
+            if self.cfg.precompute:
+                batches = evaluations_of(coming, noise.shape[0] * noise.shape[1])
                 model = as_diffusion_model(self.models[name])
                 memo = stack.enter_context(reused(model, self.device, batches, len(noise)))
-            yield stack.enter_context(self._ready(name)), memo
+            working = sampling_bytes(self.models[name], plan, len(noise), text_tokens, self.dtype)
+            working += 0 if memo is None else memo.bytes
+            stream = stack.enter_context(self._placed(name, working))
+            yield memo, stream.together if isinstance(stream, BlockStream) else None
 
     def decode(self, latents: Tensor, plan: SamplePlan) -> list[np.ndarray]:
         """Latents [B, C, T, h, w] to uint8 videos [num_frames, H, W, 3], see :func:`decode_into`."""
@@ -566,10 +582,30 @@ class VideoPipeline:
         logger.info("step cache: %.0f %% of the evaluations left blocks out", 100 * float(np.mean(shares)))
         return shares
 
-    def _ready(self, name: str) -> AbstractContextManager[nn.Module]:
-        """A model, on the device inside the block."""
+    @contextmanager
+    def _ready(self, name: str, working: float = 0.0) -> Iterator[nn.Module]:
+        """A model, on the device inside the block; arguments as of :meth:`_placed`."""
+        with self._placed(name, working):
+            yield self.models[name]
+
+    def _placed(self, name: str, working: float = 0.0) -> AbstractContextManager[Any]:
+        """Have a model on the device inside the block, whole or block by block.
+
+        Args:
+            name: of its section.
+            working: bytes that it needs there besides its weights.
+
+        Yields:
+            What brings its blocks, if they come and go.
+        """
+        model = self.models[name]
+        blocks = blocks_of(model) if streams(self.cfg) else []
+        if blocks:
+            room = device_room(self.cfg, self.device)
+            left = None if room is None else int(room - working)
+            return streamed(model, blocks, self.device, left, self.cfg.offload == "blocks", name)
         parked = self.device.type == "cuda" and self.cfg.precompute  # see park_modulation
-        return on_device(self.models[name], self.device, self.cfg.offload or parked)
+        return on_device(model, self.device, bool(self.cfg.offload) or parked)
 
     def _option(self, sampling: Mapping[str, Any]) -> SamplingOption:
         """Sampling options of a call: the config's with some replaced."""

@@ -97,10 +97,13 @@ class SampleMemo:
         known: stand-ins of the modulation layers, by name.
         kept: of the layers whose input stays the same.
         device: where the layers work.
+
+    Attributes:
+        bytes: memory of the table, in the end.
     """
 
     def __init__(self, known: Mapping[str, nn.Module], kept: Mapping[str, nn.Module], device: torch.device) -> None:
-        self.device = device
+        self.device, self.bytes = device, 0
         self.known = {name: Known(layer, self._find) for name, layer in known.items()}
         self.kept = {name: Kept(layer) for name, layer in kept.items()}
         self.rows: dict[Evaluation, Row] = {}
@@ -127,8 +130,8 @@ class SampleMemo:
         if self.known and evaluation not in self.rows:
             self.foresee({evaluation: make_input()})
         self.present = self.rows.get(evaluation)
-        for each in self.known.values():
-            each.current = self.present.outputs[each.number] if self.present is not None else None
+        for each in self.known.values():  # past nn.Module, whose way takes long: this is done for every block
+            each.__dict__["current"] = self.present.outputs[each.number] if self.present is not None else None
         for kept in self.kept.values():
             kept.branches = evaluation.texts
 
@@ -140,7 +143,6 @@ class SampleMemo:
         for kept in self.kept.values():
             kept.outputs, kept.branches = {}, None
 
-    @torch.compiler.disable
     @torch.no_grad()
     def _find(self, layer: Known, x: Tensor) -> Tensor:
         """Outputs for some of the present evaluation's rows (step caches choose some), or, from others, computed."""
@@ -168,10 +170,11 @@ def reused(
     """
     layers = model.modulation_layers()
     rows = table_rows(evaluations, batch)
-    if layers and table_bytes(model, rows) > MOST * sum(map(bytes_of, layers.values())):
+    if layers and not pays(model, rows):
         logger.info("precompute: modulation is computed at every step, its table of %d rows would be too large", rows)
         layers = {}
     memo = SampleMemo(layers, model.constant_layers(), device)
+    memo.bytes = table_bytes(model, rows) if layers else 0
     replaced = {name: model.get_submodule(name) for name in (*memo.known, *memo.kept)}
     try:
         for name, stand_in in (*memo.known.items(), *memo.kept.items()):
@@ -188,10 +191,21 @@ def table_rows(evaluations: Collection[Evaluation], batch: int) -> int:
     return batch * sum(len(each.texts) for each in set(evaluations))
 
 
-def table_bytes(model: DiffusionModel, rows: int) -> int:
-    """Memory of the outputs of all modulation layers for so many rows (of samples, branches and evaluations)."""
+def table_bytes(model: DiffusionModel, rows: int, itemsize: int | None = None) -> int:
+    """Memory of the outputs of all modulation layers.
+
+    Args:
+        model: with or without weights.
+        rows: of samples, branches and evaluations, see :func:`table_rows`.
+        itemsize: bytes of a number; None: as the weights are.
+    """
     weights: list[Any] = [_plain(layer).weight for layer in model.modulation_layers().values()]
-    return rows * sum(weight.shape[0] * weight.element_size() for weight in weights)
+    return rows * sum(weight.shape[0] * (itemsize or weight.element_size()) for weight in weights)
+
+
+def pays(model: DiffusionModel, rows: int) -> bool:
+    """Whether a table of so many rows is well below the weights that it lets go."""
+    return table_bytes(model, rows) <= MOST * sum(map(bytes_of, model.modulation_layers().values()))
 
 
 def _plain(layer: nn.Module) -> nn.Module:

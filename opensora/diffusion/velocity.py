@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora.acceleration.branch_parallel import own_rows, spread_branches
+from opensora.acceleration.lockstep import Lockstep
 from opensora.acceleration.parallel_context import Axis
 from opensora.diffusion.guidance import Branch, Guidance, Weights, image_scale, oscillate, step_weights
 from opensora.diffusion.reuse import Evaluation, SampleMemo
@@ -44,6 +45,9 @@ class TextEmbeddings:
 Rows = Sequence[tuple[Branch, TextEmbeddings]]
 """Guidance branches of one evaluation, each with its text."""
 
+Coming = tuple[float, Scale, Rows]
+"""An evaluation to come: time, the scale that the model is told, branches on this rank."""
+
 
 @dataclass(frozen=True)
 class Denoiser:
@@ -57,6 +61,7 @@ class Denoiser:
         cond: [B, L, C + p*p] packed mask and references; None for a model without condition input.
         cache: reuses work of earlier evaluations; None runs all blocks every time.
         memo: gives what is computed once per sample; None computes it every time.
+        together: takes branches that are no one batch through the model side by side; None: one after another.
     """
 
     model: nn.Module
@@ -65,6 +70,7 @@ class Denoiser:
     cond: Tensor | None = None
     cache: StepCache | None = None
     memo: SampleMemo | None = None
+    together: Lockstep | None = None
 
     def predict(self, x: Tensor, time: float, step: int, scale: Scale, rows: Rows) -> list[Tensor]:
         """One float32 prediction [B, L, C] per branch; branches run as one batch if that is small.
@@ -77,15 +83,29 @@ class Denoiser:
                 embed both.
             rows: each branch with its text.
         """
-        predictions: list[Tensor] = []
-        for batch in at_once(rows, x.shape[0] * x.shape[1]):
-            predictions += self._forward(x, time, step, scale, batch)
-        return predictions
+        batches = at_once(rows, x.shape[0] * x.shape[1])
+        forwards = [partial(self._forward, x, time, step, scale, batch) for batch in batches]
+        selects = [partial(self._select, time, scale, batch) for batch in batches]
+        return [prediction for batch in self._run(forwards, selects) for prediction in batch]
 
-    def foresee(self, evaluations: Sequence[tuple[float, Rows]], tokens: int, scale: Scale) -> None:
+    def _run(
+        self, forwards: Sequence[Callable[[], Sequence[Tensor]]], selects: Sequence[Callable[[], None]]
+    ) -> list[Sequence[Tensor]]:
+        """Forwards one after another, or side by side where they share the stay of each block on the device."""
+        if self.together is not None:
+            return self.together.run(forwards, selects)
+        return [(select(), forward())[1] for select, forward in zip(selects, forwards)]
+
+    def _select(self, time: float, scale: Scale, rows: Rows) -> None:
+        """Tell the memo which evaluation the next forward is."""
+        if self.memo is not None:
+            key = evaluation_of(time, scale, rows)
+            self.memo.select(key, lambda: self._modulation_input(key, rows))
+
+    def foresee(self, coming: Sequence[Coming], tokens: int) -> None:
         """Have the memo compute all evaluations to come at once; see :func:`evaluations_of` for the arguments."""
         assert self.memo is not None
-        known = evaluations_of(evaluations, tokens, scale)
+        known = evaluations_of(coming, tokens)
         self.memo.foresee({key: self._modulation_input(key, rows) for key, rows in known.items()})
 
     @torch.no_grad()
@@ -105,9 +125,6 @@ class Denoiser:
 
     def _forward(self, x: Tensor, time: float, step: int, scale: Scale, rows: Rows) -> Sequence[Tensor]:
         n, dtype = len(rows), rows[0][1].txt.dtype
-        if self.memo is not None:
-            key = evaluation_of(time, scale, rows)
-            self.memo.select(key, lambda: self._modulation_input(key, rows))
         cached = {}
         if self.cache is not None:
             names = tuple(branch.name.lower() for branch, _ in rows)
@@ -139,16 +156,15 @@ def evaluation_of(time: float, scale: Scale, rows: Rows) -> Evaluation:
     return Evaluation(time, scale, tuple(id(text) for _, text in rows))
 
 
-def evaluations_of(asked: Sequence[tuple[float, Rows]], tokens: int, scale: Scale) -> dict[Evaluation, Rows]:
+def evaluations_of(coming: Sequence[Coming], tokens: int) -> dict[Evaluation, Rows]:
     """The different batches that go through the model in a run.
 
     Args:
-        asked: time of each evaluation, and its branches on this rank.
+        coming: its evaluations.
         tokens: image tokens of a branch, all samples together.
-        scale: that the model is told.
     """
-    batches = [(time, batch) for time, rows in asked for batch in at_once(rows, tokens)]
-    return {evaluation_of(time, scale, batch): batch for time, batch in batches}
+    batches = [(time, scale, batch) for time, scale, rows in coming for batch in at_once(rows, tokens)]
+    return {evaluation_of(*each): each[2] for each in batches}
 
 
 def guided_rows(
@@ -232,13 +248,20 @@ def told_velocity(
     """
 
     def velocity(x: Tensor, t: float, step: int) -> Tensor:
-        text = oscillate(guidance.text, step) if guidance.text_osci else guidance.text
-        image = image_scale(guidance, step, num_steps, latent_frames) if has_image else 1.0
-        top = float(image[-1]) if isinstance(image, Tensor) else image
-        (prediction,) = denoiser.predict(x, t, step, (text, top), [(Branch.PROMPT, prompt)])
+        scales = told_scales(guidance, step, num_steps, latent_frames, has_image)
+        (prediction,) = denoiser.predict(x, t, step, scales, [(Branch.PROMPT, prompt)])
         return prediction
 
     return torch.no_grad()(velocity)
+
+
+def told_scales(
+    guidance: Guidance, step: int, num_steps: int, latent_frames: int, has_image: bool = False
+) -> tuple[float, float]:
+    """Scales of text and image that :func:`told_velocity` tells the model in a step."""
+    text = oscillate(guidance.text, step) if guidance.text_osci else guidance.text
+    image = image_scale(guidance, step, num_steps, latent_frames) if has_image else 1.0
+    return text, float(image[-1]) if isinstance(image, Tensor) else image
 
 
 def _per_token(weights: Weights, tokens_per_frame: int, x: Tensor) -> list[float | Tensor]:

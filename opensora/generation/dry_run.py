@@ -8,6 +8,8 @@ import torch
 
 from opensora.acceleration.memory import memory_of
 from opensora.diffusion.cards import CARDS, CONTEXT, Card, known_card
+from opensora.diffusion.fitting import device_room, parts_of_run, streams
+from opensora.diffusion.plan import SamplePlan
 from opensora.diffusion.prepared import PreparedRun, text_length
 from opensora.generation.estimate import Estimate, Outlook, Way, gib, seconds_text
 from opensora.generation.jobs import Job
@@ -40,7 +42,8 @@ def dry_run_report(run: PreparedRun, jobs: Sequence[Job]) -> str:
         f"steps        {plan.num_steps} by {plan.solver}, {at_most}{' or '.join(str(each.forwards) for each in plans)} "
         f"forwards per sample, batches of {cfg.batch_size}",
         *([f"step cache   {plan.step_cache}: approximate"] if plan.step_cache is not None else []),
-        f"device       {run.device}, {cfg.dtype}, offload {'on' if cfg.offload else 'off'}",
+        f"device       {run.device}, {cfg.dtype}, offload {_offload_text(cfg.offload)}",
+        *_stream_lines(run, plans),
         *(f"parameters   {count / 1e6:,.1f}M {name}" + _quantized(run, name) for name, count in counts.items()),
         f"memory       about {size_text(needs.weights)} of weights on the device{without}, and "
         f"{size_text(needs.activations)} of activations while sampling",
@@ -112,6 +115,26 @@ def _card_here(run: PreparedRun) -> Card | None:
 def _quantized(run: PreparedRun, name: str) -> str:
     kind = kind_of_section(run.sections[name])
     return "" if kind is None else f", quantised to {kind}: approximate"
+
+
+def _offload_text(offload: bool | str) -> str:
+    return offload if isinstance(offload, str) else "on" if offload else "off"
+
+
+def _stream_lines(run: PreparedRun, plans: Sequence[SamplePlan]) -> list[str]:
+    """Which blocks come and go (``offload`` blocks or disk)."""
+    if not streams(run.cfg):
+        return []
+    room, lines = device_room(run.cfg, run.device), []
+    for parts in parts_of_run(run, plans):
+        moving = parts.streamed(room)
+        copied = size_text(sum(parts.blocks[i] for i in moving))
+        lines.append(
+            f"blocks       {parts.name}: {len(moving)} of {len(parts.blocks)} come and go, {copied} for each "
+            f"{'text batch' if parts.name == 't5' else 'evaluation'}; the least is {size_text(parts.least)} of memory, "
+            f"{size_text(parts.most)} keep all there"
+        )
+    return lines
 
 
 def _picture_lines(run: PreparedRun, text_tokens: int) -> list[str]:

@@ -2,20 +2,18 @@
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from opensora.acceleration.memory import memory_of
+from opensora.diffusion.fitting import check_fit, device_room, parts_of_run, rows_at_once, streams, tensor_sizes
 from opensora.diffusion.plan import SamplePlan
 from opensora.diffusion.prepared import TEXT_ENCODERS, PreparedRun, text_length
-from opensora.diffusion.velocity import MAX_TOKENS_AT_ONCE
 from opensora.generation.requests import Request
 from opensora.models.autoencoder import as_autoencoder
 from opensora.models.build import count_parameters
-from opensora.models.mmdit import loading as mmdit
 from opensora.models.quantization.loading import kind_of_section, stored_kind
-from opensora.models.text import files as text
 from opensora.models.text.files import t5_shapes
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -57,9 +55,14 @@ class Needs:
         frames = max(plan.num_frames * plan.height * plan.width for plan in plans)
         channels = as_autoencoder(run.models["ae"]).latent_channels
         latent = max(math.prod(plan.latent_size) for plan in plans) * channels * 4
-        on_demand = cfg.offload and run.device.type != "cpu"  # there they are at home
+        # on a CPU they are at home, unless that is the disk
+        on_demand = cfg.offload and (run.device.type != "cpu" or cfg.offload == "disk")
+        weights = {name: weight_bytes(run, name, count) for name, count in counts.items()}
+        if streams(cfg) and on_demand:
+            room = device_room(cfg, run.device)
+            weights |= {parts.name: parts.weights(room) for parts in parts_of_run(run, plans)}
         return cls(
-            weights=(max if on_demand else sum)(weight_bytes(run, name, count) for name, count in counts.items()),
+            weights=(max if on_demand else sum)(weights.values()),
             activations=max(activations_of(run, plan) for plan in plans),
             pixels=float(cfg.batch_size * 3 * frames * PIXEL_BYTES),
             latents=float(samples * latent if cfg.save_latents else 0),
@@ -78,17 +81,13 @@ def parameter_counts(run: PreparedRun) -> tuple[dict[str, int], list[str]]:
 def weight_bytes(run: PreparedRun, name: str, count: int) -> int:
     """Memory of the weights of a model that has ``count`` parameters, quantised where they are or shall be."""
     section = run.sections[name]
-    kind = kind_of_section(section)
-    if kind is None:
+    if kind_of_section(section) is None:
         return count * run.dtype.itemsize
-    shapes: Mapping[str, tuple[int, ...]]
     if name in run.models:
         shapes = {key: tuple(parameter.shape) for key, parameter in run.models[name].named_parameters()}
-        kept, parts = mmdit.quantization(kind, name).layout(shapes)
     else:
         shapes = t5_shapes(Path(section.from_pretrained or "").expanduser())
-        kept, parts = text.quantization(kind, name).layout(shapes)
-    return sum(map(math.prod, kept.values())) * run.dtype.itemsize + sum(part.nbytes for part in parts.values())
+    return sum(tensor_sizes(run, name, shapes).values())
 
 
 def encoder_parameters(path: str | None) -> int | None:
@@ -109,9 +108,7 @@ def encoder_parameters(path: str | None) -> int | None:
 
 def activations_of(run: PreparedRun, plan: SamplePlan) -> float:
     """Bytes of activations of the rows that the diffusion model works on at once."""
-    batch = run.cfg.batch_size
-    branches = 1 if plan.method == "distill" else 3 if plan.has_image else 2
-    rows = batch * (branches if batch * branches * plan.tokens <= MAX_TOKENS_AT_ONCE else 1)
+    rows = rows_at_once(plan, run.cfg.batch_size)
     return run.model.activation_bytes(plan.tokens + text_length(run.sections["t5"]), rows, run.dtype)
 
 
@@ -122,6 +119,7 @@ def check_room(run: PreparedRun, requests: Sequence[Request]) -> None:
         UserError: it is hopeless: more than the machine's memory on a CPU, or latents that the disk has no room for.
     """
     plans = run.plans(request.cond_type for request in requests)
+    check_fit(run, plans)
     needs = Needs.of(run, plans, len(requests) * run.cfg.num_sample)
     _check_memory(run, needs)
     _check_disk(run, needs)
@@ -137,7 +135,7 @@ def _check_memory(run: PreparedRun, needs: Needs) -> None:
         available = min(available, limit)
     need = needs.weights + (max(needs.activations, needs.pixels) if on_cpu else needs.activations)
     advice = "fewer frames, a smaller resolution or batch_size" + (
-        " need less" if on_cpu else ", or --offload True need less"
+        " need less" if on_cpu else ", or --offload True (or blocks) need less"
     )
     told = f"the run needs about {size_text(need)} of memory ({size_text(needs.weights)} of weights)"
     if need > total and on_cpu:

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from opensora.config.keys import given_config
 from opensora.models.text.config import TextEmbedderConfig
-from opensora.models.text.files import check_encoder, check_quantize, encoder_kind, quantization, weight_files
+from opensora.models.text.files import (
+    check_encoder,
+    check_quantize,
+    encoder_kind,
+    quantization,
+    t5_activations,
+    weight_files,
+)
 from opensora.models.text.fitting import TextNotes, suffix_of
 from opensora.models.text.quantized import load_t5
 from opensora.registry import MODELS
@@ -138,6 +145,15 @@ class HFEmbedder(nn.Module):
     def dtype(self) -> torch.dtype:
         """Dtype of the encoder and its output."""
         return next(self.model.parameters()).dtype
+
+    def blocks_in_order(self) -> list[nn.Module]:
+        """Blocks of T5 in the order in which they run; none of CLIP, which is small."""
+        return [] if self.is_clip else [*self.model.encoder.block]
+
+    def activation_bytes(self, texts: int) -> float:
+        """Rough peak of what T5 keeps besides its weights while it embeds so many texts."""
+        numbers = 0 if self.is_clip else t5_activations(self.model.config.to_dict(), self.max_length)
+        return float(texts * numbers * self.dtype.itemsize)
 
     def tokenize(self, texts: Sequence[str], added_tokens: int = 0, seq_align: int = 1) -> Tensor:
         """Token ids ``[B, max_length]``, padded further so that ``added_tokens`` + length is a multiple of

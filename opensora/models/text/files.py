@@ -253,6 +253,20 @@ def _t5_shapes(sizes: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
     yield "encoder.final_layer_norm.weight", (width,)
 
 
+def t5_needs(folder: Path, tokens: int) -> tuple[dict[str, Shape], int] | None:
+    """Tensors of the T5 in a folder (:func:`t5_shapes`) and its :func:`t5_activations`; None where there is none."""
+    if not (folder / "config.json").is_file():
+        return None
+    kind, sizes = _read_config(folder)
+    return (dict(_t5_shapes(sizes)), t5_activations(sizes, tokens)) if kind == "t5" else None
+
+
+def t5_activations(sizes: Mapping[str, Any], tokens: int) -> int:
+    """Rough number of numbers that a T5 keeps while it embeds one text: attention scores, and the MLP of a block."""
+    scores = 4 * sizes["num_heads"] * tokens**2
+    return scores + tokens * (4 * sizes["d_ff"] + 8 * sizes["d_model"])
+
+
 def _clip_shapes(sizes: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
     width, hidden = sizes["hidden_size"], sizes["intermediate_size"]
     yield "embeddings.token_embedding.weight", (sizes["vocab_size"], width)

@@ -41,11 +41,11 @@ def sampled(memory, dtype=torch.float32, batch=2, solver="euler", foresee=True, 
     model = model or tiny_model(dtype).eval()
     texts = TextEmbeddings(inputs["txt"], inputs["y_vec"]), TextEmbeddings(-inputs["txt"], -inputs["y_vec"])
     guided = (*texts, OSCILLATING, len(STEPS), 3, True)
-    coming = [(time, guided_rows(*guided)(step)) for time, step in asked(SOLVERS.get(solver), STEPS)]
-    with reused(model, CPU, evaluations_of(coming, 12 * batch, 5.0), batch) if memory else nullcontext() as memo:
+    coming = [(time, 5.0, guided_rows(*guided)(step)) for time, step in asked(SOLVERS.get(solver), STEPS)]
+    with reused(model, CPU, evaluations_of(coming, 12 * batch), batch) if memory else nullcontext() as memo:
         denoiser = Denoiser(model, inputs["img_ids"], inputs["txt_ids"], inputs["cond"], cache, memo)
         if memory and foresee:
-            denoiser.foresee(coming, 12 * batch, 5.0)
+            denoiser.foresee(coming, 12 * batch)
         return solve(SOLVERS.get(solver), guided_velocity(denoiser, *guided), inputs["img"], STEPS)
 
 
