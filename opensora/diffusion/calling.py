@@ -1,6 +1,6 @@
 """How a pipeline is called: diffusers' names for its arguments, and the bar that shows its steps."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from opensora.utils.errors import UserError
 
 Generators = torch.Generator | Sequence[torch.Generator]
 """One for all prompts, or one each."""
+SAMPLING = {"num_inference_steps": "num_steps", "guidance_scale": "guidance"}  # diffusers' name -> ours
 PICTURE = "i2v_head"  # what ``image`` fixes where nothing else is said
 
 
@@ -27,6 +28,22 @@ def one_of(name: str, value: Any, alias: str, other: Any) -> Any:
     if value is not None and other is not None:
         raise UserError(f"{name} and {alias} are the same argument: give one of them")
     return value if other is None else other
+
+
+def with_aliases(sampling: Mapping[str, Any], **aliases: Any) -> dict[str, Any]:
+    """Sampling options of a call with those that came under diffusers' names.
+
+    Raises:
+        UserError: one came under both.
+    """
+    given = {alias: value for alias, value in aliases.items() if value is not None}
+    return {
+        **sampling,
+        **{
+            SAMPLING[each]: one_of(SAMPLING[each], sampling.get(SAMPLING[each]), each, value)
+            for each, value in given.items()
+        },
+    }
 
 
 def condition_of(cond_type: str | None, configured: str, image: Any) -> str:
