@@ -106,9 +106,9 @@ def of_videos(pipe: VideoPipeline, cases: Sequence[Case], exact: Sequence[Case],
     generate(pipe, cases, batch_size=8)
     table = summarise(cases)
     pairs = ((case.frames, other.frames) for case, other in zip(cases, exact, strict=True))
-    decibels = [psnr(*pair) for pair in pairs if pair[0] is not None and pair[1] is not None]
-    shares = [table[name]["all"] if name in table else float("nan") for name in ("both", "i2v")]
-    row = VideoRow(kind, *shares, statistics.median(decibels), min(decibels))
+    decibels = [psnr(made, other) for made, other in pairs if made is not None and other is not None]
+    text, picture = (table[name]["all"] if name in table else float("nan") for name in ("both", "i2v"))
+    row = VideoRow(kind, text, picture, statistics.median(decibels), min(decibels))
     print(row, flush=True)
     return row
 
@@ -124,7 +124,7 @@ def of_blocks(hidden: int, kinds: Sequence[str], dtype: torch.dtype = torch.bflo
     tokens = torch.randn(1, IMAGE, hidden), torch.randn(1, TEXT, hidden), torch.randn(1, hidden)
     rope = rotary_table(torch.zeros(1, IMAGE + TEXT, 3), model.config.axes_dim, model.config.theta)
     exact = added(model, *tokens, rope)
-    inputs = [x.to(dtype) for x in tokens]
+    img, txt, vec = (x.to(dtype) for x in tokens)
     rows = []
     for kind in ("bf16", *kinds):
         changed = copy.deepcopy(model).to(dtype)
@@ -132,12 +132,13 @@ def of_blocks(hidden: int, kinds: Sequence[str], dtype: torch.dtype = torch.bflo
             quantization(kind.removesuffix("*")).replace_filled(changed)
         if kind == WITH_ACTIVATIONS:
             use_products(changed)
-        errors = [
+        double, single = (
             float((found - other).norm() / other.norm())
-            for found, other in zip(added(changed, *inputs, rope), exact, strict=True)
-        ]
+            for found, other in zip(added(changed, img, txt, vec, rope), exact, strict=True)
+        )
         blocks = changed.double_blocks[0], changed.single_blocks[0]
-        rows.append(BlockRow(kind, *errors, *(sum(p.nbytes for p in block.parameters()) / 2**20 for block in blocks)))
+        sizes = [sum(p.nbytes for p in block.parameters()) / 2**20 for block in blocks]
+        rows.append(BlockRow(kind, double, single, sizes[0], sizes[1]))
         print(rows[-1], flush=True)
     return rows
 

@@ -103,3 +103,10 @@ def test_contradictions_are_named(name, overrides, message, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=message):
         check_config(load(name, **overrides))
+
+
+def test_quantised_weights_are_not_trained(monkeypatch):
+    monkeypatch.chdir(FOLDER.parents[2])
+    with pytest.raises(UserError, match="model: weights in int8 are for sampling; train with weights that are not"):
+        check_config(load("demo_cpu", **{"model.quantize": "int8"}))
+    check_config(load("demo_cpu", **{"t5.quantize": "int8"}))
