@@ -82,6 +82,11 @@ def test_pipelines_whole_and_held_to_less(bench):
         assert any(isinstance(module, QuantizedLinear) for module in before[name].modules())
     models.quantize(Way(quantize="nf4"))
     assert models.models is not before, "of another kind"
+    blocks = models.models["model"].blocks_in_order()
+    models.pipeline(models.config(compile=True))
+    assert "forward" in vars(blocks[0]), "compiled when it first runs"
+    models.pipeline(models.config())
+    assert "forward" not in vars(models.models["model"].blocks_in_order()[0])
 
 
 def test_what_there_is_no_time_for_is_named(monkeypatch):

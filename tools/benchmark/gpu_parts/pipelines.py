@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from opensora.acceleration.compile import compile_blocks
 from opensora.benchmark.inference import build_pipeline
 from opensora.benchmark.measuring import peak_of
 from opensora.config import load_config
@@ -17,6 +18,7 @@ from opensora.diffusion.cards import CARDS
 from opensora.diffusion.pipeline import VideoPipeline
 from opensora.diffusion.prepared import PreparedRun
 from opensora.generation.estimate import Estimate, Way
+from opensora.models.diffusion import as_diffusion_model
 from opensora.models.mmdit.loading import quantization
 from opensora.models.text.files import quantization as text_quantization
 from tools.benchmark.gpu_parts.bench import GIB, Bench, Row, memory_cap, room_of
@@ -40,6 +42,7 @@ class Models:
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         self.kinds: dict[str, str] = {}
+        self.compiled = False
 
     def config(self, **keys: Any) -> InferenceOptions:
         """Config of a run with random weights."""
@@ -73,7 +76,13 @@ class Models:
         self.bench.clear()
 
     def pipeline(self, cfg: InferenceOptions) -> VideoPipeline:
-        """The pipeline of a config."""
+        """The pipeline of a config; models whose blocks are compiled are not used again without."""
+        if self.compiled and not cfg.compile:
+            del self.models
+        if cfg.compile and not self.compiled:
+            model = as_diffusion_model(self.models["model"])
+            compile_blocks(model, "aot_eager" if self.bench.toy else "inductor")
+        self.compiled = cfg.compile
         run = PreparedRun.of(cfg, self.bench.device)
         home = torch.device("cpu") if cfg.offload else self.bench.device
         for model in self.models.values():
