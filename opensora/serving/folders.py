@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from opensora.utils.files import remove_folder, remove_unfinished_files, remove_unfinished_folders
@@ -36,7 +37,7 @@ class Folders:
 
     def remove(self, id: str) -> None:
         """Delete what a job left."""
-        if self.of(id).is_dir():
+        with suppress(FileNotFoundError):  # there is none, or another process deletes it
             remove_folder(self.of(id))
 
     def clean(self, known: Iterable[str]) -> None:

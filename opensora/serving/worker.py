@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -123,7 +123,18 @@ class Worker:
             return
         for index, job in enumerate(jobs if self.first else ()):
             if job.id in progress.living:
-                self._save(job, batch[index], result, index)
+                self._keep(job, batch[index], result, index)
+
+    def _keep(self, job: Job, prepared: Prepared, result: SampleResult, index: int) -> None:
+        """Save a sample, unless its job is cancelled or deleted meanwhile, whose folder may go at any moment."""
+        try:
+            self._save(job, prepared, result, index)
+        except Gone:
+            logger.info("made in vain: %s", job.id)
+        except OSError:
+            if self.store.get(job.id) is not None:
+                raise
+            logger.info("made in vain: %s", job.id)
 
     def _one_by_one(self, jobs: Sequence[Job]) -> None:
         if self.pipe.device.type == "cuda":
@@ -178,10 +189,7 @@ class Worker:
         seconds = {**result.timings, "write": time.perf_counter() - start}
         self.colours.show(result.latents[index], torch.from_numpy(frames).permute(3, 0, 1, 2) / 127.5 - 1)
         facts = {"text": result.texts[index], "forwards": result.plan.forwards}
-        try:
-            self.store.complete(job, facts, {stage: round(value, 3) for stage, value in seconds.items()})
-        except Gone:
-            logger.info("made in vain: %s", job.id)
+        self.store.complete(job, facts, {stage: round(value, 3) for stage, value in seconds.items()})
 
     def _fail(self, jobs: Sequence[Job], code: str, message: str) -> None:
         logger.warning("%s: %s", ", ".join(job.id for job in jobs), message)
@@ -239,8 +247,8 @@ class Progress:
                 self.living.discard(job.id)
                 continue
             if shows:
-                place = self.worker.folders.of(job.id) / PREVIEW
-                write_preview(seen[index], self.worker.colours, place)
+                with suppress(OSError):  # its folder may go at any moment, and a preview is not worth a failure
+                    write_preview(seen[index], self.worker.colours, self.worker.folders.of(job.id) / PREVIEW)
         self._shown = time.monotonic() if shows else self._shown
 
 

@@ -166,6 +166,22 @@ def test_a_job_that_is_deleted_meanwhile_leaves_nothing(service, worker, monkeyp
     assert not service.folders.of(job.id).exists()
 
 
+def test_a_folder_that_goes_while_it_is_written_to_is_no_failure(service, worker, monkeypatch):
+    job, later = ask(service), ask(service, num_frames="9")
+
+    def removed(frames, path):
+        service.remove(job.id)
+        raise FileNotFoundError(2, "gone", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("opensora.serving.worker.write_sheet", removed)
+        worker.make(worker.store.take(1))
+    work(worker)
+    assert service.store.get(job.id) is None
+    assert not service.folders.of(job.id).exists()
+    assert service.store[later.id].status == COMPLETED
+
+
 def test_out_of_memory_fails_the_job_and_ends_the_worker(service, worker, monkeypatch):
     job, later = ask(service), ask(service, num_frames="9")
 
