@@ -44,9 +44,18 @@ def image_to_video(pipe: VideoPipeline) -> list[Labelled]:
     return list(zip(prompts, pipe(prompts, ref=[picture] * len(prompts), cond_type="i2v_head", seed=42).frames))
 
 
+def distilled(pipe: VideoPipeline) -> list[Labelled]:
+    """The same prompts and noise in 30 steps with guidance, and in the four and two of its students."""
+    prompts = ["a red circle moving right on a dark background", "a purple square moving up on a light background"]
+    pipes = {30: pipe} | {n: VideoPipeline.from_config(CONFIG.with_name(f"demo_{n}step.py")) for n in (4, 2)}
+    made = {n: each(prompts, seed=42).frames for n, each in pipes.items()}
+    return [(f"{n} steps: {prompt}", made[n][i]) for i, prompt in enumerate(prompts) for n in pipes]
+
+
 SHEETS: dict[str, Callable[[VideoPipeline], list[Labelled]]] = {
     "text_to_video": text_to_video,
     "image_to_video": image_to_video,
+    "distilled": distilled,
 }
 
 

@@ -1,7 +1,9 @@
 """Videos of fixed prompts on the way: the curve that a person can judge."""
 
 import tempfile
+from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from opensora.config import load_config
 from opensora.config.commands import InferenceOptions, TrainOptions
 from opensora.config.options import TrainSampleOptions
+from opensora.diffusion.distilled import Distilled, as_distilled
 from opensora.diffusion.finite import NotFiniteError
 from opensora.diffusion.pipeline import VideoPipeline
 from opensora.diffusion.prepared import PreparedRun
@@ -68,6 +71,7 @@ class SamplesHook:
         folder: experiment folder; videos go to ``samples/step{N}``. None for ranks that take part and keep nothing.
         run: device and dtype of the models.
         log: gets the videos.
+        metadata: what the training method records in weight files, which may say how the model is to be sampled.
     """
 
     def __init__(
@@ -80,13 +84,17 @@ class SamplesHook:
         folder: Path | None,
         run: Run,
         log: MetricLog,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.section, self.weights, self.log = section, weights, log
         self.ema = ema if section.use_ema else None
         self._scratch = tempfile.TemporaryDirectory() if folder is None else None
         self.folder = Path(self._scratch.name if self._scratch is not None else str(folder)) / "samples"
         models: dict[str, Any] = {"model": weights.model, "ae": encode.ae, "t5": encode.t5, "clip": encode.clip}
-        self.pipeline = VideoPipeline(models, config, run.device, run.dtype)
+        distilled, plain = Distilled.of(metadata or {}, "training"), config.sampling_option
+        if distilled is not None:
+            config = replace(config, sampling_option=as_distilled(plain, distilled))
+        self.pipeline = VideoPipeline(models, config, run.device, run.dtype, distilled=distilled, plain=plain)
 
     def after_step(self, step: int) -> None:
         if step % self.section.every:

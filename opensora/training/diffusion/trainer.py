@@ -96,7 +96,7 @@ class Trainer:
         log_data(self.sampler, f"steps {start.states.global_step} to {self.total_steps}")
         with ExitStack() as stack:
             stack.callback(log.close)
-            hooks = self._hooks(weights, encoder, ema, log, folder)
+            hooks = self._hooks(weights, encoder, ema, log, folder, method.metadata())
             for hook in hooks:
                 stack.callback(hook.close)
             loop = TrainLoop(
@@ -199,8 +199,9 @@ class Trainer:
         return self.start.settings(self.total_steps, async_io=cfg.async_io, save_masters=cfg.save_master_weights)
 
     def _hooks(
-        self, weights: TrainedWeights, encoder: InputEncoder, ema: EMA | None, log: MetricLog, folder: Path
-    ) -> list[Hook]:
+        self, weights: TrainedWeights, encoder: InputEncoder, ema: EMA | None, log: MetricLog, folder: Path,
+        metadata: dict[str, str],
+    ) -> list[Hook]:  # fmt: skip
         """What happens besides training, in this order."""
         cfg, start, samples = self.cfg, self.start, self.plan.samples
         hooks: list[Hook] = []
@@ -211,5 +212,5 @@ class Trainer:
             hooks.append(ValidationHook(self.validation, weights.model, encoder, start.device, start.dtype, log))
         if cfg.samples is not None and samples is not None:
             own = folder if start.parallel.rank == 0 else None  # all ranks take part, the first one keeps the videos
-            hooks.append(SamplesHook(cfg.samples, samples, weights, encoder, ema, own, start, log))
+            hooks.append(SamplesHook(cfg.samples, samples, weights, encoder, ema, own, start, log, metadata))
         return hooks

@@ -13,7 +13,7 @@ from opensora.config.options import ModelOptions, Options, opt
 from opensora.training.methods.adapters import adapter_shown
 from opensora.training.methods.base import MethodContext
 from opensora.utils.errors import UserError
-from opensora.utils.weights import open_weights
+from opensora.utils.weights import is_hub_path, open_weights
 
 EMBEDDERS: Mapping[str, str] = MappingProxyType(
     {"guidance_embed": "guidance_in.", "guidance_img_embed": "guidance_img_in."}
@@ -36,6 +36,11 @@ def check_teacher(cfg: Any, options: Any) -> None:
             f"training_method {cfg.training_method}: there is no teacher; give its weights with "
             "--model.from_pretrained (which the student starts from too) or training_method_config.teacher"
         )
+    if options.teacher and not is_hub_path(options.teacher):
+        try:
+            open_weights(options.teacher)
+        except UserError as error:
+            raise UserError(f"training_method_config.teacher: {error}") from error
 
 
 def teacher_section(section: ModelOptions, weights: str | None) -> ModelOptions:
