@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opensora.utils.video import contact_sheet
-from tools.demo.analyse import Analysis, analyse
+from tools.demo.analyse import WHOLE, Analysis, analyse
 from tools.demo.world import Combination
 
-ATTRIBUTES = ("color", "background", "motion", "shape")
+ATTRIBUTES = ("color", "background", "motion", "shape", "object")
 WRONG = (255, 0, 0)  # RGB of the frame around a clip that is not what it should be
 SHEET_FRAMES = 4
 
@@ -43,7 +43,7 @@ class Verdict:
 
 def judge(frames: NDArray[np.uint8], combination: Combination, background: str) -> Verdict:
     """Analyse a clip [T, H, W, 3], uint8, that should show ``combination`` on ``background``."""
-    return Verdict({**combination._asdict(), "background": background}, analyse(frames))
+    return Verdict({**combination._asdict(), "background": background, "object": WHOLE}, analyse(frames))
 
 
 def shares(verdicts: Iterable[Verdict]) -> dict[str, float]:
