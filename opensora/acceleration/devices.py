@@ -2,9 +2,10 @@
 
 import torch
 
+from opensora.config.commands import DType
 from opensora.utils.errors import UserError
 
-DTYPES = {
+DTYPES: dict[DType, torch.dtype] = {
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
     "fp16": torch.float16,
@@ -22,12 +23,13 @@ def torch_dtype(name: str) -> torch.dtype:
     Raises:
         UserError: unknown name; lists the valid ones.
     """
-    if name not in DTYPES:
-        raise UserError(f"unknown dtype {name!r}; valid: {', '.join(DTYPES)}")
-    return DTYPES[name]
+    for known, dtype in DTYPES.items():
+        if name == known:
+            return dtype
+    raise UserError(f"unknown dtype {name!r}; valid: {', '.join(DTYPES)}")
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> DType:
     """A config's name of a torch dtype.
 
     Raises:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from mmengine.config import Config
 
+from opensora.config.commands import RunOptions
 from opensora.config.help import help_text
 from opensora.config.keys import Option, Place, as_group, check_value, default_for_none, group_options, locate
 from opensora.config.options import AE_KNOWS, Options, check_bounds
@@ -141,7 +142,7 @@ def _with_bases(file: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def naming_places(cfg: Any) -> Iterator[None]:
+def naming_places(cfg: RunOptions) -> Iterator[None]:
     """Within it, an error about a file that a config names and that is not there says where it was looked for.
 
     Args:
@@ -156,7 +157,7 @@ def naming_places(cfg: Any) -> Iterator[None]:
         raise UserError(f"{error}\n{searched}") from error
 
 
-def _searched(cfg: Any, message: str) -> str:
+def _searched(cfg: RunOptions, message: str) -> str:
     """Where the files of a config were looked for that an error names; nothing if it is about something else."""
     file = Path(cfg.config_path)
     if file.suffix not in SUFFIXES or not is_file(file):  # the values came from Python

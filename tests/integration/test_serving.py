@@ -19,7 +19,7 @@ pytest.importorskip("fastapi", reason="needs requirements-serve.txt")
 from starlette.testclient import TestClient
 
 from opensora.serving.http import create_app
-from opensora.serving.jobs import COMPLETED, QUEUED, new_id
+from opensora.serving.jobs import COMPLETED, QUEUED
 from opensora.utils.video import read_video
 from tests.conftest import tiny_inference_config
 from tests.helpers.serving import finished, listening, served, until, working
@@ -335,9 +335,10 @@ def test_bad_bodies(bad_client, name):
     check_refusal(client.post("/v1/videos", content=content, headers={"content-type": kind}), status, service)
 
 
+NOBODYS = "video_" + "0" * 32
 PATHS = [
     ("GET", "/v1/videos/gone", 404),
-    ("GET", f"/v1/videos/{new_id()}", 404),
+    ("GET", f"/v1/videos/{NOBODYS}", 404),
     ("GET", "/v1/videos/..%2f..%2fjobs.sqlite/content", 404),
     ("GET", "/v1/videos/%2e%2e/content", 404),
     ("GET", "/v1/videos/../../jobs.sqlite", 404),

@@ -144,8 +144,9 @@ class TimedTrainer(Trainer):
         return perf_counter(), process_time()
 
     def _hooks(
-        self, weights: TrainedWeights, encoder: InputEncoder, ema: EMA | None, log: MetricLog, folder: Path
-    ) -> list[Hook]:
+        self, weights: TrainedWeights, encoder: InputEncoder, ema: EMA | None, log: MetricLog, folder: Path,
+        metadata: dict[str, str],
+    ) -> list[Hook]:  # fmt: skip
         bare = self._bare_step(weights.model, encoder) if self.overhead else None
         return [Stopwatch(self._wait, self.measured, bare)]
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opensora.config.commands import TrainOptions
 from opensora.config.options import ModelOptions, Options, opt
 from opensora.training.methods.adapters import adapter_shown
 from opensora.training.methods.base import MethodContext
@@ -29,7 +30,7 @@ class TeacherOptions(Options):
     guidance_img: float | None = opt(None, "its image guidance scale; none is 1", least=-1000, most=1000)
 
 
-def check_teacher(cfg: Any, options: Any) -> None:
+def check_teacher(cfg: TrainOptions, options: TeacherOptions) -> None:
     """Raise a UserError if a config has no teacher."""
     if not options.teacher and not (cfg.model and cfg.model.from_pretrained):
         raise UserError(
@@ -51,7 +52,7 @@ def teacher_section(section: ModelOptions, weights: str | None) -> ModelOptions:
     told = [key for key in EMBEDDERS if getattr(section, key, False)]
     shapes = open_weights(path, section.cache_dir).shapes if path and told else {}
     lacking = [key for key in told if not any(name.startswith(EMBEDDERS[key]) for name in shapes)]
-    return replace(section, **changes, **dict.fromkeys(lacking, False))
+    return replace(section, **changes | dict.fromkeys(lacking, False))
 
 
 class Teacher:

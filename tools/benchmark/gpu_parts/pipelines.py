@@ -85,8 +85,8 @@ class Models:
         self.compiled = cfg.compile
         run = PreparedRun.of(cfg, self.bench.device)
         home = torch.device("cpu") if cfg.offload else self.bench.device
-        for model in self.models.values():
-            model.to(home)
+        for each in self.models.values():
+            each.to(home)
         return VideoPipeline(self.models, cfg, self.bench.device, run.dtype)
 
 
