@@ -81,14 +81,11 @@ def win_rate(outcomes: Sequence[tuple[str, float]], seed: int = 0) -> WinRate:
     for pair, outcome in outcomes:
         pairs.setdefault(pair, []).append(outcome)
     means = [float(np.mean(found)) for found in pairs.values()]
-    counts = [sum(outcome == value for _, outcome in outcomes) for value in (1.0, 0.0, 0.5)]
+    wins, losses, ties = (sum(outcome == value for _, outcome in outcomes) for value in (1.0, 0.0, 0.5))
     won, lost = sum(mean > 0.5 for mean in means), sum(mean < 0.5 for mean in means)
     p = float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
     interval = mean_interval(means, seed)
-    if interval.low == interval.high and interval.mean in (
-        0.0,
-        1.0,
-    ):  # all alike: resampling knows no doubt, Wilson does
+    if interval.low == interval.high and interval.mean in (0.0, 1.0):  # all alike: resampling sees no doubt
         found = stats.binomtest(won, len(means)).proportion_ci(CONFIDENCE, "wilson")
         interval = Interval(interval.mean, float(found.low), float(found.high))
-    return WinRate(*counts, interval, p)
+    return WinRate(wins, losses, ties, interval, p)

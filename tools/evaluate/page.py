@@ -5,6 +5,7 @@ import html
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -76,7 +77,9 @@ def summary(table: pd.DataFrame, measures: Mapping[str, Measure]) -> pd.DataFram
 def known_measures(table: pd.DataFrame) -> dict[str, Measure]:
     """Of the columns of a table: those that have numbers, also others than the built-in ones."""
     skipped = {"seed", "frames", "height", "width", "fps"}
-    numeric = [name for name in table.select_dtypes("number") if name not in skipped and table[name].notna().any()]
+    numeric = [
+        name for name in map(str, table.select_dtypes("number")) if name not in skipped and table[name].notna().any()
+    ]
     return {name: MEASURES.get(name, Measure("by a network", "high")) for name in numeric}
 
 
@@ -91,7 +94,7 @@ def write_page(table: pd.DataFrame, read: Callable[[str], Frames], title: str) -
     measures = known_measures(table)
     pictures: dict[str, str] = {}
 
-    def figure(row: Mapping[str, object], name: str) -> str:
+    def figure(row: Mapping[Any, Any], name: str) -> str:
         clip = str(row["name"])
         if clip not in pictures:
             pictures[clip] = picture_data(strip(read(clip)))

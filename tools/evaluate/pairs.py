@@ -48,7 +48,7 @@ def make_pairs(first: Sequence[Sample], second: Sequence[Sample]) -> tuple[list[
     """
     others, left = {_key(sample): sample for sample in second}, []
     by_name = {sample.name: sample for sample in second}
-    pairs = []
+    pairs: list[Pair] = []
     for sample in first:
         other = others.pop(_key(sample), None)
         if other is None:

@@ -25,10 +25,10 @@ from opensora.evaluation.vbench.scores import SCALES
 from tools.arguments import Bounded, Converted, user_path
 from tools.evaluate import vbench_steps as steps
 
-Parsers = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-
-def _add(commands: "Parsers", name: str, summary: str, run: Callable[..., object]) -> argparse.ArgumentParser:
+def _add(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, summary: str, run: Callable[..., object]
+) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
         help=summary,

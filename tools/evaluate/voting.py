@@ -4,11 +4,10 @@ import csv
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-
-import pandas as pd
 
 from opensora.datasets.table import read_table
 from opensora.utils.errors import UserError
@@ -112,7 +111,7 @@ class Ballot:
 
     def people(self) -> Mapping[str, int]:
         """Votes of each person."""
-        return pd.Series([vote.rater for vote in self.votes], dtype=object).value_counts().to_dict()
+        return Counter(vote.rater for vote in self.votes)
 
 
 def append_vote(path: Path, vote: Vote) -> None:
@@ -135,8 +134,7 @@ def read_votes(path: Path) -> list[Vote]:
     if not path.is_file():
         return []
     votes: list[Vote] = []
-    rows: Sequence[Mapping[str, str]] = read_table(path, as_text=True).to_dict("records")
-    for index, row in enumerate(rows):
+    for index, row in enumerate(read_table(path, as_text=True).to_dict("records")):
         try:
             texts = {name: row[name] for name in ("rater", "pair", "left", "choice")}
             vote = Vote(**texts, seconds=float(row["seconds"]), time=float(row["time"]))
