@@ -35,8 +35,8 @@ CONFIG, TRAIN_CONFIG = "configs/diffusion/inference/demo.py", "configs/diffusion
 
 STEPS, BATCH, CLIPS, CLIP_SEED = 60, 2, 48, 7
 # The same code repeats losses to the last bit on one processor. Other instruction sets round otherwise: without AVX
-# (ATEN_CPU_CAPABILITY=default), the first 44 losses were the same to the four digits of the log.
-STEP_TOLERANCE, MEAN_TOLERANCE = 0.02, 0.003
+# (ATEN_CPU_CAPABILITY=default), no loss of 60 was off by more than 0.004 %.
+STEP_TOLERANCE, MEAN_TOLERANCE = 0.005, 0.001
 MIN_SSIM = 0.98
 WORSE = 1.25  # cost or time that fails
 ROUNDS = 15  # of timing
@@ -107,7 +107,9 @@ def compare_losses(kept: Sequence[float], found: Sequence[float]) -> list[str]:
     wrong = []
     if relative.max() > STEP_TOLERANCE:
         step = int(np.argmax(relative > STEP_TOLERANCE))
-        wrong.append(f"loss: {b[step]:.4f} at step {step + 1}, {a[step]:.4f} is kept (2 % may differ)")
+        wrong.append(
+            f"loss: {b[step]:.4f} at step {step + 1}, {a[step]:.4f} is kept ({100 * STEP_TOLERANCE:g} % may differ)"
+        )
     if abs(b.mean() - a.mean()) > MEAN_TOLERANCE * a.mean():
         wrong.append(f"loss: mean {b.mean():.4f}, {a.mean():.4f} is kept ({100 * MEAN_TOLERANCE:g} % may differ)")
     return wrong
