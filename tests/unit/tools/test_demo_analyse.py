@@ -146,7 +146,7 @@ class PerfectPipeline:
             if options["ref"] is not None:
                 clip = np.stack([options["ref"][i]] * NUM_FRAMES)  # ignores the motion
             frames.append(clip)
-        return SimpleNamespace(frames=frames)
+        return SimpleNamespace(frames=frames, reused=[0.0] * len(frames))
 
 
 def test_evaluation_of_a_pipeline(tmp_path: Path):
