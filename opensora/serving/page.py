@@ -5,35 +5,29 @@ A browser is known by a cookie that it gets with the page; jobs that it asks for
 
 import re
 import secrets
-from collections.abc import Mapping
+from html import escape
 from http.cookies import SimpleCookie
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import pandas as pd
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from opensora.config.options import SamplingOption
-from opensora.datasets.aspect import BASE_RATIOS
 from opensora.serving import views
-from opensora.serving.desk import work_of
+from opensora.serving.form import Form
 from opensora.serving.jobs import Job
 from opensora.serving.looks import CSS, theme
 from opensora.serving.request import FILES
 from opensora.serving.service import MIB, Service
 from opensora.serving.words import LANGUAGES, preferred, say
 from opensora.utils.errors import UserError
-from opensora.utils.paths import shipped_root
 
 OWNER, LANGUAGE = "opensora_owner", "opensora_language"  # cookies
 A_YEAR = 365 * 24 * 3600
 TICK = 0.6  # seconds between looks at a job that is being made
 CARDS = 12
-EXAMPLES = 4
-SIDES = (64, 128, 192, 256, 384, 512, 768, 1024)
 KEEP_LANGUAGE = f"(l) => {{ document.cookie = '{LANGUAGE}=' + l + '; path=/; max-age={A_YEAR}; samesite=strict'; }}"
 ELSEWHERE = re.compile(rb'<meta\s+(?:property|name)="(?:og|twitter):[^>]*>')  # pictures for previews of links
 POLICY = "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; style-src 'self' 'unsafe-inline'; "
@@ -128,17 +122,12 @@ def owner_of(request: gr.Request) -> str:
     return f"browser-{owner}"
 
 
-class Page:
-    """Builds the page of a service.
+class Page(Form):
+    """Builds the page of a service, whose jobs it shows.
 
     Args:
-        service: whose jobs it shows.
+        service: see :class:`opensora.serving.form.Form`.
     """
-
-    def __init__(self, service: Service) -> None:
-        self.service, self.desk, self.cfg = service, service.desk, service.cfg
-        self.option: SamplingOption = service.desk.settings.sampling_option
-        self.named: list[tuple[Any, dict[str, str]]] = []  # components with texts: word by property
 
     def build(self) -> gr.Blocks:
         """The page."""
@@ -154,7 +143,7 @@ class Page:
                 )  # fmt: skip
             with gr.Row():
                 with gr.Column(scale=5, min_width=380):
-                    self._form()
+                    self.build_form()
                 with gr.Column(scale=6, min_width=420):
                     self.stage = gr.HTML(views.stage(self.service, None, "en"), elem_id="stage", padding=False)
             self.title = gr.HTML("", padding=False)
@@ -164,143 +153,11 @@ class Page:
         return blocks
 
     def _head(self, language: str) -> str:
-        model = self.desk.model_name.replace("<", "").replace("&", "")
         return (
-            f'<div class="os-head"><div class="mark"></div><div><h1>opensora <code>{model}</code></h1>'
+            '<div class="os-head"><div class="mark"></div>'
+            f"<div><h1>opensora <code>{escape(self.desk.model_name)}</code></h1>"
             f"<p>{say('tagline', language)}</p></div></div>"
         )
-
-    def _said(self, component: Any, **words: str) -> Any:
-        """A component whose properties are said in the page's language."""
-        self.named.append((component, words))
-        return component
-
-    # ------------------------------------------------------------------------------------------------------------- form
-
-    def _form(self) -> None:
-        hint: dict[str, Any] = {"placeholder": say("prompt_hint", "en")}
-        prompt = gr.Textbox(label=say("prompt", "en"), lines=3, max_lines=8, elem_id="prompt", **hint)
-        self.prompt = self._said(prompt, label="prompt", placeholder="prompt_hint")
-        texts = self._example_texts()
-        if texts:
-            examples = gr.Examples([[text] for text in texts], [prompt], label=say("examples", "en"))
-            self._said(examples.dataset, label="examples")
-        self._pictures()
-        self._sizes()
-        with self._said(gr.Accordion(say("more", "en"), open=False), label="more"):
-            self._more()
-        with gr.Row():
-            self.make = self._said(
-                gr.Button(say("make", "en"), variant="primary", elem_id="make", scale=3), value="make"
-            )
-            self.cancel = self._said(
-                gr.Button(say("cancel", "en"), elem_id="cancel", interactive=False), value="cancel"
-            )
-
-    def _example_texts(self) -> list[str]:
-        name = "demo.csv" if "demo" in self.cfg.config_path else "sora.csv"
-        shipped = shipped_root() / "assets" / "texts" / name
-        place = Path(self.cfg.examples).expanduser() if self.cfg.examples else shipped
-        try:
-            texts = pd.read_csv(place)["text"].astype(str).tolist()
-        except (OSError, ValueError, KeyError):
-            return []
-        return texts[:EXAMPLES]
-
-    def _pictures(self) -> None:
-        takes = self.desk.takes_references
-        with self._said(gr.Accordion(say("pictures", "en"), open=False, visible=takes), label="pictures"), gr.Row():
-            how: dict[str, Any] = dict(type="filepath", sources=["upload", "clipboard"], height=170, buttons=[])
-            self.first = self._said(gr.Image(elem_id="first", **how), label="first", placeholder="drop")
-            self.last = self._said(gr.Image(elem_id="last", **how), label="last", placeholder="drop")
-
-    def _sizes(self) -> None:
-        sizes, ratios = self._resolutions(), self._ratios()
-        lengths = self._lengths()
-        with gr.Row():
-            self.size = self._said(gr.Dropdown(sizes, value=sizes[0], label="Size", elem_id="size"), label="size")
-            self.ratio = self._said(gr.Dropdown(ratios, value=ratios[0], label="Aspect ratio"), label="ratio")
-        with gr.Row():
-            at: dict[str, Any] = dict(minimum=lengths[0], maximum=lengths[-1], step=lengths[1] - lengths[0])
-            value = self.option.num_frames
-            length = gr.Slider(**at, value=value, label=self._length("en"), elem_id="length")
-            self.length = self._said(length, label="length")
-            steps = gr.Slider(1, max(100, self.option.num_steps), self.option.num_steps, step=1, elem_id="steps")
-            self.steps = self._said(steps, label="steps")
-
-    def _length(self, language: str) -> str:
-        return say("length", language, fps=self.cfg.fps_save)
-
-    def _fits(self, **changes: Any) -> bool:
-        """Whether a sample of other sampling options is within the server's limits."""
-        plain = {**self.option.to_dict(), **changes}
-        try:
-            plan = self.desk.plan(SamplingOption(**plain))
-        except (UserError, TypeError):
-            return False
-        return work_of(plan) <= self.desk.most_work
-
-    def _resolutions(self) -> list[str]:
-        """The config's own first, then what else is within the limits."""
-        option = self.option
-        own = option.resolution or f"{option.width}x{option.height}"
-        ratio = option.aspect_ratio or "1:1"
-        others = [f"{side}px" for side in SIDES if f"{side}px" != own]
-        named = dict(height=None, width=None, aspect_ratio=ratio)
-        return [own, *(name for name in others if self._fits(resolution=name, **named))]
-
-    def _ratios(self) -> list[str]:
-        own = self.option.aspect_ratio or "1:1"
-        mirrored = [":".join(reversed(ratio.split(":"))) for ratio in BASE_RATIOS]
-        every = [ratio for ratio in dict.fromkeys(("16:9", "9:16", "1:1", *BASE_RATIOS, *mirrored)) if ratio != own]
-        named = dict(height=None, width=None, resolution=self._resolutions()[0])
-        return [
-            own,
-            *(ratio for ratio in every if self.option.resolution and self._fits(**{**named, "aspect_ratio": ratio})),
-        ]
-
-    def _lengths(self) -> list[int]:
-        spec = self.desk.run.plan.spec
-        ratio, lead = spec.compression[0], int(spec.is_causal)
-        longest = max(4 * self.option.num_frames, 4 * ratio)
-        found = [n for n in range(ratio + lead, longest + 1, ratio) if self._fits(num_frames=n)]
-        return found if len(found) > 1 else [ratio + lead, 2 * ratio + lead]
-
-    def _more(self) -> None:
-        self.negative = self._said(
-            gr.Textbox(label="Negative prompt", lines=1), label="negative", placeholder="negative_hint"
-        )
-        with gr.Row():
-            self.guidance = self._said(gr.Slider(0, 20, self.option.guidance, step=0.1), label="guidance")
-            self.seed = self._said(gr.Textbox(elem_id="seed"), label="seed", placeholder="seed_hint")
-        with gr.Row():
-            own = self.cfg.motion_score if str(self.cfg.motion_score).isdigit() else ""
-            scores = [("–", ""), *((str(score), str(score)) for score in range(1, 16))]
-            self.motion = self._said(gr.Dropdown(scores, value=own), label="motion", info="motion_hint")
-            can = self.desk.can_refine
-            self.refine = self._said(gr.Checkbox(self.cfg.refine_prompt, interactive=can), label="refine")
-        names = [("–", ""), *((name, name) for name in self.desk.loras)]
-        with gr.Row():
-            self.lora = self._said(gr.Dropdown(names, value="", interactive=len(names) > 1), label="lora")
-            self.strength = self._said(gr.Slider(-2, 2, 1.0, step=0.05, interactive=len(names) > 1), label="strength")
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """Components of the form by field of a request."""
-        return {
-            "prompt": self.prompt,
-            "resolution": self.size,
-            "aspect_ratio": self.ratio,
-            "num_frames": self.length,
-            "num_inference_steps": self.steps,
-            "negative_prompt": self.negative,
-            "guidance_scale": self.guidance,
-            "seed": self.seed,
-            "motion_score": self.motion,
-            "refine_prompt": self.refine,
-            "lora": self.lora,
-            "lora_strength": self.strength,
-        }
 
     # ---------------------------------------------------------------------------------------------------------- gallery
 
@@ -368,27 +225,13 @@ class Page:
         Raises:
             gr.Error: it cannot be made; says why.
         """
-        fields = self._fields(dict(zip(self.fields, values, strict=True)))
+        fields = self.fields_of(dict(zip(self.fields, values, strict=True)))
         files = {name: Path(path).read_bytes() for name, path in zip(FILES, (first, last)) if path}
         try:
             job = self.service.create(fields, files, owner_of(request))
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from None
         return self._view(job, language, owner_of(request))
-
-    def _fields(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The form as fields of a request: what is empty, or the config's own, is left out."""
-        fields = {name: value for name, value in values.items() if value not in (None, "")}
-        own = self._resolutions()[0]
-        if fields.get("resolution") == own:
-            fields.pop("resolution")
-        if self.option.aspect_ratio in (None, fields.get("aspect_ratio")) and "resolution" not in fields:
-            fields.pop("aspect_ratio", None)
-        if "lora" not in fields:
-            fields.pop("lora_strength", None)
-        if not self.desk.can_refine:
-            fields.pop("refine_prompt", None)
-        return fields
 
     def look(self, id: str, shown: str, language: str, request: gr.Request) -> list[Any]:
         """How far a job is."""
@@ -408,8 +251,8 @@ class Page:
         if job is None:
             return [gr.skip()] * (len(self.fields) + 2)
         asked = {
-            "resolution": self._resolutions()[0],
-            "aspect_ratio": self._ratios()[0],
+            "resolution": self.resolutions()[0],
+            "aspect_ratio": self.ratios()[0],
             "negative_prompt": "",
             "motion_score": "",
             "lora": "",
