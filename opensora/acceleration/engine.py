@@ -40,8 +40,9 @@ class Engine(Protocol):
         """Whole tensors of a state dict like the model's, each put together when it is read: every rank must read
         the same ones in the same order."""
 
-    def scatter(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's part of whole tensors, by the model's keys: the inverse of `gather`."""
+    def scatter(self, state: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """This rank's part of whole tensors, by the model's keys: the inverse of `gather`. ``like`` says how tensors of
+        other names are divided."""
 
     def state_dict(self) -> Mapping[str, Any]:
         """Optimizer state, whole, as one process would save it; tensors are read as those of `gather`."""
@@ -101,7 +102,7 @@ class SingleEngine:
     def gather(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return state
 
-    def scatter(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def scatter(self, state: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         return dict(state)
 
     def state_dict(self) -> Mapping[str, Any]:

@@ -70,8 +70,8 @@ class DistributedEngine(SingleEngine):
     def gather(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return Gathered(state, self.layout.whole)
 
-    def scatter(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        own = self._plain.state_dict()
+    def scatter(self, state: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        own = self._plain.state_dict() if like is None else like
         return {name: self.layout.local(name, value, own.get(name, value)) for name, value in state.items()}
 
     def state_dict(self) -> Mapping[str, Any]:
@@ -134,6 +134,9 @@ class DDPEngine(DistributedEngine):
         wrapped = model
         self._at_step = masters is not None
         if context.replica.group is not None and not self._at_step:
+            frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+            # which are the same everywhere, and may be of types that cannot be sent
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
             wrapped = DistributedDataParallel(model, process_group=context.replica.group)
         named = [*model.named_parameters()] if masters is None else masters
         super().__init__(wrapped, model, named, make_optimizer, max_norm, context, layout or WeightLayout())
@@ -151,18 +154,21 @@ class DDPEngine(DistributedEngine):
 class FSDP2Engine(DistributedEngine):
     """Weights, gradients and optimizer states divided over ranks, block by block (arXiv:2304.11277).
 
-    Parameters are float32 masters; the forward and backward pass see them in ``dtype``.
+    Parameters are float32 masters; the forward and backward pass see them in ``dtype``. With ``adapters`` these alone
+    are: the frozen weights are divided as they are, quantised ones too, and float32 adapters are used as they are.
     """
 
     def __init__(
         self, model: nn.Module, make_optimizer: OptimizerFactory, context: ParallelContext,
         max_norm: float = 0.0, layout: WeightLayout | None = None,
-        dtype: torch.dtype = torch.float32, reshard_after_forward: bool = True,
+        dtype: torch.dtype = torch.float32, reshard_after_forward: bool = True, adapters: bool = False,
     ) -> None:  # fmt: skip
-        model.float()
+        if not adapters:
+            model.float()
         if context.replica.group is not None:
             # inputs keep their dtypes: rotary tables are float32 in every model
-            policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+            computed_in = None if adapters and dtype == torch.float32 else dtype
+            policy = MixedPrecisionPolicy(computed_in, torch.float32, cast_forward_inputs=False)
             options: dict[str, Any] = dict(
                 mesh=context.replica_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
             )
@@ -177,7 +183,7 @@ class FSDP2Engine(DistributedEngine):
             raise UserError("plugin fsdp2: all ranks are tensor parallel, none is left to divide weights over; use ddp")
         named = [*model.named_parameters()]
         super().__init__(model, model, named, make_optimizer, max_norm, context, layout or WeightLayout())
-        self.rounded_to = dtype if dtype != torch.float32 else None
+        self.rounded_to = dtype if dtype != torch.float32 and not adapters else None
 
     def master_state(self) -> Mapping[str, Tensor]:
         return self.gather(self._plain.state_dict()) if self.rounded_to is not None else {}

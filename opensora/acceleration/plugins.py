@@ -157,6 +157,7 @@ def create_engine(
     config: PluginOptions | None = None,
     layout: WeightLayout | None = None,
     masters: Named | None = None,
+    adapters: bool = False,
 ) -> Engine:
     """Engine of a config's plugin.
 
@@ -170,6 +171,7 @@ def create_engine(
         config: ``plugin_config``.
         layout: what `divide_model` returned; None divides the model here.
         masters: fp32 copies of the (divided) parameters, for plugins that keep none of their own (`keeps_masters`).
+        adapters: float32 adapters train in a frozen model, which keeps its dtypes; ``dtype`` is theirs.
 
     Raises:
         UserError: unknown plugin, sizes that do not fit, ColossalAI not installed.
@@ -187,5 +189,5 @@ def create_engine(
 
         return ColossalEngine(name, model, make_optimizer, context, max_norm, layout, dtype, config or PluginOptions())
     if name == "fsdp2":
-        return FSDP2Engine(model, make_optimizer, context, max_norm, layout, dtype)
+        return FSDP2Engine(model, make_optimizer, context, max_norm, layout, dtype, adapters=adapters)
     return DDPEngine(model, make_optimizer, context, max_norm, layout, masters)

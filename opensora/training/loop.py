@@ -242,6 +242,7 @@ class TrainLoop:
         main, adapter = self.roles.get(MODEL), self.weights.adapter
         others = [role for role in self.roles.values() if role is not main]
         gather = main.engine.gather if main is not None else _as_it_is
+        masters = self.settings.save_masters and adapter is None  # adapters are saved in fp32
         saved, rounded_to = gather(self.weights.saved()), main.engine.rounded_to if main is not None else None
         if rounded_to is not None:
             saved = Gathered(saved, lambda name, value: value.to(rounded_to))
@@ -253,7 +254,7 @@ class TrainLoop:
             ema=gather(self.ema.state_dict()) if self.ema is not None else None,
             extra_models={name: weights for role in others for name, weights in role.saved().items()},
             metadata=self.metadata,
-            master=main.master_state() or None if main is not None and self.settings.save_masters else None,
+            master=main.master_state() or None if main is not None and masters else None,
             write_adapter_config=adapter.write_config if adapter is not None else None,
         )
 

@@ -189,17 +189,24 @@ class Run:
         tell(section.type, model, self.device)
         return model
 
-    def masters_of(self, module: nn.Module) -> MasterWeights | None:
-        """fp32 copies of what trains of a module that was built in :attr:`master_dtype`; None where it needs none."""
+    def masters_of(self, module: nn.Module, rounded_to: torch.dtype | None = None) -> MasterWeights | None:
+        """fp32 copies of what trains of a module that was built in :attr:`master_dtype`; None where it needs none.
+        ``rounded_to`` as of :class:`MasterWeights`."""
         trains = any(p.requires_grad for p in module.parameters())
-        return MasterWeights(module) if self.master_dtype != torch.float32 and trains else None
+        return MasterWeights(module, rounded_to) if self.master_dtype != torch.float32 and trains else None
 
     def engine(
-        self, module: nn.Module, optim: OptimOptions, masters: MasterWeights | None, layout: WeightLayout | None = None
+        self,
+        module: nn.Module,
+        optim: OptimOptions,
+        masters: MasterWeights | None,
+        layout: WeightLayout | None = None,
+        adapters: torch.dtype | None = None,
     ) -> Engine:
         """Engine of the config's plugin around a module and a new optimizer.
 
         Args:
+            adapters: dtype in which adapters compute, if these alone train.
             layout: how :func:`opensora.acceleration.plugins.divide_model` has divided the module; None leaves it whole.
         """
         cfg = self.cfg
@@ -209,7 +216,8 @@ class Run:
             optimizer_factory(optim, masters),
             self.parallel,
             max_norm=cfg.grad_clip,
-            dtype=self.dtype,
+            dtype=self.dtype if adapters is None else adapters,
+            adapters=adapters is not None,
             config=cfg.plugin_config,
             layout=WeightLayout() if layout is None else layout,
             masters=masters.named_parameters() if masters is not None else None,

@@ -106,6 +106,30 @@ def test_adapter_trains_resumes_and_generates(train, base, tiny_config, diffusio
         train("full", "--load", str(whole), model=base, max_steps=9)
 
 
+@pytest.mark.parametrize(("kind", "more"), [
+    ("int8", dict(dtype="bf16", lora_dtype="bf16", save_master_weights=True, load_master_weights=True)),
+    ("nf4", dict(lora_config={**LORA, "use_dora": True}, grad_checkpoint=True)),
+])  # fmt: skip
+def test_adapter_on_quantised_weights_resumes_and_generates(train, base, tiny_config, kind, more):
+    model = {**base, "quantize": kind}
+    options = dict(model=model, lora_config=LORA, max_steps=4, ckpt_every=2, ema_decay=0.9) | more
+    whole, part = train("whole", **options), train("part", **options)
+    newest(part).rename(part / "lost")
+    train("again", "--load", str(part), **options)
+    assert "master.safetensors" not in {path.name for path in newest(whole).iterdir()}
+    for name in ("lora/adapter_model.safetensors", "lora_ema/adapter_model.safetensors"):
+        found = weights(whole, name)
+        assert same(found, weights(part, name))
+        assert {value.dtype for value in found.values()} == {torch.float32}
+    assert any("magnitude" in name for name in found) == (kind == "nf4")
+
+    def sample(**changes):
+        pipe = VideoPipeline.from_config({**tiny_config, "model": model}, **changes)
+        return pipe("a", seed=1, num_steps=1, num_frames=1).latents
+
+    assert not torch.allclose(sample(pretrained_lora_path=str(newest(whole) / "lora")), sample())
+
+
 def test_starts_from_an_image_model(train, diffusion_content, tmp_path):
     section = {**diffusion_content["model"], "cond_embed": False, "guidance_embed": True}
     torch.manual_seed(7)

@@ -21,6 +21,7 @@ from opensora.registry import MODELS, build_module
 from opensora.training.checkpoint.folder import load_weights
 from opensora.training.diffusion.trainer import Trainer
 from opensora.training.report.metrics import Mean, MetricLog, Rate
+from opensora.training.weights.adapters import read_adapter
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_video
 from opensora.utils.weights_writing import save_safetensors
@@ -82,6 +83,10 @@ def run(config: str, words: Sequence[Any], world_size: int = 2) -> Path:
     return box[0]
 
 
+def read_adapter_of(checkpoint: Path, name: str) -> dict[str, torch.Tensor]:
+    return read_adapter(checkpoint / name)
+
+
 def compare(
     found: Path, expected: Path, step: int, limit: float = 1e-5, names: Sequence[str] = ("model", "ema")
 ) -> None:
@@ -89,7 +94,8 @@ def compare(
     if dist.get_rank():
         return
     for name in names:
-        a, b = (load_weights(next(run.glob(f"epoch*-global_step{step}")), name) for run in (found, expected))
+        read = read_adapter_of if name.startswith("lora") else load_weights
+        a, b = (read(next(run.glob(f"epoch*-global_step{step}")), name) for run in (found, expected))
         assert a.keys() == b.keys()
         for key, value in b.items():
             assert_close(a[key].float(), value.float(), f"{found.name} {name} {key}", limit)
@@ -164,6 +170,37 @@ def bfloat16(folder: Path) -> None:
             assert all(torch.equal(master[name].bfloat16(), value) for name, value in model.items())
 
 
+def adapters(folder: Path) -> None:
+    """On quantised weights, divided or not: those of one process; an fp32 run goes on under another engine."""
+    if dist.get_rank() == 0:
+        torch.manual_seed(0)
+        section = tiny_inference_config()["model"]
+        save_safetensors(build_module(section, MODELS).state_dict(), folder / "start.safetensors")
+        lora = dict(r=2, lora_alpha=4, target_modules=["q_proj", "linear2", "img_mlp.0"], use_dora=True)
+        model = {**section, "from_pretrained": str(folder / "start.safetensors"), "quantize": "nf4"}
+        tiny_run(folder, model=model, lora_config=lora)
+    dist.barrier()
+    config, names = str(folder / "train.py"), ("lora", "lora_ema")
+    ddp = run(config, ["--exp-name", "ddp", "--plugin", "ddp"])
+    fsdp2 = run(config, ["--exp-name", "fsdp2", "--plugin", "fsdp2", "--max-steps", 1])
+    assert run(config, ["--load", fsdp2, "--plugin", "fsdp2", "--max-steps", 2]) == fsdp2
+    assert run(config, ["--load", fsdp2, "--plugin", "ddp"]) == fsdp2
+    compare(fsdp2, ddp, 3, names=names)
+    # adapters in bf16: fsdp2 rounds as it gathers, ddp after each update; fp8 weights are divided too
+    words = ["--dtype", "bf16", "--max-steps", 2, "--lora-dtype"]
+    two = [run(config, [*words, "bf16", "--model.quantize", "int8", "--exp-name", f"{name}16", "--plugin", name])
+           for name in NATIVE]  # fmt: skip
+    compare(*two, step=2, limit=0.05, names=names)
+    run(config, [*words, "fp32", "--model.quantize", "fp8", "--exp-name", "fp8", "--plugin", "fsdp2"])
+    for more, message in (
+        (["--plugin", "zero2"], "--plugin ddp"),
+        (["--plugin", "fsdp2", "--dtype", "bf16", "--lora-dtype", "bf16", "--model.quantize", "fp8"], "int8 or nf4"),
+        (["--plugin", "fsdp2", "--training_method", "dmd"], "adds an adapter"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Trainer(parse_config([config, *map(str, more)], TrainOptions), 0, 2)
+
+
 def refusals(folder: Path) -> None:
     config = write_run(folder)
     for words, message in (
@@ -212,6 +249,6 @@ def distillation(folder: Path) -> None:
     compare(*engines, step=2, names=("model", "fake"))
 
 
-CHECKS = [layouts, data_parallel, curves, bfloat16, refusals, own_types, distillation]
+CHECKS = [layouts, data_parallel, curves, bfloat16, adapters, refusals, own_types, distillation]
 if importlib.util.find_spec("colossalai") is not None:
     CHECKS.append(booster)

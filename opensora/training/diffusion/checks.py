@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from opensora.acceleration.devices import torch_dtype
-from opensora.acceleration.plugins import check_training
+from opensora.acceleration.plugins import NATIVE, check_training
 from opensora.config.choices import CONDITIONS, METHODS
 from opensora.config.commands import InferenceOptions, TrainOptions
 from opensora.config.keys import read_group
@@ -85,12 +85,12 @@ def check_config(cfg: TrainOptions, world_size: int = 1) -> TrainingPlan:
     BucketTable(cfg.bucket_config, multiple)
     _check_trained(cfg, copy.deepcopy(model))
     check_training(cfg.plugin, cfg.plugin_config, model, world_size)
-    _check_parts(cfg, world_size)
     check_trackers(cfg)
     check_validation(cfg)
     method = METHODS.get(cfg.training_method)
     if not (isinstance(method, type) and issubclass(method, TrainingMethod)):
         raise UserError(f"training_method={cfg.training_method}: {method!r} is no class derived from TrainingMethod")
+    _check_parts(cfg, world_size, method)
     options = read_group(method.options, cfg.training_method_config or {}, "training_method_config", cfg.config_path)
     method.check(cfg, options, model)
     samples = sampling_config(cfg) if cfg.samples else None
@@ -141,8 +141,15 @@ def _check_trained(cfg: TrainOptions, model: nn.Module) -> None:
     if cfg.lora_checkpoint and not cfg.lora_config:
         raise UserError("lora_checkpoint is set without lora_config: give both, to train an adapter")
     kind = kind_of_section(cfg.model)
-    if kind is not None:
-        raise UserError(f"model: weights in {kind} are for sampling; train with weights that are not quantised")
+    if kind is not None and not cfg.lora_config:
+        raise UserError(
+            f"model: weights in {kind} cannot change; train an adapter on them (lora_config), or weights that are not "
+            "quantised"
+        )
+    if not cfg.lora_config and cfg.lora_dtype != "fp32":
+        raise UserError(f"lora_dtype={cfg.lora_dtype} is set without lora_config: it is the precision of adapters")
+    if torch_dtype(cfg.lora_dtype) not in (torch.float32, torch_dtype(cfg.dtype)):
+        raise UserError(f"lora_dtype={cfg.lora_dtype} and dtype={cfg.dtype}: adapters compute as the model, or in fp32")
     if not cfg.lora_config:
         freeze(model, cfg.freeze_layers)
         return
@@ -153,13 +160,26 @@ def _check_trained(cfg: TrainOptions, model: nn.Module) -> None:
     LoraAdapter(model, cfg.lora_config, cfg.lora_checkpoint)
 
 
-def _check_parts(cfg: TrainOptions, world_size: int) -> None:
+def _check_parts(cfg: TrainOptions, world_size: int, method: type[TrainingMethod]) -> None:
     """Raises a UserError for what cannot be divided over processes."""
     check_optimizer(cfg, world_size)
-    if world_size == 1 or (cfg.plugin == "ddp" and cfg.plugin_config.tp_size == 1):
+    if world_size == 1 or not cfg.lora_config:
         return
-    if cfg.lora_config:
-        raise UserError("lora_config: adapters are trained with whole weights on every rank: use --plugin ddp")
+    if cfg.plugin not in NATIVE or cfg.plugin_config.tp_size > 1:
+        raise UserError(
+            "lora_config: adapters are trained with the model whole on every rank (--plugin ddp) or divided over all "
+            "(--plugin fsdp2), with plugin_config.tp_size=1"
+        )
+    if cfg.plugin == "fsdp2" and method.adds_adapters:
+        raise UserError(
+            f"training_method={cfg.training_method} adds an adapter of its own, which fsdp2 does not divide: use "
+            "--plugin ddp, or train without lora_config"
+        )
+    if cfg.plugin == "fsdp2" and kind_of_section(cfg.model) == "fp8" and cfg.lora_dtype != "fp32":
+        raise UserError(
+            f"lora_dtype={cfg.lora_dtype} with plugin fsdp2, which would round fp8 weights too: use lora_dtype=fp32, "
+            "--plugin ddp, or --model.quantize int8 or nf4"
+        )
 
 
 def check_resources(

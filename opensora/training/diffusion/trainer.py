@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from opensora.acceleration.compile import check_compiler, compile_and_tell
+from opensora.acceleration.devices import torch_dtype
 from opensora.acceleration.engine import Engine
 from opensora.acceleration.plugins import divide_model
 from opensora.acceleration.shardformer import use_shardformer
@@ -136,7 +137,8 @@ class Trainer:
         overrides = {}
         if start.resume is not None and not cfg.lora_config:
             overrides["from_pretrained"] = str(start.resume / "model" / "model.safetensors")
-        model = self._build("model", torch_dtype=start.master_dtype, **overrides).train()
+        frozen = bool(cfg.lora_config)  # and so of the dtype that it computes in
+        model = self._build("model", torch_dtype=start.dtype if frozen else start.master_dtype, **overrides).train()
         adapter = None
         if cfg.lora_config:
             past = start.resume / "lora" if start.resume is not None else cfg.lora_checkpoint
@@ -149,14 +151,23 @@ class Trainer:
         self.layout = divide_model(model, start.parallel, cfg.plugin_config, cfg.plugin)
         if cfg.compile:
             compile_and_tell(model, "model")
-        return TrainedWeights(model, start.masters_of(model), adapter)
+        return TrainedWeights(model, start.masters_of(model, self._rounded_adapters()), adapter)
+
+    def _adapters_dtype(self) -> torch.dtype | None:
+        """What adapters compute in; None without."""
+        return torch_dtype(self.cfg.lora_dtype) if self.cfg.lora_config else None
+
+    def _rounded_adapters(self) -> torch.dtype | None:
+        dtype = self._adapters_dtype()
+        return None if dtype == torch.float32 else dtype
 
     def _role(self, weights: TrainedWeights) -> Role:
         """The model in training: its engine, as the checkpoint has it, and its schedule."""
         cfg, start = self.cfg, self.start
-        engine = start.engine(weights.model, cfg.optim, weights.masters, self.layout)
+        engine = start.engine(weights.model, cfg.optim, weights.masters, self.layout, self._adapters_dtype())
         if start.resume is not None:
-            exact = weights.masters is not None or engine.rounded_to is not None
+            rounded = weights.masters is not None or engine.rounded_to is not None
+            exact = rounded and weights.adapter is None  # adapters are saved in fp32
             if cfg.load_master_weights and exact and not start.load_masters(engine, weights.masters):
                 logger.warning("%s has no master.safetensors: the fp32 weights start from rounded ones", start.resume)
             load_optimizer(engine, start.resume)
@@ -177,7 +188,8 @@ class Trainer:
         ema = EMA(weights, self.cfg.ema_decay)
         if resume is not None:
             state = read_adapter(resume / "lora_ema") if weights.adapter is not None else load_weights(resume, "ema")
-            ema.load_state_dict(engine.scatter(state), self.start.states.ema_updates)
+            like = ema.state_dict() if weights.adapter is not None else None
+            ema.load_state_dict(engine.scatter(state, like), self.start.states.ema_updates)
         return ema
 
     def _method(

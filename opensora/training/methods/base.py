@@ -80,11 +80,13 @@ class TrainingMethod(ABC):
 
     Attributes:
         options: option group of ``training_method_config``.
+        adds_adapters: whether, with ``lora_config``, it puts adapters of its own into the model.
         roles: what trains besides the model, made in ``__init__`` with :meth:`MethodContext.role`. Further frozen
             models, such as a teacher, are built there too (``context.run.build(section)``).
     """
 
     options: ClassVar[type[Options]] = Options
+    adds_adapters: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -62,6 +62,7 @@ class DistributionMatching(TrainingMethod):
     """See the module."""
 
     options = DmdOptions
+    adds_adapters = True
 
     def __init__(self, context: MethodContext) -> None:
         super().__init__(context)

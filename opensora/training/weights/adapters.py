@@ -101,11 +101,12 @@ class LoraAdapter:
                 state[f"base_model.model.{name}.lora_magnitude_vector"] = change.magnitude
         return state
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The adapter's weights under PEFT's names."""
+    def state_dict(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The adapter's weights under PEFT's names; ``values`` (by the model's names) are named so instead."""
         from peft import get_peft_model_state_dict
 
-        return get_peft_model_state_dict(self._peft)
+        named = None if values is None else {f"base_model.model.{name}": value for name, value in values.items()}
+        return get_peft_model_state_dict(self._peft, state_dict=named)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over saved weights.
@@ -174,19 +175,24 @@ class TrainedWeights:
         self.model, self.masters, self.adapter = model, masters, adapter
 
     def saved(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: the model's weights in its own dtype, or the adapter's."""
-        return self.adapter.state_dict() if self.adapter is not None else self.model.state_dict()
+        """What a checkpoint holds: the model's weights in its own dtype, or the adapter's in fp32."""
+        return self.state_dict() if self.adapter is not None else self.model.state_dict()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The same, in fp32 where there are such copies: what an average is taken of."""
-        if self.masters is None or self.adapter is not None:  # adapters are in fp32
-            return self.saved()
-        return {**self.saved(), **self.masters.state_dict()}
+        copies = self.masters.state_dict() if self.masters is not None else {}
+        if self.adapter is None:
+            return {**self.model.state_dict(), **copies}
+        return {**self.adapter.state_dict(), **(self.adapter.state_dict(copies) if copies else {})}
+
+    def _shown(self) -> dict[str, Tensor]:
+        """The model's own tensors, by the names of `saved`."""
+        return self.adapter.state_dict() if self.adapter is not None else self.model.state_dict()
 
     @torch.no_grad()
     def show(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Put other values into the model for a while; returns those that were there, to be put back."""
-        own = self.saved()
+        own = self._shown()
         before = {key: own[key].detach().clone() for key in state}
         for key, value in state.items():
             own[key].copy_(value)

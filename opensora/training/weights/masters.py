@@ -21,19 +21,23 @@ class MasterWeights:
 
     Args:
         model: its gradients are moved to the copies from now on.
+        rounded_to: dtype that trainable fp32 parameters get now, in place; their copies keep what is lost. None leaves
+            them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, rounded_to: torch.dtype | None = None) -> None:
         self._model: dict[str, nn.Parameter] = {}
         self._master: dict[str, nn.Parameter] = {}
         self._trainable: list[tuple[str, nn.Parameter]] = []
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            if parameter.dtype == torch.float32:
+            if parameter.dtype == torch.float32 and rounded_to is None:
                 self._trainable.append((name, parameter))
                 continue
             master = nn.Parameter(parameter.detach().float())
+            if rounded_to is not None:
+                parameter.data = parameter.data.to(rounded_to)
             self._model[name], self._master[name] = parameter, master
             self._trainable.append((name, master))
             parameter.register_post_accumulate_grad_hook(_mover(master))
