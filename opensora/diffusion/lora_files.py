@@ -68,16 +68,19 @@ class LoraFile:
 
         Alpha is the module's own, that of the config or of the recorded facts, else the rank.
         """
+        rslora = "alpha" not in self.modules[module] and self.config.get("use_rslora")
+        return self.alpha(module, rank) / (math.sqrt(rank) if rslora else rank)
+
+    def alpha(self, module: str, rank: int) -> float:
+        """Alpha of a module, see :meth:`scale`."""
         stored = self.modules[module].get("alpha")
         if stored is not None:
-            return float(stored) / rank
+            return float(stored)
         if self.config:
-            alpha = float(_by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8)))
-            return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-        recorded = self.metadata.get("ss_network_alpha")
+            return float(_by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8)))
         with contextlib.suppress(TypeError, ValueError):
-            return float(recorded or "") / rank
-        return 1.0
+            return float(self.metadata.get("ss_network_alpha") or "")
+        return float(rank)
 
     def rank(self, module: str) -> int | None:
         """Rank that the config says for a module, None without one."""
@@ -99,7 +102,9 @@ def _names(patterns: Any, name: str) -> bool:
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    names = [*without_prefixes(name)]  # a pattern may begin with ^
+    found = (v for key, v in (patterns or {}).items() if any(re.match(rf"(.*\.)?({key})$", each) for each in names))
+    return next(found, default)
 
 
 def without_prefixes(name: str) -> Iterator[str]:
