@@ -79,7 +79,8 @@ class InferenceOptions(RunOptions):
         **{
             key: f"sampling_option.{key}"
             for key in (
-                ("resolution", "aspect_ratio", "num_frames", "num_steps", "guidance", "guidance_img", "flow_shift")
+                *("resolution", "aspect_ratio", "num_frames", "window", "overlap"),
+                *("num_steps", "guidance", "guidance_img", "flow_shift"),
             )
         },
         "ckpt_path": "model.from_pretrained",
@@ -92,6 +93,16 @@ class InferenceOptions(RunOptions):
         1024, "seed of everything random except a sample's noise", least=0, most=MAX_SEED, none_is_default=True
     )
     prompt: str | None = opt(None, "text of the video", verbatim=True)
+    next_prompts: list[str] | None = opt(
+        None, "texts of the windows after the first of a long video; the last one stays", verbatim=True
+    )
+    seconds: float | None = opt(
+        None,
+        "length at fps_save, to the nearest that the autoencoder makes, instead of num_frames",
+        "s",
+        above=0,
+        most=3600,
+    )
     ref: str | None = opt(None, "picture or clip to start from, several separated by ;", reads="references")
     cond_type: str = opt("t2v", "what the references fix", choices=CONDITIONS)
     save_dir: str = opt("samples", "folder for the results")

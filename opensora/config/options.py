@@ -225,6 +225,20 @@ class SamplingOption(Options):
     resolution: str | None = opt(None, "pixel count by name: 256px, 512px, 768px, 1024px, ...")
     aspect_ratio: str | None = opt(None, "width:height: 16:9, 9:16, 1:1, 2.39:1, ...")
     num_frames: int = opt(1, "length; 1 makes an image", "frames", least=1, most=MANY_FRAMES)
+    window: int | None = opt(
+        None,
+        "longest video made at once; longer ones are made in windows of so many frames",
+        "frames",
+        least=1,
+        most=MANY_FRAMES,
+    )
+    overlap: int | None = opt(
+        None,
+        "frames that windows have in common; none is 33, or 1 in short windows",
+        "frames",
+        least=1,
+        most=MANY_FRAMES,
+    )
     num_steps: int = opt(50, "solver steps from noise to sample", "steps", least=1, most=MANY_STEPS)
     solver: str = opt("euler", "how steps are made", choices=SOLVERS)
     step_cache: str | None = opt(None, "reuse of the transformer's work between steps, by name; none runs all of it")

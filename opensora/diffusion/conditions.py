@@ -129,6 +129,22 @@ def build_condition(
     return cond
 
 
+def head_condition(z_like: Tensor, given: Tensor) -> Tensor:
+    """Mask and masked latents for a video that goes on from latents of its own.
+
+    Args:
+        z_like: [B, C, T, h, w], gives shape, dtype and device.
+        given: [B, C, t, h, w], its first frames, of any number below T.
+
+    Returns:
+        As :func:`build_condition`, [B, 1 + C, T, h, w].
+    """
+    cond = z_like.new_zeros(len(z_like), 1 + z_like.shape[1], *z_like.shape[2:])
+    cond[:, 0, : given.shape[2]] = 1
+    cond[:, 1:, : given.shape[2]] = given.to(cond)
+    return cond
+
+
 def restore_references(
     z: Tensor,  # [B, C, T, h, w]
     cond_types: str | Sequence[str],

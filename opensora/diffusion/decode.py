@@ -1,6 +1,7 @@
 """Latents to pixels, one sample at a time and frames as they are done, in tiles that fit into the memory there is."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +19,8 @@ from opensora.utils.sizes import size_text
 from opensora.utils.video import to_uint8
 
 logger = get_logger(__name__)
+
+WINDOW_FADE = 0.25  # share of a window over which the decoded video goes over from one to the next
 
 
 class DecodeMemoryError(UserError):
@@ -98,6 +101,7 @@ def decode_into(
     device: torch.device,
     dtype: torch.dtype,
     room: int | None = None,
+    window: int | None = None,
 ) -> str:
     """Decode latents [B, C, T, h, w]; frames are handed on as soon as their tiles of time are done.
 
@@ -109,6 +113,8 @@ def decode_into(
         device: where to work.
         dtype: of the autoencoder.
         room: bytes of the device's memory that decoding may take; None: tiles are those of the config.
+        window: frames that are decoded together, of a video that was made in windows of so many: no more of it is on
+            the device or in memory, however long it is. None: what the tiles say.
 
     Returns:
         The tiles, in words, if they are not those of the config; else "".
@@ -119,12 +125,19 @@ def decode_into(
     """
     changed = ""
     for sample, latent in enumerate(latents.split(1)):
-        check_result(latent, "latents to decode", "to sample them again")
-        for tiling in _tilings(ae, latent.shape[2:], dtype, room):
+        spans = None if window is None else _in_time(ae, window)
+        if spans is None:  # else looked at window by window
+            check_result(latent, "latents to decode", "to sample them again")
+        size = latent.shape[2:] if spans is None else torch.Size(spans.largest(latent.shape[2:]))
+        for tiling in _tilings(ae, size, dtype, room):
             try:
                 with ae.in_tiles(tiling):
                     sink.start(sample)
-                    _decode(sink, ae, latent.to(device, dtype), frames)
+                    if spans is None:
+                        parts = ae.decode_parts(latent.to(device, dtype))
+                    else:
+                        parts = spans.decode_parts(latent, lambda span: ae.decode(span.to(device, dtype)))
+                    _decode(sink, parts, frames)
             except torch.OutOfMemoryError as error:
                 reason = error.with_traceback(None)  # which would hold all tensors of the attempt
                 continue
@@ -191,9 +204,23 @@ def room_to_work(device: torch.device, limit: int | None) -> int | None:
     return room_on(device, limit) if device.type == "cuda" else None
 
 
-def _decode(sink: FrameSink, ae: Autoencoder, latent: Tensor, frames: slice) -> None:
+def _in_time(ae: Autoencoder, window: int) -> Tiling:
+    """Tiles of time as long as a window, each faded into from the one before: for the decoder a long video is a clip of
+    a window's length. The tiles of the autoencoder itself divide these further, where they are to."""
+    ratio = ae.compression[0]
+    frames = max((window - int(ae.is_causal)) // ratio, 1) * ratio
+    return Tiling(ae.compression, ae.is_causal, math.lcm(*ae.compression[1:]), frames, WINDOW_FADE, use_temporal=True)
+
+
+def window_work(ae: Autoencoder, window: int, size: Sequence[int]) -> float:
+    """What decoding a latent (t, h, w) in windows takes, over that of one window."""
+    spans = _in_time(ae, window)
+    return spans.work(size) * size[0] / spans.largest(size)[0]
+
+
+def _decode(sink: FrameSink, parts: Iterator[Tensor], frames: slice) -> None:
     begin = 0
-    for pixels in ae.decode_parts(latent):
+    for pixels in parts:
         check_pixels(pixels)
         kept = slice(max(frames.start - begin, 0), max(frames.stop - begin, 0))
         begin += pixels.shape[2]

@@ -1,5 +1,6 @@
 """VideoPipeline: prompt (and picture) to latents to pixels. Everything that makes a video goes through it."""
 
+import itertools
 import random
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from opensora.acceleration import collectives
 from opensora.acceleration.devices import DTYPES, dtype_name, pick_device, torch_dtype
@@ -23,16 +25,19 @@ from opensora.diffusion.decode import DecodeMemoryError, Gathered
 from opensora.diffusion.distilled import as_distilled
 from opensora.diffusion.fitting import check_fit
 from opensora.diffusion.loading import load_models, park_modulation
+from opensora.diffusion.long import kept_in, sample_windows, texts_of_windows
 from opensora.diffusion.lora_stack import LoadedLora, LoraStack
 from opensora.diffusion.moving import move
 from opensora.diffusion.plan import SamplePlan, make_plan, starts_from_picture
-from opensora.diffusion.prepared import PreparedRun, check_takes_references
+from opensora.diffusion.prepared import PreparedRun, check_goes_on, check_takes_references
 from opensora.diffusion.references import References, Source, check_references, per_prompt_references
 from opensora.diffusion.result import ImagesCallback, SampledCallback
 from opensora.diffusion.result import SampleResult as SampleResult
 from opensora.diffusion.solvers import StepCallback
 from opensora.diffusion.stages import Stages
+from opensora.diffusion.step_cache import StepCache
 from opensora.diffusion.timing import as_stage, timed
+from opensora.diffusion.velocity import TextEmbeddings
 from opensora.diffusion.wording import check_motion_score, check_prompt, check_seed, final_text
 from opensora.models.build import build_on_meta
 from opensora.models.diffusion import DiffusionModel
@@ -198,6 +203,8 @@ class VideoPipeline(Stages):
         image_texts: Sequence[str] | None = None,
         on_images: ImagesCallback | None = None,
         on_sampled: SampledCallback | None = None,
+        next_texts: Sequence[Sequence[str]] = (),
+        folders: Sequence[Path] | None = None,
     ) -> SampleResult:
         """Make a batch with everything given: what a call does after it has worked out its defaults.
 
@@ -214,6 +221,9 @@ class VideoPipeline(Stages):
             on_images: gets these pictures before their videos are made.
             on_sampled: called when a batch is about to be decoded, and gives where its frames go instead of into the
                 result, so that no video is held whole.
+            next_texts: per sample, texts of the windows after the first of a long video; the last one stays.
+            folders: per sample, where the latents of a long video are kept while it is made, and gone on from; None
+                keeps them in a temporary place. Whoever gives them deletes them.
         """
         timings: dict[str, float] = {}
         images: list[np.ndarray] = []
@@ -231,11 +241,11 @@ class VideoPipeline(Stages):
         with timed(timings, "references", self.device):
             refs = self.encode_references(sources, plan, seeds)
         with timed(timings, "text", self.device):
-            embedded = self.encode_prompt([*texts, *negatives])
-        cache = plan.step_cache.make(plan.num_steps) if plan.step_cache is not None else None
+            script = texts_of_windows(plan, texts, next_texts)
+            embedded = self.encode_prompt([*itertools.chain(*script), *negatives])
         with timed(timings, "denoise", self.device):
-            latents = self.sample(plan, *embedded.split(len(texts)), refs, seeds, on_step, cache)
-        reused = self._reused(cache)
+            *positive, negative = embedded.chunks(len(texts))
+            latents, reused = self._sample(plan, positive, negative, refs, seeds, on_step, folders)
         gathered = Gathered()
         result = SampleResult(latents.float().cpu(), [], list(texts), list(seeds), timings, plan, images, reused)
         try:
@@ -247,6 +257,37 @@ class VideoPipeline(Stages):
             raise
         result.frames = gathered.videos()
         return result
+
+    def _sample(
+        self,
+        plan: SamplePlan,
+        positive: Sequence[TextEmbeddings],
+        negative: TextEmbeddings,
+        refs: Sequence[Sequence[Tensor] | None],
+        seeds: Sequence[int],
+        on_step: StepCallback | None,
+        folders: Sequence[Path] | None,
+    ) -> tuple[Tensor, list[float]]:
+        """Latents of a batch, in windows where the plan has them, and the share of work that a cache saved (of the last
+        window). ``positive`` has the texts of each window, the last of them those of all further ones."""
+        caches: list[StepCache | None] = [None]
+
+        def make(
+            index: int, plan: SamplePlan, given: Tensor | None, seeds: Sequence[int], on_step: StepCallback | None
+        ) -> Tensor:
+            caches[0] = plan.step_cache.make(plan.num_steps) if plan.step_cache is not None else None
+            texts = positive[min(index, len(positive) - 1)]
+            if given is None:
+                return self.sample(plan, texts, negative, refs, seeds, on_step, caches[0])
+            return self.go_on(plan, texts, negative, given, seeds, on_step, caches[0])
+
+        if plan.windows is None:
+            latents = make(0, plan, None, seeds, on_step)
+        else:
+            with kept_in(folders, len(seeds)) as kept:
+                axis = self.parallel.sample
+                latents = sample_windows(plan, self.channels(plan), kept, seeds, make, on_step, axis)
+        return latents, self._reused(caches[0])
 
     @property
     def loras(self) -> tuple[LoadedLora, ...]:
@@ -348,7 +389,9 @@ class VideoPipeline(Stages):
             if of_sample:
                 check_references(of_sample, cond_type, self.spec)
         condition = cond_type if has_refs else "t2v"
-        return make_plan(option, self.spec, self.cfg.patch_size, condition, has_refs, self.distilled)
+        plan = make_plan(option, self.spec, self.cfg.patch_size, condition, has_refs, self.distilled)
+        check_goes_on(self.models["model"], plan)
+        return plan
 
     def _seeds(self, seed: int | Sequence[int] | None, count: int) -> list[int]:
         if seed is None:

@@ -12,6 +12,7 @@ from opensora.diffusion.flow import get_schedule, shifted
 from opensora.diffusion.guidance import Guidance, count_forwards, phase
 from opensora.diffusion.solvers import SOLVERS, Step, evaluations, make_steps
 from opensora.diffusion.step_cache import StepCacheChoice
+from opensora.diffusion.windows import CLIP, Windows
 from opensora.models.autoencoder import LatentSpec
 from opensora.utils.errors import UserError
 
@@ -21,11 +22,11 @@ IMAGE_GUIDANCE = 4.0  # of the guidance-distilled picture model
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """One sampling run.
+    """One sampling run; of a video in windows, the first of them.
 
     Attributes:
         height, width: pixels.
-        num_frames: pixel frames.
+        num_frames: pixel frames made at once.
         spec: of the autoencoder.
         latent_size: (T, h, w).
         patch_size: latent pixels per token side.
@@ -39,6 +40,8 @@ class SamplePlan:
         solver: name in :data:`opensora.diffusion.solvers.SOLVERS`.
         step_cache: what reuses work between steps, or None.
         distilled: what the model says of itself, if it is distilled.
+        windows: how a video that is longer than ``num_frames`` is divided, else None.
+        after: run of each window but the first.
     """
 
     height: int
@@ -56,10 +59,23 @@ class SamplePlan:
     solver: str
     step_cache: StepCacheChoice | None
     distilled: Distilled | None = None
+    windows: Windows | None = None
+    after: "SamplePlan | None" = None
+
+    @property
+    def length(self) -> int:
+        """Pixel frames of the whole video."""
+        return self.num_frames if self.windows is None else self.windows.num_frames
+
+    @property
+    def whole_latent(self) -> tuple[int, int, int]:
+        """Latent (T, h, w) of the whole video."""
+        frames, rows, columns = self.latent_size
+        return (frames if self.windows is None else self.windows.latent_frames), rows, columns
 
     @property
     def tokens(self) -> int:
-        """Image tokens of a sample."""
+        """Image tokens of a sample, or of a window of it."""
         return math.prod(self.latent_size) // self.patch_size**2
 
     @property
@@ -81,7 +97,12 @@ class SamplePlan:
 
     @property
     def forwards(self) -> int:
-        """Forwards of the guided model per sample; with a step cache, some of them leave blocks out."""
+        """Forwards of the guided model per sample, over all windows; with a step cache, some leave blocks out."""
+        further = (self.windows.count - 1) * self.after.forwards if self.windows and self.after else 0
+        return self._forwards + further
+
+    @property
+    def _forwards(self) -> int:
         evaluated = evaluations(SOLVERS.get(self.solver), self.steps())
         if self.method == "distill":
             return len(evaluated)
@@ -94,11 +115,11 @@ class SamplePlan:
         kept when ``drop_duplicates``.
         """
         extra = self.spec.compression[0] - 1
-        if not self.drop_duplicates or self.num_frames <= 2 * extra:
-            return slice(0, self.num_frames)
+        if not self.drop_duplicates or self.length <= 2 * extra:
+            return slice(0, self.length)
         ends = {span.at for span in get_spans(self.cond_type)}
         start = extra if "head" in ends else 0
-        return slice(start, self.num_frames - (extra if "tail" in ends else 0))
+        return slice(start, self.length - (extra if "tail" in ends else 0))
 
 
 def frame_size(option: SamplingOption, multiple: int) -> tuple[int, int]:
@@ -145,6 +166,31 @@ def make_plan(
     Raises:
         UserError: sizes, lengths, steps or conditions that cannot be; says what can.
     """
+    windows = Windows.of(option, spec)
+    if windows is None or option.window is None:
+        return _plan_at_once(option, spec, patch_size, cond_type, has_image, distilled)
+    if any(span.at == "tail" for span in get_spans(cond_type)):
+        raise UserError(
+            f"cond_type {cond_type} fixes the end of a video, and num_frames={option.num_frames} is made in windows of "
+            f"{option.window}, which takes conditions of the beginning only: t2v, i2v_head, v2v_head"
+        )
+    option = replace(option, num_frames=option.window)
+    after = _plan_at_once(option, spec, patch_size, "i2v_head", True, distilled)
+    if windows.overlap > 1:  # a clip, to which guidance that grows from a picture does not apply
+        after = replace(after, cond_type=CLIP, guidance=replace(after.guidance, scale_temporal_osci=False))
+    first = _plan_at_once(option, spec, patch_size, cond_type, has_image, distilled)
+    return replace(first, windows=windows, after=after)
+
+
+def _plan_at_once(
+    option: SamplingOption,
+    spec: LatentSpec,
+    patch_size: int,
+    cond_type: str,
+    has_image: bool | None,
+    distilled: Distilled | None,
+) -> SamplePlan:
+    """A run of ``num_frames`` frames together; see :func:`make_plan`."""
     multiple = math.lcm(SIZE_MULTIPLE, spec.compression[1] * patch_size, spec.compression[2] * patch_size)
     height, width = frame_size(option, multiple)
     num_frames, num_steps = option.num_frames, option.num_steps

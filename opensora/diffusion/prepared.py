@@ -66,12 +66,15 @@ class PreparedRun:
         """
         dtype, sections = torch_dtype(cfg.dtype), needed_sections(cfg)
         models = {name: build_on_meta(sections[name]) for name in ("model", "ae")}
-        spec, plain = LatentSpec.of(models["ae"]), cfg.sampling_option
+        spec = LatentSpec.of(models["ae"])
+        cfg = in_frames(cfg, spec)
+        plain = cfg.sampling_option
         distilled = find_distilled(cfg)
         if distilled is not None:
             cfg = replace(cfg, sampling_option=as_distilled(plain, distilled, _chosen(cfg)))
             logger.info("%s", distilled.describe(cfg.sampling_option))
         plan = make_plan(cfg.sampling_option, spec, cfg.patch_size, "t2v", distilled=distilled)
+        check_goes_on(models["model"], plan)
         _check_channels(cfg, models["model"], models["ae"])
         fixed = distilled is not None and distilled.scales == "fixed"
         if plan.method == "distill" and not fixed and not _config(models["model"]).guidance_embed:
@@ -184,6 +187,29 @@ def check_parallelism(cfg: InferenceOptions, model: nn.Module, world_size: int) 
         raise UserError(
             f"plugin_config.tp_size={cfg.plugin_config.tp_size}: quantised weights ({kind_of_section(cfg.model)}) are "
             "not divided; use sp_size or branch_size, or weights that are not quantised"
+        )
+
+
+def in_frames(cfg: InferenceOptions, spec: LatentSpec) -> InferenceOptions:
+    """The config with its ``seconds`` as ``num_frames``, to the nearest length that an autoencoder makes.
+
+    Raises:
+        UserError: both are chosen.
+    """
+    if cfg.seconds is None:
+        return cfg
+    if "num_frames" in _chosen(cfg):
+        raise UserError(f"seconds={cfg.seconds:g} and num_frames={cfg.sampling_option.num_frames}: give one of them")
+    frames = spec.frames_of(cfg.seconds, cfg.fps_save)
+    return replace(cfg, sampling_option=replace(cfg.sampling_option, num_frames=frames))
+
+
+def check_goes_on(model: nn.Module, plan: SamplePlan) -> None:
+    """Raise a UserError if a video is to be made in windows by a model that cannot go on from latents."""
+    if plan.windows is not None and not _config(model).cond_embed:
+        raise UserError(
+            f"num_frames={plan.length} is longer than sampling_option.window={plan.num_frames}, and this model takes "
+            "nothing to go on from (model.cond_embed is False): fewer frames, or --window none to make all at once"
         )
 
 

@@ -15,7 +15,7 @@ from opensora.acceleration.parallel_context import ParallelContext
 from opensora.acceleration.streaming import BlockStream, streamed
 from opensora.config.commands import InferenceOptions
 from opensora.config.options import SamplingOption
-from opensora.diffusion.conditions import build_condition, restore_references
+from opensora.diffusion.conditions import build_condition, head_condition, restore_references
 from opensora.diffusion.decode import FrameSink, Gathered, check_pixels, decode_into, room_to_work
 from opensora.diffusion.distilled import Distilled
 from opensora.diffusion.encoding import embed_texts, encode_references
@@ -134,12 +134,35 @@ class Stages:
         """Noise to latents [B, C, T, h, w] in float32, with given pictures put back; ``cache`` reuses work."""
         config: Any = self.models["model"].config
         size, patch = plan.latent_size, plan.patch_size
-        noise = get_noise(seeds, config.in_channels // patch**2, size, self.device)
-        cond = None
+        noise, cond = get_noise(seeds, self.channels(plan), size, self.device), None
         if config.cond_embed:
             cond = pack(build_condition(noise, plan.cond_type, refs, self.spec.is_causal), patch)
         tokens = self._denoise("model", plan, pack(noise, patch), cond, positive, negative, on_step, cache)
         return restore_references(unpack(tokens, size, patch), plan.cond_type, refs)
+
+    def go_on(
+        self,
+        plan: SamplePlan,
+        positive: TextEmbeddings,
+        negative: TextEmbeddings,
+        given: Tensor,
+        seeds: Sequence[int],
+        on_step: StepCallback | None = None,
+        cache: StepCache | None = None,
+    ) -> Tensor:
+        """Noise to latents [B, C, T, h, w] in float32 that go on from ``given [B, C, t, h, w]``, which they begin with;
+        ``plan`` is that of such a window (``SamplePlan.after``)."""
+        size, patch = plan.latent_size, plan.patch_size
+        noise = get_noise(seeds, self.channels(plan), size, self.device)
+        cond = pack(head_condition(noise, given), patch)
+        tokens = self._denoise("model", plan, pack(noise, patch), cond, positive, negative, on_step, cache)
+        latents = unpack(tokens, size, patch)
+        return torch.cat([given.to(latents), latents[:, :, given.shape[2] :]], dim=2)
+
+    def channels(self, plan: SamplePlan) -> int:
+        """Of a latent of the video model."""
+        config: Any = self.models["model"].config
+        return int(config.in_channels) // plan.patch_size**2
 
     def _denoise(
         self,
@@ -209,7 +232,8 @@ class Stages:
         """Decode latents, frames to ``sink`` as they are done; see :func:`opensora.diffusion.decode.decode_into`."""
         with self._ready("ae") as ae:
             frames, room = plan.kept_frames(), self._room()
-            return decode_into(sink, as_autoencoder(ae), latents, frames, self.device, self.dtype, room)
+            window = None if plan.windows is None else plan.num_frames
+            return decode_into(sink, as_autoencoder(ae), latents, frames, self.device, self.dtype, room, window)
 
     def _room(self) -> int | None:
         """Bytes for tiles to be chosen by, the same on all ranks that make a sample together."""

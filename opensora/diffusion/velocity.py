@@ -41,6 +41,10 @@ class TextEmbeddings:
             TextEmbeddings(self.txt[count:], self.vec[count:]),
         )
 
+    def chunks(self, count: int) -> list["TextEmbeddings"]:
+        """All rows, ``count`` at a time."""
+        return [TextEmbeddings(txt, vec) for txt, vec in zip(self.txt.split(count), self.vec.split(count))]
+
 
 Rows = Sequence[tuple[Branch, TextEmbeddings]]
 """Guidance branches of one evaluation, each with its text."""

@@ -57,7 +57,8 @@ def decode_files(
                 continue
             with SampleFiles([(_stem_of(path), float(facts["fps"]))]) as frames_to:
                 room = room_to_work(device, limit)
-                decode_into(frames_to, as_autoencoder(ae), latents[None], frames, device, dtype, room)
+                window = int(facts["window"]) if "window" in facts else None
+                decode_into(frames_to, as_autoencoder(ae), latents[None], frames, device, dtype, room, window)
                 made.append(frames_to.put_in_place(0))
         log(f"saved {made[-1]}")
     return made

@@ -32,11 +32,12 @@ def dry_run_report(run: PreparedRun, jobs: Sequence[Job]) -> str:
     text_tokens = text_length(run.sections["t5"])
     flops = model.forward_flops(plan.tokens, text_tokens) * plan.forwards
     at_most = "at most " if plan.step_cache is not None else ""
-    ending = ".png" if plan.num_frames == 1 else ".mp4"
+    ending = ".png" if plan.length == 1 else ".mp4"
     without = f" ({' and '.join(uncounted)} not counted)" if uncounted else ""
     lines = [
-        f"video        {plan.num_frames} frames of {plan.height} x {plan.width} (height x width), "
+        f"video        {plan.length} frames of {plan.height} x {plan.width} (height x width), "
         + " or ".join(each.cond_type for each in plans),
+        *_window_lines(plan),
         f"latent       {' x '.join(map(str, plan.latent_size))} (frames x rows x columns)",
         f"tokens       {plan.tokens} image + {text_tokens} text",
         f"steps        {plan.num_steps} by {plan.solver}, {at_most}{' or '.join(str(each.forwards) for each in plans)} "
@@ -135,6 +136,19 @@ def _stream_lines(run: PreparedRun, plans: Sequence[SamplePlan]) -> list[str]:
             f"{size_text(parts.most)} keep all there"
         )
     return lines
+
+
+def _window_lines(plan: SamplePlan) -> list[str]:
+    """How a video is divided that is longer than what the model makes at once."""
+    windows, after = plan.windows, plan.after
+    if windows is None or after is None:
+        return []
+    shared = "the last latent frame" if windows.overlap == 1 else f"the last {windows.overlap} latent frames"
+    first = plan.forwards - (windows.count - 1) * after.forwards
+    return [
+        f"windows      {windows.count} of {plan.num_frames} frames: {first} forwards for the first, {after.forwards} "
+        f"for each further one, which goes on from {shared}"
+    ]
 
 
 def _picture_lines(run: PreparedRun, text_tokens: int) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 from opensora.config.commands import InferenceOptions
 from opensora.diffusion.cards import TEXT_SECONDS, Card
 from opensora.diffusion.conditions import get_spans
+from opensora.diffusion.decode import window_work
 from opensora.diffusion.plan import SamplePlan
 from opensora.diffusion.prepared import TEXT_ENCODERS, PreparedRun, text_length
 from opensora.generation.room import activations_of, parameter_counts, weight_bytes
@@ -189,11 +190,13 @@ class Estimate:
         if way.streams:  # while the card computes; the branches of a step share what comes
             full = self.peaks(dataclasses.replace(way, streams=False), card.room)[0]["denoise"]
             coming = card.copy_seconds(max(full - card.room, 0.0))
-            denoise = copied["model"] + max(forward * self.plan.forwards, coming * self.plan.num_steps)
+            steps = self.plan.num_steps * (self.plan.windows.count if self.plan.windows is not None else 1)
+            denoise = copied["model"] + max(forward * self.plan.forwards, coming * steps)
         found = {"text": TEXT_SECONDS + copied["t5"] + copied["clip"], "denoise": denoise, "decode": copied["ae"]}
         if self.decoding is not None:
             tiling, size = self.ae.tiling, self.plan.latent_size
             more = fit.tiling.work(size) / tiling.work(size) if fit is not None and tiling is not None else 1.0
+            more *= window_work(self.ae, self.plan.num_frames, self.plan.whole_latent) if self.plan.windows else 1.0
             found["decode"] += more * card.network_seconds(self.decoding.flops, self.decoding.written)
         if self.encoding is not None:
             found["references"] = card.network_seconds(self.encoding.flops, self.encoding.written)

@@ -1,11 +1,13 @@
 """Where samples go and what is written beside them."""
 
+import glob
 import hashlib
 import itertools
 import json
 import os
 import platform
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -184,7 +186,18 @@ class SampleFile:
         self._video = self._first = None
 
 
-def save_latents(latents: Tensor, stem: Path, text: str, fps: float, frames: slice) -> Path:
+def windows_folder(stem: Path, digest: str) -> Path:
+    """Where the latents of a long video are kept while it is made."""
+    return stem.with_name(f".{stem.name}.{digest}.windows")
+
+
+def remove_windows(stem: Path) -> None:
+    """Delete what was kept of a long video while it was made, or begun with other settings."""
+    for folder in stem.parent.glob(str(windows_folder(Path(glob.escape(stem.name)), "[0-9a-f]" * 16))):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_latents(latents: Tensor, stem: Path, text: str, fps: float, frames: slice, window: int | None = None) -> Path:
     """Keep the latents [C, T, h, w] of a sample, with what it takes to decode them alone.
 
     Args:
@@ -193,9 +206,11 @@ def save_latents(latents: Tensor, stem: Path, text: str, fps: float, frames: sli
         text: final prompt.
         fps: frames per second of the video.
         frames: which frames of the decoded video to keep.
+        window: frames of the windows that it was made in, if it was.
     """
     path = _with_ending(stem, LATENTS_ENDING)
     facts = {"text": text, "fps": f"{fps:g}", "first_frame": str(frames.start), "end_frame": str(frames.stop)}
+    facts |= {} if window is None else {"window": str(window)}
     save_safetensors({"latents": latents.float().cpu()}, path, facts)
     return path
 

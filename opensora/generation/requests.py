@@ -39,6 +39,7 @@ class Request:
         seed: seed of the noise of the first video, None to draw one.
         refined: prompt as a language model wrote it out, if asked to, or as the table has it.
         image_text: the same for the picture made first (``use_t2i2v``).
+        next_texts: prompts of the windows after the first of a long video; the last one stays.
     """
 
     text: str
@@ -54,11 +55,17 @@ class Request:
     seed: int | None
     refined: str | None = None
     image_text: str | None = None
+    next_texts: tuple[str, ...] = ()
 
     @property
     def final_text(self) -> str:
         """Prompt as the text encoders get it."""
         return final_text(self.refined or self.text, self.fps, self.motion_score)
+
+    @property
+    def next_final_texts(self) -> list[str]:
+        """Prompts of the windows after the first as the text encoders get them."""
+        return [final_text(text, self.fps, self.motion_score) for text in self.next_texts]
 
     @property
     def picture_text(self) -> str:
@@ -86,6 +93,7 @@ def read_requests(
         if not cfg.prompt.strip():
             raise UserError("--prompt is empty")
         rows = {"text": cfg.prompt, "ref": cfg.ref or ""}
+        rows |= {f"text_{number}": text for number, text in enumerate(cfg.next_prompts or (), 2)}
         return [_request(cfg, rows, 0, "--prompt", None, downloads)]
     section = cfg.dataset or DatasetOptions(type="text")
     if section.type == "text" and not section.data_path:
@@ -149,7 +157,20 @@ def _request(
         seed=None if seed is None else check_seed(seed, where),
         refined=check_prompt(cell("refined"), f"{where}: refined") or None,
         image_text=check_prompt(cell("image_text"), f"{where}: image_text") or None,
+        next_texts=_next_texts(row, cell, where),
     )
+
+
+def _next_texts(row: Row, cell: Callable[[str], str], where: str) -> tuple[str, ...]:
+    """Columns ``text_2``, ``text_3``, ..., of which those at the end may be empty (the last text stays then).
+
+    Raises:
+        UserError: one after an empty one.
+    """
+    given = sorted(int(name[5:]) for name in row if re.fullmatch(r"text_([2-9]|[1-9]\d+)", str(name)) and cell(name))
+    if given != list(range(2, len(given) + 2)):
+        raise UserError(f"{where}: text_{given[-1]} is given, but not all texts before it (text_2, text_3, ...)")
+    return tuple(check_prompt(cell(f"text_{number}"), f"{where}: text_{number}") for number in given)
 
 
 def where_of_ref(where: str) -> str:

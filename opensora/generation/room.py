@@ -54,7 +54,9 @@ class Needs:
         cfg, counts = run.cfg, parameter_counts(run)[0]
         frames = max(plan.num_frames * plan.height * plan.width for plan in plans)
         channels = as_autoencoder(run.models["ae"]).latent_channels
-        latent = max(math.prod(plan.latent_size) for plan in plans) * channels * 4
+        latent = max(math.prod(plan.whole_latent) for plan in plans) * channels * 4
+        length = max(plan.length * plan.height * plan.width for plan in plans)
+        in_windows = max((latent for plan in plans if plan.windows is not None), default=0)  # while they are made
         # on a CPU they are at home, unless that is the disk
         on_demand = cfg.offload and (run.device.type != "cpu" or cfg.offload == "disk")
         weights = {name: weight_bytes(run, name, count) for name, count in counts.items()}
@@ -65,8 +67,8 @@ class Needs:
             weights=(max if on_demand else sum)(weights.values()),
             activations=max(activations_of(run, plan) for plan in plans),
             pixels=float(cfg.batch_size * 3 * frames * PIXEL_BYTES),
-            latents=float(samples * latent if cfg.save_latents else 0),
-            videos=samples * frames * FILE_BITS / 8,
+            latents=float((samples * latent if cfg.save_latents else 0) + cfg.batch_size * in_windows),
+            videos=samples * length * FILE_BITS / 8,
         )
 
 

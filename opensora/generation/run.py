@@ -18,6 +18,7 @@ from opensora.diffusion.pipeline import SampleResult, VideoPipeline
 from opensora.diffusion.prepared import PreparedRun, check_parallelism
 from opensora.diffusion.references import check_references
 from opensora.diffusion.solvers import StepCallback
+from opensora.diffusion.windows import is_long
 from opensora.generation import outputs
 from opensora.generation.dry_run import dry_run_report
 from opensora.generation.jobs import Job, hold_jobs, left_to_make, list_jobs, settle_jobs, with_local_references
@@ -62,6 +63,7 @@ def generate(
     with tempfile.TemporaryDirectory() as downloads, ExitStack() as held:
         requests = read_requests(cfg, Path(downloads))
         run = PreparedRun.of(cfg, device)
+        cfg = run.cfg
         check_parallelism(cfg, run.models["model"], processes.world_size)
         check_requests(run, requests)
         if cfg.dry_run:
@@ -103,6 +105,13 @@ def check_requests(run: PreparedRun, requests: Sequence[Request]) -> None:
     """
     run.plans(request.cond_type for request in requests)
     for request in requests:
+        if request.next_texts and not is_long(run.cfg.sampling_option):
+            name = "--next_prompts" if request.where == "--prompt" else f"{request.where}: text_2"
+            option = run.cfg.sampling_option
+            raise UserError(
+                f"{name} is of a second window, and num_frames={option.num_frames} is made at once "
+                f"(sampling_option.window={option.window}): ask for more frames, or leave it out"
+            )
         try:
             if request.refs:
                 check_references(request.refs, request.cond_type, run.plan.spec)
@@ -121,8 +130,10 @@ def make_all(pipe: VideoPipeline, jobs: Sequence[Job], log: Callable[[str], None
         for batch in _batches(jobs, cfg.batch_size):
             shown = tqdm(desc=batch[0].request.text[:40], unit="step", leave=False, disable=hidden)
             with nullcontext() if writer is None else writer.files(batch) as files:
+                kept = writer is not None and is_long(cfg.sampling_option)
+                folders = [writer.windows(job) for job in batch] if writer is not None and kept else None
                 with doing(", ".join(job.request.where for job in batch)), shown as steps:
-                    result = _make(pipe, batch, writer, _shown_on(steps), files)
+                    result = _make(pipe, batch, writer, _shown_on(steps), files, folders)
                 if writer is not None and files is not None:
                     made += [writer.sample(job, result, index, files) for index, job in enumerate(batch)]
             bar.update(len(batch))
@@ -155,6 +166,7 @@ def _make(
     writer: SampleWriter | None,
     on_step: StepCallback,
     files: SampleFiles | None,
+    folders: Sequence[Path] | None,
 ) -> SampleResult:
     """Sample a batch, frames to ``files`` as they are decoded; pictures made on the way, and latents that cannot be
     decoded, are saved at once."""
@@ -176,6 +188,8 @@ def _make(
             image_texts=[request.picture_text for request in requests] if pipe.cfg.use_t2i2v else None,
             on_images=None if writer is None else lambda images: writer.pictures(batch, images),
             on_sampled=on_sampled,
+            next_texts=[request.next_final_texts for request in requests],
+            folders=folders,
         )
     except DecodeMemoryError as error:
         if writer is None:

@@ -95,6 +95,11 @@ def with_condition(cfg: TrajectoryOptions, row: Row, index: int) -> Row:
 def _check(cfg: TrajectoryOptions, run: PreparedRun) -> None:
     if cfg.use_t2i2v or cfg.plugin == "hybrid":
         raise UserError(f"use_t2i2v={cfg.use_t2i2v}, plugin={cfg.plugin}: trajectories know neither")
+    if run.plan.windows is not None:
+        raise UserError(
+            f"num_frames={run.plan.length} is longer than sampling_option.window={run.plan.num_frames}: a trajectory "
+            "is of one window; ask for at most that"
+        )
     if run.plan.num_steps % cfg.keep_every:
         raise UserError(
             f"keep_every={cfg.keep_every} does not divide num_steps={run.plan.num_steps}: the last state would be lost"

@@ -1,6 +1,9 @@
 """Samples and their records, from the pipeline to files."""
 
 import copy
+import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,6 +23,10 @@ from opensora.utils.errors import UserError
 from opensora.utils.main import doing
 from opensora.utils.paths import own_command
 from opensora.utils.video import save_image
+from opensora.utils.weights import files_hash
+
+# Keys that decide what is in a video, besides its prompt and seed.
+OF_A_VIDEO = ("sampling_option", "model", "ae", "t5", "clip", "patch_size", "dtype", "device", "pretrained_lora_path")
 
 
 class SampleWriter:
@@ -46,6 +53,15 @@ class SampleWriter:
             weights = {**weights, "lora": outputs.lora_record(lora)}
         writer.common = {**self.common, "weights": weights, "config": cfg.to_dict()}
         return writer
+
+    def windows(self, job: Job) -> Path:
+        """Where the latents of a long video are kept while it is made: by its name and all that it is made with."""
+        models = {key: value for key, value in self.cfg.to_dict().items() if key in OF_A_VIDEO}
+        request = dataclasses.asdict(job.request) | {"index": None, "where": None}
+        refs = [files_hash(ref) for ref in job.request.refs]
+        facts = [models, self.common["weights"], request | {"refs": refs}, job.seed]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return outputs.windows_folder(job.stem, digest)
 
     def pictures(self, batch: Sequence[Job], images: Sequence[np.ndarray]) -> None:
         """Keep the pictures that videos start from, with their prompts."""
@@ -83,6 +99,7 @@ class SampleWriter:
             with nullcontext(files) if files is not None else self.files([job]) as written:
                 number = index if files is not None else self._write(written, result.frames[index])
                 path = written.put_in_place(number)
+        outputs.remove_windows(job.stem)
         self.log(f"saved {path}")
         return path
 
@@ -106,7 +123,9 @@ class SampleWriter:
 
     def _latents(self, job: Job, result: SampleResult, index: int) -> Path:
         frames = result.plan.kept_frames()
-        return outputs.save_latents(result.latents[index], job.stem, result.texts[index], job.request.fps, frames)
+        window = None if result.plan.windows is None else result.plan.num_frames
+        latents, text = result.latents[index], result.texts[index]
+        return outputs.save_latents(latents, job.stem, text, job.request.fps, frames, window)
 
     def _notes(self, job: Job, result: SampleResult, index: int) -> None:
         """Write the ``.txt`` and the ``.json`` of a sample."""
@@ -122,6 +141,7 @@ class SampleWriter:
             "fps": request.fps,
             "frames": [kept.stop - kept.start, plan.height, plan.width, 3],
             "latent": list(result.latents[index].shape),
+            **_windows_record(result, job),
             "tokens": plan.tokens,
             "forwards": plan.forwards,
             **_step_cache_record(result, index),
@@ -140,6 +160,15 @@ def _attention_record(cfg: InferenceOptions) -> dict[str, Any]:
     kernels = {name: each.attn_backend for name, each in models.items() if isinstance(each, MMDiTConfig)}
     found = {name: kernel for name, kernel in kernels.items() if is_approximate(kernel)}
     return {"attention": {**found, "approximate": True}} if found else {}
+
+
+def _windows_record(result: SampleResult, job: Job) -> dict[str, Any]:
+    """How a long video was divided."""
+    plan = result.plan
+    if plan.windows is None:
+        return {}
+    windows = {"count": plan.windows.count, "frames": plan.num_frames, "latent_overlap": plan.windows.overlap}
+    return {"windows": windows, **({"next_prompts": list(job.request.next_texts)} if job.request.next_texts else {})}
 
 
 def _step_cache_record(result: SampleResult, index: int) -> dict[str, Any]:

@@ -285,6 +285,11 @@ class LatentSpec:
             return (num_frames,)
         return tuple(sorted({max(below, 1), max(below, lead) + ratio}))
 
+    def frames_of(self, seconds: float, fps: float) -> int:
+        """The length nearest to so many seconds that can be encoded."""
+        wanted = round(seconds * fps)
+        return min(self.nearest_frames(max(wanted, 1)), key=lambda frames: abs(frames - wanted))
+
     def keeps_length(self, num_frames: int) -> bool:
         """Whether that many frames can be encoded and come back: a single latent frame decodes to one frame."""
         fits = self.nearest_frames(num_frames) == (num_frames,)

@@ -204,7 +204,7 @@ class Desk:
 
     def _too_much(self, plan: SamplePlan) -> str:
         return (
-            f"{plan.width} x {plan.height} pixels x {plan.num_frames} frames x {plan.num_steps} steps are "
+            f"{plan.width} x {plan.height} pixels x {plan.length} frames x {plan.num_steps} steps are "
             f"{work_of(plan):,} pixels to work out; this server takes {self.most_work:,.0f}: ask for a smaller or "
             "shorter video, or fewer steps"
         )
@@ -255,7 +255,7 @@ def _planned(cfg: ServeOptions, request: Request) -> str:
 
 def work_of(plan: SamplePlan) -> int:
     """Pixels x frames x steps."""
-    return plan.width * plan.height * plan.num_frames * plan.num_steps
+    return plan.width * plan.height * plan.length * plan.num_steps
 
 
 def check_served(cfg: ServeOptions) -> None:
@@ -265,7 +265,7 @@ def check_served(cfg: ServeOptions) -> None:
         UserError: names the key.
     """
     plain = ServeOptions()
-    for key in ("prompt", "ref", "start_index", "end_index", "num_samples", "num_sample", "save_prefix",
+    for key in ("prompt", "next_prompts", "ref", "start_index", "end_index", "num_samples", "num_sample", "save_prefix",
                 "prompt_as_path", "skip_existing", "overwrite", "save_latents", "wait", "dry_run"):  # fmt: skip
         if getattr(cfg, key) != getattr(plain, key):
             raise UserError(f"--{key} {getattr(cfg, key)}: a server makes what its requests ask for; leave it out")

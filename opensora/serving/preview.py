@@ -118,20 +118,23 @@ class Denoised:
 
     Args:
         times: schedule, 1 (noise) to 0.
+        windows: runs of this schedule, one after another.
     """
 
-    def __init__(self, times: Sequence[float]) -> None:
-        self.times = times
+    def __init__(self, times: Sequence[float], windows: int = 1) -> None:
+        self.times, self.windows = times, windows
         self._before: tuple[int, Tensor] | None = None
 
     def __call__(self, step: int, total: int, latents: Tensor) -> Tensor:
         """The estimate after a step (from 1); the latents themselves where nothing is known of the step before."""
         before, self._before = self._before, (step, latents)
-        known = total == len(self.times) - 1 and before is not None and before[0] == step - 1
+        steps = len(self.times) - 1
+        within = (step - 1) % steps + 1
+        known = total == steps * self.windows and within > 1 and before is not None and before[0] == step - 1
         if not known or before is None or before[1].shape != latents.shape:
             return latents
-        velocity = (latents - before[1]) / (self.times[step] - self.times[step - 1])
-        return latents - self.times[step] * velocity
+        velocity = (latents - before[1]) / (self.times[within] - self.times[within - 1])
+        return latents - self.times[within] * velocity
 
 
 def write_preview(latents: Tensor, colours: ColourMap, path: Path) -> Path:

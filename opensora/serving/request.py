@@ -152,8 +152,7 @@ class GenerationRequest(Options):
     def _frames(self, cfg: ServeOptions, spec: LatentSpec) -> int | None:
         if self.seconds is None:
             return self.num_frames
-        wanted = round(self.seconds * (self.fps or cfg.fps_save))
-        return min(spec.nearest_frames(max(wanted, 1)), key=lambda frames: abs(frames - wanted))
+        return spec.frames_of(self.seconds, self.fps or cfg.fps_save)
 
     def as_json(self) -> dict[str, Any]:
         """What differs from the defaults, by name: the request as JSON."""

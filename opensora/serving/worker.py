@@ -29,6 +29,7 @@ from opensora.config.commands import ServeOptions
 from opensora.diffusion.lora import split_lora
 from opensora.diffusion.offload import on_device
 from opensora.diffusion.pipeline import SampleResult, VideoPipeline
+from opensora.diffusion.plan import SamplePlan
 from opensora.generation.refine import Ask, make_asker, refine_requests, wants_language_model
 from opensora.generation.requests import Request
 from opensora.generation.run import join
@@ -112,7 +113,7 @@ class Worker:
     def _make(self, jobs: Sequence[Job]) -> None:
         try:
             batch = [self._prepare(job) for job in jobs]
-            progress = Progress(self, jobs, Denoised(batch[0].plan.times))
+            progress = Progress(self, jobs, _denoised(batch[0].plan))
             self._use_lora(batch[0].lora)
             result = self._sample(jobs, batch, progress)
         except (UserError, torch.OutOfMemoryError) as error:
@@ -205,6 +206,10 @@ class Worker:
             (self.folders.of(job.id) / PREVIEW).unlink(missing_ok=True)
             if self.store.get(job.id) is None:
                 self.folders.remove(job.id)
+
+
+def _denoised(plan: SamplePlan) -> Denoised:
+    return Denoised(plan.times, plan.windows.count if plan.windows is not None else 1)
 
 
 class Progress:

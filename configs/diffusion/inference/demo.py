@@ -11,6 +11,7 @@ sampling_option = dict(
     resolution="64px",
     aspect_ratio="1:1",
     num_frames=17,
+    window=17,  # longer videos are made in windows of so many frames
     num_steps=30,
     shift=True,
     temporal_reduction=4,
