@@ -15,7 +15,7 @@ from opensora.utils.video import read_image, read_video
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "diffusion" / "inference"
-SHIPPED = sorted(path.name for path in CONFIGS.glob("*.py") if path.name != "demo.py")
+SHIPPED = sorted(path.name for path in CONFIGS.glob("*.py") if not path.name.startswith("demo"))
 # What decides which code runs; sizes and weights may differ.
 SAME = (
     "plugin",

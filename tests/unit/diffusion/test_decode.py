@@ -10,8 +10,9 @@ import torch
 
 from opensora.config import load_config
 from opensora.config.commands import InferenceOptions
-from opensora.diffusion import decode, pipeline
+from opensora.diffusion import decode, stages
 from opensora.diffusion.decode import Gathered, decode_into, decode_latents
+from opensora.diffusion.pipeline import VideoPipeline
 from opensora.generation.jobs import list_jobs
 from opensora.generation.requests import read_requests
 from opensora.generation.run import generate
@@ -127,7 +128,7 @@ def test_ever_smaller_tiles_are_tried_where_the_room_is_known(ae, monkeypatch):
 
 
 def test_tiles_of_a_budget_are_told_and_recorded(tiny_config, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(pipeline, "room_to_work", lambda device, limit: limit)
+    monkeypatch.setattr(stages, "room_to_work", lambda device, limit: limit)
     settings = {"save_dir": str(tmp_path), "num_steps": 1, "num_frames": 33, "gpu_memory": "0.5MB"}
     cfg = load_config({**tiny_config, "prompt": "a"}, InferenceOptions, settings)
     with caplog.at_level("INFO", logger="opensora"):
@@ -162,7 +163,7 @@ def test_a_writer_takes_frames_that_a_result_holds(tiny_config, tmp_path):
     settings = {"save_dir": str(tmp_path), "num_steps": 1, "save_latents": True, "seed": 3}
     cfg = load_config({**tiny_config, "prompt": "a"}, InferenceOptions, settings)
     (made,) = generate(cfg, CPU, log=lambda line: None)
-    pipe = pipeline.VideoPipeline.from_config(cfg)
+    pipe = VideoPipeline.from_config(cfg)
     request = read_requests(cfg, tmp_path)[0]
     job = dataclasses.replace(list_jobs(cfg, [request])[0], stem=tmp_path / "other")
     result = pipe.make([request.final_text], [[]], "t2v", [job.seed], [request.neg])

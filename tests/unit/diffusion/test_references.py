@@ -10,7 +10,7 @@ from PIL import Image
 
 from opensora.config.choices import CONDITIONS
 from opensora.datasets.transforms import resize_crop, to_model_range
-from opensora.diffusion import pipeline
+from opensora.diffusion import pipeline, stages
 from opensora.diffusion.pipeline import VideoPipeline
 from opensora.diffusion.references import check_references, locate_references, per_prompt_references, read_clips
 from opensora.generation.requests import read_requests
@@ -78,7 +78,7 @@ def test_too_short_for_its_condition(pipe, clip, tmp_path):
 def test_models_are_on_the_device_one_after_another(tiny_config, monkeypatch):
     """Encoders leave before sampling starts, the diffusion model before decoding; without offload nothing moves."""
     events: list[str] = []
-    original = pipeline.on_device
+    original = stages.on_device
 
     def watched(model, device, offload):
         name = next(name for name, each in pipe.models.items() if each is model)
@@ -96,7 +96,7 @@ def test_models_are_on_the_device_one_after_another(tiny_config, monkeypatch):
 
         return Watch()
 
-    monkeypatch.setattr(pipeline, "on_device", watched)
+    monkeypatch.setattr(stages, "on_device", watched)
     flux = {**tiny_config["model"], "cond_embed": False, "guidance_embed": True}
     picture_ae = {"type": "autoencoder_2d", "ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1, "z_channels": 4}
     chain = {"use_t2i2v": True, "img_flux": flux, "img_flux_ae": picture_ae, "img_resolution": "64px"}

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-COMMANDS = sorted(
-    path for folder in ("scripts", "tools") for path in (ROOT / folder).rglob("*.py") if "__main__" in path.read_text()
-)
+FOREIGN = {ROOT / "tools" / "benchmark" / "gpu_parts" / "original.py"}  # runs beside another package of our name
+PROGRAMS = {path for folder in ("scripts", "tools") for path in (ROOT / folder).rglob("*.py")} - FOREIGN
+COMMANDS = sorted(path for path in PROGRAMS if "__main__" in path.read_text())
 FIND = 'if __package__ in (None, ""):\n    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))\n'
 
 

@@ -21,9 +21,8 @@ from opensora.utils.claims import NameClaims, take
 claim = take(Path(sys.argv[1]), is_folder=sys.argv[2] == "folder")
 if sys.argv[2] == "folder":
     names = NameClaims(Path(sys.argv[1])).take(["a", "b"])
-if "fork" in sys.argv and os.fork() == 0:
-    time.sleep(60)
-print("held", flush=True)
+if "fork" not in sys.argv or os.fork() == 0:  # a child that runs has let go of what it got by the fork
+    print("held", flush=True)
 time.sleep(60)
 """
 
