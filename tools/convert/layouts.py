@@ -4,6 +4,7 @@ C hidden size, D head dimension. The layouts hold the same numbers: every change
 by its inverse. Rows of q and k that move in the rotary order take the scales of their norms along; v never moves.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -144,6 +145,52 @@ def from_diffusers(state: Mapping[str, Tensor]) -> State:
         elif not (name == "v_proj" and prefix.startswith("single_blocks.")):
             converted[key] = value
     return converted
+
+
+def to_diffusers(state: Mapping[str, Tensor]) -> State:
+    """The inverse of `from_diffusers`: from split QKV and the interleaved rotary layout.
+
+    Raises:
+        UserError: modules that diffusers' Flux does not have, such as the embedder of image conditions.
+    """
+    hidden = state["img_in.weight"].shape[0]
+    converted: State = {}
+    unknown = []
+    for key, value in state.items():
+        prefix, name, kind = _split_key(key)
+        parts = {key: value}
+        if name == "v_mlp":
+            v, mlp = value.split([hidden, len(value) - hidden])
+            parts = {f"{prefix}v_proj.{kind}": v, f"{prefix}proj_mlp.{kind}": mlp}
+        elif "adaLN_modulation" in key:
+            parts = {key: torch.cat(value.chunk(2)[::-1])}
+        for ours, rows in parts.items():
+            theirs = _their_key(ours)
+            if theirs is None:
+                unknown.append(ours)
+            else:
+                converted[theirs] = rows
+    if unknown:
+        raise UserError(
+            f"it has {shorten(unknown)}, which diffusers' FluxTransformer2DModel does not have: only the image model "
+            "fits in it"
+        )
+    return converted
+
+
+def _their_key(key: str) -> str | None:
+    """The inverse of `_our_key`."""
+    module, _, kind = key.rpartition(".")
+    kind = "weight" if kind == "scale" else kind
+    found = re.fullmatch(r"(double|single)_blocks\.(\d+)\.(.+)", module)
+    if found is None:
+        table, prefix, inside = EMBEDDERS, "", module
+    else:
+        blocks, number, inside = found.groups()
+        table = DOUBLE_BLOCK if blocks == "double" else SINGLE_BLOCK
+        prefix = f"{'single_' if blocks == 'single' else ''}transformer_blocks.{number}."
+    name = next((theirs for theirs, ours in table.items() if ours == inside), None)
+    return None if name is None else f"{prefix}{name}.{kind}"
 
 
 def _our_key(key: str) -> str | None:
