@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from opensora.acceleration.devices import pick_device, torch_dtype
 from opensora.config.commands import VaeStatsOptions
@@ -16,6 +15,7 @@ from opensora.models.autoencoder import as_autoencoder, check_buckets, listed
 from opensora.models.build import build_on_meta, build_ready, check_weights
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
+from opensora.utils.progress import Bar
 
 logger = get_logger(__name__)
 
@@ -98,6 +98,6 @@ def latent_statistics(cfg: VaeStatsOptions) -> str:
     torch.manual_seed(cfg.seed)  # of the posterior's noise, which a diffusion model is trained with as well
     moments = RunningMoments()
     batches = min(len(loader), cfg.max_batches or len(loader))
-    for batch in tqdm(islice(loader, batches), total=batches, unit="batch", disable=cfg.verbose == 0):
+    for batch in Bar(islice(loader, batches), total=batches, unit="batch", disable=cfg.verbose == 0):
         moments.add(model.denormalize(model.encode(batch["video"].to(device, dtype))))
     return f"mean = {listed(moments.mean)}\nstd = {listed(moments.std)}\n{model.scale_text(moments)}"

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from opensora.acceleration.devices import pick_device, torch_dtype
 from opensora.config.commands import VaeInferenceOptions
@@ -31,6 +30,7 @@ from opensora.utils.errors import UserError, shorten
 from opensora.utils.files import remove_unfinished_files, write_text
 from opensora.utils.logging import get_logger
 from opensora.utils.main import doing
+from opensora.utils.progress import Bar
 from opensora.utils.video import contact_sheet, read_image, read_video, save_image, save_video, to_uint8
 from opensora.utils.weights import fingerprint
 
@@ -227,7 +227,7 @@ def _read_ahead(reader: ClipReader, cfg: VaeInferenceOptions) -> Iterator[tuple[
         prefetch_factor=(cfg.prefetch_factor or 2) if cfg.num_workers else None,
     )
     pairs = zip(reader.clips, loader)
-    for clip, video in tqdm(pairs, total=len(reader), unit="clip", desc="reconstructing", disable=cfg.verbose == 0):
+    for clip, video in Bar(pairs, total=len(reader), unit="clip", desc="reconstructing", disable=cfg.verbose == 0):
         if video is not None:
             yield clip, video
 

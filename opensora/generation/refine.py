@@ -18,6 +18,7 @@ from opensora.utils.chat import ChatClient, content_of, data_url, require_openai
 from opensora.utils.errors import UserError
 from opensora.utils.hub import only_local
 from opensora.utils.logging import get_logger
+from opensora.utils.progress import quiet_libraries
 from opensora.utils.video import is_video, read_image, read_video
 
 logger = get_logger(__name__)
@@ -122,7 +123,8 @@ class LocalModel:
         local = only_local(path)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
-            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=local)
+            with quiet_libraries():
+                model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=local)
             self.model = model.to(device).eval()
         except (OSError, ValueError) as error:
             raise UserError(f"--refine-model {path}: cannot be loaded ({error})") from error

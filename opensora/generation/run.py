@@ -30,6 +30,7 @@ from opensora.generation.writer import SampleWriter
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from opensora.utils.main import doing
+from opensora.utils.progress import Bar
 
 logger = get_logger(__name__)
 
@@ -126,9 +127,9 @@ def make_all(pipe: VideoPipeline, jobs: Sequence[Job], log: Callable[[str], None
     cfg, hidden = pipe.cfg, pipe.parallel.rank != 0
     writer = SampleWriter(cfg, log) if pipe.parallel.sample.first else None
     made = []
-    with tqdm(total=len(jobs), desc="samples", unit="sample", disable=hidden) as bar:
+    with Bar(total=len(jobs), desc="samples", unit="sample", disable=hidden) as bar:
         for batch in _batches(jobs, cfg.batch_size):
-            shown = tqdm(desc=batch[0].request.text[:40], unit="step", leave=False, disable=hidden)
+            shown = Bar(desc=batch[0].request.text[:40], unit="step", leave=False, disable=hidden)
             with nullcontext() if writer is None else writer.files(batch) as files:
                 kept = writer is not None and is_long(cfg.sampling_option)
                 folders = [writer.windows(job) for job in batch] if writer is not None and kept else None
@@ -152,7 +153,7 @@ def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
         yield batch
 
 
-def _shown_on(bar: "tqdm[None]") -> StepCallback:
+def _shown_on(bar: Bar) -> StepCallback:
     def on_step(step: int, total: int, latents: Tensor) -> None:
         bar.total = total
         bar.update(step - bar.n)

@@ -13,7 +13,6 @@ import pandas as pd
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from opensora.config.commands import TrajectoryOptions
 from opensora.config.options import ModelOptions
@@ -34,6 +33,7 @@ from opensora.utils.files import write_text
 from opensora.utils.logging import get_logger
 from opensora.utils.main import doing
 from opensora.utils.paths import own_command
+from opensora.utils.progress import Bar
 from opensora.utils.weights import files_hash
 from opensora.utils.weights_writing import save_safetensors
 
@@ -137,7 +137,7 @@ class TrajectoryWriter:
         with claimed(self.folder, wait=True):
             self._begin()
         left = self._missing()
-        with tqdm(total=len(self.starts), initial=len(self.starts) - self._count(left), unit="trajectory") as bar:
+        with Bar(total=len(self.starts), initial=len(self.starts) - self._count(left), unit="trajectory") as bar:
             while left:
                 taken = [number for number in left if not self._write(number, bar)]
                 left = [number for number in self._missing() if number not in taken]
@@ -189,7 +189,7 @@ class TrajectoryWriter:
         with safe_open(path, "pt") as file:
             return (file.metadata() or {}).get("trajectories") == self._digest(number)
 
-    def _write(self, number: int, bar: "tqdm[None]") -> bool:
+    def _write(self, number: int, bar: Bar) -> bool:
         """Make a shard, unless it is there by now; false where another process is at it."""
         path = trajectory_shard(self.folder, number)
         try:

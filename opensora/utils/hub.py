@@ -7,6 +7,7 @@ from pathlib import Path
 
 from opensora.utils.errors import UserError, first_line
 from opensora.utils.logging import get_logger
+from opensora.utils.progress import quiet_libraries
 
 logger = get_logger(__name__)
 
@@ -77,10 +78,11 @@ def download(repo: str, inside: str, is_file: bool, cache_dir: str | None = None
             if not HfApi().get_paths_info(repo, [inside]):
                 raise FileNotFoundError(f"it has no {inside}")
             return Path(inside)
-        if is_file:
-            return Path(hf_hub_download(repo, inside, cache_dir=cache_dir, local_files_only=offline))
-        wanted = f"{inside}/*"
-        found = snapshot_download(repo, allow_patterns=wanted, cache_dir=cache_dir, local_files_only=offline)
+        with quiet_libraries():
+            if is_file:
+                return Path(hf_hub_download(repo, inside, cache_dir=cache_dir, local_files_only=offline))
+            wanted = f"{inside}/*"
+            found = snapshot_download(repo, allow_patterns=wanted, cache_dir=cache_dir, local_files_only=offline)
         folder = Path(found) / inside
         if not folder.is_dir():
             raise FileNotFoundError(f"it has no folder {inside}")

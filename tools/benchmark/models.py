@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+
+from opensora.utils.progress import Bar
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -128,13 +129,13 @@ def main(argv: list[str] | None = None) -> None:
     print(", ".join(f"{key} {value}" for key, value in report["environment"].items() if key != "sizes"))
     if isinstance(sizes, VaeSizes):
         report["autoencoders"] = []
-        for row in tqdm(autoencoder_rows(device, sizes, args.repeats), unit="case", disable=None):
+        for row in Bar(autoencoder_rows(device, sizes, args.repeats), unit="case"):
             report["autoencoders"].append(row)
             save(report, args.out)
         print(markdown(report["autoencoders"]))
         return
     report["comparison"] = []
-    for case in tqdm(args.case, unit="case", disable=None):
+    for case in Bar(args.case, unit="case"):
         report["comparison"] += compare(case, device, args.repeats)
         save(report, args.out)
     print(markdown(report["comparison"]))

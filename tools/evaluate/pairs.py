@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from opensora.datasets.transforms import to_model_range
 from opensora.evaluation.quality import psnr, ssim
 from opensora.utils.errors import UserError, shorten
+from opensora.utils.progress import Bar
 from tools.evaluate.intervals import mean_interval
 from tools.evaluate.measures import MEASURES, measure_clip
 from tools.evaluate.samples import Frames, Sample
@@ -103,7 +103,7 @@ def measure_pairs(pairs: Sequence[Pair], lpips: nn.Module | None = None, device:
         UserError: a file cannot be read, or sizes differ; names the pair.
     """
     rows = []
-    for pair in tqdm(pairs, unit="pair"):
+    for pair in Bar(pairs, unit="pair"):
         (first, fps), (second, _) = pair.first.read(), pair.second.read()
         row: dict[str, Any] = {"pair": pair.name, "prompt": pair.prompt, "seed": pair.first.seed}
         row |= {"a": str(pair.first.path), "b": str(pair.second.path)}

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
+
+from opensora.utils.progress import Bar
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -70,9 +71,9 @@ def measure_all(samples: Sequence[Sample], workers: int) -> pd.DataFrame:
     """
     if workers > 1:
         with ProcessPoolExecutor(workers) as pool:
-            rows = list(tqdm(pool.map(measure_sample, samples), total=len(samples), unit="clip"))
+            rows = list(Bar(pool.map(measure_sample, samples), total=len(samples), unit="clip"))
     else:
-        rows = [measure_sample(sample) for sample in tqdm(samples, unit="clip")]
+        rows = [measure_sample(sample) for sample in Bar(samples, unit="clip")]
     readable = [row for row in rows if "thumbs" in row]
     if not readable:
         raise UserError(f"none of {len(rows)} files can be read; {rows[0]['name']}: {rows[0]['error']}")
@@ -95,7 +96,7 @@ def add_learned(table: pd.DataFrame, samples: Mapping[str, Sample], args: argpar
     if not (scripts or clip or features):
         return {}
     found: list[np.ndarray] = []
-    for index, name in tqdm(list(table["name"].items()), unit="clip", desc="networks"):
+    for index, name in Bar(list(table["name"].items()), unit="clip", desc="networks"):
         if "error" in table and isinstance(table.loc[index, "error"], str):
             continue
         frames, _ = samples[name].read()
@@ -107,7 +108,7 @@ def add_learned(table: pd.DataFrame, samples: Mapping[str, Sample], args: argpar
             found.append(features(frames))
     if features is None:
         return {}
-    real = [features(sample.read()[0]) for sample in tqdm(list_samples(args.reference), unit="clip", desc="reference")]
+    real = [features(sample.read()[0]) for sample in Bar(list_samples(args.reference), unit="clip", desc="reference")]
     return {"frechet_distance": frechet_distance(found, real), "clips": len(found), "reference_clips": len(real)}
 
 

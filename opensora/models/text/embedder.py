@@ -25,12 +25,14 @@ from opensora.models.text.quantized import load_t5
 from opensora.registry import MODELS
 from opensora.utils import hub
 from opensora.utils.errors import UserError, shorten
+from opensora.utils.progress import quiet_libraries
 from opensora.utils.weights import check_finite
 
 
 def _load_model(model_class: Any, path: str, **options: Any) -> Any:
     """A model of transformers, which itself only warns of weights that the files lack, and draws them at random."""
-    model, loading = model_class.from_pretrained(path, output_loading_info=True, **options)
+    with quiet_libraries():
+        model, loading = model_class.from_pretrained(path, output_loading_info=True, **options)
     if loading["missing_keys"]:
         raise ValueError(f"its weights lack {shorten(sorted(loading['missing_keys']))}")
     return model

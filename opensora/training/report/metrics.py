@@ -10,12 +10,12 @@ from time import perf_counter
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from opensora.acceleration.collectives import gather_values
 from opensora.acceleration.parallel_context import ParallelContext
 from opensora.training.report.trackers import TensorBoardTracker, Tracker
 from opensora.utils.logging import get_logger
+from opensora.utils.progress import Bar, duration
 
 logger = get_logger(__name__)
 
@@ -174,9 +174,9 @@ class MetricLog:
     ) -> None:
         self.parallel = parallel or ParallelContext()
         self.trackers = list(trackers) if trackers is not None else [TensorBoardTracker(folder, start_step)]
-        self.bar = tqdm(
+        self.bar = Bar(
             total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=2.0,
-            disable=self.parallel.rank > 0,
+            disable=self.parallel.rank > 0, lines=False,
         )  # fmt: skip
         self.total_steps, self.log_every = total_steps, max(log_every, 1)
         self.peak_flops, self.device = peak_flops, device
@@ -224,9 +224,9 @@ class MetricLog:
         brief = {k: values[k] for k in ("loss", "grad_norm", "data_wait") if k in values}
         self.bar.set_postfix_str(" ".join(f"{k}={v:.3g}" for k, v in brief.items()), refresh=False)
         seconds = values["seconds_per_step"]
-        left = seconds * (self.total_steps - step) / 60
+        left = duration(seconds * (self.total_steps - step))
         logger.info(
-            "step %d/%d %s lr=%.3g %.2f s/step, %.1f min left",
+            "step %d/%d %s lr=%.3g %.2f s/step, %s left",
             step,
             self.total_steps,
             shown,
