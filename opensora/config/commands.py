@@ -94,7 +94,7 @@ class InferenceOptions(RunOptions):
     )
     prompt: str | None = opt(None, "text of the video", verbatim=True)
     next_prompts: list[str] | None = opt(
-        None, "texts of the windows after the first of a long video; the last one stays", verbatim=True
+        None, "texts of the windows after the first of a long video; the last one stays"
     )
     seconds: float | None = opt(
         None,
@@ -280,9 +280,6 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
         0, "host memory for inputs of recomputed blocks (0: on the device)", "bytes", least=0
     )
     lora_config: dict[str, Any] | None = opt(None, "PEFT LoraConfig; none trains all weights")
-    lora_dtype: Literal["fp32", "bf16"] = opt(
-        "fp32", "precision in which adapters compute; bf16 is faster, and fp32 copies are kept"
-    )
     lora_checkpoint: str | None = opt(None, "adapter to start from: folder or file", reads="file")
     freeze_layers: list[str] | str | None = opt(None, "what not to train, by name: txt_in, double_blocks.*.txt_mlp")
     validation: ValidationOptions | None = section(
