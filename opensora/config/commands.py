@@ -280,6 +280,13 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
         0, "host memory for inputs of recomputed blocks (0: on the device)", "bytes", least=0
     )
     lora_config: dict[str, Any] | None = opt(None, "PEFT LoraConfig; none trains all weights")
+    lora_dtype: Literal["fp32", "bf16"] = opt(
+        "fp32", "precision in which adapters compute; bf16 is faster, and fp32 copies are kept"
+    )
+    weights_memory: str | None = opt(
+        None,
+        "memory of the device for the frozen weights under adapters, such as 6GB: blocks beyond it come when needed",
+    )
     lora_checkpoint: str | None = opt(None, "adapter to start from: folder or file", reads="file")
     freeze_layers: list[str] | str | None = opt(None, "what not to train, by name: txt_in, double_blocks.*.txt_mlp")
     validation: ValidationOptions | None = section(
@@ -301,6 +308,10 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
     nsys: bool = opt(False, "let Nsight Systems record some steps")
     nsys_warmup_steps: int = opt(2, "steps before the record", "steps", least=0)
     nsys_num_steps: int = opt(2, "steps in the record", "steps", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_bytes(self.weights_memory, "weights_memory")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Ways to train, on a handful of real clips: adapters, frozen parts, bf16, mixed sizes, held-out rows, samples."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch._dynamo.utils import counters
 
 from opensora.acceleration.compile import compile_blocks
+from opensora.acceleration.streaming import BlockStream
 from opensora.config import load_config, parse_config
 from opensora.config.commands import CacheOptions, TrainOptions
 from opensora.diffusion.pipeline import VideoPipeline
@@ -128,6 +130,28 @@ def test_adapter_on_quantised_weights_resumes_and_generates(train, base, tiny_co
         return pipe("a", seed=1, num_steps=1, num_frames=1).latents
 
     assert not torch.allclose(sample(pretrained_lora_path=str(newest(whole) / "lora")), sample())
+
+
+def test_frozen_blocks_that_come_and_go_change_nothing(train, diffusion_content, tmp_path):
+    """Values are copied, not computed: adapters are the same to the bit, in both directions of the model."""
+    section = {**diffusion_content["model"], "depth": 2, "depth_single_blocks": 3}
+    torch.manual_seed(5)
+    save_safetensors(build_module(dict(section), MODELS).state_dict(), tmp_path / "base.safetensors")
+    base = {**section, "from_pretrained": str(tmp_path / "base.safetensors")}
+    options = dict(model={**base, "quantize": "int8"}, lora_config=LORA, max_steps=2, grad_checkpoint=True)
+    there, loads = train("there", **options), []
+    with pytest.MonkeyPatch.context() as patch:
+        bring = BlockStream._bring
+        patch.setattr(BlockStream, "_bring", lambda self, number: loads.append(number) or bring(self, number))
+        with pytest.raises(UserError, match=r"its weights need [\d.]+ MiB"):
+            train("little", **options, weights_memory="1KB")
+        moving = train("moving", **options, weights_memory="310KB")
+    assert same(*(weights(folder, "lora/adapter_model.safetensors") for folder in (there, moving)))
+    assert set(loads) == {2, 3, 4}
+    assert any(later < earlier for earlier, later in itertools.pairwise(loads))
+    for more, message in (({"grad_checkpoint": False}, "a block comes again"), ({"lora_config": None}, "lora_config")):
+        with pytest.raises(UserError, match=message):
+            train("refused", **{**options, **more, "model": base}, weights_memory="310KB")
 
 
 def test_starts_from_an_image_model(train, diffusion_content, tmp_path):

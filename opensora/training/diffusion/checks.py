@@ -19,6 +19,7 @@ from opensora.models.build import MAX_CPU_PARAMETERS, build_on_meta, check_all_w
 from opensora.models.diffusion import DiffusionModel, as_diffusion_model
 from opensora.models.mmdit.attention import check_trains
 from opensora.models.mmdit.config import MMDiTConfig
+from opensora.models.mmdit.model import MMDiTModel
 from opensora.models.quantization.loading import kind_of_section
 from opensora.models.text.files import check_text_widths
 from opensora.training.checks import check_loop, check_optimizer
@@ -91,6 +92,7 @@ def check_config(cfg: TrainOptions, world_size: int = 1) -> TrainingPlan:
     if not (isinstance(method, type) and issubclass(method, TrainingMethod)):
         raise UserError(f"training_method={cfg.training_method}: {method!r} is no class derived from TrainingMethod")
     _check_parts(cfg, world_size, method)
+    _check_streamed(cfg, world_size, method, model)
     options = read_group(method.options, cfg.training_method_config or {}, "training_method_config", cfg.config_path)
     method.check(cfg, options, model)
     samples = sampling_config(cfg) if cfg.samples else None
@@ -180,6 +182,30 @@ def _check_parts(cfg: TrainOptions, world_size: int, method: type[TrainingMethod
             f"lora_dtype={cfg.lora_dtype} with plugin fsdp2, which would round fp8 weights too: use lora_dtype=fp32, "
             "--plugin ddp, or --model.quantize int8 or nf4"
         )
+
+
+def _check_streamed(cfg: TrainOptions, world_size: int, method: type[TrainingMethod], model: DiffusionModel) -> None:
+    """Raises a UserError where blocks cannot come and go."""
+    if not cfg.weights_memory:
+        return
+    blocks, chosen = model.blocks_in_order(), getattr(cfg.model, "grad_ckpt_settings", None)
+    kept = (
+        chosen is not None
+        and isinstance(model, MMDiTModel)
+        and any(number < len(of_kind) for number, of_kind in zip(chosen, (model.double_blocks, model.single_blocks)))
+    )
+    wrong = {
+        "an adapter, under which weights are frozen: set lora_config": not cfg.lora_config,
+        "grad_checkpoint=True: a block comes again for its backward pass": not cfg.grad_checkpoint,
+        "all blocks to recompute: leave model.grad_ckpt_settings out, or give (100, 100)": kept,
+        "one process: leave it out and divide the weights by --plugin fsdp2": world_size > 1,
+        "no samples on the way: make them of a checkpoint with scripts/diffusion/inference.py": bool(cfg.samples),
+        f"another training_method than {cfg.training_method}, which adds an adapter": method.adds_adapters,
+        "a model that says which its blocks are (blocks_in_order)": not blocks,
+    }
+    for need, applies in wrong.items():
+        if applies:
+            raise UserError(f"weights_memory={cfg.weights_memory} needs {need}")
 
 
 def check_resources(

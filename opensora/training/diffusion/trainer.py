@@ -11,6 +11,7 @@ from opensora.acceleration.devices import torch_dtype
 from opensora.acceleration.engine import Engine
 from opensora.acceleration.plugins import divide_model
 from opensora.acceleration.shardformer import use_shardformer
+from opensora.acceleration.streaming import streamed
 from opensora.config.commands import TrainOptions
 from opensora.config.options import SchedulerOptions
 from opensora.datasets.dataloader import endless, prefetch
@@ -35,6 +36,7 @@ from opensora.training.weights.ema import EMA
 from opensora.training.weights.optimizer import load_optimizer
 from opensora.training.weights.recompute import apply_recompute
 from opensora.utils.logging import get_logger
+from opensora.utils.sizes import parse_bytes
 
 logger = get_logger(__name__)
 
@@ -85,9 +87,13 @@ class Trainer:
         return folder
 
     def _run(self, folder: Path) -> None:
+        with ExitStack() as stack:
+            self._train(folder, stack)
+
+    def _train(self, folder: Path, stack: ExitStack) -> None:
         start, cfg = self.start, self.cfg
         encoder = self._encoder()
-        weights = self._model()
+        weights = self._model(stack)
         plain: Any = weights.model
         model = self._role(weights)
         ema = self._ema(weights, model.engine)
@@ -95,17 +101,16 @@ class Trainer:
         method = self._method(model.engine, weights, encoder, timer)
         log = start.open_log(folder, self.total_steps)
         log_data(self.sampler, f"steps {start.states.global_step} to {self.total_steps}")
-        with ExitStack() as stack:
-            stack.callback(log.close)
-            hooks = self._hooks(weights, encoder, ema, log, folder, method.metadata())
-            for hook in hooks:
-                stack.callback(hook.close)
-            loop = TrainLoop(
-                [model, *method.roles], weights, ema, log, folder, self._settings(), start.states, len(self.sampler),
-                {**plain.file_metadata(), **method.metadata()}, timer,
-            )  # fmt: skip
-            batches = endless(self.loader, self.sampler, start.states.micro_step)
-            loop.run(prefetch(batches, start.device, start.dtype), method, hooks)
+        stack.callback(log.close)
+        hooks = self._hooks(weights, encoder, ema, log, folder, method.metadata())
+        for hook in hooks:
+            stack.callback(hook.close)
+        loop = TrainLoop(
+            [model, *method.roles], weights, ema, log, folder, self._settings(), start.states, len(self.sampler),
+            {**plain.file_metadata(), **method.metadata()}, timer,
+        )  # fmt: skip
+        batches = endless(self.loader, self.sampler, start.states.micro_step)
+        loop.run(prefetch(batches, start.device, start.dtype), method, hooks)
 
     def _build(self, section: str, **overrides: Any) -> Any:
         return self.start.build(getattr(self.cfg, section), **overrides)
@@ -130,11 +135,11 @@ class Trainer:
             ae.encode(torch.zeros(shape, device=self.start.device, dtype=self.start.dtype))
         logger.info("autoencoder warmed up on %d shapes", len(shapes))
 
-    def _model(self) -> TrainedWeights:
+    def _model(self, stack: ExitStack) -> TrainedWeights:
         """The model, its trained part marked, with the weights of the checkpoint to go on from."""
         cfg, start = self.cfg, self.start
         torch.manual_seed(cfg.seed)
-        overrides = {}
+        overrides = {"device_map": "cpu"} if cfg.weights_memory else {}
         if start.resume is not None and not cfg.lora_config:
             overrides["from_pretrained"] = str(start.resume / "model" / "model.safetensors")
         frozen = bool(cfg.lora_config)  # and so of the dtype that it computes in
@@ -151,6 +156,9 @@ class Trainer:
         self.layout = divide_model(model, start.parallel, cfg.plugin_config, cfg.plugin)
         if cfg.compile:
             compile_and_tell(model, "model")
+        if cfg.weights_memory:
+            room, blocks = parse_bytes(cfg.weights_memory, "weights_memory"), model.blocks_in_order()
+            stack.enter_context(streamed(model, blocks, start.device, room, trains=True))
         return TrainedWeights(model, start.masters_of(model, self._rounded_adapters()), adapter)
 
     def _adapters_dtype(self) -> torch.dtype | None:

@@ -1,4 +1,4 @@
-"""Adapters on quantised weights: beside those on the weights that they stand for; what is held; how adapters compute."""
+"""Adapters on quantised weights: beside those on plain ones; what is held; how adapters compute."""
 
 import copy
 
@@ -61,7 +61,7 @@ def test_loss_and_gradients_are_those_on_the_weights_that_it_stands_for(kind, do
 
 @pytest.mark.parametrize(("kind", "share"), [("fp8", 0.75), ("int8", 0.75), ("nf4", 0.62)])
 def test_bytes_that_are_held(kind, share):
-    """Frozen weights take the room of their kind, and nothing of them is in fp32; embedders and modulation stay in bf16."""
+    """Frozen weights take the room of their kind, and nothing is in fp32; modulation stays in bf16."""
     sizes = {"hidden_size": 64, "context_in_dim": 64, "num_heads": 4, "axes_dim": [8, 4, 4]}
     plain = tiny_model(torch.bfloat16, **sizes)
     model = tiny_model(torch.bfloat16, **sizes)
