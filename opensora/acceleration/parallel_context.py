@@ -53,11 +53,13 @@ class Sizes:
         tp: ranks that share each weight matrix.
         sp: ranks that share the tokens of a sample.
         branch: ranks that share the guidance branches of a sampling step.
+        shard: ranks, of those that average their gradients, that divide weights; None is all of them.
     """
 
     tp: int = 1
     sp: int = 1
     branch: int = 1
+    shard: int | None = None
 
     @classmethod
     def of(cls, plugin: str | None, config: PluginOptions | None) -> "Sizes":
@@ -70,7 +72,9 @@ class Sizes:
             return cls()
         if config.pp_size != 1:
             raise UserError(f"plugin_config.pp_size={config.pp_size}: pipeline parallelism is not available")
-        found = cls(config.tp_size, config.sp_size, config.branch_size)
+        found = cls(config.tp_size, config.sp_size, config.branch_size, config.shard_size)
+        if found.shard is not None and plugin != "fsdp2":
+            raise UserError(f"plugin_config.shard_size={found.shard} is of fsdp2; plugin {plugin} has no use for it")
         if plugin in ("zero1", "zero2", "torch_ddp") and found != cls():
             raise UserError(
                 f"plugin {plugin} only divides data; for plugin_config.tp_size or sp_size above 1 use hybrid "
@@ -79,7 +83,11 @@ class Sizes:
         return found
 
     def fit(self, world_size: int) -> "Sizes":
-        """The largest sizes not above these whose product divides ``world_size``; a change is logged."""
+        """The largest sizes not above these whose product divides ``world_size``; a change is logged.
+
+        Raises:
+            UserError: `shard` does not divide the ranks that average their gradients.
+        """
         left, fitted = world_size, {}
         for name in ("tp", "sp", "branch"):
             wanted = getattr(self, name)
@@ -90,7 +98,12 @@ class Sizes:
                     "%s_size=%d asked for, %d used: there are %d processes (torchrun --nproc_per_node)",
                     name, wanted, fitted[name], world_size,
                 )  # fmt: skip
-        return Sizes(**fitted)
+        replicas = world_size // fitted["tp"]
+        if self.shard is not None and world_size > 1 and replicas % self.shard:
+            raise UserError(
+                f"plugin_config.shard_size={self.shard} does not divide the {replicas} processes that share weights"
+            )
+        return Sizes(**fitted, shard=self.shard)
 
 
 @dataclass(frozen=True)
@@ -105,6 +118,8 @@ class ParallelContext:
         sp: same samples, different tokens.
         tp: same samples, different parts of the weights.
         replica: dp, branch and sp together: the ranks that hold the same weights and average their gradients.
+        shard, copies: replica in two, where weights are divided over neighbours only: these, and the ranks that hold
+            the same share of them.
         sample: branch, sp and tp together: the ranks that work on the same samples.
         host: all processes, with a group of their own on the CPU: what they exchange in it, in a thread too, does not
             get in the way of the others' exchanges.
@@ -118,6 +133,8 @@ class ParallelContext:
     sp: Axis = Axis()
     tp: Axis = Axis()
     replica: Axis = Axis()
+    shard: Axis = Axis()
+    copies: Axis = Axis()
     sample: Axis = Axis()
     host: Axis = Axis()
 
@@ -137,6 +154,9 @@ class ParallelContext:
         grid = torch.arange(world).reshape(-1, sizes.branch, sizes.sp, sizes.tp)
         axes = {name: _axis(grid.movedim(dim, -1).flatten(0, -2)) for dim, name in enumerate(AXES)}
         axes |= {"replica": _axis(grid.flatten(0, 2).movedim(0, -1)), "sample": _axis(grid.flatten(1))}
+        if sizes.shard is not None:
+            parts = grid.flatten(0, 2).movedim(0, -1).unflatten(-1, (-1, sizes.shard))  # [tp, copies, shard]
+            axes |= {"shard": _axis(parts.flatten(0, 1)), "copies": _axis(parts.movedim(1, -1).flatten(0, 1))}
         axes["host"] = Axis(world, dist.get_rank(), dist.new_group(backend="gloo", timeout=TIMEOUT))
         context = cls(dist.get_rank(), world, device, **axes)
         logger.info("%d processes: %s", world, context.describe())
@@ -144,12 +164,17 @@ class ParallelContext:
 
     def describe(self) -> str:
         """Sizes in words."""
-        return ", ".join(f"{name} {getattr(self, name).size}" for name in AXES)
+        groups = f", weights divided over {self.shard.size}" if self.copies.size > 1 else ""
+        return ", ".join(f"{name} {getattr(self, name).size}" for name in AXES) + groups
 
     @property
     def replica_mesh(self) -> DeviceMesh:
-        """One-dimensional mesh of the axis `replica`, of more than one rank."""
-        return DeviceMesh.from_group(self.replica.group, self.device.type)
+        """Mesh of the axis `replica`, of more than one rank: of one dimension, or of `copies` and `shard`."""
+        if self.copies.size == 1:
+            return DeviceMesh.from_group(self.replica.group, self.device.type)
+        ranks = torch.tensor(dist.get_process_group_ranks(self.replica.group)).view(self.copies.size, self.shard.size)
+        groups = [self.copies.group, self.shard.group]
+        return DeviceMesh.from_group(groups, self.device.type, ranks, mesh_dim_names=("copies", "shard"))
 
 
 def _axis(groups: Tensor) -> Axis:

@@ -96,7 +96,7 @@ def check_sizes(config: PluginOptions | None, model: nn.Module, world_size: int)
     Raises:
         UserError: sizes or a mode that cannot be.
     """
-    sizes = Sizes.of("hybrid", config).fit(world_size)
+    sizes = Sizes.of("fsdp2", config).fit(world_size)
     if max(sizes.tp, sizes.sp) == 1:
         return
     described: Any = model.config

@@ -295,6 +295,13 @@ class PluginOptions(Options):
     branch_size: int = opt(
         1, "group that shares the guidance branches of a sampling step", "ranks", least=1, most=MANY_PROCESSES
     )
+    shard_size: int | None = opt(
+        None,
+        "fsdp2 divides weights over so many neighbours, and averages between such groups (HSDP); none is over all",
+        "ranks",
+        least=2,
+        most=MANY_PROCESSES,
+    )
     sequence_parallelism_mode: str | None = opt(None, "how tokens are exchanged: ring_attn, all_to_all")
     enable_sequence_parallelism: bool = opt(
         False, "split tokens over the sequence-parallel group", no_effect="sp_size above 1 does it"

@@ -14,7 +14,7 @@ from torch.optim import AdamW
 from opensora.acceleration.compile import compile_blocks
 from opensora.acceleration.engine import Engine
 from opensora.acceleration.parallel_context import ParallelContext
-from opensora.acceleration.plugins import create_engine, divide_model
+from opensora.acceleration.plugins import check_training, create_engine, divide_model
 from opensora.config.options import PluginOptions
 from opensora.utils.errors import UserError
 from tests.parallel.harness import assert_close
@@ -143,6 +143,20 @@ def check_combined(folder: Path) -> None:
     compare("ddp", "all_to_all", sp=2, tp=2)
 
 
+def check_hybrid_sharding(folder: Path) -> None:
+    """Weights divided over two neighbours and held twice: the numbers of one process, half the bytes on each rank."""
+    compare("fsdp2", shard=2)
+    compare("fsdp2", "all_to_all", sp=2, shard=2)
+    engine = make_engine("fsdp2", context(shard=2))
+    parts, whole = engine.unwrap().state_dict(), tiny_model().state_dict()
+    assert all(
+        parts[name].to_local().numel() == whole[name].numel() // 2 for name in whole if len(whole[name]) % 2 == 0
+    )
+    for sizes, plugin in (({"shard_size": 3}, "fsdp2"), ({"shard_size": 2}, "ddp")):
+        with pytest.raises(UserError, match="shard_size"):
+            check_training(plugin, PluginOptions(**sizes), tiny_model(), 4)
+
+
 def take_over(engine: Engine, saved: list[Any]) -> None:
     """Go on from the whole weights and optimizer state of another engine."""
     engine.load_state_dict(saved[1])
@@ -230,4 +244,4 @@ CHECKS = [
     check_bfloat16,
     check_refusals,
 ]
-FOUR = [check_combined]
+FOUR = [check_combined, check_hybrid_sharding]
