@@ -308,6 +308,10 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
     nsys: bool = opt(False, "let Nsight Systems record some steps")
     nsys_warmup_steps: int = opt(2, "steps before the record", "steps", least=0)
     nsys_num_steps: int = opt(2, "steps in the record", "steps", least=1)
+    dry_run: bool = opt(False, "check the config and print memory, arithmetic and time, without loading anything")
+    dry_run_ranks: int | None = opt(
+        None, "processes that dry_run plans for; none is those that torchrun started", least=1, most=MANY_PROCESSES
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

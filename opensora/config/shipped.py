@@ -95,11 +95,13 @@ def _hint(path: Path, folder: str) -> str:
     beside = _nearest_beside(path, cutoff=0.6)
     if near or beside:
         return f"; did you mean {' or '.join([*([str(beside)] if beside else []), *near[:3]])}?"
-    elsewhere = sorted(
-        file.relative_to(shipped_root()).parent.as_posix()
+    found = {
+        file.relative_to(shipped_root()).parent
         for file in (shipped_root() / CONFIGS).rglob("*.py")
         if file.stem == path.name and PARTS not in file.parts
-    )
+    }
+    # those of folders within have longer names
+    elsewhere = sorted(place.as_posix() for place in found if found.isdisjoint(place.parents))
     if elsewhere:
         return f"; {shorten(elsewhere)} has one, for another command"
     return f"; shipped: {', '.join(shipped)}" if shipped else ""

@@ -21,6 +21,7 @@ from opensora.generation.room import activations_of, parameter_counts, weight_by
 from opensora.models.autoencoder import as_autoencoder
 from opensora.models.vae.fitting import Fit, fit_tiling
 from opensora.models.vae.footprint import Cost
+from opensora.utils.sizes import gib, seconds_text  # noqa: F401 - found here by those who print estimates
 
 RELEASED_ENCODERS = {"t5": (4096, 4_762_310_656), "clip": (768, 123_060_480)}  # width, parameters
 TEXT_WORK = 0.3 * 2**30  # bytes of activations of the text encoders, for texts of 512 tokens
@@ -249,15 +250,3 @@ def _choices_of(key: str) -> Sequence[object]:
     """Values that the type of a key names."""
     hint = get_type_hints(InferenceOptions)[key]
     return [value for part in (hint, *get_args(hint)) for value in (*get_args(part), part)]
-
-
-def seconds_text(seconds: float) -> str:
-    """Seconds for a person."""
-    if seconds < 1:
-        return f"{seconds:.1g} s" if seconds < 0.095 else f"{seconds:.1f} s"
-    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds:.0f} s" if seconds < 1000 else f"{seconds / 60:.0f} min"
-
-
-def gib(count: float) -> str:
-    """Bytes as GiB, with a digit after the point."""
-    return f"{count / 2**30:.1f}" if count >= 0.05 * 2**30 else f"{count / 2**30:.2g}"

@@ -22,6 +22,7 @@ from opensora.config.options import ModelOptions, OptimOptions, SchedulerOptions
 from opensora.datasets.dataloader import BucketLoader, build_train_loader
 from opensora.datasets.sampler import BucketBatchSampler
 from opensora.datasets.source import ClipSource
+from opensora.models.quantization.linear import parameter_sizes
 from opensora.models.quantization.loading import tell
 from opensora.registry import MODELS, build_module
 from opensora.training.changes import check_unchanged
@@ -339,6 +340,6 @@ def log_data(sampler: BucketBatchSampler, steps: str) -> None:
 
 def log_size(module: nn.Module, what: str, device: torch.device) -> None:
     """Say how many parameters a module has, and how many of them train."""
-    counts = [(p.numel(), p.requires_grad) for p in module.parameters()]
-    total, trained = sum(n for n, _ in counts), sum(n for n, trains in counts if trains)
+    sizes = [*parameter_sizes(module)]
+    total, trained = sum(p.numel for p in sizes), sum(p.numel for p in sizes if p.trains)
     logger.info("%s: %.2fM parameters, %.2fM of them trained, on %s", what, total / 1e6, trained / 1e6, device)

@@ -36,3 +36,15 @@ def parse_bytes(text: str | None, key: str) -> int | None:
 def size_text(count: float) -> str:
     """Bytes for a person."""
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds for a person."""
+    if seconds < 1:
+        return f"{seconds:.1g} s" if seconds < 0.095 else f"{seconds:.1f} s"
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds:.0f} s" if seconds < 1000 else f"{seconds / 60:.0f} min"
+
+
+def gib(count: float) -> str:
+    """Bytes as GiB, with a digit after the point."""
+    return f"{count / 2**30:.1f}" if count >= 0.05 * 2**30 else f"{count / 2**30:.2g}"

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from opensora.acceleration.parallel_context import ParallelContext, Sizes
 from opensora.acceleration.plugins import NATIVE
@@ -19,9 +20,12 @@ from opensora.config import parse_config
 from opensora.config.commands import TrainOptions
 from opensora.registry import MODELS, build_module
 from opensora.training.checkpoint.folder import load_weights
+from opensora.training.diffusion.memory import Trained, held
 from opensora.training.diffusion.trainer import Trainer
 from opensora.training.report.metrics import Mean, MetricLog, Rate
-from opensora.training.weights.adapters import read_adapter
+from opensora.training.roles import Role
+from opensora.training.weights.adapters import TrainedWeights, read_adapter
+from opensora.training.weights.ema import EMA
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_video
 from opensora.utils.weights_writing import save_safetensors
@@ -201,6 +205,81 @@ def adapters(folder: Path) -> None:
             Trainer(parse_config([config, *map(str, more)], TrainOptions), 0, 2)
 
 
+class Counting(Trainer):
+    """A trainer that counts the bytes it holds, by part."""
+
+    def _role(self, weights: TrainedWeights) -> Role:
+        role = super()._role(weights)
+        self.parts = {"weights": 0.0, "masters": 0.0, "gradients": 0.0, "states": 0.0, "ema": 0.0}
+        copies = [] if weights.masters is None else [*weights.masters.state_dict().values()]
+        divided = self.cfg.plugin == "fsdp2"
+        for parameter in weights.model.parameters():
+            self.parts["masters" if divided and parameter.requires_grad else "weights"] += local_bytes([parameter])
+        self.parts["masters"] += local_bytes(copies)
+
+        def before(optimizer: Any, *_: Any) -> None:
+            held = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            self.parts["gradients"] = local_bytes(held)
+
+        def after(optimizer: Any, *_: Any) -> None:
+            self.parts["states"] = local_bytes([x for state in optimizer.state.values() for x in state.values()])
+
+        role.engine.optimizer.register_step_pre_hook(before)
+        role.engine.optimizer.register_step_post_hook(after)
+        return role
+
+    def _ema(self, weights: TrainedWeights, engine: Any) -> EMA | None:
+        ema = super()._ema(weights, engine)
+        self.parts["ema"] = local_bytes(ema.state_dict().values()) if ema is not None else 0.0
+        return ema
+
+
+def local_bytes(tensors: Any) -> float:
+    """Of what this rank holds of tensors."""
+    own = [x.to_local() if isinstance(x, DTensor) else x for x in tensors if isinstance(x, torch.Tensor)]
+    return float(sum(x.numel() * x.element_size() for x in own))
+
+
+def count_memory(folder: Path, cases: dict[str, list[str]]) -> None:
+    """Bytes that ranks hold are those of the table that a dry run prints."""
+    if dist.get_rank() == 0:
+        torch.manual_seed(0)
+        section = {**tiny_inference_config()["model"], "hidden_size": 64, "axes_dim": [8, 12, 12]}
+        save_safetensors(build_module(section, MODELS).state_dict(), folder / "start.safetensors")
+        tiny_run(folder, model={**section, "from_pretrained": str(folder / "start.safetensors")}, max_steps=1)
+    dist.barrier()
+    for name, words in cases.items():
+        size = 1 if name == "alone" else dist.get_world_size()
+        if size == 1 and dist.get_rank():
+            continue
+        config = [str(folder / "train.py"), "--exp-name", name, *words]
+        trainer = Counting(parse_config(config, TrainOptions), 0, size)
+        trainer.run()
+        expected = held(trainer.cfg, Trained.of(trainer.cfg, trainer.plan.model), size)
+        for part, count in trainer.parts.items():
+            assert count == pytest.approx(expected[part], rel=0.1), (name, part, trainer.parts, expected)
+
+
+def memory(folder: Path) -> None:
+    adapters = "{'r': 2, 'lora_alpha': 4, 'target_modules': ['q_proj', 'linear2']}"
+    lora = ["--lora_config", adapters, "--dtype", "bf16"]
+    count_memory(folder, {
+        "alone": ["--dtype", "bf16", "--optim.cls", "Muon"],
+        "ddp": ["--plugin", "ddp"],
+        "ddp16": ["--plugin", "ddp", "--dtype", "bf16"],
+        "fsdp2": ["--plugin", "fsdp2", "--dtype", "bf16"],
+        "ddp_lora": ["--plugin", "ddp", "--model.quantize", "int8", "--lora-dtype", "bf16", *lora],
+        "fsdp2_lora": ["--plugin", "fsdp2", "--model.quantize", "nf4", *lora],
+    })  # fmt: skip
+
+
+def memory_of_four(folder: Path) -> None:
+    count_memory(folder, {
+        "fsdp2": ["--plugin", "fsdp2"],
+        "hsdp": ["--plugin", "fsdp2", "--plugin_config.shard_size", "2"],
+    })  # fmt: skip
+
+
 def refusals(folder: Path) -> None:
     config = write_run(folder)
     for words, message in (
@@ -249,6 +328,6 @@ def distillation(folder: Path) -> None:
     compare(*engines, step=2, names=("model", "fake"))
 
 
-CHECKS = [layouts, data_parallel, curves, bfloat16, adapters, refusals, own_types, distillation]
+CHECKS = [layouts, data_parallel, curves, bfloat16, adapters, memory, refusals, own_types, distillation]
 if importlib.util.find_spec("colossalai") is not None:
     CHECKS.append(booster)

@@ -3,6 +3,9 @@
 ``python tools/benchmark/training.py CONFIG [--steps N] [--warm-up N] [--bucket RESOLUTION,FRAMES,BATCH] [--clips N]
 [--overhead] [--out FILE.json] [--key value ...]``
 
+``python tools/benchmark/training.py CONFIG --memory`` prints bytes of each device by part, for all engines at 1, 8 and
+64 ranks, from sizes alone.
+
 Without ``--dataset.data-path`` it trains on clips that it draws. ``--overhead`` also runs, after each of the trainer's
 steps, a bare forward, backward and update of a copy of the model on one prepared batch, and compares the two.
 """
@@ -27,6 +30,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from opensora.acceleration.plugins import NATIVE
 from opensora.config import load_config, parse_config, run_main
 from opensora.config.commands import TrainOptions
 from opensora.datasets.buckets import BucketTable
@@ -34,6 +38,7 @@ from opensora.datasets.dataloader import to_device
 from opensora.datasets.dataset import collate
 from opensora.training.diffusion.checks import check_config
 from opensora.training.diffusion.inputs import InputEncoder, diffusion_loss
+from opensora.training.diffusion.memory import PARTS, Trained, encoder_bytes, held
 from opensora.training.diffusion.trainer import Trainer
 from opensora.training.hooks import Hook
 from opensora.training.loop import step_generator
@@ -43,6 +48,7 @@ from opensora.training.weights.ema import EMA
 from opensora.training.weights.optimizer import create_optimizer
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
+from opensora.utils.sizes import gib
 from opensora.utils.video import save_image, save_video
 from tools.outputs import add_overwrite, check_new
 
@@ -56,6 +62,12 @@ class Measured:
 
     trainer: list[tuple[float, float]] = field(default_factory=list)
     bare: list[tuple[float, float]] = field(default_factory=list)
+
+
+RANKS = (1, 8, 64)
+ENGINES: tuple[tuple[str, dict[str, int]], ...] = (
+    ("ddp", {}), ("fsdp2", {}), ("fsdp2", {"shard_size": 8}), ("zero1", {}), ("zero2", {}),
+)  # fmt: skip
 
 
 def draw_clips(folder: Path, bucket_config: dict, multiple: int, batches: int) -> str:
@@ -88,6 +100,22 @@ def draw_clips(folder: Path, bucket_config: dict, multiple: int, batches: int) -
             rows.append(dict(path=path.name, text="a plain colour", fps=fps, **size))
     pd.DataFrame(rows).to_csv(folder / "clips.csv", index=False)
     return str(folder / "clips.csv")
+
+
+def memory_table(cfg: TrainOptions, ranks: Sequence[int] = RANKS) -> list[list[str]]:
+    """GiB of each device by part, for every engine and number of ranks; a row each below the headings."""
+    plan = check_config(load_config(cfg, TrainOptions, {"plugin": "none", "plugin_config": {}}))
+    trained, encoders = Trained.of(cfg, plan.model), encoder_bytes(cfg, plan.model, plan.ae)
+    rows = [["ranks", "engine", *PARTS, "sum"]]
+    for count in ranks:
+        for name, more in ENGINES if count > 1 else [("none", {})]:
+            if more.get("shard_size", 0) > count or (cfg.lora_config and name not in (*NATIVE, "none")):
+                continue
+            chosen = load_config(cfg, TrainOptions, {"plugin": name, "plugin_config": more})
+            parts = held(chosen, trained, count, encoders)
+            label = f"{name}, shard_size {more['shard_size']}" if more else name
+            rows.append([str(count), label, *(gib(parts[part]) for part in PARTS), gib(sum(parts.values()))])
+    return rows
 
 
 class Stopwatch:
@@ -236,6 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--bucket", help="RESOLUTION,FRAMES,BATCH instead of the config's buckets")
     parser.add_argument("--clips", type=int, default=2, help="batches of drawn clips per bucket")
     parser.add_argument("--overhead", action="store_true", help="compare with a bare loop of the same model")
+    parser.add_argument("--memory", action="store_true", help="print bytes by part for all engines instead")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     add_overwrite(parser)
     args, words = parser.parse_known_args(argv)
@@ -243,6 +272,11 @@ def main(argv: list[str] | None = None) -> None:
         check_new(args.out, args.overwrite)
     if args.steps < 1 or args.warm_up < 0 or args.clips < 1:
         raise UserError("--steps and --clips must be at least 1, --warm-up at least 0")
+    if args.memory:
+        rows = memory_table(parse_config([args.config, *words], TrainOptions))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        print("\n".join("  ".join(word.rjust(width) for word, width in zip(row, widths)) for row in rows))
+        return
     with tempfile.TemporaryDirectory() as folder:
         result = measure(resolve(args, words, Path(folder)), args.warm_up, args.overhead)
     for name, value in result.items():

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from opensora.models.quantization.linear import parameter_sizes
+
 
 def forward_flops(model: Any, image_tokens: int, text_tokens: int) -> float:
     """Floating-point operations of one forward of the MMDiT on one sample (2 per multiply-add).
@@ -14,9 +16,8 @@ def forward_flops(model: Any, image_tokens: int, text_tokens: int) -> float:
 
     def weights(blocks: Any) -> int:
         # modulation works on one vector per sample, not on tokens
-        return sum(
-            p.numel() for name, p in blocks.named_parameters() if p.ndim == 2 and "mod" not in name.split(".")[1]
-        )
+        sizes = parameter_sizes(blocks)
+        return sum(each.numel for each in sizes if each.ndim == 2 and "mod" not in each.name.split(".")[1])
 
     tokens = image_tokens + text_tokens
     linear = weights(model.double_blocks) / 2 + weights(model.single_blocks)

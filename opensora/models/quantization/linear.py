@@ -1,11 +1,34 @@
 """A linear layer whose weight is quantised, in place of one whose weight is not."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from opensora.models.quantization.kinds import Parts, Quantizer
+
+
+class ParameterSize(NamedTuple):
+    """A parameter: its numbers, dimensions, and whether it trains."""
+
+    name: str
+    numel: int
+    ndim: int
+    trains: bool
+
+
+def parameter_sizes(model: nn.Module) -> Iterator[ParameterSize]:
+    """Parameters of a model; a quantised weight counts as the weight, not as the tensors that stand for it."""
+    for prefix, module in model.named_modules():
+        start = f"{prefix}." if prefix else ""
+        parts: tuple[str, ...] = ()
+        if isinstance(module, QuantizedLinear):
+            parts = module.names
+            yield ParameterSize(f"{start}weight", module.out_features * module.in_features, 2, False)
+        for name, parameter in module.named_parameters(recurse=False):
+            if name not in parts:
+                yield ParameterSize(start + name, parameter.numel(), parameter.ndim, parameter.requires_grad)
 
 
 class _Product(torch.autograd.Function):

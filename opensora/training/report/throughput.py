@@ -3,6 +3,7 @@
 import torch
 
 from opensora.models.diffusion import DiffusionModel
+from opensora.models.quantization.linear import parameter_sizes
 
 # Peak of dense bf16 / fp16 matrix products in TFLOP/s, without sparsity, from the makers' data sheets. The first name
 # that the device's name contains counts.
@@ -51,8 +52,8 @@ class TrainingFlops:
 
     def __init__(self, model: DiffusionModel) -> None:
         self._model = model
-        counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-        self.trained_share = sum(n for n, trained in counts if trained) / max(sum(n for n, _ in counts), 1)
+        sizes = [*parameter_sizes(model)]
+        self.trained_share = sum(p.numel for p in sizes if p.trains) / max(sum(p.numel for p in sizes), 1)
         self._known: dict[tuple[int, int], float] = {}
 
     def per_sample(self, image_tokens: int, text_tokens: int) -> float:

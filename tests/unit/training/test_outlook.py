@@ -1,0 +1,44 @@
+"""What a dry run of training says: recipes fit their cards, and estimates are near what was measured."""
+
+import pytest
+
+from opensora.config import parse_config
+from opensora.config.commands import TrainOptions
+from opensora.diffusion.cards import CARDS
+from opensora.training.diffusion.outlook import outlook_of, report
+
+CARD = {card.name: card for card in CARDS}
+EIGHTY = ("80gb/stage1", "80gb/stage1_i2v", "80gb/stage2", "80gb/high_compression")
+
+
+def outlook(name, *words):
+    return outlook_of(parse_config([f"configs/diffusion/train/{name}.py", *words], TrainOptions))
+
+
+@pytest.mark.parametrize("name", EIGHTY)
+def test_recipes_for_eight_cards_of_80_gb(name):
+    found = outlook(name)
+    assert found.ranks == 8
+    assert found.peak(found.most) < CARD["H100 80GB"].room
+
+
+def test_lora_fits_a_card_of_24_gb():
+    found = outlook("lora_11b")
+    assert found.peak(found.most) < CARD["RTX 4090 24GB"].room - 4 * 2**30
+    assert found.parts["encoders"] == 0
+    integers = outlook("lora_11b", "--model.quantize", "int8")
+    assert 3 * 2**30 < integers.peak(integers.most) - found.peak(found.most) < 4.5 * 2**30
+    assert integers.peak(integers.most) < CARD["RTX 4090 24GB"].room
+    assert outlook("lora_11b", "--weights-memory", "8GB").parts["weights"] < 8.2e9
+    text = report(found)
+    assert "weights 10.5" in text
+    assert "RTX 4090 24GB  yes" in text
+
+
+def test_lora_takes_what_an_h100_took():
+    """Rank 16 on all linear layers of the blocks, in fp32, 129 frames: 27.5 GiB and 1.84 s."""
+    layers = "['q_proj','k_proj','v_proj','proj','v_mlp','linear2','img_mlp.0','img_mlp.2','txt_mlp.0','txt_mlp.2']"
+    words = ["--lora_config", f"{{'r': 16, 'target_modules': {layers}}}", "--lora-dtype", "fp32", "--model.quantize"]
+    found = outlook("lora_11b", *words, "none", "--accumulation-steps", "1", "--ema-decay", "none")
+    assert found.peak(found.most) / 2**30 == pytest.approx(27.5, rel=0.05)
+    assert found.seconds(found.longest, CARD["H100 80GB"]) == pytest.approx(1.84, rel=0.1)
