@@ -79,7 +79,7 @@ def test_texts_of_further_windows(tiny_config, tmp_path):
     assert first.next_final_texts == ["b; c, d. 8 FPS.", "e. 8 FPS."]
     with pytest.raises(UserError, match="text_3 is given, but not all texts before it"):
         requests_of(tiny_config, tmp_path, "text,text_2,text_3\na,,e\n")
-    cfg = load_config(tiny_config, InferenceOptions, {"prompt": "a", "next_prompts": '["b; c, d", "e"]'})
+    cfg = load_config(tiny_config, InferenceOptions, {"prompt": "a", "next_prompts": ["b; c, d", "e"]})
     assert read_requests(cfg, tmp_path)[0].next_texts == ("b; c, d", "e")
 
 
