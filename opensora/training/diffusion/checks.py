@@ -145,8 +145,8 @@ def _check_trained(cfg: TrainOptions, model: nn.Module) -> None:
     kind = kind_of_section(cfg.model)
     if kind is not None and not cfg.lora_config:
         raise UserError(
-            f"model: weights in {kind} cannot change; train an adapter on them (lora_config), or weights that are not "
-            "quantised"
+            f"model: weights in {kind} are for sampling; train with weights that are not quantised, or an adapter on "
+            "them (lora_config)"
         )
     if not cfg.lora_config and cfg.lora_dtype != "fp32":
         raise UserError(f"lora_dtype={cfg.lora_dtype} is set without lora_config: it is the precision of adapters")
