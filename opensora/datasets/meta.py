@@ -11,7 +11,6 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pandas as pd
-from tqdm import tqdm
 
 from opensora.datasets.table import check_table_name, locate, read_table, require_columns, row_number, write_table
 from opensora.datasets.video_io import BrokenMediaError
@@ -19,6 +18,7 @@ from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from opensora.utils.media.probe import MediaInfo, probe
 from opensora.utils.paths import expand_home
+from opensora.utils.progress import Bar
 
 logger = get_logger(__name__)
 
@@ -75,7 +75,7 @@ def add_media_columns(
     """
     paths = [str(locate(str(raw), folder)) for raw in table["path"]]
     results: Iterable[MediaInfo | str] = _probe_all(paths, num_workers)
-    results = list(tqdm(results, total=len(paths), unit="file", disable=not progress, mininterval=1.0))
+    results = list(Bar(results, total=len(paths), unit="file", disable=not progress, mininterval=1.0))
     found = {i: r for i, r in enumerate(results) if isinstance(r, MediaInfo)}
     good = table.iloc[list(found)].drop(columns=[c for c in META_COLUMNS if c in table.columns])
     infos = list(found.values())

@@ -13,7 +13,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from opensora.datasets.buckets import BucketTable
 from opensora.datasets.runs import FrameRun
@@ -27,6 +26,7 @@ from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
 from opensora.utils.files import remove_unfinished_files, write_text
 from opensora.utils.logging import get_logger
+from opensora.utils.progress import Bar
 from opensora.utils.weights_writing import save_safetensors
 
 logger = get_logger(__name__)
@@ -180,7 +180,7 @@ class CacheWriter:
             return
         encode = self.load_text_encoder()
         done = len(self.plan.texts) - sum(len(items) for _, items in missing)
-        with tqdm(total=len(self.plan.texts), initial=done, unit="text", mininterval=1.0) as bar:
+        with Bar(total=len(self.plan.texts), initial=done, unit="text", mininterval=1.0) as bar:
             for number, items in missing:
                 tensors: dict[str, Tensor] = {}
                 for first in range(items.start, items.stop, TEXT_BATCH):
@@ -209,7 +209,7 @@ class CacheWriter:
         done = total - sum(len(items) for _, items in missing)
         tensors: dict[str, Tensor] = {}
         broken: dict[int, str] = {}
-        with tqdm(total=total, initial=done, unit="clip", mininterval=1.0) as bar:
+        with Bar(total=total, initial=done, unit="clip", mininterval=1.0) as bar:
             for place, ((number, _), clips) in enumerate(zip(groups, loader)):
                 for key, clip in clips:
                     if isinstance(clip, str):

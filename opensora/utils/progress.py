@@ -24,7 +24,7 @@ def duration(seconds: float) -> str:
     left = max(round(seconds), 0)
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
     first = next((place for place, (_, size) in enumerate(units) if left >= size), len(units) - 1)
-    words = []
+    words: list[str] = []
     for name, size in units[first : first + 2]:
         count, left = divmod(left, size)
         if count or not words:

@@ -22,7 +22,12 @@ FORMATS = {PEFT: PEFT, DIFFUSERS: DIFFUSERS, KOHYA: KOHYA, "comfyui": KOHYA}  # 
 CONFIG_KEY = "peft_config"  # metadata: PEFT's config of the adapter that a file was made from
 DIFFUSERS_KEY = "lora_adapter_metadata"
 OF_DIFFUSERS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora", "lora_bias")
-NEW_CONFIG = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True}
+NEW_CONFIG: dict[str, Any] = {
+    "peft_type": "LORA",
+    "task_type": None,
+    "base_model_name_or_path": None,
+    "inference_mode": True,
+}
 NEW_CONFIG |= {"lora_dropout": 0.0, "bias": "none", "init_lora_weights": True}
 
 
@@ -68,7 +73,7 @@ def write_kohya(file: Path, entries: Mapping[str, Entry], metadata: dict[str, st
         UserError: what the format does not have.
     """
     _refuse_magnitude(entries, "it has another form in this format")
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, entry in entries.items():
         if entry.rows:
             raise UserError(f"{name} has a bias of its adapter, which this format does not have: use --to peft")
@@ -87,7 +92,7 @@ def write_kohya(file: Path, entries: Mapping[str, Entry], metadata: dict[str, st
 def _tensors(entries: Mapping[str, Entry], prefix: str) -> dict[str, Tensor]:
     """Tensors under PEFT's names."""
     names = {"up_bias": "lora_B.bias", "magnitude": "lora_magnitude_vector"}
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, entry in entries.items():
         state |= {f"{prefix}{name}.lora_A.weight": entry.down, f"{prefix}{name}.lora_B.weight": entry.up}
         state |= {f"{prefix}{name}.{names[role]}": value for role, value in entry.rows.items()}

@@ -198,7 +198,7 @@ def _entry(file: LoraFile, name: str, parts: tuple[str, ...]) -> Entry:
     widths = part_widths(parts, len(up), down.shape[1])
     if min(widths) <= 0 or sum(widths) != len(up):
         raise UserError(f"{file.path}: {name} has {len(up)} rows, which are not those of {shorten(parts)}")
-    rows = {role: tensors[role] for role in ("up_bias", "magnitude") if role in tensors}
+    rows = {str(role): tensors[role] for role in ("up_bias", "magnitude") if role in tensors}
     return Entry(parts, widths, down, up, file.alpha(name, len(down)), rows)
 
 

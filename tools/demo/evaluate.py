@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
+
+from opensora.utils.progress import Bar
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -88,7 +89,7 @@ def generate(pipe: VideoPipeline, cases: Sequence[Case], batch_size: int, **samp
     """Fill in frames and verdicts of all cases, with these keys of ``sampling_option``; returns the seconds it took per
     video."""
     start = time.perf_counter()
-    with tqdm(total=len(cases), desc="videos", unit="video") as progress:
+    with Bar(total=len(cases), desc="videos", unit="video") as progress:
         for has_picture in (False, True):
             group = [case for case in cases if (case.picture is not None) == has_picture]
             for first in range(0, len(group), batch_size):

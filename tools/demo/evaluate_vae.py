@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
+
+from opensora.utils.progress import Bar
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -124,7 +125,7 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     clips = [read_video(path)[0] for path in table["path"]]
     start = time.perf_counter()
     decoded: list[Frames] = []
-    for first in tqdm(range(0, len(clips), args.eval_batch), desc="round trips", unit="batch"):
+    for first in Bar(range(0, len(clips), args.eval_batch), desc="round trips", unit="batch"):
         decoded += round_trip(model, clips[first : first + args.eval_batch], device)
     seconds = (time.perf_counter() - start) / len(clips)
     named = table[["color", "shape", "motion", "background"]].astype(str).to_numpy().tolist()

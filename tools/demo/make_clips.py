@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+
+from opensora.utils.progress import Bar
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -109,7 +110,7 @@ def make_clips(
 def _make_all(out: Path, num: int, seed: int, split: str, workers: int | None, overwrite: bool) -> Path:
     job = partial(make_clip, out=out, seed=seed, split=split)
     with ProcessPoolExecutor(workers) as pool:
-        rows = list(tqdm(pool.map(job, range(num), chunksize=8), total=num, desc="clips", unit="clip"))
+        rows = list(Bar(pool.map(job, range(num), chunksize=8), total=num, desc="clips", unit="clip"))
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from opensora.utils.progress import Bar
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -144,7 +145,7 @@ def fit(
     parameters = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=PEAK_LR, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps, pct_start=0.1)
-    progress = tqdm(range(steps), desc=name, unit="step")
+    progress = Bar(range(steps), desc=name, unit="step")
     for step in progress:
         examples = [training_example(rng) for _ in range(batch_size)]
         pooled, tokens = features([e.text for e in examples])

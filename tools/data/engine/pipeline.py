@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
-from tqdm import tqdm
 
 from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
 from opensora.utils.files import UNFINISHED, write_beside
 from opensora.utils.logging import get_logger
+from opensora.utils.progress import Bar
 from tools.data.engine.funnel import FUNNEL_FILE, FunnelStep, funnel_json
 from tools.data.engine.own_files import OwnFiles
 from tools.data.engine.runners import Job, Runner
@@ -152,7 +152,7 @@ class Pipeline:
     ) -> None:
         failed = 0
         try:
-            with tqdm(total=total, desc=label, unit="row", disable=not self.progress) as bar:
+            with Bar(total=total, desc=label, unit="row", disable=not self.progress) as bar:
                 for job, outcomes in self.runner.run(group, jobs):
                     for name, outcome in outcomes.items():
                         stores[name].add(job.keys[name], outcome)
