@@ -29,7 +29,7 @@ def train(argv: Sequence[str] | None, options: type[TrainOptions | VaeTrainOptio
     processes = Torchrun.read(os.environ)
     setup_logging(rank=processes.rank)
     with reported_once(os.environ), naming_places(cfg):
-        if getattr(cfg, "dry_run", False):
+        if isinstance(cfg, TrainOptions) and cfg.dry_run:
             from opensora.training.diffusion.outlook import outlook_of, report
 
             text = report(outlook_of(cfg, processes.world_size))
