@@ -285,7 +285,7 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
     )
     weights_memory: str | None = opt(
         None,
-        "memory of the device for the frozen weights under adapters, such as 6GB: blocks beyond it come when needed",
+        "device memory for frozen weights under adapters, such as 6GB: blocks beyond it come and go",
     )
     lora_checkpoint: str | None = opt(None, "adapter to start from: folder or file", reads="file")
     freeze_layers: list[str] | str | None = opt(None, "what not to train, by name: txt_in, double_blocks.*.txt_mlp")

@@ -297,7 +297,7 @@ class PluginOptions(Options):
     )
     shard_size: int | None = opt(
         None,
-        "fsdp2 divides weights over so many neighbours, and averages between such groups (HSDP); none is over all",
+        "neighbours that fsdp2 divides weights over, averaging between such groups (HSDP); none: all",
         "ranks",
         least=2,
         most=MANY_PROCESSES,

@@ -167,7 +167,7 @@ def make_plan(
         UserError: sizes, lengths, steps or conditions that cannot be; says what can.
     """
     windows = Windows.of(option, spec)
-    if windows is None or option.window is None:
+    if windows is None or option.window is None or not fits(cond_type, windows.window, spec.is_causal):
         return _plan_at_once(option, spec, patch_size, cond_type, has_image, distilled)
     if any(span.at == "tail" for span in get_spans(cond_type)):
         raise UserError(

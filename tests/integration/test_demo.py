@@ -37,4 +37,4 @@ def test_a_video_starts_from_its_picture(pipe):
 
 def test_the_shipped_files_stay_small():
     size = sum(file.stat().st_size for file in (ROOT / "assets" / "demo").rglob("*") if file.is_file())
-    assert size < 20e6
+    assert size < 40e6

@@ -185,8 +185,8 @@ def test_weights_of_a_resumed_run_lie_where_new_ones_would(train, monkeypatch):
     folder = train("part", max_steps=1, ckpt_shard_size_gb=2e-5)  # many files, whose headers differ in length
     places = {}
 
-    def model(trainer):
-        places.update({name: p.data_ptr() % 64 for name, p in built(trainer).model.named_parameters()})
+    def model(trainer, start):
+        places.update({name: p.data_ptr() % 64 for name, p in built(trainer, start).model.named_parameters()})
         raise KeyboardInterrupt
 
     built = Trainer._model

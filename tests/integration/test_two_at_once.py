@@ -156,7 +156,7 @@ def test_two_runs_into_one_experiment(tmp_path):
 def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path):
     config = load_config(tiny_run(tmp_path), TrainOptions, {"exp_name": "run"})
     trainer = Trainer(config)
-    trainer._model = lambda: (_ for _ in ()).throw(UserError("no weights"))
+    trainer._model = lambda start: (_ for _ in ()).throw(UserError("no weights"))
     with pytest.raises(UserError, match="no weights"):
         trainer.run()
     assert not (tmp_path / "run").exists()

@@ -75,7 +75,7 @@ def own_jobs(service):
 
 def test_a_prompt_becomes_a_video_that_plays_and_is_kept(page, demo_server):
     service, _ = demo_server
-    ask(page, "a red circle moving right", 25)
+    ask(page, "a red circle moving right", 60)
     expect(page.locator("#stage .os-bar")).to_be_visible()
     page.wait_for_selector("#stage .os-frame img[src*=preview]")
     status(page, of="completed").wait_for()

@@ -14,7 +14,7 @@ from opensora.utils.paths import own_command
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("opensora", "configs", "assets", "setup.py", "pyproject.toml", "LICENSE")
-MOST_BYTES = 20e6
+MOST_BYTES = 40e6
 
 
 @pytest.fixture(scope="module")

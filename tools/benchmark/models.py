@@ -22,8 +22,6 @@ from typing import Any
 
 import torch
 
-from opensora.utils.progress import Bar
-
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -31,6 +29,7 @@ from opensora.benchmark.measuring import MIB, in_own_process, markdown, peak_of,
 from opensora.config import run_main
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
+from opensora.utils.progress import Bar
 from tools.benchmark.cases import BASELINE, CASES, SIZES, Build, Sizes, diffusers_module
 from tools.benchmark.released import released
 from tools.benchmark.vae import VAE_SIZES, VaeSizes, autoencoder_rows

@@ -46,19 +46,21 @@ def plain_alphas(entries: list[Entry], where: Path) -> list[Entry]:
     return [replace(entry, alpha=entry.alpha * math.isqrt(entry.rank)) for entry in entries]
 
 
-def write_peft(folder: Path, entries: Mapping[str, Entry], config: Mapping[str, Any], metadata: dict[str, str]) -> None:
+def write_peft(
+    folder: Path, entries: Mapping[str, Entry], of_peft: Mapping[str, Any], metadata: dict[str, str]
+) -> None:
     """A folder as ``PeftModel.save_pretrained`` leaves it."""
-    text = json.dumps(config, indent=2, sort_keys=True)
+    text = json.dumps(of_peft, indent=2, sort_keys=True)
     write_beside(folder / CONFIG_NAME, lambda temporary: Path(temporary).write_text(text + "\n", encoding="utf-8"))
     save_safetensors(_tensors(entries, "base_model.model."), folder / ADAPTER_NAMES[0], metadata)
 
 
 def write_diffusers(
-    file: Path, entries: Mapping[str, Entry], config: Mapping[str, Any], metadata: dict[str, str]
+    file: Path, entries: Mapping[str, Entry], of_peft: Mapping[str, Any], metadata: dict[str, str]
 ) -> None:
     """A file as ``FluxPipeline.save_lora_weights`` writes it, with ranks and alphas in its metadata."""
     _refuse_magnitude(entries, "diffusers does not load it from a file")
-    stored = {f"transformer.{key}": config[key] for key in OF_DIFFUSERS if key in config}
+    stored = {f"transformer.{key}": of_peft[key] for key in OF_DIFFUSERS if key in of_peft}
     save_safetensors(
         _tensors(entries, "transformer."),
         file,
@@ -137,8 +139,8 @@ def config_of(entries: Mapping[str, Entry], base: Mapping[str, Any], rslora: boo
     }
 
 
-def _says(config: Mapping[str, Any], entries: Mapping[str, Entry], where: Path) -> bool:
-    file = LoraFile(where, {name: {} for name in entries}, config=dict(config))
+def _says(of_peft: Mapping[str, Any], entries: Mapping[str, Entry], where: Path) -> bool:
+    file = LoraFile(where, {name: {} for name in entries}, config=dict(of_peft))
     return all(
         file.targets(name) and file.rank(name) == entry.rank and file.alpha(name, entry.rank) == entry.alpha
         for name, entry in entries.items()

@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opensora.utils.progress import Bar
-
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -27,6 +25,7 @@ from opensora.config.commands import InferenceOptions
 from opensora.diffusion.pipeline import VideoPipeline
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
+from opensora.utils.progress import Bar
 from opensora.utils.video import save_image
 from tools.demo.analyse import psnr
 from tools.demo.captions import plain_caption

@@ -17,8 +17,6 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from opensora.utils.progress import Bar
-
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -28,6 +26,7 @@ from opensora.models.autoencoder import Autoencoder
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
+from opensora.utils.progress import Bar
 from opensora.utils.video import contact_sheet, read_video, to_uint8
 from tools.demo.analyse import psnr
 from tools.demo.scoring import ATTRIBUTES, SHEET_FRAMES, Verdict, format_table, judge, mark, shares

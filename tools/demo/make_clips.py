@@ -14,8 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from opensora.utils.progress import Bar
-
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -23,6 +21,7 @@ from opensora.config import run_main
 from opensora.utils.claims import FOLDER_LOCK, claimed
 from opensora.utils.errors import UserError
 from opensora.utils.files import remove_unfinished_files, write_text
+from opensora.utils.progress import Bar
 from opensora.utils.video import save_video
 from tools.demo.captions import random_caption
 from tools.demo.world import FPS, NUM_FRAMES, SIZE, SPLITS, Scene, combinations, draw_clip, sample_scene

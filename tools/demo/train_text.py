@@ -20,14 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from opensora.utils.progress import Bar
-
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.config import run_main
 from opensora.models.text.embedder import HFEmbedder
 from opensora.utils.errors import UserError
+from opensora.utils.progress import Bar
 from tools.demo.captions import random_caption
 from tools.demo.text_tokenizers import train_clip_tokenizer, train_t5_tokenizer
 from tools.demo.wordings import VALUES, WORDS, Attributes, roughen, sample_attributes, unseen_caption, wide_caption

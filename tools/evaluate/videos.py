@@ -19,8 +19,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from opensora.utils.progress import Bar
-
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -28,6 +26,7 @@ from opensora.config import run_main
 from opensora.datasets.table import write_table
 from opensora.evaluation.quality import psnr, ssim
 from opensora.utils.errors import UserError, first_line, shorten
+from opensora.utils.progress import Bar
 from tools.arguments import Bounded, Converted, user_path
 from tools.evaluate.learned import ClipScores, VideoFeatures, frechet_distance, load_script, script_score
 from tools.evaluate.measures import diversity, frame_changes, join, measure_clip, seam, thumbnails

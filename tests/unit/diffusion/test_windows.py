@@ -95,12 +95,18 @@ def test_a_plan_counts_all_windows():
         ({"overlap": 34}, "t2v", r"sampling_option\.overlap=34: .*use 33 or 37"),
         ({"overlap": 129}, "t2v", r"overlap=129: a window of 129 frames has nothing left"),
         ({}, "i2v_loop", r"cond_type i2v_loop fixes the end"),
-        ({"num_frames": 65, "window": 17}, "v2v_head", r"would fill the whole video"),
+        ({"num_frames": 33, "window": 17}, "v2v_head", r"would fill the whole video"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, cond_type, told):
     with pytest.raises(UserError, match=told):
         make_plan(option(**changes), CAUSAL, 2, cond_type)
+
+
+def test_a_reference_that_is_longer_than_a_window_has_its_video_made_at_once():
+    plan = make_plan(option(num_frames=65, window=17), CAUSAL, 2, "v2v_head")
+    assert plan.windows is None
+    assert plan.num_frames == 65
 
 
 def test_seeds_follow_from_the_first():
