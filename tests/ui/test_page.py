@@ -85,7 +85,7 @@ def test_a_prompt_becomes_a_video_that_plays_and_is_kept(page, demo_server):
     expect(card).to_contain_text("a red circle moving right")
     job = own_jobs(service)[0]
     assert job.request["prompt"] == "a red circle moving right"
-    assert job.facts["num_inference_steps"] == 25
+    assert job.facts["num_inference_steps"] == 60
     for link, start in ((0, b"ftyp"), (1, b"id")):
         with page.expect_download() as download:
             page.locator("#stage .os-gets a").nth(link).click()
