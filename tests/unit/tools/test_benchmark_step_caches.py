@@ -11,4 +11,9 @@ def test_as_a_command(tiny_config_file, capsys):
     plain, cached = [line.split(" | ") for line in out.splitlines() if line.startswith(("| none", "| first"))]
     assert plain[4:8] == ["99", "99", "0", "0"]
     assert float(cached[5]) < 99
+    blocks = [line for line in out.partition("one single block of width 256")[2].splitlines() if line[:3] == "| 0"]
+    changes, errors = zip(*(map(float, line.strip("| ").split(" | ")[1:]) for line in blocks), strict=True)
+    assert list(changes) == sorted(changes)
+    assert list(errors) == sorted(errors)
+    assert 0 < errors[0] < 0.05
     assert cached[6:8] == ["0.5", "0.25"]  # two of four steps, in these one of two blocks
