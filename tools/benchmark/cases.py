@@ -127,37 +127,41 @@ def mmdit_config(hidden: int, depth: int, depth_single: int, fused: bool, **othe
     )
 
 
+def flux_config(sizes: Sizes) -> dict[str, Any]:
+    """Arguments of diffusers' ``FluxTransformer2DModel`` for these sizes."""
+    return dict(
+        in_channels=TOKEN_WIDTH,
+        num_layers=sizes.depth,
+        num_single_layers=sizes.depth_single,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=sizes.hidden // HEAD_DIM,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=VECTOR_WIDTH,
+        guidance_embeds=False,
+        axes_dims_rope=tuple(AXES),
+    )
+
+
+def flux_call(model: nn.Module, sizes: Sizes, device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
+    """A forward of that model on the inputs of `transformer_inputs`."""
+    inputs = transformer_inputs(sizes, device)
+    return partial(
+        model,
+        hidden_states=inputs["img"],
+        encoder_hidden_states=inputs["txt"],
+        pooled_projections=inputs["y_vec"],
+        timestep=inputs["timesteps"],
+        img_ids=inputs["img_ids"][0],
+        txt_ids=inputs["txt_ids"][0],
+        return_dict=False,
+    )
+
+
 def flux(sizes: Sizes, device: torch.device, backward: bool) -> Contestant:
     """diffusers' Flux transformer."""
-    model = (
-        diffusers_module()
-        .FluxTransformer2DModel(
-            in_channels=TOKEN_WIDTH,
-            num_layers=sizes.depth,
-            num_single_layers=sizes.depth_single,
-            attention_head_dim=HEAD_DIM,
-            num_attention_heads=sizes.hidden // HEAD_DIM,
-            joint_attention_dim=TEXT_WIDTH,
-            pooled_projection_dim=VECTOR_WIDTH,
-            guidance_embeds=False,
-            axes_dims_rope=tuple(AXES),
-        )
-        .to(device, sizes.dtype)
-    )
-    inputs = transformer_inputs(sizes, device)
-
-    def forward() -> Tensor:
-        return model(
-            hidden_states=inputs["img"],
-            encoder_hidden_states=inputs["txt"],
-            pooled_projections=inputs["y_vec"],
-            timestep=inputs["timesteps"],
-            img_ids=inputs["img_ids"][0],
-            txt_ids=inputs["txt_ids"][0],
-            return_dict=False,
-        )[0]
-
-    return Contestant(model, steps(model, forward, backward))
+    model = diffusers_module().FluxTransformer2DModel(**flux_config(sizes)).to(device, sizes.dtype)
+    call = flux_call(model, sizes, device)
+    return Contestant(model, steps(model, lambda: call()[0], backward))
 
 
 def vae_input(sizes: Sizes, device: torch.device, decode: bool) -> Tensor:

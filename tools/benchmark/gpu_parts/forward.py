@@ -5,13 +5,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from tools.benchmark.cases import AXES, HEAD_DIM, TEXT_WIDTH, TOKEN_WIDTH, VECTOR_WIDTH, diffusers_module
-from tools.benchmark.cases import transformer_inputs as flux_inputs
+from tools.benchmark.cases import diffusers_module, flux_call, flux_config
 from tools.benchmark.gpu_parts.bench import Bench, Row, filled
 from tools.benchmark.gpu_parts.variants import Variant, variants
 from tools.benchmark.released import TERA, released_inputs, released_model
@@ -85,29 +83,8 @@ def _flux(bench: Bench) -> Row:
         kind = diffusers_module().FluxTransformer2DModel
     except Exception as error:
         return {"note": f"left out: {error}"}
-    config = dict(
-        in_channels=TOKEN_WIDTH,
-        num_layers=sizes.depth,
-        num_single_layers=sizes.depth_single,
-        attention_head_dim=HEAD_DIM,
-        num_attention_heads=sizes.hidden // HEAD_DIM,
-        joint_attention_dim=TEXT_WIDTH,
-        pooled_projection_dim=VECTOR_WIDTH,
-        guidance_embeds=False,
-        axes_dims_rope=tuple(AXES),
-    )
-    model = filled(lambda: kind(**config), bench.device, sizes.dtype)
-    inputs = flux_inputs(sizes, bench.device)
-    call = partial(
-        model,
-        hidden_states=inputs["img"],
-        encoder_hidden_states=inputs["txt"],
-        pooled_projections=inputs["y_vec"],
-        timestep=inputs["timesteps"],
-        img_ids=inputs["img_ids"][0],
-        txt_ids=inputs["txt_ids"][0],
-        return_dict=False,
-    )
+    model = filled(lambda: kind(**flux_config(sizes)), bench.device, sizes.dtype)
+    call = flux_call(model, sizes, bench.device)
     return bench.measure(torch.no_grad()(call))
 
 
