@@ -83,15 +83,6 @@ class Dropped:
         """See :class:`FrameSink`."""
 
 
-def decode_latents(
-    ae: Autoencoder, latents: Tensor, frames: slice, device: torch.device, dtype: torch.dtype, room: int | None = None
-) -> list[np.ndarray]:
-    """Latents [B, C, T, h, w] to uint8 videos [num_frames, H, W, 3]; see :func:`decode_into`."""
-    gathered = Gathered()
-    decode_into(gathered, ae, latents, frames, device, dtype, room)
-    return gathered.videos()
-
-
 @torch.no_grad()
 def decode_into(
     sink: FrameSink,

@@ -11,7 +11,7 @@ import torch
 from opensora.config import load_config
 from opensora.config.commands import InferenceOptions
 from opensora.diffusion import decode, stages
-from opensora.diffusion.decode import Gathered, decode_into, decode_latents
+from opensora.diffusion.decode import Gathered, decode_into
 from opensora.diffusion.pipeline import VideoPipeline
 from opensora.generation.jobs import list_jobs
 from opensora.generation.requests import read_requests
@@ -22,6 +22,7 @@ from opensora.models.vae.footprint import LiveBytes
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
 from opensora.utils.video import save_video
+from tests.helpers.decoding import decode_latents
 from tests.unit.models.test_autoencoder_contract import SMALL
 
 CPU = torch.device("cpu")

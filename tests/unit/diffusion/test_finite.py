@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from opensora.diffusion.decode import decode_latents
 from opensora.diffusion.finite import NotFiniteError, check_result, watched
 from opensora.diffusion.pipeline import VideoPipeline
 from opensora.models.autoencoder import as_autoencoder
+from tests.helpers.decoding import decode_latents
 
 
 @pytest.fixture(scope="module")
