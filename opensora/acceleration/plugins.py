@@ -11,7 +11,7 @@ from torch import nn
 from opensora.acceleration.engine import Engine, SingleEngine
 from opensora.acceleration.native import DDPEngine, FSDP2Engine, Named, OptimizerFactory
 from opensora.acceleration.parallel_context import ParallelContext, Sizes
-from opensora.acceleration.sequence_parallel import DEFAULT_MODE, apply_sequence_parallel, check_mode
+from opensora.acceleration.sequence_parallel import apply_sequence_parallel, check_mode
 from opensora.acceleration.sharding import WeightLayout
 from opensora.acceleration.tensor_parallel import apply_tensor_parallel, check_tensor_parallel, layout_of
 from opensora.config.options import PluginOptions
@@ -83,7 +83,7 @@ def divide_model(
         UserError: sizes that the ranks do not divide.
     """
     layout = (layout_of if engine == "hybrid" else apply_tensor_parallel)(model, context.tp)
-    mode = (config or PluginOptions()).sequence_parallelism_mode or DEFAULT_MODE
+    mode = (config or PluginOptions()).sequence_parallelism_mode
     if context.sp.size > 1:
         described: Any = model.config
         apply_sequence_parallel(model, context.sp, mode, described.num_heads // context.tp.size)
@@ -106,7 +106,7 @@ def check_sizes(config: PluginOptions | None, model: nn.Module, world_size: int)
             "use fsdp2, ddp or zero2 to train it, branch_size to sample"
         )
     check_tensor_parallel(described, sizes.tp)
-    mode = (config or PluginOptions()).sequence_parallelism_mode or DEFAULT_MODE
+    mode = (config or PluginOptions()).sequence_parallelism_mode
     if sizes.sp > 1:
         check_mode(mode, described.num_heads // sizes.tp, sizes.sp, described.attn_backend)
 

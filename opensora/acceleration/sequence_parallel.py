@@ -21,9 +21,12 @@ from opensora.acceleration.ring import ring_attention, ring_kernel
 from opensora.models.diffusion import row_sizes
 from opensora.models.mmdit.attention import JointAttention
 from opensora.utils.errors import UserError
+from opensora.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 MODES = {"all_to_all": "Ulysses", "ring_attn": "ring"}
-DEFAULT_MODE = "ring_attn"  # takes any number of heads
+DEFAULT_MODE = "auto"
 IMAGE_INPUTS, TEXT_INPUTS = ("img", "img_ids", "cond"), ("txt", "txt_ids")
 
 
@@ -152,11 +155,22 @@ def _check_heads(heads: int, ranks: int) -> None:
         )
 
 
-def check_mode(mode: str, heads: int, ranks: int, kernel: str) -> None:
+def chosen_mode(mode: str | None, heads: int, ranks: int) -> str:
+    """The mode that ``auto`` (or None) stands for; any other as it is.
+
+    ``all_to_all`` where the heads of a rank's weights can be divided over the ranks: it sends less, and attention is
+    that of one device, with its fastest kernel. Otherwise the ring, which takes any number of heads.
+    """
+    if mode is not None and mode != DEFAULT_MODE:
+        return mode
+    return "ring_attn" if heads % ranks else "all_to_all"
+
+
+def check_mode(mode: str | None, heads: int, ranks: int, kernel: str) -> None:
     """Whether a model can be divided so.
 
     Args:
-        mode: ``all_to_all`` or ``ring_attn``.
+        mode: ``all_to_all``, ``ring_attn`` or ``auto``, see `chosen_mode`.
         heads: attention heads of one rank's weights.
         ranks: of the sequence-parallel group.
         kernel: ``attn_backend`` of the model.
@@ -164,8 +178,10 @@ def check_mode(mode: str, heads: int, ranks: int, kernel: str) -> None:
     Raises:
         UserError: an unknown mode, heads that cannot be divided, or a kernel that the ring cannot use.
     """
+    mode = chosen_mode(mode, heads, ranks)
     if mode not in MODES:
-        raise UserError(f"plugin_config.sequence_parallelism_mode={mode!r} is unknown; valid: {', '.join(MODES)}")
+        valid = ", ".join((DEFAULT_MODE, *MODES))
+        raise UserError(f"plugin_config.sequence_parallelism_mode={mode!r} is unknown; valid: {valid}")
     if mode == "all_to_all":
         _check_heads(heads, ranks)
     else:
@@ -173,7 +189,7 @@ def check_mode(mode: str, heads: int, ranks: int, kernel: str) -> None:
 
 
 def apply_sequence_parallel(
-    model: nn.Module, axis: Axis, mode: str = DEFAULT_MODE, heads: int | None = None
+    model: nn.Module, axis: Axis, mode: str | None = DEFAULT_MODE, heads: int | None = None
 ) -> nn.Module:
     """Make an MMDiT divide its tokens over ranks, in place; keys of the state dict stay as they are.
 
@@ -183,7 +199,7 @@ def apply_sequence_parallel(
     Args:
         model: see `opensora.models.mmdit.MMDiTModel`; with tensor parallelism, that comes first.
         axis: the ranks; nothing happens if there is only one.
-        mode: ``all_to_all`` (Ulysses) or ``ring_attn``.
+        mode: ``all_to_all`` (Ulysses), ``ring_attn`` or ``auto``, see `chosen_mode`.
         heads: attention heads of this rank's weights; None: all of the model's.
 
     Raises:
@@ -192,7 +208,10 @@ def apply_sequence_parallel(
     if axis.group is None:
         return model
     config: Any = model.config
-    check_mode(mode, heads or config.num_heads, axis.size, config.attn_backend)
+    heads = heads or config.num_heads
+    check_mode(mode, heads, axis.size, config.attn_backend)
+    mode = chosen_mode(mode, heads, axis.size)
+    logger.info("sequence parallelism over %d ranks by %s", axis.size, mode)
     by_ring = mode == "ring_attn"
     shard = TokenShard(axis, ring_kernel(config.attn_backend) if by_ring else config.attn_backend)
     kind = RingAttention if by_ring else UlyssesAttention

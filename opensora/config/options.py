@@ -302,7 +302,9 @@ class PluginOptions(Options):
         least=2,
         most=MANY_PROCESSES,
     )
-    sequence_parallelism_mode: str | None = opt(None, "how tokens are exchanged: ring_attn, all_to_all")
+    sequence_parallelism_mode: str | None = opt(
+        None, "how tokens are exchanged: all_to_all, ring_attn; none or auto takes the first where the heads allow it"
+    )
     enable_sequence_parallelism: bool = opt(
         False, "split tokens over the sequence-parallel group", no_effect="sp_size above 1 does it"
     )

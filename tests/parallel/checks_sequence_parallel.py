@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opensora.acceleration.ring import block_kernels, math_backward, math_forward
-from opensora.acceleration.sequence_parallel import apply_sequence_parallel
+from opensora.acceleration.sequence_parallel import RingAttention, UlyssesAttention, apply_sequence_parallel
 from opensora.diffusion.first_block import FirstBlockCache
 from opensora.utils.errors import UserError
 from tests.parallel.harness import assert_close
@@ -119,6 +119,19 @@ def check_heads(folder: Path) -> None:
     compare("ring_attn", tiny_inputs(), **options)
 
 
+def check_auto(folder: Path) -> None:
+    """Without a mode, heads are divided where they can be; otherwise keys and values go around."""
+    axis = context(sp=dist.get_world_size()).sp
+    for options, kind in (({}, UlyssesAttention), (dict(num_heads=3, hidden_size=24), RingAttention)):
+        for mode in (None, "auto"):
+            shared = apply_sequence_parallel(tiny_model(**options), axis, mode)
+            found = {type(module.attention) for module in shared.modules() if hasattr(module, "attention")}
+            assert found == {kind}
+        compare("auto", tiny_inputs(), **options)
+    # what counts is the heads of this rank's weights
+    assert type(apply_sequence_parallel(tiny_model(), axis, heads=1).double_blocks[0].attention) is RingAttention
+
+
 def check_block_kernels(folder: Path) -> None:
     """The flash kernel of a block equals the written-out one, output, log-sum-exp and gradients."""
     generator = torch.Generator().manual_seed(0)
@@ -144,6 +157,7 @@ CHECKS = [
     check_bfloat16,
     check_recompute_after_another_forward,
     check_heads,
+    check_auto,
     check_block_kernels,
 ]
 FOUR = [check_ulysses, check_ring]
