@@ -1,5 +1,6 @@
 """Process groups of a run, as a value that is handed to whoever needs it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -152,12 +153,13 @@ class ParallelContext:
         if world == 1:
             return cls(device=device)
         grid = torch.arange(world).reshape(-1, sizes.branch, sizes.sp, sizes.tp)
-        axes = {name: _axis(grid.movedim(dim, -1).flatten(0, -2)) for dim, name in enumerate(AXES)}
-        axes |= {"replica": _axis(grid.flatten(0, 2).movedim(0, -1)), "sample": _axis(grid.flatten(1))}
+        groups = {name: grid.movedim(dim, -1).flatten(0, -2) for dim, name in enumerate(AXES)}
+        groups |= {"replica": grid.flatten(0, 2).movedim(0, -1), "sample": grid.flatten(1)}
         if sizes.shard is not None:
             parts = grid.flatten(0, 2).movedim(0, -1).unflatten(-1, (-1, sizes.shard))  # [tp, copies, shard]
-            axes |= {"shard": _axis(parts.flatten(0, 1)), "copies": _axis(parts.movedim(1, -1).flatten(0, 1))}
-        axes["host"] = Axis(world, dist.get_rank(), dist.new_group(backend="gloo", timeout=TIMEOUT))
+            groups |= {"shard": parts.flatten(0, 1), "copies": parts.movedim(1, -1).flatten(0, 1)}
+        axes = _axes(groups, device)
+        axes["host"] = Axis(world, dist.get_rank(), _host_group(device))
         context = cls(dist.get_rank(), world, device, **axes)
         logger.info("%d processes: %s", world, context.describe())
         return context
@@ -177,14 +179,29 @@ class ParallelContext:
         return DeviceMesh.from_group(groups, self.device.type, ranks, mesh_dim_names=("copies", "shard"))
 
 
-def _axis(groups: Tensor) -> Axis:
-    """Axis whose groups of ranks are the rows of ``groups``; every process makes all of them, in the same order."""
-    mine = Axis()
-    for ranks in groups.tolist():
-        group = dist.new_group(ranks, timeout=TIMEOUT) if len(ranks) > 1 else None
-        if dist.get_rank() in ranks:
-            mine = Axis(len(ranks), ranks.index(dist.get_rank()), group)
-    return mine
+def _axes(groups: Mapping[str, Tensor], device: torch.device) -> dict[str, Axis]:
+    """Axes whose groups of ranks are the rows of these tables; every process makes all of them, in the same order.
+
+    Axes of the same ranks share their group, and on GPUs it is one of NCCL alone: a group of gloo keeps a connection to
+    each of its ranks open, and with one for each axis a large run is out of descriptors.
+    """
+    backend = "nccl" if device.type == "cuda" else None
+    made: dict[tuple[int, ...], Any] = {}
+    axes = {}
+    for name, table in groups.items():
+        for ranks in table.tolist():
+            key = tuple(ranks)
+            if len(ranks) > 1 and key not in made:
+                made[key] = dist.new_group(ranks, timeout=TIMEOUT, backend=backend)
+            if dist.get_rank() in ranks:
+                axes[name] = Axis(len(ranks), ranks.index(dist.get_rank()), made.get(key))
+    return axes
+
+
+def _host_group(device: torch.device) -> Any:
+    """Group of all processes for what they exchange on the CPU. On GPUs it is the one that they were joined by, whose
+    half for the CPU has nothing else to do once a run has begun; on CPUs all exchanges go there, so it is another."""
+    return dist.group.WORLD if device.type == "cuda" else dist.new_group(backend="gloo", timeout=TIMEOUT)
 
 
 def launch(device: torch.device, timeout: timedelta = TIMEOUT) -> None:
