@@ -2,18 +2,31 @@
 
 torchrun ends all processes when one fails. What is left to do is that they do not all print the same: a mistake in a
 config is found by every process, and a process that dies makes the others fail in whatever exchange they wait in.
+
+torchrun then reports every process that failed, with what it finds in the file that it names to each. The process that
+has the error writes its line there; the others are not among them if torchrun ends them before they end themselves.
 """
 
 import hashlib
+import json
+import os
+import signal
+import sys
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 
 from opensora.acceleration.torchrun import Torchrun
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
+from opensora.utils.main import told_of
 
 logger = get_logger(__name__)
+
+REPORT = "TORCHELASTIC_ERROR_FILE"  # where torchrun reads what a process that failed has to say
+PATIENCE = 5.0  # seconds in which torchrun ends a process once another one has failed
 
 # what torch says when another process has gone; gloo has no exception class of its own
 LOST_CONTACT = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
@@ -24,7 +37,7 @@ def reported_once(environment: Mapping[str, str]) -> Iterator[None]:
     """Within it, an error is raised on by the first process that has it; the others end quietly.
 
     Args:
-        environment: where torchrun tells a process about the others.
+        environment: where torchrun tells a process about the others, and where to write its error.
 
     Raises:
         SystemExit: status 2 for a user's mistake that another process reports, 1 for other errors.
@@ -33,15 +46,44 @@ def reported_once(environment: Mapping[str, str]) -> Iterator[None]:
         yield
     except UserError as error:
         if not first_to_say(str(error), environment):
-            raise SystemExit(2) from None
+            end_after_the_first(2)
+        report(error, environment)
         raise
     except Exception as error:
         if lost_contact(error):
             logger.debug("another process has gone: %s", error)
-            raise SystemExit(1) from None
+            end_after_the_first(1)
         if not first_to_say(f"{type(error).__name__}: {error}", environment):
-            raise SystemExit(1) from None
+            end_after_the_first(1)
+        report(error, environment)
         raise
+
+
+def report(error: Exception, environment: Mapping[str, str]) -> None:
+    """Give torchrun the line of an error for its report, which otherwise says how a traceback could be had."""
+    if not (file := environment.get(REPORT)):
+        return
+    told = {"message": told_of(error), "extraInfo": {"timestamp": str(int(time.time()))}}
+    with suppress(OSError):
+        Path(file).write_text(json.dumps({"message": told}), encoding="utf-8")
+
+
+def end_after_the_first(status: int, patience: float = PATIENCE) -> None:
+    """End this process without a word, once the process that has the same to say has ended: torchrun tells it so.
+
+    Args:
+        status: of this process if nobody tells it in time, as on another machine.
+        patience: in seconds.
+
+    Raises:
+        SystemExit: that status.
+    """
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # with another status it would be in the report
+    with suppress(OSError):
+        sys.stdout.flush()
+    time.sleep(patience)
+    raise SystemExit(status)
 
 
 def lost_contact(error: BaseException) -> bool:

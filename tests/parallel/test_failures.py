@@ -41,10 +41,14 @@ def test_one_process_is_killed():
 
 
 def test_one_process_fails():
+    """It says why, and so does the end of torchrun's report, which names no other process."""
     done = run()
     assert done.returncode != 0
-    assert done.stderr.count("a mistake of one") == 1
-    assert done.stderr.count("a mistake of all") == 1
+    lines = done.stderr.splitlines()
+    assert lines.count("error: a mistake of one") == 1
+    assert lines.count("a mistake of all") == 1
+    assert lines[-2] == "  traceback : a mistake of one"
+    assert "<NO_OTHER_FAILURES>" in done.stderr
     assert "Connection closed" not in done.stderr
 
 
@@ -65,7 +69,8 @@ def test_the_package_s_launcher_adds_nothing(words, status, lines):
 def test_autoencoder_training_says_a_mistake_once():
     done = run("configs/vae/train/demo.py", program="scripts/vae/train.py")
     assert done.returncode != 0
-    assert done.stderr.count("2 processes train an autoencoder by dividing the data") == 1
+    told = "2 processes train an autoencoder by dividing the data"
+    assert sum(line.startswith("error: ") and told in line for line in done.stderr.splitlines()) == 1, done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
