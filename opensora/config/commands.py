@@ -354,6 +354,9 @@ class VaeTrainOptions(LoopOptions, LoaderOptions, RunOptions):
     image_lr: float | None = opt(None, "learning rate of that training; none takes optim.lr", least=0)
     restart_disc: bool = opt(False, "start the discriminator anew when going on")
     load_optimizer: bool = opt(True, "go on with the optimizer's state")
+    latent_noise: float = opt(
+        0.0, "noise on latents before they are decoded, drawn up to this", "standard deviations", least=0, most=10
+    )
     freeze_layers: str | None = opt(None, "parts not to train, separated by commas: encoder, decoder, ..., or all")
     profile: bool = opt(False, "record a torch profile of some steps")
     wandb_expr_name: str | None = opt(None, "name of the run at Weights & Biases; none takes exp_name")

@@ -87,9 +87,17 @@ class Autoencoder(Protocol):
 
     @abstractmethod
     def __call__(
-        self, x: Tensor, sample_posterior: bool = True, generator: torch.Generator | None = None
+        self,
+        x: Tensor,
+        sample_posterior: bool = True,
+        generator: torch.Generator | None = None,
+        latent_noise: float = 0.0,
     ) -> tuple[Tensor, DiagonalGaussian | None, Tensor]:
-        """Reconstruct (a module's ``forward``): ``(reconstruction like x, posterior if there is one, latents)``."""
+        """Reconstruct (a module's ``forward``): ``(reconstruction like x, posterior if there is one, latents)``.
+
+        ``latent_noise`` is that of :func:`opensora.models.vae.disturbance.disturbed`, between encoder and decoder;
+        it is only given where training asks for it.
+        """
 
     def decode_parts(self, z: Tensor) -> Iterator[Tensor]:
         """What `decode` gives of one sample, bit for bit, in consecutive parts along time ``[1, 3, T', H, W]``; each is

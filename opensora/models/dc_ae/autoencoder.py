@@ -24,6 +24,7 @@ from opensora.models.dc_ae.blocks import (
 )
 from opensora.models.dc_ae.config import DEFAULT_LAYOUT, DCAEConfig, Stage
 from opensora.models.kinds import Shapes, WeightKind, count, explain_autoencoder, size
+from opensora.models.vae.disturbance import disturbed
 from opensora.models.vae.tiling import Tiling, check_clip
 from opensora.registry import MODELS
 from opensora.utils.errors import UserError
@@ -248,11 +249,15 @@ class DCAE(nn.Module, Autoencoder):
             )
 
     def forward(
-        self, x: Tensor, sample_posterior: bool = True, generator: torch.Generator | None = None
+        self,
+        x: Tensor,
+        sample_posterior: bool = True,
+        generator: torch.Generator | None = None,
+        latent_noise: float = 0.0,
     ) -> tuple[Tensor, None, Tensor]:
         """Reconstruct: ``(reconstruction in the dtype of x, None, latents)``; works in the dtype of the weights."""
         z = self.encode(x.to(self.get_last_layer().dtype))
-        return self.decode(z).to(x.dtype), None, z
+        return self.decode(disturbed(z, latent_noise, generator)).to(x.dtype), None, z
 
     @property
     def _scale(self) -> float:

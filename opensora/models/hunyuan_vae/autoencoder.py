@@ -13,6 +13,7 @@ from opensora.models.hunyuan_vae.blocks import CausalConv3d
 from opensora.models.hunyuan_vae.config import HunyuanVAEConfig
 from opensora.models.hunyuan_vae.encoder_decoder import DecoderCausal3D, EncoderCausal3D
 from opensora.models.kinds import Shapes, WeightKind, count, explain_autoencoder, size
+from opensora.models.vae.disturbance import disturbed
 from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.models.vae.tiling import Tiling, check_clip
 from opensora.registry import MODELS
@@ -155,12 +156,16 @@ class AutoencoderKLCausal3D(nn.Module, Autoencoder):
         return self.decoder(self.post_quant_conv(tile))
 
     def forward(
-        self, x: Tensor, sample_posterior: bool = True, generator: torch.Generator | None = None
+        self,
+        x: Tensor,
+        sample_posterior: bool = True,
+        generator: torch.Generator | None = None,
+        latent_noise: float = 0.0,
     ) -> tuple[Tensor, DiagonalGaussian, Tensor]:
         """Reconstruct: ``(reconstruction like x, posterior, normalised latents)``."""
         posterior = self.encode_posterior(x)
         z = self._latent(posterior, sample_posterior, generator)
-        return self.decode(z), posterior, z
+        return self.decode(disturbed(z, latent_noise, generator)), posterior, z
 
     def _check_pixels(self, x: Tensor) -> None:
         check_clip(x, self.config.in_channels)

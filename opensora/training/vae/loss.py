@@ -77,6 +77,7 @@ class VAEStep:
         device, dtype: where and in what the model works.
         states: where the run stands; the adversarial losses begin by it.
         adversary: the discriminator, None without one.
+        latent_noise: largest standard deviation of noise between encoder and decoder.
     """
 
     def __init__(
@@ -89,7 +90,9 @@ class VAEStep:
         dtype: torch.dtype,
         states: RunningStates,
         adversary: Adversary | None = None,
+        latent_noise: float = 0.0,
     ) -> None:
+        self.disturb = {"latent_noise": latent_noise} if latent_noise else {}
         self.model, self.plain, self.loss, self.mixer = model, plain, loss, mixer
         self.device, self.dtype, self.states, self.adversary = device, dtype, states, adversary
         self.trainable = any(p.requires_grad for p in plain.parameters())
@@ -110,7 +113,7 @@ class VAEStep:
     def _autoencoder(self, video: Tensor, generator: torch.Generator) -> tuple[Turn, Tensor]:
         """The autoencoder's turn, and its reconstruction without graph."""
         with torch.set_grad_enabled(self.trainable):
-            reconstruction, posterior, _ = self.model(video, generator=generator)
+            reconstruction, posterior, _ = self.model(video, generator=generator, **self.disturb)
             terms = self.loss.terms(video, reconstruction, posterior)
         total, numbers = terms.total, dict(terms.parts)
         if self.adversary is not None and self.trainable:

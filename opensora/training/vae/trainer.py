@@ -162,6 +162,7 @@ class VAETrainer:
             start.dtype,
             states,
             adversary,
+            cfg.latent_noise,
         )
         roles = [role for role in (autoencoder, self.discriminator) if role is not None]
         loop = TrainLoop(roles, self.weights, self.ema, log, folder, start.settings(stage.end), states, len(sampler))
