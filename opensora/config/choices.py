@@ -131,6 +131,17 @@ ATTENTION_KERNELS: Choices[Any] = Choices(
 SOLVERS: Choices[Any] = Choices(
     "solver", {name: f"opensora.diffusion.solvers:{name}" for name in ("euler", "heun", "ab2", "renoise")}
 )
+TIME_SAMPLINGS: Choices[Any] = Choices(
+    "density of diffusion times",
+    {name: f"opensora.diffusion.times:{name}" for name in ("logit_normal", "uniform", "mode")},
+)
+LOSS_WEIGHTINGS: Choices[Any] = Choices(
+    "loss weighting", {name: f"opensora.diffusion.times:{name}" for name in ("cosmap", "min_snr", "sigma_sqrt")}
+)
+SCHEDULES: Choices[Any] = Choices(
+    "learning-rate schedule",
+    {name: f"opensora.training.weights.schedules:{name}" for name in ("constant", "cosine", "linear", "wsd")},
+)
 QUANTIZERS: Choices[Any] = Choices(
     "kind of quantised weights",
     {name: f"opensora.models.quantization.{name}:{name.capitalize()}" for name in ("fp8", "int8", "nf4")},

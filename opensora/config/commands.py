@@ -9,7 +9,7 @@ below them are in ``opensora.config.options`` and may be imported from here too.
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from opensora.config.choices import CONDITIONS, METHODS
+from opensora.config.choices import CONDITIONS, METHODS, SCHEDULES
 from opensora.config.options import (
     AE_KNOWS,
     MANY_FRAMES,
@@ -22,6 +22,7 @@ from opensora.config.options import (
     DiscriminatorLossOptions,
     DropoutOptions,
     GeneratorLossOptions,
+    LossWeightingOptions,
     LpipsOptions,
     ModelOptions,
     OptimOptions,
@@ -29,6 +30,7 @@ from opensora.config.options import (
     PluginOptions,
     SamplingOption,
     SchedulerOptions,
+    TimeSamplingOptions,
     TrainSampleOptions,
     VaeLossOptions,
     ValidationOptions,
@@ -274,6 +276,8 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
     dropout_ratio: DropoutOptions | None = section(DropoutOptions, "share of samples that train without their text")
     guidance: float = opt(4.0, "guidance scale told to models with guidance_embed", least=0)
     sigma_min: float = opt(1e-5, "noise that remains at the end of the path", least=0, below=1)
+    time_sampling: TimeSamplingOptions = section(TimeSamplingOptions, "diffusion times that are drawn", {})
+    loss_weighting: LossWeightingOptions = section(LossWeightingOptions, "weights of samples in the loss", {})
     no_i2v_ref_loss: bool = opt(False, "leave given first and last frames out of the loss")
     grad_checkpoint: bool = opt(True, "recompute blocks in backward")
     grad_ckpt_buffer_size: int = opt(
@@ -297,7 +301,12 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
     )
     warmup_steps: int | None = opt(None, "linear warm-up", "optimizer steps", least=0)
     use_cosine_scheduler: bool = opt(False, "cosine decay to zero after warm-up and plateau")
-    flat_share: float = opt(0.0, "share of the run on the plateau before the cosine", least=0, below=1)
+    flat_share: float = opt(0.0, "share of the run on the plateau before the decay (not of wsd)", least=0, below=1)
+    lr_schedule: str | None = opt(
+        None, "decay after warm-up and plateau; none goes by use_cosine_scheduler", choices=SCHEDULES
+    )
+    lr_decay_share: float = opt(0.2, "share of the run, at its end, in which wsd decays", above=0, most=1)
+    lr_final_share: float = opt(0.0, "share of the learning rate that the decay ends at", least=0, most=1)
     keep_encoded: bool = opt(False, "keep latents and text embeddings in memory, read each clip once (small datasets)")
     warmup_ae: bool = opt(False, "run the autoencoder on every bucket shape first")
     async_io: bool = opt(False, "write checkpoints while training goes on")

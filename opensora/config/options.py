@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, get_type_hints
 
-from opensora.config.choices import CONDITIONS, SOLVERS, Choices
+from opensora.config.choices import CONDITIONS, LOSS_WEIGHTINGS, SCHEDULES, SOLVERS, TIME_SAMPLINGS, Choices
 from opensora.utils.errors import UserError
 
 BOUNDS: Mapping[str, tuple[Callable[[Any, Any], bool], str]] = MappingProxyType(
@@ -274,6 +274,9 @@ class OptimOptions(Options):
     betas: tuple[float, float] = opt((0.9, 0.999), "decay of the moments", least=0, below=1)
     adamw_mode: bool | None = opt(None, "AdamW rather than Adam with L2; none goes by cls")
     momentum: float | None = opt(None, "momentum of Muon (0.95)", least=0, below=1)
+    groups: dict[str, dict[str, Any]] | None = opt(
+        None, "{pattern of parameter names: {lr, weight_decay}}: what trains with settings of its own"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,8 +284,11 @@ class SchedulerOptions(Options):
     """Learning-rate schedule."""
 
     warmup_steps: int | None = opt(None, "linear warm-up", "optimizer steps", least=0)
+    name: str | None = opt(None, "decay after warm-up and plateau; none goes by cosine", choices=SCHEDULES)
     cosine: bool = opt(False, "cosine decay to zero after warm-up and plateau")
-    flat_share: float = opt(0.0, "share of the run on the plateau before the cosine", least=0, below=1)
+    flat_share: float = opt(0.0, "share of the run on the plateau before the decay (not of wsd)", least=0, below=1)
+    decay_share: float = opt(0.2, "share of the run, at its end, in which wsd decays", above=0, most=1)
+    final_share: float = opt(0.0, "share of the learning rate that the decay ends at", least=0, most=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,6 +333,31 @@ class DropoutOptions(Options):
 
     t5: float = opt(0.0, "probability of an empty T5 text", least=0, most=1)
     clip: float = opt(0.0, "probability of an empty CLIP text", least=0, most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeSamplingOptions(Options):
+    """Diffusion times that training draws; 1 is noise."""
+
+    name: str = opt("logit_normal", "density of the times before the shift", choices=TIME_SAMPLINGS)
+    mean: float = opt(0.0, "of logit_normal: where it lies; above 0 towards noise", least=-10, most=10)
+    width: float = opt(1.0, "of logit_normal: standard deviation of the logit", above=0, most=10)
+    mode_scale: float = opt(
+        1.29, "of mode: above 0 middle times are drawn more often, below 0 the ends", least=-1, most=1.75
+    )
+    shift: bool = opt(True, "move the times towards noise for large samples, as in sampling")
+    flow_shift: float | None = opt(None, "shift in place of the one that sizes give", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeightingOptions(Options):
+    """Weights of samples in the loss; they are multiplied and not normalised."""
+
+    time: str | None = opt(
+        None, "weight over the diffusion time, by name; none weighs all alike", choices=LOSS_WEIGHTINGS
+    )
+    gamma: float = opt(5.0, "of min_snr: signal-to-noise ratio that weights are cut at", above=0, most=1000)
+    conditions: dict[str, float] | None = opt(None, "{condition type: weight}; those not named weigh 1", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,7 +123,9 @@ def velocity(x_0: Tensor, noise: Tensor, sigma_min: float = 1e-5) -> Tensor:
     return (1 - sigma_min) * noise - x_0
 
 
-def flow_matching_loss(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+def flow_matching_loss(
+    pred: Tensor, target: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
+) -> Tensor:
     """Mean squared error in float32.
 
     Args:
@@ -131,16 +133,24 @@ def flow_matching_loss(pred: Tensor, target: Tensor, mask: Tensor | None = None)
         target: true velocity, same shape.
         mask: [B, L], true for the tokens that count. Each sample then weighs the same, whatever number of its tokens
             count. :func:`unconditioned_tokens` makes such a mask.
+        weights: [B], the errors of the samples are multiplied by them; the mean is over B, whatever their sum.
 
     Returns:
         Scalar.
     """
+    if mask is None and weights is None:
+        return (pred.float() - target.float()).square().mean()
+    per_sample = sample_errors(pred, target, mask)
+    return (per_sample if weights is None else per_sample * weights.to(per_sample)).mean()
+
+
+def sample_errors(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error of each sample, float32 [B]; arguments as of :func:`flow_matching_loss`."""
     error = (pred.float() - target.float()).square()
     if mask is None:
-        return error.mean()
+        return error.flatten(1).mean(1)
     keep = mask.to(error)
-    per_sample = (error.mean(-1) * keep).sum(1) / keep.sum(1).clamp(min=1)
-    return per_sample.mean()
+    return (error.mean(-1) * keep).sum(1) / keep.sum(1).clamp(min=1)
 
 
 def unconditioned_tokens(condition_mask: Tensor, tokens_per_frame: int) -> Tensor:

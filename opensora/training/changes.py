@@ -17,6 +17,7 @@ DECIDING = (
     *("training_method", "training_method_config", "patch_size", "condition_config", "dropout_ratio", "guidance"),
     *("sigma_min", "no_i2v_ref_loss", "lora_config", "warmup_steps", "use_cosine_scheduler", "flat_share"),
     *("vae_loss_config", "discriminator", "gen_loss_config", "disc_loss_config", "optim_discriminator", "lr_scheduler"),
+    *("time_sampling", "loss_weighting", "lr_schedule", "lr_decay_share", "lr_final_share"),
     *("disc_lr_scheduler", "mixed_strategy", "mixed_image_ratio", "image_steps", "image_bucket_config", "image_lr"),
 )
 # Keys of their sections that decide nothing.

@@ -33,6 +33,7 @@ from opensora.training.report.metrics import MetricLog
 from opensora.training.report.throughput import peak_flops
 from opensora.training.report.trackers import create_trackers
 from opensora.training.roles import Role, RoleFiles
+from opensora.training.weights.groups import base_lr
 from opensora.training.weights.masters import MasterWeights, optimizer_factory
 from opensora.training.weights.optimizer import Schedule, create_schedule, load_optimizer
 from opensora.utils.errors import UserError
@@ -225,21 +226,24 @@ class Run:
         )
 
     def schedule(
-        self, optimizer: Optimizer, options: SchedulerOptions, total: int, start: int, lr: float | None = None
+        self,
+        optimizer: Optimizer,
+        options: SchedulerOptions,
+        total: int,
+        start: int,
+        optim: OptimOptions | None = None,
     ) -> Schedule:
         """Learning rates of an optimizer that is at step ``start`` of ``total``.
 
         Args:
-            lr: holds whatever the checkpoint says; None leaves the optimizer's.
+            optim: its learning rates hold whatever the checkpoint says; None leaves the optimizer's.
         """
-        for group in optimizer.param_groups if lr is not None else ():
-            group["lr"] = group["initial_lr"] = lr
+        for group in optimizer.param_groups if optim is not None else ():
+            group["lr"] = group["initial_lr"] = base_lr(group, optim)
         return create_schedule(
             optimizer,
-            warmup_steps=options.warmup_steps or 0,
+            options,
             total_steps=total,
-            cosine=options.cosine,
-            flat_share=options.flat_share,
             start_step=start,
             **({} if self.cfg.initial_lr is None else {"initial_lr": self.cfg.initial_lr}),
         )

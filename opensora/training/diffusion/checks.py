@@ -25,11 +25,13 @@ from opensora.models.text.files import check_text_widths
 from opensora.training.checks import check_loop, check_optimizer
 from opensora.training.diffusion.encoders import encoders_to_load, meta_autoencoder
 from opensora.training.diffusion.inputs import InputOptions
+from opensora.training.diffusion.objective import check_objective
 from opensora.training.diffusion.samples import sampling_config
 from opensora.training.diffusion.validation import check_validation
 from opensora.training.methods.base import TrainingMethod
 from opensora.training.report.trackers import check_trackers
 from opensora.training.weights.adapters import LoraAdapter, freeze, read_adapter
+from opensora.training.weights.groups import check_groups
 from opensora.utils.errors import UserError
 from opensora.utils.weights import open_weights
 from opensora.utils.weights_loading import check_match
@@ -93,6 +95,7 @@ def check_config(cfg: TrainOptions, world_size: int = 1) -> TrainingPlan:
         raise UserError(f"training_method={cfg.training_method}: {method!r} is no class derived from TrainingMethod")
     _check_parts(cfg, world_size, method)
     _check_streamed(cfg, world_size, method, model)
+    check_objective(cfg, method)
     options = read_group(method.options, cfg.training_method_config or {}, "training_method_config", cfg.config_path)
     method.check(cfg, options, model)
     samples = sampling_config(cfg) if cfg.samples else None
@@ -110,6 +113,8 @@ def _input_options(cfg: TrainOptions, multiple: int) -> InputOptions:
         t5_dropout=dropout.t5 if dropout else 0.0,
         clip_dropout=dropout.clip if dropout else 0.0,
         condition_weights=dict(cfg.condition_config) if cfg.condition_config else None,
+        time_sampling=cfg.time_sampling,
+        loss_weighting=cfg.loss_weighting,
     )
 
 
@@ -154,12 +159,14 @@ def _check_trained(cfg: TrainOptions, model: nn.Module) -> None:
         raise UserError(f"lora_dtype={cfg.lora_dtype} and dtype={cfg.dtype}: adapters compute as the model, or in fp32")
     if not cfg.lora_config:
         freeze(model, cfg.freeze_layers)
+        check_groups(model.named_parameters(), cfg.optim)
         return
     if cfg.freeze_layers:
         raise UserError("freeze_layers and lora_config: an adapter leaves all of the model's weights frozen; set one")
     if cfg.model is None or not cfg.model.from_pretrained:
         raise UserError("lora_config: an adapter needs a trained model; give its weights with --model.from_pretrained")
     LoraAdapter(model, cfg.lora_config, cfg.lora_checkpoint)
+    check_groups(model.named_parameters(), cfg.optim)
 
 
 def _check_parts(cfg: TrainOptions, world_size: int, method: type[TrainingMethod]) -> None:

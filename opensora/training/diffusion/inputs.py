@@ -2,16 +2,18 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from opensora.config.options import LossWeightingOptions, TimeSamplingOptions
 from opensora.datasets.runs import FrameRun
 from opensora.diffusion.conditions import build_condition, choose_conditions, condition_runs, get_spans
-from opensora.diffusion.flow import flow_matching_loss, interpolate, sample_timesteps, unconditioned_tokens, velocity
+from opensora.diffusion.flow import flow_matching_loss, interpolate, unconditioned_tokens, velocity
 from opensora.diffusion.latents import pack, prepare_ids
+from opensora.diffusion.times import draw_times, time_weights
 from opensora.encoded.memory import EncodedMemory, even_group
 from opensora.encoded.store import WHOLE, batch_key
 from opensora.models.autoencoder import Autoencoder, LatentSpec
@@ -32,6 +34,8 @@ class InputOptions:
     t5_dropout: float = 0.0
     clip_dropout: float = 0.0
     condition_weights: Mapping[str, float] | None = None
+    time_sampling: TimeSamplingOptions = field(default_factory=TimeSamplingOptions)
+    loss_weighting: LossWeightingOptions = field(default_factory=LossWeightingOptions)
 
 
 class InputEncoder:
@@ -82,17 +86,18 @@ class InputEncoder:
             timesteps: these ``[B]`` instead of random ones, as they are.
 
         Returns:
-            ``inputs`` (keyword arguments of the model), ``target [B, L, C]`` and ``mask [B, L]`` or None.
+            ``inputs`` (keyword arguments of the model), ``target [B, L, C]``, ``mask [B, L]`` or None, ``weights [B]``
+            of the samples in the loss or None, and ``conditions``, their types, or None without any.
         """
         batch = self._with_kept(batch)
         x_0 = self._clips(batch, generator)
-        cond = self._condition(x_0, batch, generator)
+        types, cond = self._condition(x_0, batch, generator)
         txt, vec = self._text(batch, generator)
 
         patch, (frames, height, width) = self.options.patch_size, x_0.shape[2:]
         tokens = height * width // 4  # the schedule counts 2x2 patches, whatever the model's patch is
         if timesteps is None:
-            timesteps = sample_timesteps(len(x_0), tokens, frames, generator)
+            timesteps = draw_times(len(x_0), tokens, frames, self.options.time_sampling, generator)
         t = timesteps.to(x_0)  # rounded once, for the mix and for the model
         noise = torch.randn(x_0.shape, generator=generator).to(x_0)
         img_ids, txt_ids = prepare_ids(
@@ -112,7 +117,18 @@ class InputEncoder:
             inputs["cond"] = pack(cond, patch)
             if self.options.no_i2v_ref_loss:
                 mask = unconditioned_tokens(cond[:, 0, :, 0, 0], height * width // patch**2)
-        return {"inputs": inputs, "target": pack(velocity(x_0, noise, self.options.sigma_min), patch), "mask": mask}
+        target = pack(velocity(x_0, noise, self.options.sigma_min), patch)
+        weights = self._loss_weights(timesteps, types)
+        return {"inputs": inputs, "target": target, "mask": mask, "weights": weights, "conditions": types}
+
+    def _loss_weights(self, timesteps: Tensor, types: Sequence[str] | None) -> Tensor | None:
+        """What each sample counts in the loss, float32 [B]; None if all count 1."""
+        options = self.options.loss_weighting
+        weights = time_weights(timesteps, options)
+        if options.conditions is None:
+            return weights
+        of_types = torch.tensor([options.conditions.get(name, 1.0) for name in types or []])
+        return of_types if weights is None else weights.cpu() * of_types
 
     def _with_kept(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with what is kept of its clips and texts, in the form a cache gives it; what is new is encoded."""
@@ -152,11 +168,14 @@ class InputEncoder:
         """What is to be stored of clips, a few at a time."""
         return torch.cat([self.ae.encode_stored(part) for part in clips.split(self.micro_batch)])
 
-    def _condition(self, x_0: Tensor, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor | None:
-        """Mask and reference latents ``[B, 1 + C, t, h, w]``; the given frames are encoded on their own."""
+    def _condition(
+        self, x_0: Tensor, batch: Mapping[str, Any], generator: torch.Generator
+    ) -> tuple[Sequence[str] | None, Tensor | None]:
+        """The samples' condition types, and mask and reference latents ``[B, 1 + C, t, h, w]``; the given frames are
+        encoded on their own."""
         weights = self.options.condition_weights
         if weights is None:
-            return None
+            return None, None
         rng = random.Random(int(torch.randint(2**31, (1,), generator=generator)))
         causal, ratio = self.ae.is_causal, self.ae.compression[0]
         types = choose_conditions(weights, len(x_0), x_0.shape[2], rng, causal)
@@ -173,7 +192,7 @@ class InputEncoder:
             encoded = self.ae.from_stored(moments, generator)
             latents.update({(i, run): latent for i, latent in zip(rows, encoded)})
         refs = [[latents[i, run] for run in runs] or None for i, runs in enumerate(needs)]
-        return build_condition(x_0, types, refs, causal)
+        return types, build_condition(x_0, types, refs, causal)
 
     def _text(self, batch: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Embeddings; each encoder's is replaced by that of the empty text at its dropout rate, independently."""
@@ -187,5 +206,5 @@ class InputEncoder:
 
 
 def diffusion_loss(model: nn.Module, prepared: dict[str, Any]) -> Tensor:
-    """Rectified-flow loss of a prepared batch (arXiv:2209.03003)."""
+    """Rectified-flow loss of a prepared batch (arXiv:2209.03003), all samples weighed alike."""
     return flow_matching_loss(model(**prepared["inputs"]), prepared["target"], prepared["mask"])

@@ -13,7 +13,6 @@ from opensora.acceleration.plugins import divide_model
 from opensora.acceleration.shardformer import use_shardformer
 from opensora.acceleration.streaming import streamed
 from opensora.config.commands import TrainOptions
-from opensora.config.options import SchedulerOptions
 from opensora.datasets.dataloader import endless, prefetch
 from opensora.encoded.memory import EncodedMemory
 from opensora.models.diffusion import as_diffusion_model
@@ -35,6 +34,7 @@ from opensora.training.weights.adapters import LoraAdapter, TrainedWeights, copy
 from opensora.training.weights.ema import EMA
 from opensora.training.weights.optimizer import load_optimizer
 from opensora.training.weights.recompute import apply_recompute
+from opensora.training.weights.schedules import schedule_options
 from opensora.utils.logging import get_logger
 from opensora.utils.sizes import parse_bytes
 
@@ -179,14 +179,12 @@ class Trainer:
             if cfg.load_master_weights and exact and not start.load_masters(engine, weights.masters):
                 logger.warning("%s has no master.safetensors: the fp32 weights start from rounded ones", start.resume)
             load_optimizer(engine, start.resume)
-            wanted = {key: getattr(cfg.optim, key) for key in ("lr", "eps") if key in cfg.optim.given}
+            wanted = {"eps": cfg.optim.eps} if "eps" in cfg.optim.given else {}
             for group in engine.optimizer.param_groups:  # the config's, which may have changed, not the checkpoint's
                 group.update({key: value for key, value in wanted.items() if key in group})
-                group["initial_lr"] = group["lr"]
-        options = SchedulerOptions(
-            warmup_steps=cfg.warmup_steps, cosine=cfg.use_cosine_scheduler, flat_share=cfg.flat_share
+        schedule = start.schedule(
+            engine.optimizer, schedule_options(cfg), self.total_steps, start.states.global_step, cfg.optim
         )
-        schedule = start.schedule(engine.optimizer, options, self.total_steps, start.states.global_step)
         return Role(MODEL, engine, schedule, weights.masters)
 
     def _ema(self, weights: TrainedWeights, engine: Engine) -> EMA | None:

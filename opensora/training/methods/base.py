@@ -28,6 +28,7 @@ from opensora.training.report.metrics import StageTimer
 from opensora.training.roles import Role, Turn
 from opensora.training.run import Run
 from opensora.training.weights.optimizer import Schedule
+from opensora.training.weights.schedules import schedule_options
 
 METHOD_SEED = 104_729  # beside the run's seed, so that what a method builds does not change the model's start
 
@@ -65,12 +66,9 @@ class MethodContext:
             optim: its optimizer.
             schedule: its learning rates; those of the config, if not given.
         """
-        cfg = self.cfg
-        options = schedule or SchedulerOptions(
-            warmup_steps=cfg.warmup_steps, cosine=cfg.use_cosine_scheduler, flat_share=cfg.flat_share
-        )
+        options, start = schedule or schedule_options(self.cfg), self.run.states.global_step
         make: partial[Schedule] = partial(
-            self.run.schedule, options=options, total=self.total_steps, start=self.run.states.global_step, lr=optim.lr
+            self.run.schedule, options=options, total=self.total_steps, start=start, optim=optim
         )
         return self.run.role(name, module.to(self.run.device), optim, make)
 
@@ -81,12 +79,14 @@ class TrainingMethod(ABC):
     Attributes:
         options: option group of ``training_method_config``.
         adds_adapters: whether, with ``lora_config``, it puts adapters of its own into the model.
+        weighs: whether ``time_sampling`` and ``loss_weighting`` apply; otherwise a config that sets them is refused.
         roles: what trains besides the model, made in ``__init__`` with :meth:`MethodContext.role`. Further frozen
             models, such as a teacher, are built there too (``context.run.build(section)``).
     """
 
     options: ClassVar[type[Options]] = Options
     adds_adapters: ClassVar[bool] = False
+    weighs: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -63,6 +63,7 @@ class DistributionMatching(TrainingMethod):
 
     options = DmdOptions
     adds_adapters = True
+    weighs = False
 
     def __init__(self, context: MethodContext) -> None:
         super().__init__(context)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from opensora.datasets.dataloader import to_device
-from opensora.diffusion.flow import flow_matching_loss
+from opensora.diffusion.flow import flow_matching_loss, sample_errors
 from opensora.training.methods.base import MethodContext, TrainingMethod
 from opensora.training.report.metrics import Mean, Rate, Value
 from opensora.training.report.throughput import TERA, TrainingFlops
@@ -46,16 +46,25 @@ class FlowMatching(TrainingMethod):
 
     def loss(self, pred: Tensor, prepared: Mapping[str, Any]) -> Tensor:
         """Loss of a prediction ``[B, L, C]``, a scalar; ``prepared`` as :class:`InputEncoder` makes it."""
-        return flow_matching_loss(pred, prepared["target"], prepared["mask"])
+        return flow_matching_loss(pred, prepared["target"], prepared["mask"], prepared.get("weights"))
 
     @torch.no_grad()
     def _losses(self, pred: Tensor, prepared: Mapping[str, Any]) -> dict[str, Value]:
-        """Loss by quarter of the diffusion time."""
-        per_sample = (pred.float() - prepared["target"].float()).square().mean((1, 2))
+        """Loss by quarter of the diffusion time and by condition, and without weights where there are some."""
+        per_sample = sample_errors(pred, prepared["target"])
         quarter = (prepared["inputs"]["timesteps"].float() * 4).long().clamp(0, 3)
         member = torch.nn.functional.one_hot(quarter, 4).to(per_sample)
         totals, counts = per_sample @ member, member.sum(0)
-        return {f"loss_time/{name}": Mean(totals[i], counts[i]) for i, name in enumerate(TIME_QUARTERS)}
+        found: dict[str, Value] = {
+            f"loss_time/{name}": Mean(totals[i], counts[i]) for i, name in enumerate(TIME_QUARTERS)
+        }
+        types = prepared.get("conditions") or ()
+        for name in sorted(set(types)):
+            rows = [row for row, of_row in enumerate(types) if of_row == name]
+            found[f"loss_condition/{name}"] = Mean(per_sample[rows].sum(), len(rows))
+        if prepared.get("weights") is not None:
+            found["loss_unweighted"] = flow_matching_loss(pred, prepared["target"], prepared["mask"])
+        return found
 
     def _work(self, inputs: Mapping[str, Any]) -> dict[str, Value]:
         samples, tokens = inputs["img"].shape[:2]

@@ -56,6 +56,7 @@ class TrajectoryDistillation(FlowMatching):
     """See the module."""
 
     options = TrajectoryDistillationOptions
+    weighs = False  # times are those of the segments
 
     def __init__(self, context: MethodContext) -> None:
         super().__init__(context)

@@ -22,6 +22,7 @@ from opensora.training.report.trackers import check_trackers
 from opensora.training.vae.adversarial import AdversarialOptions
 from opensora.training.vae.loss import LengthMixer
 from opensora.training.weights.adapters import freeze
+from opensora.training.weights.groups import check_groups
 from opensora.utils.errors import UserError
 
 PLUGINS = ("ddp", "zero1", "zero2", "torch_ddp")  # those that leave the autoencoder whole
@@ -106,7 +107,10 @@ def check_config(cfg: VaeTrainOptions, world_size: int = 1) -> VAEPlan:
     if cfg.grad_checkpoint and not autoencoder.supports_grad_checkpoint:
         raise UserError(f"grad_checkpoint=True: {cfg.model.type!r} does not recompute blocks; set False")
     adversarial = check_adversarial(cfg, tables) if cfg.discriminator else None
-    check_freeze(cfg.freeze_layers, copy.deepcopy(model), adversarial is not None)
+    trained = copy.deepcopy(model)
+    check_freeze(cfg.freeze_layers, trained, adversarial is not None)
+    if cfg.freeze_layers != "all":
+        check_groups(trained.named_parameters(), cfg.optim)
     mixer = LengthMixer(cfg.mixed_strategy, cfg.mixed_image_ratio, LatentSpec.of(autoencoder))
     return VAEPlan(model, multiple, mixer, adversarial)
 

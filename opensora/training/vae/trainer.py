@@ -137,7 +137,7 @@ class VAETrainer:
         def schedule(optimizer: Optimizer) -> Schedule:
             options = cfg.disc_lr_scheduler or SchedulerOptions()
             total = self.stages[-1].end - since
-            return start.schedule(optimizer, options, total, states.global_step - since, lr=optim.lr)
+            return start.schedule(optimizer, options, total, states.global_step - since, optim)
 
         return start.role(
             DISCRIMINATOR, model, optim, schedule, prefix=DISC, anew=anew, load_optimizer_state=cfg.load_optimizer
@@ -185,11 +185,12 @@ class VAETrainer:
         done = start.states.global_step - stage.start
         if cfg.freeze_layers == "all":
             return None
-        engine = start.engine(self.model, replace(cfg.optim, lr=stage.lr), masters)
+        optim = replace(cfg.optim, lr=stage.lr)
+        engine = start.engine(self.model, optim, masters)
         if start.resume is not None and done and cfg.load_optimizer:
             load_optimizer(engine, start.resume)
             if masters is None and engine.rounded_to is not None:
                 start.load_masters(engine, None)  # there are none if all weights were frozen
         options = cfg.lr_scheduler or SchedulerOptions()
-        schedule = start.schedule(engine.optimizer, options, stage.steps, done, lr=stage.lr)
+        schedule = start.schedule(engine.optimizer, options, stage.steps, done, optim)
         return Role(MODEL, engine, schedule, masters)

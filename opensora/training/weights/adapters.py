@@ -1,7 +1,6 @@
 """What of a model is trained: all of it, some of it, or LoRA adapters; and under which names it is saved."""
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from opensora.diffusion.lora import read_loras
 from opensora.diffusion.lora_files import find_lora
 from opensora.diffusion.lora_fit import LowRank
+from opensora.training.weights.groups import matches
 from opensora.training.weights.masters import MasterWeights
 from opensora.utils.errors import UserError, shorten
 from opensora.utils.weights import load_state_dict, open_weights
@@ -33,7 +33,7 @@ def freeze(model: nn.Module, patterns: str | Sequence[str] | None) -> list[str]:
     wanted = [p.strip() for p in patterns.split(",")] if isinstance(patterns, str) else list(patterns or [])
     frozen = set()
     for pattern in wanted:
-        found = {n for n, _ in model.named_parameters() if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")}
+        found = {name for name, _ in model.named_parameters() if matches(name, pattern)}
         if not found:
             parts = ", ".join(name for name, _ in model.named_children())
             raise UserError(f"freeze_layers: {pattern!r} fits no parameter; the model's parts are {parts}")

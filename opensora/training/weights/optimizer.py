@@ -1,6 +1,5 @@
 """Optimizers and learning-rate schedules, both counted in optimizer steps."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,11 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from opensora.acceleration.engine import Engine
-from opensora.config.options import OptimOptions
+from opensora.config.choices import SCHEDULES
+from opensora.config.options import OptimOptions, SchedulerOptions
 from opensora.training.checkpoint.folder import load_part
+from opensora.training.weights.groups import Named, parameter_groups
+from opensora.training.weights.schedules import name_of, plateau_share
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from opensora.utils.optional import BITSANDBYTES, BITSANDBYTES_HINT, check_module, import_bitsandbytes
@@ -26,6 +28,9 @@ WHOLE_MATRICES = (IN_8_BITS, "Muon")  # those that cannot work on a share of a p
 STATE_IN_8_BITS = "state1"  # a name in the state of AdamW8bit that no other has
 
 
+Parameters = Sequence[nn.Parameter] | Sequence[dict[str, Any]]  # what an optimizer takes: tensors, or groups
+
+
 class MuonWithAdamW(Optimizer):
     """Muon on the matrices of the repeated blocks, AdamW on everything else (biases, norms, first and last layers).
 
@@ -33,8 +38,8 @@ class MuonWithAdamW(Optimizer):
     Both parts share this object's parameter groups and state: schedules and checkpoints see one optimizer.
 
     Args:
-        matrices: two-dimensional parameters of hidden layers.
-        others: the remaining parameters.
+        matrices: two-dimensional parameters of hidden layers, or groups of them.
+        others: the remaining parameters, or groups of them.
         momentum: of Muon, in [0, 1).
         lr, betas, eps, weight_decay: as in AdamW; ``betas`` and ``eps`` concern AdamW alone.
 
@@ -44,8 +49,8 @@ class MuonWithAdamW(Optimizer):
 
     def __init__(
         self,
-        matrices: Sequence[nn.Parameter],
-        others: Sequence[nn.Parameter],
+        matrices: "Parameters",
+        others: "Parameters",
         *,
         lr: float = 1e-3,
         momentum: float = 0.95,
@@ -94,13 +99,14 @@ def create_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], optim
             (:class:`MuonWithAdamW`); ``adamw_mode=False`` is an L2 penalty as in Adam.
 
     Raises:
-        UserError: unknown ``cls`` or key, or a package that is not installed.
+        UserError: unknown ``cls`` or key, a pattern of ``groups`` that fits nothing, or a package that is not
+            installed.
     """
     name = optim.cls
     if name not in NAMES:
         raise UserError(f"optim.cls={name!r} is unknown; use one of {', '.join(NAMES)}")
     momentum = {} if optim.momentum is None else {"momentum": optim.momentum}
-    known = ["lr", "betas", "eps", "weight_decay", "adamw_mode", *(["momentum"] if name == "Muon" else [])]
+    known = ["lr", "betas", "eps", "weight_decay", "adamw_mode", "groups", *(["momentum"] if name == "Muon" else [])]
     unknown = [*optim.extra, *momentum] if name != "Muon" else [*optim.extra]
     if unknown:
         raise UserError(f"optim.{sorted(unknown)[0]} is unknown for {name}; use {', '.join(known)}")
@@ -111,17 +117,36 @@ def create_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], optim
     if name == "Muon":
         if not decoupled:
             raise UserError("optim.adamw_mode=False: Muon's decay is decoupled; leave the key out")
-        matrices = [p for key, p in trainable if is_hidden_matrix(key, p)]
-        return MuonWithAdamW(matrices, [p for key, p in trainable if not is_hidden_matrix(key, p)], **options)
+        matrices = {id(p) for key, p in trainable if is_hidden_matrix(key, p)}
+        groups = _parameters(trainable, optim)
+        return MuonWithAdamW(
+            _only(groups, lambda p: id(p) in matrices), _only(groups, lambda p: id(p) not in matrices), **options
+        )
     if name == IN_8_BITS:
         check_package(name)
         if not decoupled:
             raise UserError(f"optim.adamw_mode=False: the decay of {name} is decoupled; leave the key out")
-        return _adamw_in_8_bits([p for _, p in trainable], options)
-    return (AdamW if decoupled else torch.optim.Adam)([p for _, p in trainable], **options)
+        return _adamw_in_8_bits(_parameters(trainable, optim), options)
+    return (AdamW if decoupled else torch.optim.Adam)(_parameters(trainable, optim), **options)
 
 
-def _adamw_in_8_bits(parameters: Sequence[nn.Parameter], options: Mapping[str, Any]) -> Optimizer:
+def _parameters(trainable: Named, optim: OptimOptions) -> Parameters:
+    return parameter_groups(trainable, optim) if optim.groups else [p for _, p in trainable]
+
+
+def _only(parameters: Parameters, takes: Callable[[nn.Parameter], bool]) -> Parameters:
+    """Those that are to be taken, in groups as they were."""
+    found: list[Any] = []
+    for each in parameters:
+        if isinstance(each, dict):
+            kept = [p for p in each["params"] if takes(p)]
+            found += [{**each, "params": kept}] if kept else []
+        elif takes(each):
+            found.append(each)
+    return found
+
+
+def _adamw_in_8_bits(parameters: Parameters, options: Mapping[str, Any]) -> Optimizer:
     base: Any = import_bitsandbytes().optim.AdamW8bit
 
     class AdamW8bit(base):
@@ -158,7 +183,7 @@ def check_same_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, source:
     if sizes[0] != sizes[1]:
         raise UserError(
             f"{source}: its optimizer is of another kind, or trains other weights (groups of {sizes[0]} parameters, "
-            f"now {sizes[1]}); set optim.cls and freeze_layers as its config.txt has them"
+            f"now {sizes[1]}); set optim.cls, optim.groups and freeze_layers as its config.txt has them"
         )
     in_8_bits = any(STATE_IN_8_BITS in values for values in saved["state"].values())
     if saved["state"] and in_8_bits != (type(optimizer).__name__ == IN_8_BITS):
@@ -220,39 +245,38 @@ class Schedule:
 
 def create_schedule(
     optimizer: Optimizer,
+    options: SchedulerOptions | None = None,
     *,
-    warmup_steps: int = 0,
     total_steps: int | None = None,
-    cosine: bool = False,
-    flat_share: float = 0.0,
     start_step: int = 0,
     initial_lr: float = 1e-6,
 ) -> Schedule:
-    """Linear warm-up from ``initial_lr``, then constant, or constant for a share of the run and then a cosine to zero.
+    """Linear warm-up from ``initial_lr``, a plateau for a share of the run, then the named decay.
 
     Args:
-        optimizer: its ``lr`` is the plateau.
-        warmup_steps: length of the warm-up.
-        total_steps: where the cosine ends; required with ``cosine``.
-        cosine: decay after the plateau.
-        flat_share: share of the steps after warm-up spent on the plateau before the cosine, in [0, 1).
+        optimizer: the ``lr`` of its groups is the plateau; all follow one course.
+        options: lengths and decay; None stays on the plateau.
+        total_steps: where the decay ends; required with one.
         start_step: optimizer step to resume at.
-        initial_lr: learning rate of the first warm-up step.
+        initial_lr: learning rate of the first warm-up step, of the first group.
     """
-    if cosine and total_steps is None:
-        raise UserError("use_cosine_scheduler needs the length of the run: set max_steps or epochs")
+    options = options or SchedulerOptions()
+    name, decay = name_of(options), SCHEDULES.get(name_of(options))
+    if name != "constant" and total_steps is None:
+        raise UserError(f"the learning-rate schedule {name} needs the length of the run: set max_steps or epochs")
     first = optimizer.param_groups[0]
     base = first.get("initial_lr", first["lr"]) if start_step else first["lr"]
-    flat_until = warmup_steps + flat_share * max((total_steps or 0) - warmup_steps, 0)
+    warmup_steps, final = options.warmup_steps or 0, options.final_share
+    flat_until = warmup_steps + plateau_share(options) * max((total_steps or 0) - warmup_steps, 0)
 
     def factor(step: int) -> float:
         if step < warmup_steps:
             start = min(initial_lr / base, 1.0) if base else 1.0
             return start + (1.0 - start) * (step + 1) / (warmup_steps + 1)
-        if not cosine or total_steps is None or step < flat_until:
+        if name == "constant" or total_steps is None or step < flat_until:
             return 1.0
         done = min((step - flat_until) / max(total_steps - flat_until, 1), 1.0)
-        return 0.5 * (1.0 + math.cos(math.pi * done))
+        return final + (1.0 - final) * decay(done)
 
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"] if start_step == 0 else group.get("initial_lr", group["lr"])

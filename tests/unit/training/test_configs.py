@@ -96,6 +96,15 @@ def test_published_numbers():
         ("demo_cpu_lora", {"freeze_layers": "txt_in"}, "freeze_layers and lora_config"),
         ("demo_cpu", {"model.context_in_dim": 32}, "context_in_dim=32, .* set model.context_in_dim=64"),
         ("demo_cpu", {"wandb": True}, "pip install wandb"),
+        ("demo_cpu", {"optim.groups": {"img_inn": {"lr": 1e-3}}}, "'img_inn' fits no parameter that trains"),
+        ("demo_cpu", {"lr_schedule": "cosin"}, "cosin: expected one of constant, cosine, linear, wsd"),
+        ("demo_cpu", {"time_sampling.name": "uniform", "time_sampling.mean": 1.0}, "mean belongs to .*logit_normal"),
+        ("demo_cpu", {"time_sampling.shift": False, "time_sampling.flow_shift": 3.0}, "flow_shift .* leave one out"),
+        ("demo_cpu", {"loss_weighting.gamma": 3.0}, "gamma belongs to loss_weighting.time=min_snr, which is None"),
+        ("demo_cpu", {"loss_weighting.conditions": {"t3v": 1.0}}, "unknown condition 't3v'"),
+        ("demo_cpu", {"loss_weighting.conditions": {"v2v_head": 1.0}}, "v2v_head is not drawn"),
+        ("stage1", {"loss_weighting.conditions": {"t2v": 2.0}}, "without condition_config all samples are t2v"),
+        ("demo_dmd", {"time_sampling.name": "uniform"}, "time_sampling: training_method=dmd has its own"),
     ],
 )
 def test_contradictions_are_named(name, overrides, message, monkeypatch):

@@ -8,15 +8,17 @@ import torch
 from torch import nn
 
 from opensora.config.commands import LoopOptions
-from opensora.config.options import OptimOptions
+from opensora.config.options import OptimOptions, SchedulerOptions
 from opensora.training.checks import check_optimizer
+from opensora.training.weights.groups import base_lr, check_groups
 from opensora.training.weights.optimizer import check_same_optimizer, create_optimizer, create_schedule
 from opensora.utils.errors import UserError
 
 
 def rates(steps, **options):
     optimizer = create_optimizer([("w", nn.Parameter(torch.zeros(1)))], OptimOptions(lr=1.0))
-    schedule = create_schedule(optimizer, **options)
+    given = {key: options.pop(key) for key in ("total_steps", "start_step") if key in options}
+    schedule = create_schedule(optimizer, SchedulerOptions(**options), **given)
     out = []
     for _ in range(steps):
         out.append(schedule.get_last_lr()[0])
@@ -32,6 +34,80 @@ def test_schedule_warms_up_stays_and_decays():
     assert values[16] == pytest.approx(0.5)
     assert rates(20, warmup_steps=4, total_steps=20, cosine=True, flat_share=0.5, start_step=16)[0] == values[16]
     assert rates(3) == [1.0] * 3
+
+
+def test_schedules_by_name():
+    flat = dict(warmup_steps=10, total_steps=110)
+    assert rates(110, name="cosine", flat_share=0.5, **flat) == rates(110, cosine=True, flat_share=0.5, **flat)
+    assert rates(110, name="constant", cosine=True, **flat)[10:] == [1.0] * 100
+    line = rates(110, name="linear", flat_share=0.5, final_share=0.1, **flat)
+    assert line[10:61] == [1.0] * 51
+    assert line[85] == pytest.approx(1 - 0.9 / 2)  # half of the way from 1 to a tenth
+    assert line[109] == pytest.approx(0.1 + 0.9 / 50)
+    stable = rates(110, name="wsd", decay_share=0.25, flat_share=0.9, **flat)  # flat_share is not for wsd
+    assert stable[10:86] == [1.0] * 76
+    assert stable[86] == pytest.approx(1 - (1 / 25) ** 0.5)
+    assert stable[105] == pytest.approx(1 - (20 / 25) ** 0.5)
+    assert rates(5, name="wsd", start_step=105, decay_share=0.25, **flat)[0] == stable[105]
+    longer = rates(86, name="wsd", decay_share=0.25, warmup_steps=10, total_steps=1000)
+    assert longer == stable[:86]  # the plateau does not know the end
+    with pytest.raises(UserError, match="wsd needs the length of the run"):
+        rates(1, name="wsd")
+
+
+GROUPS = {"*.bias": {"weight_decay": 0.0}, "blocks.0": {"lr": 3e-2, "weight_decay": 0.5}}
+
+
+@pytest.mark.parametrize("cls", ["AdamW", "Muon"])
+def test_groups_train_with_settings_of_their_own(cls):
+    """As optimizers apart would: one for each learning rate and decay."""
+    ours, plain = Net(), Net()
+    base = dict(lr=1e-2, weight_decay=0.1)
+    updates(ours, [create_optimizer(ours.named_parameters(), OptimOptions(cls=cls, groups=GROUPS, **base))])
+    parts: dict[tuple[float, float], list] = {}
+    for name, p in plain.named_parameters():
+        rate, decay = (1e-2, 0.0) if name.endswith("bias") else (3e-2, 0.5) if "blocks" in name else (1e-2, 0.1)
+        parts.setdefault((rate, decay), []).append((name, p))
+    optimizers = [
+        create_optimizer(named, OptimOptions(cls=cls, lr=rate, weight_decay=decay))
+        for (rate, decay), named in parts.items()
+    ]
+    assert len(optimizers) == 3
+    updates(plain, optimizers)
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_groups_follow_one_schedule_and_the_config_when_resumed():
+    model = Net()
+    optim = OptimOptions(cls="AdamW", lr=1e-2, groups=GROUPS)
+    optimizer = create_optimizer(model.named_parameters(), optim)
+    schedule = create_schedule(optimizer, SchedulerOptions(name="linear"), total_steps=4)
+    schedule.step()
+    assert schedule.get_last_lr() == pytest.approx([0.75e-2, 0.75e-2, 2.25e-2])
+    updates(model, [optimizer], steps=1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    again = create_optimizer(model.named_parameters(), optim)
+    again.load_state_dict(saved)
+    assert [base_lr(group, optim) for group in again.param_groups] == [1e-2, 1e-2, 3e-2]
+    other = OptimOptions(cls="AdamW", lr=1e-3, groups={**GROUPS, "blocks.0": {"lr": 5e-2}})
+    assert [base_lr(group, other) for group in again.param_groups] == [1e-3, 1e-3, 5e-2]
+    plain = create_optimizer(model.named_parameters(), OptimOptions(cls="AdamW", lr=1e-2))
+    with pytest.raises(UserError, match=r"groups of \[2, 3, 1\] parameters, now \[6\].*optim.groups"):
+        check_same_optimizer(saved, plain, "--load x")
+
+
+def test_groups_name_their_mistakes():
+    named = [*Net().named_parameters()]
+    for groups, message in (
+        ({"block": {"lr": 1.0}}, "optim.groups: 'block' fits no parameter that trains; .* first, last, blocks"),
+        ({"*": {"lr": 1.0}, "last": {"lr": 2.0}}, "patterns before 'last' take all"),
+        ({"last": {"lr": -1.0}}, "lr=-1.0: must be at least 0"),
+        ({"last": {"beta": 1.0}}, "beta is not a known key"),
+        ({"last": {}}, "give lr, weight_decay or both"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_groups(named, OptimOptions(groups=groups))
 
 
 def test_optimizer_names_its_mistakes():
