@@ -68,7 +68,8 @@ def read_loras(value: str | Sequence[str] | None, model: nn.Module, partial: boo
         _judge(adapters[-1], partial)
     for name in {name for adapter in adapters for name in adapter.changes}:
         changes = [adapter.changes[name] for adapter in adapters if name in adapter.changes]
-        if len(changes) > 1 and any(change.magnitude is not None for change in changes):
+        whole = any(f"{name}.weight" in adapter.whole for adapter in adapters)
+        if (len(changes) > 1 or whole) and any(change.magnitude is not None for change in changes):
             raise UserError(f"{KEY}: a DoRA adapter cannot be combined with another that changes {name} too: use one")
     return adapters
 
@@ -79,7 +80,7 @@ def _judge(adapter: Adapter, partial: bool) -> None:
     who = f"{KEY} {adapter.path}: the adapter"
     if not len(adapter):
         raise UserError(f"{who} fits no module of the model, it was trained for another one{said}")
-    if not any(change.up.count_nonzero() for change in adapter.changes.values()) and not adapter.replaced:
+    if not any(change.up.count_nonzero() for change in adapter.changes.values()) and not adapter.whole:
         logger.warning("%s has no effect: its changes are zero, or its strength is", who)
     if not said:
         return
@@ -112,8 +113,11 @@ class LoraLinear(nn.Module):
         change = F.linear(F.linear(x.to(down.dtype), down), up)
         if lengths is None:
             return (self.base_layer(x) + change).to(x.dtype)
-        plain = F.linear(x, self.base_layer.weight)
-        result = (plain + change) * lengths
+        if lengths.shape[0] == 1:  # of columns, [1, in]
+            scaled = x.to(down.dtype) * lengths[0]
+            result = F.linear(scaled.to(x.dtype), self.base_layer.weight) + F.linear(F.linear(scaled, down), up)
+        else:
+            result = (F.linear(x, self.base_layer.weight) + change) * lengths[:, 0]
         return (result if self.base_layer.bias is None else result + self.base_layer.bias).to(x.dtype)
 
 
@@ -132,7 +136,7 @@ def apply_loras(model: nn.Module, adapters: Sequence[Adapter], merge: bool = Tru
         UserError: changed weights that are not finite.
     """
     for adapter in adapters:
-        for name in dict.fromkeys((*adapter.replaced, *adapter.added)):
+        for name in adapter.whole:
             _change(name, model.get_parameter(name), adapter)
     tell_loras(adapters)
     if not merge:
@@ -154,7 +158,7 @@ def with_loras(adapters: Sequence[Adapter], merge: bool = True) -> Change:
     def change(key: str, value: Tensor) -> Tensor:
         module, _, leaf = key.rpartition(".")
         for adapter in adapters:
-            if key in adapter.replaced or key in adapter.added:
+            if key in adapter.whole:
                 value = value.clone()
                 _change(key, value, adapter)
         changes = [each.changes[module] for each in adapters if module in each.changes] if leaf == "weight" else []
@@ -173,9 +177,7 @@ def check_quantized(adapters: Sequence[Adapter], merge: bool, path: str | None) 
         UserError: they would change weights that are quantised.
     """
     for adapter in adapters:
-        whole = {
-            name.removesuffix(".weight") for name in (*adapter.replaced, *adapter.added) if name.endswith("weight")
-        }
+        whole = {name.removesuffix(".weight") for name in adapter.whole if name.endswith("weight")}
         changed = sorted(name for name in {*whole, *(adapter.changes if merge else ())} if covers(name))
         if changed:
             advice = "give the weights that it was made from" + ("" if whole else ", or --merge-lora False")
@@ -198,7 +200,7 @@ def tell_loras(adapters: Sequence[Adapter]) -> None:
     for adapter in adapters:
         logger.info(
             "%s: %d of the model's modules changed, strength %g (%s)",
-            *(adapter.path, len(adapter), adapter.strength, shorten([*adapter.changes])),
+            *(adapter.path, len(adapter), adapter.strength, shorten([*(adapter.changes or adapter.whole)])),
         )
 
 
@@ -208,6 +210,12 @@ def _change(name: str, parameter: Tensor, adapter: Adapter) -> None:
         parameter.lerp_(adapter.replaced[name].to(parameter), adapter.strength)
     if name in adapter.added:
         parameter.copy_(parameter.float() + adapter.added[name].to(parameter.device))
+    if name in adapter.products:
+        total = parameter.float()
+        total = total.clone() if total is parameter else total
+        for placed in adapter.products[name]:
+            placed.add_to(total)
+        parameter.copy_(total)
     check_finite(name, parameter, f"the model with the adapter {adapter.path}")
 
 
@@ -217,6 +225,6 @@ def _merge(name: str, weight: Tensor, changes: Sequence[LowRank]) -> None:
         lengths = None if change.magnitude is None else change.lengths(weight)
         total = torch.addmm(total, change.up.to(weight.device), change.down.to(weight.device))
         if lengths is not None:
-            total *= lengths[:, None]
+            total *= lengths
     check_finite(name, total, f"the model with {KEY} (is the strength after @ sensible?)")
     weight.copy_(total)

@@ -1,4 +1,4 @@
-"""LoRA files as trainers write them: PEFT folders, and single files of PEFT, diffusers, ComfyUI and Kohya."""
+"""LoRA files as trainers write them: PEFT folders, and single files of PEFT, diffusers, ComfyUI, Kohya and LyCORIS."""
 
 import contextlib
 import json
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opensora.diffusion import lora_products
 from opensora.models.inspect import inspect
 from opensora.utils.errors import UserError, shorten
 from opensora.utils.weights import WEIGHT_SUFFIXES, open_weights
@@ -30,13 +31,23 @@ ROLES = {
         "down": r"(?:lora_A|lora_down|lora\.down)(?:\.[^.]+)??(?:\.weight)?",
         "up": r"(?:lora_B|lora_up|lora\.up)(?:\.(?!bias$)[^.]+)??(?:\.weight)?",
         "up_bias": r"lora_B(?:\.[^.]+)?\.bias",
-        "magnitude": r"lora_magnitude_vector(?:\.[^.]+)??(?:\.weight)?",
+        "magnitude": r"lora_magnitude_vector(?:\.[^.]+)??(?:\.weight)?|dora_scale",
         "alpha": r"alpha",
         "weight_change": r"diff",
         "bias_change": r"diff_b",
         "weight": r"weight",
         "bias": r"bias",
+        **{part: part for part in lora_products.PARTS},
     }.items()
+}
+# kinds of adapters that are not read, told by the ends of the names of their tensors
+OTHER_KINDS = {
+    "OFT or BOFT": re.compile(r".+\.(oft_blocks|oft_diag|oft_r|boft_R|boft_s)(\..+)?"),
+    "IA3": re.compile(r".+\.(on_input|ia3_l)(\..+)?"),
+    "GLoRA": re.compile(r".+\.[ab][12]\.weight"),
+    "VeRA or VB-LoRA": re.compile(r".+\.(vera_lambda_[bd]|vblora_.+)"),
+    "LoCon, LoHa or LoKr of convolutions (Tucker)": re.compile(r".+\.(lora_mid\.weight|hada_t[12]|lokr_t[12])"),
+    "changes of norms of LyCORIS": re.compile(r".+\.[wb]_norm"),
 }
 # variants of LoRA that a PEFT config may ask for, and that change what its tensors mean
 UNKNOWN_VARIANTS = (
@@ -152,6 +163,11 @@ def read_lora(path: str | Path) -> LoraFile:
         lora.config = _recorded_config(lora.metadata)
     for key, value in stored.tensors():
         found = next(((role, match["module"]) for role, rule in ROLES.items() if (match := rule.fullmatch(key))), None)
+        if kind := other_kind(key):
+            raise UserError(
+                f"{file} is an adapter of the kind {kind} ({key}); LoRA, DoRA, LoHa and LoKr of linear layers are "
+                "known: merge it into the weights with the program that has trained it, and give these"
+            )
         if found is None:
             lora.others.append(key)
             continue
@@ -167,9 +183,15 @@ def read_lora(path: str | Path) -> LoraFile:
                 f"{file}: {key} is not finite (NaN or infinity): the adapter is damaged, use an earlier one"
             )
         lora.modules[module][role] = value
-    if not any("down" in parts or "weight_change" in parts for parts in lora.modules.values()):
+    changing = {"down", "weight_change", *lora_products.PARTS}
+    if not any(changing & parts.keys() for parts in lora.modules.values()):
         raise UserError(f"{file} is no LoRA adapter: it holds {inspect(file)}")
     return lora
+
+
+def other_kind(key: str) -> str | None:
+    """The kind of adapter that a tensor's name tells, if it is one that is not read."""
+    return next((kind for kind, rule in OTHER_KINDS.items() if rule.fullmatch(key)), None)
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -184,7 +206,10 @@ def _read_config(file: Path) -> dict[str, Any]:
             raise
         raise UserError(f"{file} is no config of an adapter ({error}): get the adapter again") from error
     if str(kind).rpartition(".")[2] != "LORA":
-        raise UserError(f"{file}: an adapter of the kind {kind}; LORA is known")
+        raise UserError(
+            f"{file}: an adapter of the kind {kind}; LORA is known: merge it into the weights with PEFT's "
+            "merge_and_unload, and give these"
+        )
     unknown = [key for key in UNKNOWN_VARIANTS if config.get(key)]
     if unknown:
         raise UserError(f"{file}: {', '.join(unknown)} is set: this variant of LoRA is not known")

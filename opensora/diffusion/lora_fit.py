@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora.diffusion.lora_files import LoraFile, without_prefixes
+from opensora.diffusion.lora_products import Product, product_of
 from opensora.models.mmdit import MMDiTModel
 from opensora.models.mmdit.naming import Piece, other_names, permute_heads
 from opensora.utils.errors import UserError, shorten
@@ -15,12 +16,13 @@ from opensora.utils.errors import UserError, shorten
 
 @dataclass
 class LowRank:
-    """Change of a linear layer: its weight plus ``up @ down``, of which DoRA sets the length of each row.
+    """Change of a linear layer: its weight plus ``up @ down``, of which DoRA sets the length of each row or column.
 
     Attributes:
         down: [rank, in].
         up: [out, rank], scaled.
-        magnitude: [out] of DoRA (arXiv:2402.09353), or None.
+        magnitude: of DoRA (arXiv:2402.09353): [out, 1] of rows, [1, in] of columns (LyCORIS and OneTrainer have both),
+            or None.
     """
 
     down: Tensor
@@ -28,10 +30,43 @@ class LowRank:
     magnitude: Tensor | None = None
 
     def lengths(self, weight: Tensor) -> Tensor:
-        """What DoRA multiplies every row of ``weight + up @ down`` by, [out]."""
+        """What DoRA multiplies every row of ``weight + up @ down`` by, [out, 1], or every column, [1, in]."""
         assert self.magnitude is not None
         changed = torch.addmm(weight.float(), self.up.to(weight.device), self.down.to(weight.device))
-        return self.magnitude.to(weight.device) / changed.norm(dim=1)
+        return self.magnitude.to(weight.device) / changed.norm(dim=1 if self.of_rows else 0, keepdim=True)
+
+    @property
+    def of_rows(self) -> bool:
+        """Whether magnitudes are those of rows."""
+        return self.magnitude is not None and self.magnitude.shape[1] == 1
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A LoHa or LoKr and the rows of it that a weight gets; they are computed when that is changed.
+
+    Attributes:
+        product: of the stored module.
+        scale: what it is multiplied by.
+        piece: which rows, and where they go.
+        head_dim: channels of a head.
+    """
+
+    product: Product
+    scale: float
+    piece: Piece
+    head_dim: int
+
+    def add_to(self, weight: Tensor) -> None:
+        """Change a weight [out, in] of fp32 in place."""
+        rows = cut(self.piece, self.product.dense(self.scale), self.head_dim)
+        weight[self.piece.at : self.piece.at + len(rows)] += rows.to(weight.device)
+
+
+def cut(piece: Piece, values: Tensor, head_dim: int) -> Tensor:
+    """The rows of a stored module's values that are a piece, in the order that the model has them in."""
+    rows = values if piece.rows is None else values[piece.rows]
+    return permute_heads(rows, head_dim, half_split=True) if piece.reorder else rows
 
 
 @dataclass
@@ -43,6 +78,7 @@ class Adapter:
         strength: what it is multiplied by; the changes are already.
         changes: by module of the model.
         added: changes of whole parameters, by name.
+        products: changes of whole parameters by LoHa and LoKr, by name.
         misfits: what of it does not fit: names by reason.
     """
 
@@ -50,12 +86,23 @@ class Adapter:
     strength: float
     changes: dict[str, LowRank] = field(default_factory=dict)
     added: dict[str, Tensor] = field(default_factory=dict)
+    products: dict[str, list[Placed]] = field(default_factory=dict)
     replaced: dict[str, Tensor] = field(default_factory=dict)
     misfits: dict[str, list[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Modules of the model that it changes."""
-        return len({*self.changes, *(name.rpartition(".")[0] for name in (*self.added, *self.replaced))})
+        return len(self.modules)
+
+    @property
+    def modules(self) -> set[str]:
+        """Their names."""
+        return {*self.changes, *(name.rpartition(".")[0] for name in self.whole)}
+
+    @property
+    def whole(self) -> list[str]:
+        """Parameters that it changes as wholes, whether others are merged or work beside the weights."""
+        return list(dict.fromkeys((*self.replaced, *self.added, *self.products)))
 
 
 class Fit:
@@ -118,6 +165,10 @@ class Fit:
         whole = {role: tensors[role] for role in ("weight", "bias", "weight_change", "bias_change") if role in tensors}
         if whole:
             self._whole(name, whole, pieces)
+        product = product_of(tensors)
+        if product is not None:
+            self._product(name, product, "magnitude" in tensors, pieces)
+            return
         if not {"down", "up", "magnitude"} & tensors.keys():
             return
         lacking = [role for role in ("down", "up") if role not in tensors]
@@ -141,11 +192,28 @@ class Fit:
             raise UserError(f"{self.file.path}: alpha of {name} is not finite")
         up = up * (scale * self.made.strength)
         for piece in pieces:
-            self.parts.setdefault(piece.module, []).append((down, self._cut(piece, up), piece.at))
+            self.parts.setdefault(piece.module, []).append((down, cut(piece, up, self.head_dim), piece.at))
         if "up_bias" in tensors:
             self._add(name, pieces, "bias", tensors["up_bias"].float() * (scale * self.made.strength))
         if "magnitude" in tensors:
-            self._magnitude(name, tensors["magnitude"].float().flatten(), pieces)
+            self._magnitude(name, tensors["magnitude"].float(), down.shape[1], pieces)
+
+    def _product(self, name: str, product: Product | str, has_magnitude: bool, pieces: Sequence[Piece]) -> None:
+        """Take the change of a LoHa or LoKr; it is computed when the weights are there."""
+        if isinstance(product, str) or has_magnitude:
+            self._misfit(product if isinstance(product, str) else f"DoRA of a {product.kind}", name)
+            return
+        inputs = {self.parameters[f"{piece.module}.weight"].shape[-1] for piece in pieces}
+        if inputs != {product.shape[1]} or product.shape[0] != self._rows(pieces):
+            wanted = [self._rows(pieces), min(inputs)]
+            self._misfit("of another shape", f"{name} {[*product.shape]} instead of {wanted}")
+            return
+        scale = 1.0 if product.rank is None else self.file.scale(name, product.rank)
+        if not math.isfinite(scale):
+            raise UserError(f"{self.file.path}: alpha of {name} is not finite")
+        for piece in pieces:
+            placed = Placed(product, scale * self.made.strength, piece, self.head_dim)
+            self.made.products.setdefault(f"{piece.module}.weight", []).append(placed)
 
     def _rows(self, pieces: Sequence[Piece]) -> int:
         """Rows that the stored module has."""
@@ -153,22 +221,22 @@ class Fit:
             return len(self.parameters[f"{pieces[0].module}.weight"])
         return max(piece.rows.stop for piece in pieces if piece.rows is not None)
 
-    def _cut(self, piece: Piece, values: Tensor) -> Tensor:
-        rows = values if piece.rows is None else values[piece.rows]
-        return permute_heads(rows, self.head_dim, half_split=True) if piece.reorder else rows
-
-    def _magnitude(self, name: str, values: Tensor, pieces: Sequence[Piece]) -> None:
+    def _magnitude(self, name: str, values: Tensor, inputs: int, pieces: Sequence[Piece]) -> None:
+        of_columns = values.ndim > 1 and values.shape[:2] == (1, inputs)
+        values = values.reshape(1, -1) if of_columns else values.reshape(-1, 1)
         for piece in pieces:
-            part = self._cut(piece, values)
+            part = values if of_columns else cut(piece, values, self.head_dim)
             parts = self.parts[piece.module]
-            if len(parts) != 1 or len(part) != len(self.parameters[f"{piece.module}.weight"]):
+            height = len(self.parameters[f"{piece.module}.weight"])
+            other = len(parts[0][1]) != height or (of_columns and len(pieces) > 1)
+            if len(parts) != 1 or other or (not of_columns and len(part) != height):
                 self._misfit("DoRA of a projection in another layout", name)
                 continue
             self.made.changes[piece.module] = LowRank(*parts[0][:2], part)
 
     def _add(self, name: str, pieces: Sequence[Piece], kind: str, change: Tensor) -> None:
         for piece in pieces:
-            key, part = f"{piece.module}.{kind}", self._cut(piece, change)
+            key, part = f"{piece.module}.{kind}", cut(piece, change, self.head_dim)
             if key not in self.parameters or part.shape[1:] != self.parameters[key].shape[1:]:
                 self._misfit("of another shape", f"{name}.{kind}")
                 continue

@@ -84,7 +84,7 @@ class LoraStack:
         """Put adapters on the plain model."""
         adapters = read_loras([each.entry for each in wanted], self.plain, self.partial)
         changed = {name for adapter in adapters for name in adapter.changes}
-        whole = {name for adapter in adapters for name in (*adapter.replaced, *adapter.added)}
+        whole = {name for adapter in adapters for name in adapter.whole}
         quantised = whole - {name for name, _ in self.model.named_parameters()}
         if quantised:
             raise UserError(f"load_lora: {shorten(sorted(quantised))} are replaced whole, but are quantised")

@@ -74,12 +74,13 @@ def write_kohya(file: Path, entries: Mapping[str, Entry], metadata: dict[str, st
     Raises:
         UserError: what the format does not have.
     """
-    _refuse_magnitude(entries, "it has another form in this format")
     state: dict[str, Tensor] = {}
     for name, entry in entries.items():
-        if entry.rows:
+        if "up_bias" in entry.rows:
             raise UserError(f"{name} has a bias of its adapter, which this format does not have: use --to peft")
         module = "lora_unet_" + name.replace(".", "_")
+        if "magnitude" in entry.rows:
+            state[f"{module}.dora_scale"] = entry.rows["magnitude"][:, None].contiguous()
         alpha = torch.tensor(entry.alpha)
         alike = alpha.to(entry.down.dtype)
         state |= {f"{module}.lora_down.weight": entry.down, f"{module}.lora_up.weight": entry.up}

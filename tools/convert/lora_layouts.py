@@ -163,7 +163,7 @@ def entries_of(file: LoraFile, partial: bool = False) -> tuple[list[Entry], bool
     for name, tensors in file.modules.items():
         found = parts_of(name)
         more = tensors.keys() - {"down", "up", "alpha", "up_bias", "magnitude"}
-        if found is None or more or not {"down", "up"} <= tensors.keys():
+        if found is None or more or not {"down", "up"} <= tensors.keys() or _has_columns(tensors):
             odd.append(name)
             continue
         entries.append(_entry(file, name, found[0]))
@@ -179,6 +179,12 @@ def entries_of(file: LoraFile, partial: bool = False) -> tuple[list[Entry], bool
         raise UserError(f"{file.path}: it mixes names of diffusers with others")
     _check_once(file, entries)
     return entries, theirs.pop()
+
+
+def _has_columns(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether it is a DoRA with the lengths of columns, [1, in], which no other format has."""
+    magnitude = tensors.get("magnitude")
+    return magnitude is not None and magnitude.ndim == 2 and magnitude.shape == (1, tensors["down"].shape[1])
 
 
 def _check_once(file: LoraFile, entries: Iterable[Entry]) -> None:
@@ -198,7 +204,7 @@ def _entry(file: LoraFile, name: str, parts: tuple[str, ...]) -> Entry:
     widths = part_widths(parts, len(up), down.shape[1])
     if min(widths) <= 0 or sum(widths) != len(up):
         raise UserError(f"{file.path}: {name} has {len(up)} rows, which are not those of {shorten(parts)}")
-    rows = {str(role): tensors[role] for role in ("up_bias", "magnitude") if role in tensors}
+    rows = {str(role): tensors[role].flatten() for role in ("up_bias", "magnitude") if role in tensors}
     return Entry(parts, widths, down, up, file.alpha(name, len(down)), rows)
 
 

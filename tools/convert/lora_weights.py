@@ -43,7 +43,7 @@ def merge(path: Path, adapters: list[str], args: argparse.Namespace) -> None:
         state[key] = change(key, value.float() if dtype is torch.float32 else value).to(dtype or value.dtype)
     tell_loras(read_adapters)
     save_safetensors(state, args.output, recorded(weights))
-    changed = {name for adapter in read_adapters for name in adapter.changes}
+    changed = {name for adapter in read_adapters for name in adapter.modules}
     print(f"{args.output}: {len(state)} tensors, {len(changed)} modules changed by {', '.join(adapters)}")
 
 

@@ -98,7 +98,7 @@ class LoraAdapter:
             scale = layer.scaling["default"] if hasattr(layer, "scaling") else 1.0
             state[f"base_model.model.{name}.lora_B.weight"] = change.up / scale
             if change.magnitude is not None:
-                state[f"base_model.model.{name}.lora_magnitude_vector"] = change.magnitude
+                state[f"base_model.model.{name}.lora_magnitude_vector"] = change.magnitude.flatten()
         return state
 
     def state_dict(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -145,7 +145,7 @@ def read_changes(path: str | Path, model: nn.Module) -> dict[str, LowRank]:
         UserError: it does not fit, or changes more than these.
     """
     (adapter,) = read_loras([str(path)], model)
-    more = [*adapter.replaced, *adapter.added]
+    more = [*adapter.whole, *(n for n, c in adapter.changes.items() if c.magnitude is not None and not c.of_rows)]
     if more:
         raise UserError(f"{path}: it changes {shorten(more)}, which cannot be trained further beside an adapter")
     return adapter.changes

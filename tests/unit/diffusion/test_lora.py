@@ -1,5 +1,6 @@
 """LoRA adapters: the naming of all trainers comes to the same weights, what does not fit is refused and named."""
 
+import functools
 import json
 import re
 import shutil
@@ -310,7 +311,11 @@ BAD = {
     ),
     "kind": (
         lambda state: state.update({"base_model.model.txt_in.hada_w1_a": torch.ones(2, 2)}),
-        r"of an unknown kind: base_model\.model\.txt_in\.hada_w1_a",
+        r"LoHa without hada_w1_b.*: base_model\.model\.txt_in",
+    ),
+    "unknown": (
+        lambda state: state.update({"base_model.model.txt_in.gone": torch.ones(2, 2)}),
+        r"of an unknown kind: base_model\.model\.txt_in\.gone",
     ),
 }
 
@@ -438,3 +443,101 @@ def test_files_as_people_have_them(demo_model, tmp_path):
 @pytest.fixture
 def demo_model():
     return build_on_meta(load_config(ROOT / "configs/diffusion/inference/demo.py", InferenceOptions, {}).model)
+
+
+def lycoris(kind: str, name: str, model: MMDiTModel) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Tensors of a module as LyCORIS writes them, and the change that they stand for, in float64."""
+    generator = torch.Generator().manual_seed(3)
+    height, width = model.get_submodule(name).weight.shape
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).float()
+
+    if kind == "LoHa":
+        parts = {"hada_w1_a": draw(height, 3), "hada_w1_b": draw(3, width)}
+        parts |= {"hada_w2_a": draw(height, 3), "hada_w2_b": draw(3, width)}
+        one, other = (parts[f"hada_w{n}_a"].double() @ parts[f"hada_w{n}_b"].double() for n in (1, 2))
+        return parts, one * other * ALPHA / 3
+    left = (
+        {"lokr_w1": draw(4, 2)}
+        if kind != "LoKr of two products"
+        else {"lokr_w1_a": draw(4, 2), "lokr_w1_b": draw(2, 2)}
+    )
+    right = {"lokr_w2": draw(height // 4, width // 2)}
+    if kind != "LoKr of whole matrices":
+        right = {"lokr_w2_a": draw(height // 4, 3), "lokr_w2_b": draw(3, width // 2)}
+    one, other = (functools.reduce(torch.matmul, [each.double() for each in side.values()]) for side in (left, right))
+    return left | right, torch.kron(one, other) * (1 if kind == "LoKr of whole matrices" else ALPHA / 3)
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr", "LoKr of whole matrices", "LoKr of two products"])
+@pytest.mark.parametrize("config", [SPLIT, FUSED], ids=["split", "fused"])
+def test_products_of_lycoris(tmp_path, kind, config):
+    """Against a computation in float64; the stored modules are those of the fused layout."""
+    expected, state = mmdit(FUSED), {}
+    for name in ("img_in", "double_blocks.0.img_attn.qkv", "single_blocks.1.linear1"):
+        parts, change = lycoris(kind, name, expected)
+        state |= {f"lora_unet_{name.replace('.', '_')}.{part}": value for part, value in parts.items()}
+        state[f"lora_unet_{name.replace('.', '_')}.alpha"] = torch.tensor(ALPHA)
+        weight = expected.get_submodule(name).weight
+        weight.copy_(weight.double() + 0.5 * change)
+    save_file(state, tmp_path / "a.safetensors")
+    found = applied(mmdit(config), f"{tmp_path / 'a.safetensors'}@0.5", merge=False)
+    state_dict = expected.state_dict()
+    if not config.fused_qkv:
+        state_dict = convert_layout(state_dict, fused_qkv=False)
+    for key, value in found.state_dict().items():
+        torch.testing.assert_close(value, state_dict[key], rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_dora_scale(tmp_path, axis, merge):
+    """Lengths of rows ([out, 1]) or of columns ([1, in]), against float64."""
+    pairs = factors(NAMES, mmdit())
+    file = save(tmp_path, pairs, "kohya")
+    expected, state, generator = mmdit(), load_file(file), torch.Generator().manual_seed(2)
+    for name, (down, up) in pairs.items():
+        weight = expected.get_submodule(name).weight
+        total = weight.double() + (ALPHA / 3 * up.double() @ down.double())
+        lengths = total.norm(dim=1 - axis, keepdim=True)
+        scale = torch.rand(lengths.shape, generator=generator) + 0.5
+        weight.copy_(total / lengths * scale)
+        state[f"lora_unet_{name.replace('.', '_')}.dora_scale"] = scale
+    save_file(state, file)
+    found = applied(mmdit(), file, merge=merge)
+    torch.testing.assert_close(found(**inputs()), expected(**inputs()), rtol=1e-4, atol=1e-4)
+    if merge:
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        ("oft_blocks", "kind OFT"),
+        ("lora_mid.weight", "LoCon, LoHa or LoKr of convolutions"),
+        ("hada_t1", "of convolutions"),
+        ("on_input", "IA3"),
+        ("a1.weight", "GLoRA"),
+        ("w_norm", "norms of LyCORIS"),
+    ],
+)
+def test_other_kinds_are_named(tmp_path, tensor, said):
+    save_file({f"lora_unet_img_in.{tensor}": torch.ones(2, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=f"{said}.*merge it into the weights"):
+        read_loras(str(tmp_path / "a.safetensors"), mmdit())
+
+
+def test_products_that_are_damaged(tmp_path):
+    parts, _ = lycoris("LoHa", "img_in", mmdit())
+    for change, said in (
+        (lambda state: state.pop("img_in.hada_w2_b"), "LoHa without hada_w2_b"),
+        (lambda state: state.update({"img_in.hada_w2_b": torch.ones(3, 5)}), "do not fit one another"),
+        (lambda state: state.update({"img_in.lokr_w1": torch.ones(3, 5)}), "LoHa with lokr_w1"),
+        (lambda state: state.update({"img_in.dora_scale": torch.ones(32, 1)}), "DoRA of a LoHa"),
+    ):
+        state = {f"img_in.{part}": value for part, value in parts.items()}
+        change(state)
+        save_file(state, tmp_path / "a.safetensors")
+        with pytest.raises(UserError, match=said):
+            read_loras(str(tmp_path / "a.safetensors"), mmdit())

@@ -127,7 +127,7 @@ def weights_of_turned(fused, adapter):
     return weights(model, adapter)
 
 
-def test_dora_and_biases_stay_in_peft(tmp_path):
+def test_dora_and_biases(tmp_path):
     start = train(tmp_path / "start", use_dora=True, target_modules=["q_proj", "k_proj", "v_proj", "v_mlp"])
     run("convert", start, tmp_path / "fused", "--to", "peft", "--qkv", "fused")
     run("convert", tmp_path / "fused", tmp_path / "back", "--to", "peft", "--qkv", "split")
@@ -141,9 +141,12 @@ def test_dora_and_biases_stay_in_peft(tmp_path):
     model = mmdit(fused=True)
     model.load_state_dict(convert_layout(mmdit().state_dict(), fused_qkv=True))
     close(weights(model, tmp_path / "fused"), convert_layout(weights(mmdit(), start), fused_qkv=True))
-    for to in ("kohya", "diffusers"):
-        with pytest.raises(UserError, match="DoRA, and .* use --to peft"):
-            run("convert", start, tmp_path / "no.safetensors", "--to", to)
+    with pytest.raises(UserError, match="DoRA, and .* use --to peft"):
+        run("convert", start, tmp_path / "no.safetensors", "--to", "diffusers")
+    run("convert", start, tmp_path / "dora.safetensors", "--to", "kohya", "--qkv", "split")
+    close(weights(mmdit(), tmp_path / "dora.safetensors"), weights(mmdit(), start))
+    run("convert", tmp_path / "dora.safetensors", tmp_path / "again", "--to", "peft")
+    same_adapter(start, tmp_path / "again")
     biased = train(tmp_path / "biased", lora_bias=True)
     with pytest.raises(UserError, match="has a bias of its adapter"):
         run("convert", biased, tmp_path / "no.safetensors", "--to", "kohya", "--qkv", "split")
