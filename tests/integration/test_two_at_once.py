@@ -1,9 +1,6 @@
 """Two of a command at the same moment, and files that others put where a command writes."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,24 +14,18 @@ from opensora.training.diffusion.trainer import Trainer
 from opensora.utils.claims import FOLDER_LOCK, NameClaims, TakenError, claimed
 from opensora.utils.errors import UserError
 from tests.helpers.cli import INFERENCE, files, write_csv
+from tests.helpers.forks import Program
 from tests.parallel.checks_training import tiny_run
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def start(script, *words):
-    command = [sys.executable, str(script), *map(str, words)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_two_prompts_into_one_folder(tiny_config_file, tmp_path):
     """Each gets a number of its own, however close together they come."""
     words = [tiny_config_file, "--num_steps", "1", "--save-dir", tmp_path / "out", "--prompt"]
-    processes = [start(INFERENCE, *words, prompt) for prompt in ("a cat", "a dog")]
-    for process in processes:
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 0, said
+    programs = [Program(INFERENCE, *words, prompt, folder=tmp_path) for prompt in ("a cat", "a dog")]
+    for program in programs:
+        assert program.ended() == 0, program.said
     folder = tmp_path / "out" / "video_32px"
     stems = ("prompt_0000", "prompt_0001")
     assert files(folder) == sorted(f"{stem}{end}" for stem in stems for end in (".json", ".mp4", ".txt"))
@@ -135,17 +126,16 @@ def test_two_runs_into_one_experiment(tmp_path):
     config = tiny_run(tmp_path, max_steps=100_000, log_every=1)
     folder = tmp_path / "run"
     script = ROOT / "scripts/diffusion/train.py"
-    first = start(script, config, "--exp-name", "run")
+    first = Program(script, config, "--exp-name", "run", folder=tmp_path)
     while not (folder / "log.txt").is_file():
-        assert first.poll() is None, first.communicate()[1]
+        assert first.process.is_alive(), first.said
         time.sleep(0.05)
-    second = start(script, config, "--exp-name", "run", "--max_steps", "1")
-    _, said = second.communicate(timeout=300)
+    second = Program(script, config, "--exp-name", "run", "--max_steps", "1", folder=tmp_path)
+    status = second.ended()
     first.kill()
-    first.communicate()
-    assert second.returncode == 2
-    assert f"{folder} is in use by process {first.pid} on " in said.splitlines()[-1]
-    assert "--wait True" in said.splitlines()[-1]
+    assert status == 2
+    assert f"{folder} is in use by process {first.pid} on " in second.said.splitlines()[-1]
+    assert "--wait True" in second.said.splitlines()[-1]
     assert (folder / FOLDER_LOCK).is_file()
     Trainer(load_config(config, TrainOptions, {"exp_name": "run", "max_steps": 1})).run()
     assert len(list_checkpoints(folder)) == 1

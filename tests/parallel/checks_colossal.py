@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from opensora.acceleration.colossal import require_colossalai
 from opensora.acceleration.engine import Engine
 from opensora.acceleration.plugins import create_engine, divide_model
 from opensora.acceleration.tensor_parallel import layout_of
@@ -23,8 +24,14 @@ from tests.parallel.checks_engines import (
     train,
     weights,
 )
+from tests.parallel.checks_training import booster
 from tests.parallel.harness import assert_close
 from tests.parallel.tiny import context, loss_of, tiny_inputs, tiny_model
+
+
+def import_it() -> None:
+    """ColossalAI, which takes seconds."""
+    require_colossalai(on_cpu=True)
 
 
 def zero1(folder: Path) -> None:
@@ -165,5 +172,6 @@ CHECKS = [
     bfloat16_masters,
     bad_steps_are_skipped,
     settings_it_does_not_know,
+    booster,
 ]
 FOUR = [hybrid_over_four]

@@ -1,6 +1,5 @@
 """Training runs of several processes beside those of one: weights, averages, and going on elsewhere."""
 
-import importlib.util
 import pprint
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,7 +117,7 @@ def layouts(folder: Path) -> None:
 
 
 def booster(folder: Path) -> None:
-    """Tensor parallel under ColossalAI, one process, and that again: all three steps as in one process."""
+    """Tensor parallel under ColossalAI, one process, and that again: as in one process; see `checks_colossal`."""
     config = write_run(folder)
     alone = run(config, ["--exp-name", "alone"], world_size=1)
     words = ["--plugin", "hybrid", "--plugin_config.tp_size", 2]
@@ -329,5 +328,3 @@ def distillation(folder: Path) -> None:
 
 
 CHECKS = [layouts, data_parallel, curves, bfloat16, adapters, memory, refusals, own_types, distillation]
-if importlib.util.find_spec("colossalai") is not None:
-    CHECKS.append(booster)

@@ -2,6 +2,7 @@
 
 import faulthandler
 import importlib.util
+import json
 import multiprocessing
 import multiprocessing.connection
 import tempfile
@@ -18,18 +19,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.helpers.forks import forked
+
 Check = Callable[[Path], Any]
 """Run by every rank with a folder they share; raises what is wrong."""
-
-# Children are forked from one server that has imported torch and has no threads yet.
-PROCESSES = multiprocessing.get_context("forkserver")
-PRELOAD = [
-    "pytest",
-    "torch._dynamo",  # optimizers and DDP import it, which takes seconds
-    "opensora.acceleration.native",
-    "opensora.generation.run",
-    "opensora.training.diffusion.trainer",
-]
 
 IDLE = 120  # seconds in which processes that wait for one another use next to no processor, and others use some
 
@@ -55,27 +48,41 @@ def _run_rank(rank: int, size: int, folder: str, checks: Sequence[Check]) -> Non
     dist.destroy_process_group()
 
 
+def _lead(size: int, folder: str, checks: Sequence[Check], prepare: Callable[[], Any], idle: float) -> None:
+    """Forks the ranks: what they all need is imported here, once."""
+    prepare()
+    forks = multiprocessing.get_context("fork")
+    ranks = [forks.Process(target=_run_rank, args=(i, size, folder, checks)) for i in range(size)]
+    for process in ranks:
+        process.start()
+    _attend(ranks, idle)
+    exits = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+        process.join()
+    (Path(folder) / "exits.json").write_text(json.dumps(exits))
+
+
+def nothing() -> None:
+    """Nothing is to be prepared."""
+
+
 class Group:
     """Outcome of a group of processes.
 
     Args:
         size: number of processes.
         checks: run in this order; the first that fails on any rank, or hangs, ends the group.
+        prepare: called in the process that the others are forked from.
     """
 
-    def __init__(self, size: int, checks: Sequence[Check]) -> None:
-        PROCESSES.set_forkserver_preload(PRELOAD)
+    def __init__(self, size: int, checks: Sequence[Check], prepare: Callable[[], Any] = nothing) -> None:
         self.size = size
         self._holder = tempfile.TemporaryDirectory()
         self.folder = Path(self._holder.name)
-        ranks = [PROCESSES.Process(target=_run_rank, args=(i, size, str(self.folder), checks)) for i in range(size)]
-        for process in ranks:
-            process.start()
-        _attend(ranks)
-        self.exits = [process.exitcode for process in ranks]
-        for process in ranks:
-            process.kill()
-            process.join()
+        forked(_lead, size, str(self.folder), checks, prepare, IDLE).join()
+        ends = self.folder / "exits.json"
+        self.exits = json.loads(ends.read_text()) if ends.is_file() else "unknown: the first process has failed"
 
     def passed(self, check: Check) -> None:
         """Fail the calling test if ``check`` failed on some rank, with that rank's traceback."""
@@ -92,7 +99,7 @@ class Group:
             )
 
 
-def _attend(ranks: Sequence[Any]) -> None:
+def _attend(ranks: Sequence[Any], idle: float) -> None:
     """Return when all processes have ended, one has failed, or they wait for one another.
 
     A clock does not tell that from a busy machine; their processor time does.
@@ -106,7 +113,7 @@ def _attend(ranks: Sequence[Any]) -> None:
         now = sum(_processor_seconds(process.pid) for process in alive)
         if abs(now - used) > 1:  # less than before when one has ended
             used, since = now, time.monotonic()
-        elif time.monotonic() - since > IDLE:
+        elif time.monotonic() - since > idle:
             return
 
 
@@ -119,17 +126,20 @@ def _processor_seconds(number: int) -> float:
 
 
 @cache
-def group_of(size: int, checks: tuple[Check, ...]) -> Group:
+def group_of(size: int, checks: tuple[Check, ...], prepare: Callable[[], Any]) -> Group:
     """The group that has run these checks: started by the first test that asks for it."""
-    return Group(size, checks)
+    return Group(size, checks, prepare)
 
 
-def in_groups(processes: Mapping[int, Sequence[Check]], needs: str | None = None) -> Callable[[int, Check], None]:
+def in_groups(
+    processes: Mapping[int, Sequence[Check]], needs: str | None = None, prepare: Callable[[], Any] = nothing
+) -> Callable[[int, Check], None]:
     """A test per check, for a module of tests to call ``test_processes`` (see `tests.conftest`).
 
     Args:
         processes: checks by the size of the group that runs them.
         needs: package without which they are skipped.
+        prepare: see `Group`.
     """
     pairs = [
         pytest.param(size, check, id=f"{size}-{check.__name__}")
@@ -142,7 +152,7 @@ def in_groups(processes: Mapping[int, Sequence[Check]], needs: str | None = None
     def test(size: int, check: Check) -> None:
         if needs is not None and importlib.util.find_spec(needs) is None:
             pytest.skip(f"{needs} is not installed")
-        group_of(size, tuple(processes[size])).passed(check)
+        group_of(size, tuple(processes[size]), prepare).passed(check)
 
     return test
 

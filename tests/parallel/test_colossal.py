@@ -6,10 +6,10 @@ import pytest
 
 from opensora.acceleration.colossal import require_colossalai
 from opensora.utils.errors import UserError
-from tests.parallel.checks_colossal import CHECKS, FOUR
+from tests.parallel.checks_colossal import CHECKS, FOUR, import_it
 from tests.parallel.harness import in_groups
 
-test_processes = in_groups({2: CHECKS, 4: FOUR}, needs="colossalai")
+test_processes = in_groups({2: CHECKS, 4: FOUR}, needs="colossalai", prepare=import_it)
 
 
 def test_without_it_the_message_says_how_to_install(monkeypatch):
