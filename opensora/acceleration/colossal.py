@@ -28,7 +28,10 @@ logger = get_logger(__name__)
 INSTALL = "pip install -r requirements-colossalai.txt && pip install --no-deps colossalai==0.5.0"
 PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # keys of plugin_config that this package reads itself
-OWN_KEYS = ("tp_size", "pp_size", "sp_size", "branch_size", "sequence_parallelism_mode", "enable_sequence_parallelism")
+OWN_KEYS = (
+    *("tp_size", "pp_size", "sp_size", "branch_size", "shard_size", "whole_gradients"),
+    *("sequence_parallelism_mode", "enable_sequence_parallelism"),
+)
 
 
 def require_colossalai(on_cpu: bool) -> Any:

@@ -1,7 +1,9 @@
 """What training asks of the machinery that holds model and optimizer."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -119,3 +121,67 @@ class SingleEngine:
 
     def on_any_rank(self, flag: bool) -> bool:
         return flag
+
+
+class UpdatesOne(Protocol):
+    """An optimizer that can update one of its parameters alone."""
+
+    param_groups: list[dict[str, Any]]
+
+    def update(self, parameter: nn.Parameter) -> None:
+        """Update a parameter by its gradient."""
+
+    def finish(self) -> None:
+        """All updates of a step are done."""
+
+
+class ReleasingEngine(SingleEngine):
+    """One process, one device, where the backward pass updates each parameter once its gradient is there, and frees
+    that (gradient release, arXiv:2306.09782): there is never more than one gradient.
+
+    So there is one micro-batch a step, and the norm of all gradients is known too late to clip them. Where the loss is
+    not finite, nothing is updated; of gradients that are not, their parameters alone are left as they are.
+
+    Args:
+        model: trained in place.
+        optimizer: over ``named``, see :class:`UpdatesOne`.
+        named: trainable parameters by the model's names, or copies of them, to which their gradients are moved.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Any, named: Sequence[tuple[str, nn.Parameter]]) -> None:
+        super().__init__(model, optimizer)
+        self._updates: UpdatesOne = optimizer
+        self._squares: list[float] = []
+        self._in_backward = False
+        updated = dict(named)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(partial(self._release, updated[name]))
+
+    def backward(self, loss: Tensor) -> None:
+        if not math.isfinite(float(loss.detach())):
+            self._squares.append(math.nan)
+            return
+        self._in_backward = True
+        try:
+            loss.backward()
+        finally:
+            self._in_backward = False
+
+    def _release(self, updated: nn.Parameter, parameter: Tensor) -> None:
+        """A parameter has its gradient. Backward passes of other engines may come through the model too."""
+        if not self._in_backward:
+            return
+        assert updated.grad is not None
+        norm = float(torch.linalg.vector_norm(updated.grad, dtype=torch.float32))
+        self._squares.append(norm**2)
+        if math.isfinite(norm):
+            self._updates.update(updated)
+        updated.grad = None
+
+    def step(self) -> float:
+        """What the backward pass has left to do: returns the norm of its gradients."""
+        self._updates.finish()
+        norm, self._squares = math.sqrt(sum(self._squares)), []
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm

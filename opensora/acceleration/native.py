@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -87,7 +87,10 @@ class DistributedEngine(SingleEngine):
 
     def _whole_value(self, name: str, key: str, value: Any) -> Any:
         """The whole of an entry of the optimizer's state of a parameter."""
-        return self.layout.whole(name, value) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        whole = self.layout.whole(name, value)
+        return whole.flatten() if key in getattr(self.optimizer, "flat_entries", ()) else whole
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.optimizer.load_state_dict(self._local_state(state))
@@ -95,13 +98,14 @@ class DistributedEngine(SingleEngine):
     def _local_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's part of an optimizer's state."""
         local: dict[int, dict[str, Any]] = {}
+        changed = getattr(self.optimizer, "from_whole", lambda parameter, values: values)
         for index, values in state["state"].items():
             parameter = self._parameters[index]
             local[index] = {
                 key: self.layout.local(self._names[index], value, parameter)
                 if isinstance(value, Tensor) and value.ndim
                 else value
-                for key, value in values.items()
+                for key, value in changed(parameter, values).items()
             }
         return {"state": local, "param_groups": state["param_groups"]}
 
@@ -156,12 +160,20 @@ class FSDP2Engine(DistributedEngine):
 
     Parameters are float32 masters; the forward and backward pass see them in ``dtype``. With ``adapters`` these alone
     are: the frozen weights are divided as they are, quantised ones too, and float32 adapters are used as they are.
+
+    Gradients are averaged over ranks in float32. Those of accumulated micro-batches are kept divided too: every
+    backward pass reduces them, which moves as much as one without accumulation; between groups that hold the same
+    share (`ParallelContext.copies`) they are averaged once per step. With ``whole_gradients`` all that happens once
+    per step, and every rank keeps whole float32 gradients until then: 4 bytes a weight.
+
+    A model on meta is divided as it is; ``fill`` then gives it its weights (see `materialise`).
     """
 
     def __init__(
         self, model: nn.Module, make_optimizer: OptimizerFactory, context: ParallelContext,
         max_norm: float = 0.0, layout: WeightLayout | None = None,
         dtype: torch.dtype = torch.float32, reshard_after_forward: bool = True, adapters: bool = False,
+        whole_gradients: bool = False, fill: Callable[[nn.Module], None] | None = None,
     ) -> None:  # fmt: skip
         if not adapters:
             model.float()
@@ -181,9 +193,12 @@ class FSDP2Engine(DistributedEngine):
             fully_shard(model, **options)
         elif dtype != torch.float32:
             raise UserError("plugin fsdp2: all ranks are tensor parallel, none is left to divide weights over; use ddp")
+        if fill is not None:
+            fill(model)
         named = [*model.named_parameters()]
         super().__init__(model, model, named, make_optimizer, max_norm, context, layout or WeightLayout())
         self.rounded_to = dtype if dtype != torch.float32 and not adapters else None
+        self.whole_gradients = whole_gradients
 
     def master_state(self) -> Mapping[str, Tensor]:
         return self.gather(self._plain.state_dict()) if self.rounded_to is not None else {}
@@ -193,13 +208,18 @@ class FSDP2Engine(DistributedEngine):
             self.layout.load(self._plain, state)
 
     @contextmanager
-    def _unsynchronised(self) -> Iterator[None]:
-        model: Any = self.model
-        model.set_requires_gradient_sync(False)
+    def _waiting(self, exchange: Callable[[bool], None]) -> Iterator[None]:
+        """Leave out an exchange of gradients inside the block."""
+        exchange(False)
         try:
             yield
         finally:
-            model.set_requires_gradient_sync(True)
+            exchange(True)
 
     def no_sync(self) -> AbstractContextManager:
-        return self._unsynchronised() if hasattr(self.model, "set_requires_gradient_sync") else super().no_sync()
+        model: Any = self.model
+        if not isinstance(self.model, FSDPModule):
+            return super().no_sync()
+        if self.whole_gradients:
+            return self._waiting(model.set_requires_gradient_sync)
+        return self._waiting(model.set_requires_all_reduce) if self.context.copies.size > 1 else super().no_sync()

@@ -1,6 +1,7 @@
 """From a config's ``plugin`` to an engine for training, or to a divided model for sampling."""
 
 import hashlib
+from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from opensora.acceleration.engine import Engine, SingleEngine
+from opensora.acceleration.engine import Engine, ReleasingEngine, SingleEngine
 from opensora.acceleration.native import DDPEngine, FSDP2Engine, Named, OptimizerFactory
 from opensora.acceleration.parallel_context import ParallelContext, Sizes
 from opensora.acceleration.sequence_parallel import apply_sequence_parallel, check_mode
@@ -137,6 +138,22 @@ def check_training(plugin: str | None, config: PluginOptions | None, model: Any,
         require_colossalai(on_cpu=False)
 
 
+def check_in_backward(world_size: int, max_norm: float = 0.0, accumulation: int = 1) -> None:
+    """Whether the backward pass can update parameters (``optim.in_backward``).
+
+    Raises:
+        UserError: names the key that needs all gradients at once.
+    """
+    wrong = {
+        f"grad_clip=0, not {max_norm}: the norm of all gradients is known when they are gone": max_norm > 0,
+        f"accumulation_steps=1, not {accumulation}: gradients are gone before they could add up": accumulation > 1,
+        "one process: under --plugin fsdp2 each holds its share of the gradients only": world_size > 1,
+    }
+    for need, applies in wrong.items():
+        if applies:
+            raise UserError(f"optim.in_backward=True needs {need}")
+
+
 def create_context(plugin: str | None, config: PluginOptions | None, device: torch.device) -> ParallelContext:
     """Groups of ranks that a config asks for; call `launch` first.
 
@@ -158,6 +175,8 @@ def create_engine(
     layout: WeightLayout | None = None,
     masters: Named | None = None,
     adapters: bool = False,
+    in_backward: bool = False,
+    fill: Callable[[nn.Module], None] | None = None,
 ) -> Engine:
     """Engine of a config's plugin.
 
@@ -172,11 +191,18 @@ def create_engine(
         layout: what `divide_model` returned; None divides the model here.
         masters: fp32 copies of the (divided) parameters, for plugins that keep none of their own (`keeps_masters`).
         adapters: float32 adapters train in a frozen model, which keeps its dtypes; ``dtype`` is theirs.
+        in_backward: have the backward pass update parameters, see :class:`ReleasingEngine`; on one process.
+        fill: gives a model on meta its weights, once fsdp2 has divided it; None: it has them.
 
     Raises:
-        UserError: unknown plugin, sizes that do not fit, ColossalAI not installed.
+        UserError: unknown plugin, sizes that do not fit, ColossalAI not installed, or ``in_backward`` with what needs
+            all gradients at once.
     """
     name = plugin_name(plugin)
+    if in_backward:
+        check_in_backward(context.world_size, max_norm)
+        named = [(key, p) for key, p in masters or model.named_parameters() if p.requires_grad]
+        return ReleasingEngine(model, make_optimizer(named), named)
     if context.world_size == 1:
         if name is not None:
             logger.info("one process: plugin %s is not used", name)
@@ -189,5 +215,9 @@ def create_engine(
 
         return ColossalEngine(name, model, make_optimizer, context, max_norm, layout, dtype, config or PluginOptions())
     if name == "fsdp2":
-        return FSDP2Engine(model, make_optimizer, context, max_norm, layout, dtype, adapters=adapters)
+        whole = config is not None and config.whole_gradients
+        return FSDP2Engine(
+            model, make_optimizer, context, max_norm, layout, dtype,
+            adapters=adapters, whole_gradients=whole, fill=fill,
+        )  # fmt: skip
     return DDPEngine(model, make_optimizer, context, max_norm, layout, masters)

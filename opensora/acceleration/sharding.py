@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from opensora.acceleration import collectives
 from opensora.acceleration.parallel_context import Axis
@@ -80,17 +81,35 @@ class WeightLayout:
             value = self.splits[name].whole(value, self.axis)
         return value
 
-    def local(self, name: str, whole: Tensor, like: Tensor) -> Tensor:
-        """What this rank holds of a whole value, divided as ``like`` is, in the dtype of ``whole``."""
+    def part(self, name: str, whole: Tensor, like: Tensor) -> Tensor:
+        """What this rank holds of a whole value, divided as ``like`` is: a plain tensor where ``whole`` is, and a view
+        of it if it can be."""
         if name in self.splits and whole.ndim:
             whole = self.splits[name].local(whole, self.axis)
         if isinstance(like, DTensor):
-            return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-        return whole.to(like.device)
+            shape, start = compute_local_shape_and_global_offset(whole.shape, like.device_mesh, like.placements)
+            for dim, length in enumerate(shape):
+                whole = whole.narrow(dim, start[dim] if length else 0, length)
+        return whole
 
+    def local(self, name: str, whole: Tensor, like: Tensor) -> Tensor:
+        """The same where ``like`` is and divided like it, in the dtype of ``whole``."""
+        part = self.part(name, whole, like)
+        if not isinstance(like, DTensor):
+            return part.to(like.device)
+        shape = like.shape[:1] + whole.shape[1:] if name in self.splits else whole.shape
+        stride = torch.empty(shape, device="meta").stride()
+        own = part.to(like.device, copy=True).contiguous()
+        return DTensor.from_local(own, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
+
+    @torch.no_grad()
     def load(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
         """Fill a divided model with whole weights."""
-        with torch.no_grad():
-            own = model.state_dict()
-            for name, value in [(name, own[name]) for name in state]:
-                value.copy_(self.local(name, state[name].to(value.dtype), value))
+        own = model.state_dict()
+        for name in state:
+            held_of(own[name]).copy_(self.part(name, state[name], own[name]))
+
+
+def held_of(value: Tensor) -> Tensor:
+    """The plain tensor that this rank holds of one that may be divided."""
+    return value.to_local() if isinstance(value, DTensor) else value

@@ -277,6 +277,12 @@ class OptimOptions(Options):
     groups: dict[str, dict[str, Any]] | None = opt(
         None, "{pattern of parameter names: {lr, weight_decay}}: what trains with settings of its own"
     )
+    states: Literal["device", "host"] = opt(
+        "device", "where its states wait, and fp32 copies of bf16 weights: host memory leaves room on the device"
+    )
+    in_backward: bool = opt(
+        False, "update each weight in the backward pass, once its gradient is there, and free that (gradient release)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,6 +313,9 @@ class PluginOptions(Options):
         "ranks",
         least=2,
         most=MANY_PROCESSES,
+    )
+    whole_gradients: bool = opt(
+        False, "fsdp2 keeps gradients of accumulated batches whole and exchanges them once a step (4 bytes a weight)"
     )
     sequence_parallelism_mode: str | None = opt(
         None, "how tokens are exchanged: all_to_all, ring_attn; none or auto takes the first where the heads allow it"

@@ -24,6 +24,7 @@ DECIDING = (
 ASIDE = (
     *("cache_dir", "cached_video", "cached_text", "keep_in_memory", "memory_efficient", "max_broken", "strict_load"),
     *("grad_ckpt_settings", "attn_backend", "norm_backend", "rope_backend", "shardformer", "load_original_video"),
+    *("states", "in_backward"),
 )
 START = ("model.from_pretrained", "discriminator.from_pretrained")  # a run that goes on has its own weights
 

@@ -1,7 +1,8 @@
 """Checks of a training config that both trainers make before anything is built."""
 
+from opensora.acceleration.plugins import NATIVE, check_in_backward
 from opensora.config.commands import LoopOptions
-from opensora.training.weights.optimizer import WHOLE_MATRICES, check_package
+from opensora.training.weights.optimizer import WHOLE_ROWS, check_package
 from opensora.utils.errors import UserError
 
 
@@ -22,10 +23,21 @@ def check_optimizer(cfg: LoopOptions, world_size: int) -> None:
         UserError: says what to install, or which plugin or optimizer to use.
     """
     check_package(cfg.optim.cls)
-    if world_size == 1 or (cfg.plugin == "ddp" and cfg.plugin_config.tp_size == 1):
-        return
-    if cfg.optim.cls in WHOLE_MATRICES:
+    if cfg.optim.in_backward:
+        check_in_backward(world_size, cfg.grad_clip, cfg.accumulation_steps)
+    if cfg.optim.states == "host" and world_size > 1 and cfg.plugin not in NATIVE:
         raise UserError(
-            f"optim.cls={cfg.optim.cls} needs whole matrices on every rank: use --plugin ddp, or --optim.cls AdamW "
-            "under any plugin"
+            f"optim.states=host with plugin {cfg.plugin}, whose optimizer is its own: use --plugin fsdp2, or ddp"
+        )
+    if cfg.optim.states == "host" and world_size > 1 and (cfg.plugin, cfg.optim.cls) == ("fsdp2", "Muon"):
+        raise UserError(
+            "optim.states=host with Muon and plugin fsdp2, where ranks work on as many matrices at a time, which host "
+            "states come to the device one by one for: use states=device, or --optim.cls AdamW"
+        )
+    if world_size == 1 or (cfg.plugin in NATIVE and cfg.plugin_config.tp_size == 1):
+        return
+    if cfg.optim.cls in WHOLE_ROWS:
+        raise UserError(
+            f"optim.cls={cfg.optim.cls} needs whole rows of every matrix: use --plugin fsdp2 or ddp without tp_size, "
+            "or --optim.cls AdamW under any plugin"
         )

@@ -191,11 +191,15 @@ class Run:
         tell(section.type, model, self.device)
         return model
 
-    def masters_of(self, module: nn.Module, rounded_to: torch.dtype | None = None) -> MasterWeights | None:
-        """fp32 copies of what trains of a module that was built in :attr:`master_dtype`; None where it needs none.
-        ``rounded_to`` as of :class:`MasterWeights`."""
+    def masters_of(
+        self, module: nn.Module, optim: OptimOptions, rounded_to: torch.dtype | None = None
+    ) -> MasterWeights | None:
+        """fp32 copies of what trains of a module that was built in :attr:`master_dtype`, where its optimizer keeps its
+        states; None where it needs none. ``rounded_to`` as of :class:`MasterWeights`."""
         trains = any(p.requires_grad for p in module.parameters())
-        return MasterWeights(module, rounded_to) if self.master_dtype != torch.float32 and trains else None
+        if self.master_dtype == torch.float32 or not trains:
+            return None
+        return MasterWeights(module, rounded_to, host=optim.states == "host")
 
     def engine(
         self,
@@ -204,12 +208,14 @@ class Run:
         masters: MasterWeights | None,
         layout: WeightLayout | None = None,
         adapters: torch.dtype | None = None,
+        fill: Callable[[nn.Module], None] | None = None,
     ) -> Engine:
         """Engine of the config's plugin around a module and a new optimizer.
 
         Args:
             adapters: dtype in which adapters compute, if these alone train.
             layout: how :func:`opensora.acceleration.plugins.divide_model` has divided the module; None leaves it whole.
+            fill: see :func:`opensora.acceleration.plugins.create_engine`.
         """
         cfg = self.cfg
         return create_engine(
@@ -223,6 +229,8 @@ class Run:
             config=cfg.plugin_config,
             layout=WeightLayout() if layout is None else layout,
             masters=masters.named_parameters() if masters is not None else None,
+            in_backward=optim.in_backward,
+            fill=fill,
         )
 
     def schedule(
@@ -273,7 +281,7 @@ class Run:
         past = None if anew else self.past_of(name)
         if past is not None:
             module.load_state_dict(load_weights(past, files.weights))
-        masters = self.masters_of(module)
+        masters = self.masters_of(module, optim)
         stored = load_weights(past, files.masters) if past is not None and (past / files.masters).is_dir() else None
         if stored is not None and masters is not None:
             masters.load_state_dict(stored)

@@ -1,6 +1,7 @@
 """Engines beside one process: three optimizer steps, norms, accumulation, and checkpoints from one to another."""
 
 import functools
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,13 @@ from opensora.acceleration.compile import compile_blocks
 from opensora.acceleration.engine import Engine
 from opensora.acceleration.parallel_context import ParallelContext
 from opensora.acceleration.plugins import check_training, create_engine, divide_model
+from opensora.acceleration.sharding import WeightLayout
 from opensora.config.options import PluginOptions
+from opensora.training.weights.adapters import TrainedWeights
+from opensora.training.weights.ema import EMA
+from opensora.training.weights.masters import MasterWeights
 from opensora.utils.errors import UserError
+from tests.helpers.live_bytes import bytes_of
 from tests.parallel.harness import assert_close
 from tests.parallel.tiny import context, loss_of, tiny_inputs, tiny_model
 
@@ -184,24 +190,50 @@ def check_other_layouts(folder: Path) -> None:
 
 
 def check_average_of_sharded_weights(folder: Path) -> None:
-    """An EMA of sharded weights equals that of whole ones, and is loaded again."""
-    from opensora.training.weights.ema import EMA
-
+    """An EMA of divided weights, or in pieces where they are whole, equals that of one process; it takes half of the
+    bytes on each of two ranks, is loaded again, and is shown in the model."""
     alone, place = ParallelContext(), context(sp=2)
-    results = []
-    for plugin, where in (("none", alone), ("fsdp2", place)):
+    whole: dict[str, Tensor] = {}
+    for plugin, where in (("none", alone), ("fsdp2", place), ("ddp", place)):
         engine = make_engine(plugin, where)
-        ema = EMA(engine.unwrap(), 0.5)
+        ema = EMA(engine.unwrap(), 0.5, where.replica)
         for step in range(2):
             train(engine, where, step, 1, 1)
             ema.update(engine.unwrap())
-        results.append(dict(engine.gather(ema.state_dict())))
-        again = EMA(engine.unwrap(), 0.5)
-        again.load_state_dict(engine.scatter(results[0]), 2)
+        found = dict(engine.gather(ema.state_dict()))
+        whole = whole or found
+        for name, value in found.items():
+            assert_close(value, whole[name], f"{plugin} {name}")
+        held = bytes_of(*ema.shadow.values())
+        assert held == pytest.approx(bytes_of(*whole.values()) / where.world_size, rel=0.02), plugin
+        again = EMA(engine.unwrap(), 0.5, where.replica)
+        again.load_state_dict(engine.scatter(whole), 2)
+        with again.shown(TrainedWeights(engine.unwrap())):
+            shown = {name: value.clone() for name, value in weights(engine).items()}
         for name, value in engine.gather(again.state_dict()).items():
-            assert_close(value, results[0][name], name)
-    for name, value in results[1].items():
-        assert_close(value, results[0][name], name)
+            assert torch.equal(value, whole[name])
+            assert torch.equal(shown[name], whole[name])
+
+
+def check_gradients_are_reduced_in_float32(folder: Path) -> None:
+    """bf16 has 8 bits: it would take 256 + 1 for 256, and 128 + 0.5 for 128."""
+    place, first = context(), dist.get_rank() == 0
+    factors = (256.0 if first else 1.0, 0.5)  # gradients of two micro-batches: means of 128.5 and 0.5
+    for plugin, whole in (("ddp", False), ("fsdp2", False), ("fsdp2", True)):
+        model = torch.nn.Linear(1, 2, bias=False)
+        masters = MasterWeights(model, torch.bfloat16) if plugin == "ddp" else None
+        engine = create_engine(
+            plugin, model, make_optimizer, place, dtype=torch.bfloat16, layout=WeightLayout(),
+            masters=masters.named_parameters() if masters is not None else None,
+            config=PluginOptions(whole_gradients=whole),
+        )  # fmt: skip
+        for micro, factor in enumerate(factors):
+            with engine.no_sync() if micro == 0 else nullcontext():
+                engine.backward(engine.model(torch.full((1, 1), factor, dtype=torch.bfloat16)).sum())
+        assert engine.step() == pytest.approx(129 * 2**0.5, rel=1e-6), (plugin, whole)
+    lost = torch.tensor([factors[0]], dtype=torch.bfloat16)
+    dist.all_reduce(lost)
+    assert float(lost / 2) == 128
 
 
 def check_bfloat16(folder: Path) -> None:
@@ -241,6 +273,7 @@ CHECKS = [
     check_tensor_parallel,
     check_other_layouts,
     check_average_of_sharded_weights,
+    check_gradients_are_reduced_in_float32,
     check_bfloat16,
     check_refusals,
 ]

@@ -19,7 +19,7 @@ from opensora.config import parse_config
 from opensora.config.commands import TrainOptions
 from opensora.registry import MODELS, build_module
 from opensora.training.checkpoint.folder import load_weights
-from opensora.training.diffusion.memory import Trained, held
+from opensora.training.diffusion.memory import Trained, held, in_host
 from opensora.training.diffusion.trainer import Trainer
 from opensora.training.report.metrics import Mean, MetricLog, Rate
 from opensora.training.roles import Role
@@ -214,14 +214,17 @@ class Counting(Trainer):
         divided = self.cfg.plugin == "fsdp2"
         for parameter in weights.model.parameters():
             self.parts["masters" if divided and parameter.requires_grad else "weights"] += local_bytes([parameter])
-        self.parts["masters"] += local_bytes(copies)
+        in_host = self.cfg.optim.states == "host"
+        self.host = {"masters": local_bytes(copies)} if in_host and copies else {}
+        self.parts["masters"] += 0.0 if in_host else local_bytes(copies)
 
         def before(optimizer: Any, *_: Any) -> None:
             held = [p.grad for group in optimizer.param_groups for p in group["params"]]
             self.parts["gradients"] = local_bytes(held)
 
         def after(optimizer: Any, *_: Any) -> None:
-            self.parts["states"] = local_bytes([x for state in optimizer.state.values() for x in state.values()])
+            states = local_bytes([x for state in optimizer.state.values() for x in state.values()])
+            (self.host if in_host else self.parts)["states"] = states
 
         role.engine.optimizer.register_step_pre_hook(before)
         role.engine.optimizer.register_step_post_hook(after)
@@ -229,7 +232,8 @@ class Counting(Trainer):
 
     def _ema(self, weights: TrainedWeights, engine: Any) -> EMA | None:
         ema = super()._ema(weights, engine)
-        self.parts["ema"] = local_bytes(ema.state_dict().values()) if ema is not None else 0.0
+        size = local_bytes(ema.shadow.values()) if ema is not None else 0.0
+        (self.host if "masters" in self.host else self.parts)["ema"] = size
         return ema
 
 
@@ -248,13 +252,15 @@ def count_memory(folder: Path, cases: dict[str, list[str]]) -> None:
         tiny_run(folder, model={**section, "from_pretrained": str(folder / "start.safetensors")}, max_steps=1)
     dist.barrier()
     for name, words in cases.items():
-        size = 1 if name == "alone" else dist.get_world_size()
+        size = 1 if name.startswith("alone") else dist.get_world_size()
         if size == 1 and dist.get_rank():
             continue
         config = [str(folder / "train.py"), "--exp-name", name, *words]
         trainer = Counting(parse_config(config, TrainOptions), 0, size)
         trainer.run()
-        expected = held(trainer.cfg, Trained.of(trainer.cfg, trainer.plan.model), size)
+        trained = Trained.of(trainer.cfg, trainer.plan.model)
+        expected = held(trainer.cfg, trained, size)
+        assert trainer.host == pytest.approx(in_host(trainer.cfg, trained, size), rel=0.1), name
         for part, count in trainer.parts.items():
             assert count == pytest.approx(expected[part], rel=0.1), (name, part, trainer.parts, expected)
 
@@ -264,9 +270,12 @@ def memory(folder: Path) -> None:
     lora = ["--lora_config", adapters, "--dtype", "bf16"]
     count_memory(folder, {
         "alone": ["--dtype", "bf16", "--optim.cls", "Muon"],
+        "alone_host": ["--dtype", "bf16", "--optim.states", "host"],
         "ddp": ["--plugin", "ddp"],
         "ddp16": ["--plugin", "ddp", "--dtype", "bf16"],
         "fsdp2": ["--plugin", "fsdp2", "--dtype", "bf16"],
+        "fsdp2_8bits": ["--plugin", "fsdp2", "--optim.cls", "AdamW8bit", "--accumulation_steps", "2"],
+        "fsdp2_host": ["--plugin", "fsdp2", "--optim.states", "host"],
         "ddp_lora": ["--plugin", "ddp", "--model.quantize", "int8", "--lora-dtype", "bf16", *lora],
         "fsdp2_lora": ["--plugin", "fsdp2", "--model.quantize", "nf4", *lora],
     })  # fmt: skip
@@ -284,7 +293,7 @@ def refusals(folder: Path) -> None:
     for words, message in (
         (["--plugin", "none"], "fsdp2"),
         (["--plugin", "fsdp3"], "fsdp2"),
-        (["--plugin", "fsdp2", "--optim.cls", "Muon"], "--plugin ddp, or --optim.cls AdamW"),
+        (["--plugin", "zero2", "--optim.cls", "Muon"], "or --optim.cls AdamW"),
         (["--plugin", "zero2", "--plugin_config.sp_size", 2], "hybrid"),
         (
             ["--plugin", "ddp", "--plugin_config.tp_size", 2, "--model.num_heads", 1, "--model.axes_dim", "[8,12,12]"],

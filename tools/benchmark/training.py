@@ -38,7 +38,7 @@ from opensora.datasets.dataloader import to_device
 from opensora.datasets.dataset import collate
 from opensora.training.diffusion.checks import check_config
 from opensora.training.diffusion.inputs import InputEncoder, diffusion_loss
-from opensora.training.diffusion.memory import PARTS, Trained, encoder_bytes, held
+from opensora.training.diffusion.memory import PARTS, Trained, encoder_bytes, held, in_host
 from opensora.training.diffusion.trainer import Trainer
 from opensora.training.hooks import Hook
 from opensora.training.loop import step_generator
@@ -102,19 +102,28 @@ def draw_clips(folder: Path, bucket_config: dict, multiple: int, batches: int) -
     return str(folder / "clips.csv")
 
 
+def _needs_native(cfg: TrainOptions) -> bool:
+    """Whether ColossalAI's plugins refuse a config."""
+    return bool(cfg.lora_config) or cfg.optim.states == "host"
+
+
 def memory_table(cfg: TrainOptions, ranks: Sequence[int] = RANKS) -> list[list[str]]:
     """GiB of each device by part, for every engine and number of ranks; a row each below the headings."""
     plan = check_config(load_config(cfg, TrainOptions, {"plugin": "none", "plugin_config": {}}))
     trained, encoders = Trained.of(cfg, plan.model), encoder_bytes(cfg, plan.model, plan.ae)
-    rows = [["ranks", "engine", *PARTS, "sum"]]
+    rows = [["ranks", "engine", *PARTS, "sum", "host"]]
     for count in ranks:
         for name, more in ENGINES if count > 1 else [("none", {})]:
-            if more.get("shard_size", 0) > count or (cfg.lora_config and name not in (*NATIVE, "none")):
+            if more.get("shard_size", 0) > count or (name not in (*NATIVE, "none") and _needs_native(cfg)):
+                continue
+            if cfg.optim.in_backward and name != "none":
                 continue
             chosen = load_config(cfg, TrainOptions, {"plugin": name, "plugin_config": more})
             parts = held(chosen, trained, count, encoders)
             label = f"{name}, shard_size {more['shard_size']}" if more else name
-            rows.append([str(count), label, *(gib(parts[part]) for part in PARTS), gib(sum(parts.values()))])
+            host = sum(in_host(chosen, trained, count).values())
+            sizes = [*(parts[part] for part in PARTS), sum(parts.values()), host]
+            rows.append([str(count), label, *map(gib, sizes)])
     return rows
 
 

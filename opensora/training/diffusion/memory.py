@@ -25,13 +25,12 @@ from opensora.models.quantization.loading import kind_of_section
 from opensora.models.vae.footprint import Cost
 from opensora.training.diffusion.encoders import encoders_to_load
 from opensora.training.weights.adapters import LoraAdapter, freeze
+from opensora.training.weights.eight_bits import BLOCK_IN_8_BITS, is_kept_in_8_bits
 from opensora.training.weights.optimizer import IN_8_BITS, is_hidden_matrix
 from opensora.utils.sizes import parse_bytes
 
 PARTS = ("weights", "masters", "gradients", "states", "ema", "buffers", "encoders")
 FP32 = 4  # bytes
-LEAST_IN_8_BITS = 4096  # numbers of a parameter, below which its moments stay in fp32
-BLOCK_IN_8_BITS = 256  # numbers that share a scale
 AT_WORK, AT_WORK_FP32 = 1.5, 2.4  # activations of a block in forward and backward, over those of a forward alone
 ENCODED_AT_A_TIME = 8  # clips
 RELEASED = {"t5": (4096, 4_762_310_656), "clip": (768, 123_060_480)}  # width and parameters of encoders
@@ -101,12 +100,12 @@ def _block_names(model: DiffusionModel) -> list[str]:
     return [names[id(block)] for block in model.blocks_in_order()]
 
 
-def state_bytes(trained: Trained, optimizer: str) -> float:
-    """Bytes of an optimizer's moments, of all parameters."""
+def state_bytes(trained: Trained, optimizer: str, divided: bool = False) -> float:
+    """Bytes of an optimizer's moments, of all parameters; ``divided`` as fsdp2 does."""
 
     def of(name: str, shape: tuple[int, ...]) -> float:
         count = math.prod(shape)
-        if optimizer == IN_8_BITS and count >= LEAST_IN_8_BITS:
+        if optimizer == IN_8_BITS and is_kept_in_8_bits(shape, divided):
             return 2.0 * (count + FP32 * math.ceil(count / BLOCK_IN_8_BITS))
         if optimizer == "Muon" and is_hidden_matrix(name, _Matrix(shape)):  # type: ignore[arg-type]
             return float(FP32 * count)
@@ -136,12 +135,34 @@ def held(cfg: TrainOptions, trained: Trained, ranks: int, encoders: float = 0.0)
     Returns:
         By the names of :data:`PARTS`.
     """
+    found = _everywhere(cfg, trained, ranks)
+    away, largest = in_host(cfg, trained, ranks), max(map(math.prod, trained.shapes.values()), default=0)
+    share = largest / max(trained.count, 1)
+    if cfg.optim.in_backward:
+        found["gradients"] = largest * (FP32 + (found["weights"] - trained.frozen) / max(trained.count, 1))
+    for part, size in away.items():
+        found[part] -= size
+        found["buffers"] += 2 * share * size if part != "ema" else 0.0  # one at work, one on its way
+    return {**found, "encoders": encoders}
+
+
+def in_host(cfg: TrainOptions, trained: Trained, ranks: int) -> dict[str, float]:
+    """Bytes that each process keeps in host memory instead (``optim.states``), by part."""
+    if cfg.optim.states != "host":
+        return {}
+    found, name = _everywhere(cfg, trained, ranks), plugin_name(cfg.plugin) if ranks > 1 else None
+    copies = name != "fsdp2" and found["masters"] > 0  # which are averaged where they are
+    return {part: found[part] for part in (("states", "masters", "ema") if copies else ("states",))}
+
+
+def _everywhere(cfg: TrainOptions, trained: Trained, ranks: int) -> dict[str, float]:
+    """Bytes of each process, without encoders, wherever they are."""
     name = plugin_name(cfg.plugin) if ranks > 1 else None
     tp = cfg.plugin_config.tp_size if name is not None else 1
     count, frozen, itemsize = trained.count / tp, trained.frozen / tp, torch_dtype(cfg.dtype).itemsize
     if cfg.lora_config:
         itemsize = torch_dtype(cfg.lora_dtype).itemsize
-    states = state_bytes(trained, cfg.optim.cls) / tp
+    states = state_bytes(trained, cfg.optim.cls, name == "fsdp2") / tp
     averaged = count if cfg.lora_config else count + trained.frozen_numbers / tp
     ema = FP32 * averaged if cfg.ema_decay else 0.0
     if cfg.weights_memory:
@@ -150,27 +171,29 @@ def held(cfg: TrainOptions, trained: Trained, ranks: int, encoders: float = 0.0)
     if name == "fsdp2":
         found = _divided(cfg, trained, min(cfg.plugin_config.shard_size or replicas, replicas), itemsize, states, ema)
     elif name in COLOSSAL and name != "torch_ddp":
-        found = _zero(cfg, name, count, frozen, max(replicas // cfg.plugin_config.sp_size, 1), itemsize, states, ema)
+        found = _zero(
+            cfg, name, count, frozen, max(replicas // cfg.plugin_config.sp_size, 1), itemsize, states, ema / replicas
+        )
     else:
         masters = FP32 * count if itemsize < FP32 else 0.0
         exchange = 0.0
         if name is not None:  # DDP's buckets hold all gradients; averaging at the step takes some at a time, twice
             exchange = min(2.0 * FP32 * max(2**25, count / 100), 2.0 * FP32 * count) if masters else FP32 * count
         found = dict(
-            weights=frozen + itemsize * count, masters=masters, gradients=FP32 * count, states=states, ema=ema,
-            buffers=exchange,
+            weights=frozen + itemsize * count, masters=masters, gradients=FP32 * count, states=states,
+            ema=ema / replicas, buffers=exchange,
         )  # fmt: skip
-    return {**found, "encoders": encoders}
+    return found
 
 
 def _divided(
     cfg: TrainOptions, trained: Trained, shard: int, itemsize: int, states: float, ema: float
 ) -> dict[str, float]:
     """Under FSDP2: everything over ``shard`` ranks; two blocks and what is in none are there whole, and so are the
-    gradients of a block, and of all blocks where they are accumulated."""
+    gradients of a block, and of all blocks where ``whole_gradients`` accumulates them."""
     count, tp = trained.count, cfg.plugin_config.tp_size
     block, rest = (of[0] * itemsize + of[1] for of in (trained.in_blocks, trained.outside))
-    whole = FP32 * count if cfg.accumulation_steps > 1 else 0.0
+    whole = FP32 * count if cfg.accumulation_steps > 1 and cfg.plugin_config.whole_gradients else 0.0
     return dict(
         weights=trained.frozen / shard / tp,
         masters=FP32 * count / shard / tp,

@@ -22,6 +22,7 @@ from opensora.training.diffusion.memory import (
     encode_cost,
     encoder_bytes,
     held,
+    in_host,
     recomputed_blocks,
 )
 from opensora.utils.sizes import gib, seconds_text
@@ -64,6 +65,7 @@ class TrainingOutlook:
         self.cfg, self.plan, self.ranks = cfg, plan, ranks
         self.trained = Trained.of(cfg, plan.model)
         self.parts = held(cfg, self.trained, ranks, encoder_bytes(cfg, plan.model, plan.ae))
+        self.host = in_host(cfg, self.trained, ranks)
         self.sizes = Sizes.of(plugin_name(cfg.plugin), cfg.plugin_config).fit(ranks)
         self.steps = [self._step(bucket) for bucket in self._largest_shapes()]
 
@@ -125,12 +127,18 @@ class TrainingOutlook:
             found += 2.0 * RELEASED["t5"][1] * step.texts / MATRIX_SHARE / card.tflops / 1e12
         if cfg.weights_memory:  # blocks come twice in a step, beside the computation
             found = max(found, 2 * card.copy_seconds(max(self.trained.frozen - self.parts["weights"], 0.0)) / rows)
-        divided = self.trained.count * self.parts["states"] / max(self._whole_states, 1.0)
-        return rows * found + UPDATE_BYTES * divided / COPY_SHARE / card.bandwidth / 1e9
+        divided = self.trained.count * self._states / max(self._whole_states, 1.0)
+        update = UPDATE_BYTES * divided / COPY_SHARE / card.bandwidth / 1e9
+        away = sum(size for part, size in self.host.items() if part != "ema")
+        return rows * found + update + 2 * card.copy_seconds(away)  # there and back
+
+    @property
+    def _states(self) -> float:
+        return self.parts["states"] + self.host.get("states", 0.0)
 
     @property
     def _whole_states(self) -> float:
-        return held(self.cfg, self.trained, 1)["states"]
+        return held(self.cfg, self.trained, 1)["states"] + in_host(self.cfg, self.trained, 1).get("states", 0.0)
 
 
 def outlook_of(cfg: TrainOptions, world_size: int = 1) -> TrainingOutlook:
@@ -152,6 +160,7 @@ def report(outlook: TrainingOutlook) -> str:
         f"processes    {outlook.ranks}, plugin {cfg.plugin}, {cfg.dtype}; {groups} groups with samples of their own",
         f"parameters   {count / 1e6:,.1f}M, {trained / 1e6:,.1f}M of them trained with {cfg.optim.cls}",
         "memory       of each device, GiB: " + ", ".join(f"{part} {gib(outlook.parts[part])}" for part in PARTS),
+        *_host_line(outlook),
         f"             activations, or encoding: {gib(most.work)}; peak {gib(outlook.peak(most))} "
         f"(batches of {_shape(most.bucket)})",
         "",
@@ -162,6 +171,13 @@ def report(outlook: TrainingOutlook) -> str:
         "dry run: nothing loaded, nothing written",
     ]
     return "\n".join(lines)
+
+
+def _host_line(outlook: TrainingOutlook) -> list[str]:
+    if not outlook.host:
+        return []
+    parts = ", ".join(f"{part} {gib(size)}" for part, size in outlook.host.items() if size)
+    return [f"             of the host, for each device: {parts}"]
 
 
 def _longest_of_batch(steps: Sequence[Step]) -> list[Step]:

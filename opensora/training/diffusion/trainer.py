@@ -159,7 +159,7 @@ class Trainer:
         if cfg.weights_memory:
             room, blocks = parse_bytes(cfg.weights_memory, "weights_memory"), model.blocks_in_order()
             stack.enter_context(streamed(model, blocks, start.device, room, trains=True))
-        return TrainedWeights(model, start.masters_of(model, self._rounded_adapters()), adapter)
+        return TrainedWeights(model, start.masters_of(model, cfg.optim, self._rounded_adapters()), adapter)
 
     def _adapters_dtype(self) -> torch.dtype | None:
         """What adapters compute in; None without."""
@@ -191,7 +191,7 @@ class Trainer:
         resume = self.start.resume
         if not self.cfg.ema_decay:
             return None
-        ema = EMA(weights, self.cfg.ema_decay)
+        ema = EMA(weights, self.cfg.ema_decay, self.start.parallel.replica)
         if resume is not None:
             state = read_adapter(resume / "lora_ema") if weights.adapter is not None else load_weights(resume, "ema")
             like = ema.state_dict() if weights.adapter is not None else None

@@ -192,8 +192,8 @@ class TrainedWeights:
     @torch.no_grad()
     def show(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Put other values into the model for a while; returns those that were there, to be put back."""
-        own = self._shown()
-        before = {key: own[key].detach().clone() for key in state}
+        own, before = self._shown(), {}
         for key, value in state.items():
+            before[key] = own[key].detach().clone()
             own[key].copy_(value)
         return before

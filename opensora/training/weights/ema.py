@@ -6,7 +6,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from opensora.acceleration import collectives
+from opensora.acceleration.parallel_context import Axis
+from opensora.acceleration.sharding import Gathered
 from opensora.training.weights.adapters import TrainedWeights
 
 
@@ -26,14 +30,37 @@ class EMA:
     Args:
         model: the model (or part of one) to follow; its state-dict keys are the average's.
         decay: in [0, 1).
+        axis: ranks that hold the same weights. Each averages an equal piece of every tensor, without an exchange; a
+            tensor that is divided already is averaged as it is.
+
+    Attributes:
+        shadow: this rank's part of the average, by key; pieces are flat.
     """
 
-    def __init__(self, model: HasStateDict, decay: float) -> None:
+    def __init__(self, model: HasStateDict, decay: float, axis: Axis = Axis()) -> None:  # noqa: B008 - a value
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay={decay} must lie in [0, 1)")
-        self.decay = decay
+        self.decay, self.axis = decay, axis
         self.updates = 0
-        self.shadow = {k: v.detach().clone().float() for k, v in model.state_dict().items() if v.is_floating_point()}
+        state = {k: v.detach() for k, v in model.state_dict().items() if v.is_floating_point()}
+        self._shapes = {k: v.shape for k, v in state.items()}
+        self.shadow = {k: self._piece(v).clone().float() for k, v in state.items()}
+
+    def _piece(self, value: Tensor) -> Tensor:
+        """This rank's part of a tensor; the last ranks' may be shorter, or empty."""
+        if self.axis.group is None or isinstance(value, DTensor):
+            return value
+        size = -(-value.numel() // self.axis.size)
+        return value.reshape(-1)[self.axis.rank * size : (self.axis.rank + 1) * size]
+
+    def _whole(self, key: str, piece: Tensor) -> Tensor:
+        """The tensor that pieces make; every rank calls it."""
+        if self.axis.group is None or isinstance(piece, DTensor):
+            return piece
+        shape = self._shapes[key]
+        size = -(-shape.numel() // self.axis.size)
+        pieces = collectives.all_gather(torch.nn.functional.pad(piece, (0, size - piece.numel())), self.axis)
+        return pieces[: shape.numel()].view(shape)
 
     @torch.no_grad()
     def update(self, model: HasStateDict) -> None:
@@ -42,23 +69,25 @@ class EMA:
         self.updates += 1
         state = model.state_dict()
         keys = list(self.shadow)
-        torch._foreach_lerp_([self.shadow[k] for k in keys], [state[k].float() for k in keys], 1 - decay)
+        now = [self._piece(state[k].detach()).float() for k in keys]
+        torch._foreach_lerp_([self.shadow[k] for k in keys], now, 1 - decay)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights, under the model's keys."""
-        return self.shadow
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """The averaged weights, under the model's keys; where ranks hold pieces, each is put together when it is read,
+        by all ranks in the same order."""
+        return self.shadow if self.axis.group is None else Gathered(self.shadow, self._whole)
 
     @contextmanager
     def shown(self, weights: TrainedWeights) -> Iterator[None]:
         """Within it, the model holds the average; afterwards its own weights again, bit for bit."""
-        before = weights.show(self.shadow)
+        before = weights.show(self.state_dict())
         try:
             yield
         finally:
             weights.show(before)
 
-    def load_state_dict(self, state: dict[str, Tensor], updates: int) -> None:
-        """Go on from a saved average."""
+    def load_state_dict(self, state: Mapping[str, Tensor], updates: int) -> None:
+        """Go on from a saved average; ``state`` has whole tensors, or such as are divided already."""
         for key, value in self.shadow.items():
-            value.copy_(state[key])
+            value.copy_(self._piece(state[key]))
         self.updates = updates

@@ -6,17 +6,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from opensora.acceleration.engine import Engine
 from opensora.config.choices import SCHEDULES
 from opensora.config.options import OptimOptions, SchedulerOptions
 from opensora.training.checkpoint.folder import load_part
+from opensora.training.weights.eight_bits import STATE_IN_8_BITS, adamw_in_8_bits
 from opensora.training.weights.groups import Named, parameter_groups
+from opensora.training.weights.host import kind_of
+from opensora.training.weights.muon import DividedMuon
 from opensora.training.weights.schedules import name_of, plateau_share
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
-from opensora.utils.optional import BITSANDBYTES, BITSANDBYTES_HINT, check_module, import_bitsandbytes
+from opensora.utils.optional import BITSANDBYTES, BITSANDBYTES_HINT, check_module
 
 logger = get_logger(__name__)
 
@@ -24,8 +27,7 @@ logger = get_logger(__name__)
 ADAM_NAMES = ("HybridAdam", "AdamW", "Adam")
 IN_8_BITS = "AdamW8bit"
 NAMES = (*ADAM_NAMES, IN_8_BITS, "Muon")
-WHOLE_MATRICES = (IN_8_BITS, "Muon")  # those that cannot work on a share of a parameter
-STATE_IN_8_BITS = "state1"  # a name in the state of AdamW8bit that no other has
+WHOLE_ROWS = (IN_8_BITS, "Muon")  # those that cannot work on any share of a parameter
 
 
 Parameters = Sequence[nn.Parameter] | Sequence[dict[str, Any]]  # what an optimizer takes: tensors, or groups
@@ -63,7 +65,7 @@ class MuonWithAdamW(Optimizer):
         adam: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self.parts: list[Optimizer] = []
         if matrices:
-            self.parts.append(Muon(matrices, **muon))
+            self.parts.append(DividedMuon(matrices, **muon))
         if others:
             self.parts.append(AdamW(others, **adam))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
@@ -126,7 +128,7 @@ def create_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], optim
         check_package(name)
         if not decoupled:
             raise UserError(f"optim.adamw_mode=False: the decay of {name} is decoupled; leave the key out")
-        return _adamw_in_8_bits(_parameters(trainable, optim), options)
+        return adamw_in_8_bits(_parameters(trainable, optim), options)
     return (AdamW if decoupled else torch.optim.Adam)(_parameters(trainable, optim), **options)
 
 
@@ -144,18 +146,6 @@ def _only(parameters: Parameters, takes: Callable[[nn.Parameter], bool]) -> Para
         elif takes(each):
             found.append(each)
     return found
-
-
-def _adamw_in_8_bits(parameters: Parameters, options: Mapping[str, Any]) -> Optimizer:
-    base: Any = import_bitsandbytes().optim.AdamW8bit
-
-    class AdamW8bit(base):
-        """Its state is given as tensors by name, as checkpoints write it; the library hides them in a dict for FSDP."""
-
-        def state_dict(self) -> dict[str, Any]:
-            return Optimizer.state_dict(self)
-
-    return AdamW8bit(parameters, **options)
 
 
 def check_package(name: str) -> None:
@@ -186,7 +176,7 @@ def check_same_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, source:
             f"now {sizes[1]}); set optim.cls, optim.groups and freeze_layers as its config.txt has them"
         )
     in_8_bits = any(STATE_IN_8_BITS in values for values in saved["state"].values())
-    if saved["state"] and in_8_bits != (type(optimizer).__name__ == IN_8_BITS):
+    if saved["state"] and in_8_bits != (kind_of(optimizer) == IN_8_BITS):
         raise UserError(
             f"{source}: its optimizer is {'' if in_8_bits else 'not '}{IN_8_BITS}; set optim.cls as in its config.txt"
         )

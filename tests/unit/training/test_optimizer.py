@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from opensora.config.commands import LoopOptions
-from opensora.config.options import OptimOptions, SchedulerOptions
+from opensora.config.options import OptimOptions, PluginOptions, SchedulerOptions
 from opensora.training.checks import check_optimizer
 from opensora.training.weights.groups import base_lr, check_groups
 from opensora.training.weights.optimizer import check_same_optimizer, create_optimizer, create_schedule
@@ -232,9 +232,11 @@ def test_a_missing_package_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("cls", ["Muon", "AdamW8bit"])
-def test_whole_matrices_are_asked_for(cls):
-    cfg = LoopOptions(optim=OptimOptions(cls=cls), plugin="fsdp2")
-    with pytest.raises(UserError, match=f"optim.cls={cls} needs whole matrices on every rank: use --plugin ddp"):
-        check_optimizer(cfg, 2)
-    check_optimizer(cfg, 1)
-    check_optimizer(LoopOptions(optim=OptimOptions(cls=cls), plugin="ddp"), 2)
+def test_whole_rows_are_asked_for(cls):
+    for plugin, sizes in (("zero2", {}), ("ddp", {"tp_size": 2}), ("fsdp2", {"tp_size": 2})):
+        cfg = LoopOptions(optim=OptimOptions(cls=cls), plugin=plugin, plugin_config=PluginOptions(**sizes))
+        with pytest.raises(UserError, match=f"optim.cls={cls} needs whole rows of every matrix: use --plugin fsdp2"):
+            check_optimizer(cfg, 2)
+        check_optimizer(cfg, 1)
+    for plugin in ("ddp", "fsdp2"):
+        check_optimizer(LoopOptions(optim=OptimOptions(cls=cls), plugin=plugin), 2)
