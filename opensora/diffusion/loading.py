@@ -4,11 +4,13 @@ import torch
 from torch import nn
 
 from opensora.acceleration.compile import compile_and_tell
+from opensora.acceleration.materialise import materialise
 from opensora.acceleration.parallel_context import ParallelContext
 from opensora.acceleration.parallel_vae import share_tiles
 from opensora.acceleration.plugins import divide_model
 from opensora.acceleration.scratch import ScratchFile
 from opensora.acceleration.shardformer import use_shardformer
+from opensora.acceleration.sharding import WeightLayout
 from opensora.diffusion.fitting import blocks_of
 from opensora.diffusion.lora import apply_loras, attach_loras, tell_loras, with_loras
 from opensora.diffusion.prepared import TEXT_ENCODERS, PreparedRun
@@ -31,6 +33,7 @@ def load_models(run: PreparedRun, parallel: ParallelContext | None = None) -> di
     embeds = parallel is None or parallel.sample.first
     scratch = ScratchFile() if cfg.offload == "disk" else None
     while_read = run.quantized or (scratch is not None and run.sections["model"].type == "flux")
+    in_parts = not while_read and _is_read_in_parts(run, parallel)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)  # for models that start from random weights
         models: dict[str, nn.Module] = {}
@@ -38,17 +41,20 @@ def load_models(run: PreparedRun, parallel: ParallelContext | None = None) -> di
             if not embeds and name in TEXT_ENCODERS:
                 continue
             changed = name == "model" and while_read
-            models[name] = _changed(run, home, scratch) if changed else build_ready(section, home, run.dtype, name)
-            if cfg.precompute and isinstance(models[name], DiffusionModel):
+            place = "meta" if name == "model" and in_parts else home
+            models[name] = _changed(run, home, scratch) if changed else build_ready(section, place, run.dtype, name)
+            if place != "meta" and cfg.precompute and isinstance(models[name], DiffusionModel):
                 park_modulation(models[name])
     for name in set(TEXT_ENCODERS) & models.keys():
         use_shardformer(models[name])
-    if not while_read:
+    if not while_read and not in_parts:
         apply_loras(models["model"], run.adapters(models["model"]), cfg.merge_lora)
     for name, model in models.items():
         tell(name, model, run.device)
     if parallel is not None:
-        divide_model(models["model"], parallel, cfg.plugin_config)
+        layout = divide_model(models["model"], parallel, cfg.plugin_config)
+        if in_parts:
+            _fill_parts(run, models["model"], layout, parallel, home)
         if cfg.plugin_ae == "hybrid":
             share_tiles(as_autoencoder(models["ae"]), parallel.sample)
     if scratch is not None:
@@ -57,6 +63,29 @@ def load_models(run: PreparedRun, parallel: ParallelContext | None = None) -> di
     for name in [name for name, model in models.items() if cfg.compile and isinstance(model, DiffusionModel)]:
         compile_and_tell(models[name], name)
     return models
+
+
+def _is_read_in_parts(run: PreparedRun, parallel: ParallelContext | None) -> bool:
+    """Whether tensor-parallel ranks read only what they keep of the video model's weights. Adapters that stay beside
+    these are refused where it is divided."""
+    beside = bool(run.cfg.pretrained_lora_path) and not run.cfg.merge_lora
+    divided = parallel is not None and parallel.tp.size > 1
+    return divided and not beside and bool(run.sections["model"].from_pretrained)
+
+
+def _fill_parts(
+    run: PreparedRun, model: nn.Module, layout: WeightLayout, parallel: ParallelContext, home: torch.device
+) -> None:
+    """The weights of the divided video model, changed by adapters while they are read."""
+    adapters = run.adapters(run.model)
+
+    def build() -> nn.Module:
+        return build_ready(run.sections["model"], "cpu", run.dtype, "model")
+
+    materialise(model, layout, parallel, build, with_loras(adapters) if adapters else None, home)
+    tell_loras(adapters)
+    if run.cfg.precompute and isinstance(model, DiffusionModel):
+        park_modulation(model)
 
 
 def park_modulation(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,9 +125,10 @@ class WeightFiles:
         dtype: torch.dtype | None = None,
         skip: Iterable[str] = (),
         as_stored: Collection[str] = (),
+        cut: Callable[[str, Tensor], Tensor] | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         """Every tensor, on ``device``, floating-point ones in ``dtype`` (None keeps the file's), but not those named in
-        ``as_stored``.
+        ``as_stored``. ``cut(name, tensor)`` is taken of each first: a part of it, say, so that the rest is never read.
 
         A tensor that needs neither conversion nor transfer stays a view of the mapped file (copied only if it is
         written to).
@@ -135,6 +136,7 @@ class WeightFiles:
         skipped = set(skip)
 
         def convert(key: str, tensor: Tensor) -> Tensor:
+            tensor = tensor if cut is None else cut(key, tensor)
             return tensor.to(device, dtype if tensor.is_floating_point() and key not in as_stored else None)
 
         for file in self.files:

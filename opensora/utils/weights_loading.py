@@ -4,7 +4,8 @@ Models are built on the meta device and filled from the file, one tensor at a ti
 the size of the file.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -110,7 +111,7 @@ def _filled(shape: torch.Size, value: float | None, device: torch.device | str, 
     if value is not None or len(shape) < 2:
         return torch.full(shape, value or 0.0, dtype=dtype, device=device)
     bound = shape[1] ** -0.5
-    return torch.empty(shape).uniform_(-bound, bound).to(device, dtype)
+    return torch.empty(shape, device="cpu").uniform_(-bound, bound).to(device, dtype)
 
 
 def load_model(
@@ -134,8 +135,8 @@ def load_model(
             state dict must offer ``reset_buffers(device)`` to compute them; other tensors it keeps must not be made in
             its constructor.
         from_pretrained: weights, see `open_weights`; empty for a new model, freshly initialised.
-        device: where the weights go; "meta", with a new model, builds it without memory. `check_file` compares such a
-            one with a file as this function would.
+        device: where the weights go; "meta" builds the model without memory. `check_file` compares such a new one with
+            a file as this function would; with a file, `stored_weights` reads what the model is to be filled with.
         dtype: dtype of floating-point weights; None keeps the file's.
         explain: given the shapes in the file, says which config keys disagree (one sentence each).
         metadata: layouts the model expects, checked against those that the file records (if it does).
@@ -166,6 +167,10 @@ def load_model(
     parts = packing.stored_parts(weights) if packing is not None else set()
     pack: Pack | None = packing.replace(model, weights, dtype) if packing is not None and parts else None
     missing, unexpected = compare(model, weights)
+    if torch.device(device).type == "meta":
+        model = model.to(dtype=dtype)
+        model.stored = StoredWeights(weights, unexpected, _new(model, missing, allow_missing, weights, "cpu", dtype))  # type: ignore[assignment]
+        return model
     if packing is not None and not parts:
         pack = packing.replace(model, weights, dtype)
     state: dict[str, Tensor] = {}
@@ -174,13 +179,55 @@ def load_model(
         changed = tensor if change is None or key in parts else change(key, tensor)
         state |= {key: changed} if pack is None else pack(key, changed)
         del tensor, changed  # before the next one is read
-    for key in missing:
-        value = next(value for prefix, value in (allow_missing or {}).items() if key.startswith(prefix))
-        state[key] = _filled(model.get_parameter(key).shape, value, device, dtype)
-        logger.info("%s is not in %s: %s", key, weights.path, "new" if value is None else f"filled with {value:g}")
+    state |= _new(model, missing, allow_missing, weights, device, dtype)
     if unexpected:
         logger.info("Left out from %s: %s", weights.path, shorten(unexpected))
     return fill(model, state, device)
+
+
+def _new(
+    model: nn.Module,
+    missing: Iterable[str],
+    allowed: Mapping[str, float | None] | None,
+    weights: WeightFiles,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """Parameters that a file lacks, by name."""
+    found = {}
+    for key in missing:
+        value = next(value for prefix, value in (allowed or {}).items() if key.startswith(prefix))
+        found[key] = _filled(model.get_parameter(key).shape, value, device, dtype)
+        logger.info("%s is not in %s: %s", key, weights.path, "new" if value is None else f"filled with {value:g}")
+    return found
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """What a model on meta is to be filled with.
+
+    Attributes:
+        files: where its weights are.
+        unexpected: tensors there that the model does not have.
+        new: tensors of the model that are not there.
+    """
+
+    files: WeightFiles
+    unexpected: Sequence[str]
+    new: Mapping[str, Tensor]
+
+    def tensors(self, cut: Change) -> Iterator[tuple[str, Tensor]]:
+        """``cut(name, whole)`` of every tensor of the model, as the file has it: of whole ones that are parts of mapped
+        files, only what is cut out is read."""
+        yield from self.files.tensors(skip=self.unexpected, cut=cut)
+        for key, value in self.new.items():
+            yield key, cut(key, value)
+
+
+def stored_weights(model: nn.Module) -> StoredWeights | None:
+    """What a model is to be filled with that `load_model` has built on meta, given a file; None for others."""
+    found = getattr(model, "stored", None)
+    return found if isinstance(found, StoredWeights) else None
 
 
 def _load_random(
@@ -223,10 +270,15 @@ def _compare(
 def fill(model: Model, state: Mapping[str, Tensor], device: torch.device | str) -> Model:
     """Give a model on meta its tensors, and compute its buffers that are in no file."""
     model.load_state_dict(state, assign=True)
+    reset_buffers(model, device, lambda buffer: buffer.is_meta)
+    return model
+
+
+def reset_buffers(model: nn.Module, device: torch.device | str, lost: Callable[[Tensor], bool]) -> None:
+    """Have modules compute those of their buffers that are in no file, where ``lost`` says so of one."""
     for name, module in model.named_modules():
-        own_buffers = dict(module.named_buffers(recurse=False))
-        if any(buffer.is_meta for buffer in own_buffers.values()):
+        outside = module._non_persistent_buffers_set
+        if any(lost(buffer) for key, buffer in module.named_buffers(recurse=False) if key in outside):
             reset = getattr(module, "reset_buffers", None)
             assert callable(reset), f"{name} has buffers outside its state dict and no reset_buffers(device)"
             reset(torch.device(device))
-    return model

@@ -1,5 +1,6 @@
-"""What ranks hold, counted: gradients between micro-batches."""
+"""What ranks hold, counted: gradients between micro-batches, weights while a model is divided."""
 
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -8,13 +9,17 @@ import torch
 import torch.distributed as dist
 
 from opensora.acceleration.engine import Engine
+from opensora.acceleration.materialise import materialise
 from opensora.acceleration.parallel_context import ParallelContext
-from opensora.acceleration.plugins import create_engine
+from opensora.acceleration.plugins import create_engine, divide_model
 from opensora.config.options import PluginOptions
-from tests.helpers.live_bytes import LiveBytes, of_model
+from opensora.registry import MODELS, build_module
+from opensora.utils.errors import UserError
+from opensora.utils.weights_writing import save_safetensors
+from tests.helpers.live_bytes import LiveBytes, bytes_of, of_model
 from tests.parallel.checks_engines import MAX_NORM, batch, compare_states, expected, make_optimizer, train
 from tests.parallel.harness import assert_close
-from tests.parallel.tiny import context, loss_of, tiny_model
+from tests.parallel.tiny import SIZES, context, loss_of, tiny_model
 
 
 def accumulating(place: ParallelContext, whole: bool) -> Engine:
@@ -58,5 +63,57 @@ def check_accumulated_between_groups(folder: Path) -> None:
     assert kept == pytest.approx(of_model(tiny_model()) / 2, rel=0.1)
 
 
-CHECKS = [check_accumulated_gradients]
+def filled(plugin: str, place: ParallelContext, path: Path | None) -> tuple[Engine, LiveBytes]:
+    """An engine whose model was divided on meta; and what it took to fill it."""
+    build = (lambda: tiny_model()) if dist.get_rank() == 0 else None
+    section = {"type": "flux", **SIZES, "from_pretrained": path and str(path)}
+    with LiveBytes() as live:
+        model = build_module(section, MODELS, device_map="meta", torch_dtype=torch.float32).train()
+        layout = divide_model(model, place, PluginOptions(), plugin)
+        fill = partial(materialise, layout=layout, context=place, build=build)
+        if plugin != "fsdp2":
+            fill(model)
+        engine = create_engine(
+            plugin, model, make_optimizer, place, max_norm=MAX_NORM, layout=layout,
+            fill=fill if plugin == "fsdp2" else None,
+        )  # fmt: skip
+        del model
+    return engine, live
+
+
+def check_weights_come_in_parts(folder: Path) -> None:
+    """A model that is divided before it has weights: no rank ever holds more than its share and a tensor; from a file,
+    and from the first rank. It trains as one that was whole."""
+    path = folder / "whole.safetensors"
+    if dist.get_rank() == 0:
+        save_safetensors(tiny_model().state_dict(), path)
+    dist.barrier()
+    largest = max(bytes_of(p) for p in tiny_model().parameters())
+    for plugin, sizes in (("fsdp2", {}), ("ddp", {"tp": 2})):
+        place = context(**sizes)
+        for source in (path, None):
+            engine, live = filled(plugin, place, source)
+            share = of_model(engine.unwrap())
+            whole = of_model(tiny_model()) if source is None and dist.get_rank() == 0 else 0  # which has drawn them
+            assert share < 0.7 * of_model(tiny_model())
+            assert live.peak <= 1.01 * share + 2 * largest + whole, (plugin, source, live.peak, share, largest)
+            norms, weights, state = expected(place.dp.size)
+            found = train(engine, place, 0, len(norms), place.dp.size)
+            assert_close(torch.tensor(found), torch.tensor(norms), f"{plugin} {source} norms")
+            compare_states(engine, weights, state, f"{plugin} {source}")
+
+
+def check_damaged_weights_end_all_ranks(folder: Path) -> None:
+    """Whichever rank reads the number that is none."""
+    path = folder / "damaged.safetensors"
+    if dist.get_rank() == 0:
+        state = tiny_model().state_dict()
+        state["txt_in.weight"][-1, -1] = torch.nan  # of the last rank
+        save_safetensors(state, path)
+    dist.barrier()
+    with pytest.raises(UserError, match=r"damaged.safetensors: txt_in.weight is not finite"):
+        filled("fsdp2", context(), path)
+
+
+CHECKS = [check_accumulated_gradients, check_weights_come_in_parts, check_damaged_weights_end_all_ranks]
 FOUR = [check_accumulated_between_groups]

@@ -3,6 +3,7 @@
 import functools
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,11 +16,14 @@ from opensora.acceleration.torchrun import Torchrun
 from opensora.config import load_config
 from opensora.config.commands import InferenceOptions
 from opensora.config.options import PluginOptions
+from opensora.diffusion import loading
 from opensora.diffusion.pipeline import SampleResult, VideoPipeline
 from opensora.generation.run import generate
 from opensora.models.hunyuan_vae import AutoencoderKLCausal3D, HunyuanVAEConfig
+from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
+from opensora.utils.weights_writing import save_safetensors
 from tests.conftest import tiny_inference_config
 from tests.parallel.harness import assert_close
 from tests.parallel.tiny import context
@@ -64,6 +68,20 @@ def quantized_weights(folder: Path) -> None:
 
 def tensor_parallel(folder: Path) -> None:
     compare(tp=2)
+
+
+def parts_of_weights(folder: Path) -> None:
+    """Tensor-parallel ranks that read only what they keep make the video of one process."""
+    path = folder / "model.safetensors"
+    if dist.get_rank() == 0:
+        torch.manual_seed(1)
+        save_safetensors(build_module(tiny_inference_config()["model"], MODELS).state_dict(), path)
+    dist.barrier()
+    source = {"model.from_pretrained": str(path)}
+    with mock.patch.object(loading, "materialise", wraps=loading.materialise) as filled:
+        found = sample(context(tp=2), True, plugin="hybrid", **source)
+    assert filled.call_count == 1
+    assert_close(found.latents, sample(None, True, **source).latents, "latents")
 
 
 def branches(folder: Path) -> None:
@@ -142,6 +160,7 @@ CHECKS = [
     sequence_parallel,
     quantized_weights,
     tensor_parallel,
+    parts_of_weights,
     branches,
     step_cache,
     tiles_of_the_autoencoder,

@@ -1,14 +1,16 @@
 """Training of the diffusion model."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from opensora.acceleration.compile import check_compiler, compile_and_tell
 from opensora.acceleration.devices import torch_dtype
 from opensora.acceleration.engine import Engine
+from opensora.acceleration.materialise import materialise
 from opensora.acceleration.plugins import divide_model
 from opensora.acceleration.shardformer import use_shardformer
 from opensora.acceleration.streaming import streamed
@@ -16,6 +18,7 @@ from opensora.config.commands import TrainOptions
 from opensora.datasets.dataloader import endless, prefetch
 from opensora.encoded.memory import EncodedMemory
 from opensora.models.diffusion import as_diffusion_model
+from opensora.models.quantization.loading import kind_of_section
 from opensora.training.checkpoint.folder import load_weights
 from opensora.training.diffusion.cache import build_dataset, check_cache
 from opensora.training.diffusion.checks import check_config, check_resources
@@ -138,12 +141,7 @@ class Trainer:
     def _model(self, stack: ExitStack) -> TrainedWeights:
         """The model, its trained part marked, with the weights of the checkpoint to go on from."""
         cfg, start = self.cfg, self.start
-        torch.manual_seed(cfg.seed)
-        overrides = {"device_map": "cpu"} if cfg.weights_memory else {}
-        if start.resume is not None and not cfg.lora_config:
-            overrides["from_pretrained"] = str(start.resume / "model" / "model.safetensors")
-        frozen = bool(cfg.lora_config)  # and so of the dtype that it computes in
-        model = self._build("model", torch_dtype=start.dtype if frozen else start.master_dtype, **overrides).train()
+        model = self._whole_model("meta" if self._is_divided_empty else None).train()
         adapter = None
         if cfg.lora_config:
             past = start.resume / "lora" if start.resume is not None else cfg.lora_checkpoint
@@ -154,12 +152,40 @@ class Trainer:
         apply_recompute(model, cfg.grad_checkpoint, cfg.grad_ckpt_buffer_size, start.device)
         log_size(model, "model", start.device)
         self.layout = divide_model(model, start.parallel, cfg.plugin_config, cfg.plugin)
+        if self._is_divided_empty and cfg.plugin != "fsdp2":
+            self._fill(model)
         if cfg.compile:
             compile_and_tell(model, "model")
         if cfg.weights_memory:
             room, blocks = parse_bytes(cfg.weights_memory, "weights_memory"), model.blocks_in_order()
             stack.enter_context(streamed(model, blocks, start.device, room, trains=True))
         return TrainedWeights(model, start.masters_of(model, cfg.optim, self._rounded_adapters()), adapter)
+
+    @property
+    def _is_divided_empty(self) -> bool:
+        """Whether the model is divided before it has weights, so that no process ever holds all of them."""
+        cfg, parallel = self.cfg, self.start.parallel
+        divided = cfg.plugin == "fsdp2" or (cfg.plugin == "ddp" and parallel.tp.size > 1)
+        return parallel.world_size > 1 and divided and not cfg.lora_config
+
+    def _whole_model(self, device: str | None = None) -> Any:
+        """The model as it begins. Frozen weights under adapters lie in host memory where fsdp2 is to divide them, which
+        takes them to the device block by block."""
+        cfg, start = self.cfg, self.start
+        torch.manual_seed(cfg.seed)
+        frozen = bool(cfg.lora_config)  # and so of the dtype that it computes in
+        taken_later = frozen and cfg.plugin == "fsdp2" and kind_of_section(cfg.model) is None
+        if cfg.weights_memory or (taken_later and start.parallel.world_size > 1):
+            device = "cpu"
+        overrides = {} if device is None else {"device_map": device}
+        if start.resume is not None and not frozen:
+            overrides["from_pretrained"] = str(start.resume / "model" / "model.safetensors")
+        with torch.device(device) if device == "meta" else nullcontext():
+            return self._build("model", torch_dtype=start.dtype if frozen else start.master_dtype, **overrides)
+
+    def _fill(self, model: nn.Module) -> None:
+        """Give the divided model its weights."""
+        materialise(model, self.layout, self.start.parallel, lambda: self._whole_model("cpu"))
 
     def _adapters_dtype(self) -> torch.dtype | None:
         """What adapters compute in; None without."""
@@ -172,7 +198,8 @@ class Trainer:
     def _role(self, weights: TrainedWeights) -> Role:
         """The model in training: its engine, as the checkpoint has it, and its schedule."""
         cfg, start = self.cfg, self.start
-        engine = start.engine(weights.model, cfg.optim, weights.masters, self.layout, self._adapters_dtype())
+        fill = self._fill if self._is_divided_empty and cfg.plugin == "fsdp2" else None
+        engine = start.engine(weights.model, cfg.optim, weights.masters, self.layout, self._adapters_dtype(), fill)
         if start.resume is not None:
             rounded = weights.masters is not None or engine.rounded_to is not None
             exact = rounded and weights.adapter is None  # adapters are saved in fp32
