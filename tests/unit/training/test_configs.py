@@ -25,7 +25,7 @@ def load(name: str, **overrides):
 
 
 def test_every_config_is_listed():
-    assert {path.stem for path in FOLDER.glob("*.py")} == {*RELEASED, *SMALL, *DISTILLED, "lora_11b"}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*RELEASED, *SMALL, *DISTILLED, "lora_11b", "full_11b_1x80gb"}
 
 
 @pytest.mark.parametrize("name", DISTILLED)

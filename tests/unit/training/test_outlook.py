@@ -35,6 +35,23 @@ def test_lora_fits_a_card_of_24_gb():
     assert "RTX 4090 24GB  yes" in text
 
 
+def test_all_weights_fit_a_card_of_80_gb():
+    """With fp32 weights and moments in host memory; not without."""
+    found = outlook("full_11b_1x80gb")
+    assert found.peak(found.most) < CARD["H100 80GB"].room - 8 * 2**30
+    assert found.parts["masters"] == found.parts["states"] == 0
+    assert sum(found.host.values()) == pytest.approx(72e9, rel=0.02)
+    assert "of the host, for each device: states 22.5, masters 44.3" in report(found)
+    small = ["--bucket_config", "{'256px': {129: (1.0, 2)}}"]
+    smaller = outlook("full_11b_1x80gb", *small)
+    assert smaller.peak(smaller.most) < CARD["L40S 48GB"].room
+    for words in (["--optim.states", "device"], ["--optim.in_backward", "False"]):
+        more = outlook("full_11b_1x80gb", *small, *words)
+        assert more.peak(more.most) > CARD["H100 80GB"].room - 2**31
+    exact = outlook("full_11b_1x80gb", "--optim.cls", "AdamW")
+    assert exact.host["states"] - found.host["states"] == pytest.approx(71e9, rel=0.02)
+
+
 def test_lora_takes_what_an_h100_took():
     """Rank 16 on all linear layers of the blocks, in fp32, 129 frames: 27.5 GiB and 1.84 s."""
     layers = "['q_proj','k_proj','v_proj','proj','v_mlp','linear2','img_mlp.0','img_mlp.2','txt_mlp.0','txt_mlp.2']"
