@@ -12,10 +12,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from opensora.datasets.buckets import BucketTable
-from opensora.datasets.dataset import collate
+from opensora.datasets.dataset import collate, collate_as_bytes
 from opensora.datasets.sampler import BucketBatchSampler
 from opensora.datasets.source import ClipSource, SampleKey
 from opensora.datasets.table import row_name, row_number
+from opensora.datasets.transforms import in_model_range
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
@@ -128,6 +129,7 @@ def build_train_loader(
     rank: int = 0,
     same_windows: bool = False,
     is_encoded: Callable[[SampleKey], bool] | None = None,
+    as_bytes: bool = False,
 ) -> tuple[BucketLoader, BucketBatchSampler]:
     """Loader of bucketed micro-batches and its sampler (to set the epoch and the place to resume at).
 
@@ -142,6 +144,7 @@ def build_train_loader(
         num_replicas, rank: data-parallel size and place.
         same_windows: show each clip at the frames of the first epoch, in all epochs.
         is_encoded: see :class:`opensora.datasets.sampler.BucketBatchSampler`.
+        as_bytes: ``video`` may be uint8, as whoever passes batches through :func:`to_device` takes it.
 
     Raises:
         UserError: malformed buckets, or no full batch.
@@ -151,7 +154,7 @@ def build_train_loader(
     loader = BucketLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=collate,
+        collate_fn=collate_as_bytes if as_bytes and num_workers else collate,
         num_workers=num_workers,
         prefetch_factor=(prefetch_factor or 2) if num_workers else None,
         pin_memory=pin_memory,
@@ -162,16 +165,20 @@ def build_train_loader(
 
 
 def to_device(batch: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Move the floating-point tensors of a batch, without waiting where memory is pinned.
+    """Move the floating-point tensors of a batch, without waiting where memory is pinned, and clips in uint8, which
+    become floats there.
 
     The ``states`` of trajectories keep their own dtype: their differences are what matters.
     """
-    return {
-        key: value.to(device, None if key == "states" else dtype, non_blocking=True)
-        if torch.is_tensor(value) and value.is_floating_point()
-        else value
-        for key, value in batch.items()
-    }
+    moved = dict(batch)
+    for key, value in batch.items():
+        if not torch.is_tensor(value):
+            continue
+        if value.is_floating_point():
+            moved[key] = value.to(device, None if key == "states" else dtype, non_blocking=True)
+        elif key == "video":
+            moved[key] = in_model_range(value.to(device, non_blocking=True)).to(dtype)
+    return moved
 
 
 def endless(loader: DataLoader, sampler: BucketBatchSampler, micro_step: int) -> Iterator[dict[str, Any]]:

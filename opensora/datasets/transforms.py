@@ -10,11 +10,69 @@ from torch import Tensor
 
 from opensora.utils.errors import UserError
 
+FLOATS_AT_ONCE = 2**24  # numbers of frames that are not scaled yet
+
+Transform = Callable[[Tensor, int, int, bool | None], Tensor]
+
 
 def to_model_range(frames: np.ndarray) -> Tensor:
     """uint8 ``[T, H, W, 3]`` to float32 ``[3, T, H, W]`` in [-1, 1]."""
     video = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)
     return video.float() / 127.5 - 1.0
+
+
+def in_model_range(video: Tensor) -> Tensor:
+    """uint8 pixels as float32 in [-1, 1], to the bit those of :func:`to_model_range` on any device; others as they are.
+
+    A GPU would multiply by the inverse of a number that it is to divide by; by a tensor it divides.
+    """
+    if video.dtype != torch.uint8:
+        return video
+    return video.float().div_(torch.full((), 127.5, device=video.device)).sub_(1.0)
+
+
+def as_bytes(video: Tensor) -> Tensor:
+    """uint8 pixels that :func:`in_model_range` makes exactly ``video`` of, if there are such; else ``video``.
+
+    There are for frames of which nothing was scaled. Scaling is done on floats, as in the original, and its result has
+    values between those of bytes: these travel as they are.
+
+    Args:
+        video: floats [3, T, H, W]; the first frame is looked at first, which settles it for most clips.
+    """
+    if video.dtype != torch.float32:
+        return video
+    for part in (video[:, :1], video):
+        found = part.add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+        if not torch.equal(in_model_range(found), part):
+            return video
+    return found
+
+
+def fit_frames(
+    frames: np.ndarray, height: int, width: int, picture: bool | None = None, transform: Transform | None = None
+) -> Tensor:
+    """uint8 ``[T, H, W, 3]`` to float32 ``[3, T, height, width]`` in [-1, 1].
+
+    A few frames are fitted at a time, so that no more of a clip is there as floats at its own size; frames are scaled
+    each for itself, and the result is the same to the bit.
+
+    Args:
+        frames: pixels.
+        height, width: their new size.
+        picture: as of :func:`resize_crop`.
+        transform: one of :data:`TRANSFORMS`; None is :func:`resize_crop`.
+    """
+    transform, count = transform or resize_crop, len(frames)
+    picture = count == 1 if picture is None else picture
+    some = max(FLOATS_AT_ONCE // max(frames[0].size, 1), 1) if count else 1
+    if count <= some:
+        return transform(to_model_range(frames), height, width, picture)
+    fitted = torch.empty(3, count, height, width)
+    for first in range(0, count, some):
+        part = slice(first, first + some)
+        fitted[:, part] = transform(to_model_range(frames[part]), height, width, picture)
+    return fitted
 
 
 def resize_crop(video: Tensor, height: int, width: int, picture: bool | None = None) -> Tensor:
@@ -86,6 +144,4 @@ def _halving(side: int) -> Tensor:
 
 
 # "rand_size_crop" of Open-Sora gives every clip another size, which batches of one bucket cannot hold.
-TRANSFORMS: Mapping[str, Callable[[Tensor, int, int, bool | None], Tensor]] = MappingProxyType(
-    {"resize_crop": resize_crop, "center": center}
-)
+TRANSFORMS: Mapping[str, Transform] = MappingProxyType({"resize_crop": resize_crop, "center": center})

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from opensora.datasets.transforms import resize_crop, to_model_range
+from opensora.datasets.transforms import fit_frames
 from opensora.diffusion.conditions import Span, get_spans
 from opensora.diffusion.plan import LatentSpec
 from opensora.utils.download import fetch, is_url
@@ -94,7 +94,7 @@ def read_clips(sources: Sequence[Source], cond_type: str, spec: LatentSpec, heig
         source = sources[span.reference]
         frames, picture = _read(source, span, needed)
         _check_length(source, cond_type, needed, len(frames))
-        clips.append(resize_crop(to_model_range(frames), height, width, picture))
+        clips.append(fit_frames(frames, height, width, picture))
     return clips
 
 

@@ -21,7 +21,7 @@ from opensora.datasets.meta import probe_media
 from opensora.datasets.rows import with_numbers
 from opensora.datasets.source import ClipSource, SampleKey, build_source
 from opensora.datasets.table import MEDIA_COLUMNS, read_table, require_columns, resolve_media_paths
-from opensora.datasets.transforms import resize_crop, to_model_range
+from opensora.datasets.transforms import fit_frames
 from opensora.datasets.video_io import BrokenMediaError, read_frames, read_image
 from opensora.models.autoencoder import Autoencoder
 from opensora.utils.errors import UserError
@@ -318,7 +318,7 @@ def read_clip(clip: EvalClip) -> Tensor:
             )
         top, left = ((have - want) // 2 for have, want in zip(frames.shape[1:3], (clip.height, clip.width)))
         frames = frames[:, top : top + clip.height, left : left + clip.width]
-    return resize_crop(to_model_range(frames), clip.height, clip.width, picture)
+    return fit_frames(frames, clip.height, clip.width, picture)
 
 
 def bucket_of(eval_setting: str) -> Mapping[str, Mapping[int, Any]]:

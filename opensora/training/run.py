@@ -176,6 +176,7 @@ class Run:
             pin_memory=self.device.type == "cuda",
             num_replicas=self.parallel.dp.size,
             rank=self.parallel.dp.rank,
+            as_bytes=True,
             **options,
         )
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from opensora.datasets.dataloader import build_train_loader, endless, prefetch
-from opensora.datasets.dataset import VideoTextDataset, frame_strides
+from opensora.datasets.dataset import VideoTextDataset, collate_as_bytes, frame_strides
 from opensora.datasets.rows import read_numbers
 from opensora.datasets.source import SampleKey
 from opensora.datasets.video_io import BrokenMediaError
@@ -148,3 +148,20 @@ def test_prefetching_changes_nothing(clips):
     moved = list(prefetch(iter(plain), torch.device("cpu"), torch.float64))
     assert [b["video"].dtype for b in moved] == [torch.float64] * 3
     assert all(torch.equal(a["video"].double(), b["video"]) for a, b in zip(plain, moved))
+
+
+def test_clips_travel_from_workers_as_bytes_and_become_floats_where_they_go_to(clips):
+    """A quarter of what processes hand on; and the same pixels, also beside one of which there are none."""
+    plain, _ = batches(clips, 0, 0, 3)
+    dataset = VideoTextDataset(str(clips), max_broken=0.5)
+    loader, sampler = build_train_loader(dataset, CONFIG, seed=1, num_workers=1, as_bytes=True)
+    packed = [batch for _, batch in zip(range(3), endless(loader, sampler, 0))]
+    assert {batch["video"].dtype for batch in packed} == {torch.uint8}
+    assert [4 * batch["video"].nbytes for batch in packed] == [batch["video"].nbytes for batch in plain]
+    for a, b in zip(plain, prefetch(iter(packed), torch.device("cpu"), torch.float32)):
+        assert torch.equal(a["video"], b["video"])
+        assert a["index"] == b["index"]
+    whole = dataset[SampleKey(0, 9, 32, 32, seed=0)]
+    other = {**whole, "video": whole["video"] * 0.999}
+    assert collate_as_bytes([whole, whole])["video"].dtype == torch.uint8
+    assert collate_as_bytes([whole, other])["video"].dtype == torch.float32

@@ -6,7 +6,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from opensora.datasets.transforms import center, resize_crop, to_model_range
+from opensora.datasets import transforms
+from opensora.datasets.transforms import (
+    TRANSFORMS,
+    as_bytes,
+    center,
+    fit_frames,
+    in_model_range,
+    resize_crop,
+    to_model_range,
+)
 from opensora.utils.errors import UserError
 
 SIZES = [(20, 47), (47, 20), (33, 40), (64, 101), (101, 64), (37, 37), (83, 131), (40, 71)]
@@ -90,3 +99,35 @@ def test_squares_of_pictures(size, side):
     assert np.abs(found - centre_picture(picture[0], side)).mean() < 2.5  # Pillow rounds up at every halving
     with pytest.raises(UserError, match="makes squares"):
         center(to_model_range(picture), side, side + 1)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("picture", [True, False])
+def test_frames_fitted_a_few_at_a_time_are_the_same_to_the_bit(name, picture, monkeypatch):
+    """So that of a clip of 1080p only some frames are ever there as floats of that size."""
+    frames, asked = noise(7, 50, 70), []
+
+    def transform(video, *size):
+        asked.append(video.shape[1])
+        return TRANSFORMS[name](video, *size)
+
+    whole = TRANSFORMS[name](to_model_range(frames), 24, 24, picture)
+    for some, parts in ((3, [3, 3, 1]), (1, [1] * 7), (7, [7])):
+        monkeypatch.setattr(transforms, "FLOATS_AT_ONCE", some * frames[0].size)
+        assert torch.equal(fit_frames(frames, 24, 24, picture, transform), whole)
+        assert asked == parts
+        asked.clear()
+
+
+def test_pixels_go_as_bytes_where_nothing_was_scaled_and_come_back_to_the_bit():
+    every = np.arange(256, dtype=np.uint8).reshape(1, 1, 256, 1).repeat(3, axis=3)
+    video = to_model_range(every)
+    packed = as_bytes(video)
+    assert packed.dtype == torch.uint8
+    assert torch.equal(in_model_range(packed), video)
+    scaled = fit_frames(noise(3, 40, 40), 24, 24)
+    assert as_bytes(scaled) is scaled, "what scaling makes lies between bytes, as in the original"
+    late = to_model_range(noise(3, 8, 8))
+    late[:, 2] += 1e-6
+    assert as_bytes(late) is late
+    assert in_model_range(scaled) is scaled
