@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from opensora.acceleration.memory import room_on
+from opensora.acceleration.parallel_vae import together
 from opensora.diffusion.finite import check_result
 from opensora.models.autoencoder import Autoencoder
 from opensora.models.vae.fitting import fit_tiling, smaller
@@ -111,7 +112,8 @@ def decode_into(
         The tiles, in words, if they are not those of the config; else "".
 
     Raises:
-        DecodeMemoryError: neither at once nor in tiles is there memory for it.
+        DecodeMemoryError: neither at once nor in tiles is there memory for it, on this rank or another one that shares
+            the tiles.
         NotFiniteError: latents or pixels that are no numbers.
     """
     changed = ""
@@ -122,7 +124,7 @@ def decode_into(
         size = latent.shape[2:] if spans is None else torch.Size(spans.largest(latent.shape[2:]))
         for tiling in _tilings(ae, size, dtype, room):
             try:
-                with ae.in_tiles(tiling):
+                with ae.in_tiles(tiling), together(ae):
                     sink.start(sample)
                     if spans is None:
                         parts = ae.decode_parts(latent.to(device, dtype))

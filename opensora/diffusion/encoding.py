@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opensora.acceleration.parallel_vae import together
 from opensora.diffusion.decode import fitting_tiles
 from opensora.diffusion.plan import SamplePlan
 from opensora.diffusion.references import Source, read_clips
@@ -56,7 +57,7 @@ def encode_references(
         pixels = [clip[None].to(device, dtype) for clip in clips]
         latents = []
         for clip in pixels:
-            with ae.in_tiles(fitting_tiles(ae, clip.shape[2:], dtype, room, encode=True)):
+            with ae.in_tiles(fitting_tiles(ae, clip.shape[2:], dtype, room, encode=True)), together(ae):
                 latents.append(ae.encode(clip, generator=generator)[0])
         encoded.append(latents)
     return encoded
