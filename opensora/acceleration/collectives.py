@@ -132,6 +132,23 @@ def gather_values(value: Any, axis: Axis) -> list[Any]:
     return values
 
 
+def to_first(x: Tensor, axis: Axis, source: int) -> Tensor:
+    """What the rank ``source`` of the axis holds, on the first rank; all others get their own back.
+
+    Args:
+        x: that tensor on ``source``; on the first rank one of its shape and dtype, which is filled.
+        axis: the ranks, all of which call this.
+        source: one of them.
+    """
+    if axis.group is None or source == 0:
+        return x
+    if axis.rank == source:
+        dist.send(x.contiguous(), group=axis.group, group_dst=0)
+    elif axis.first:
+        dist.recv(x, group=axis.group, group_src=source)
+    return x
+
+
 def split(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """This rank's part of a tensor that all ranks hold, whose size along ``dim`` the axis divides."""
     return x if axis.group is None else _Split.apply(x, axis, dim)

@@ -307,7 +307,17 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
     )
     lr_decay_share: float = opt(0.2, "share of the run, at its end, in which wsd decays", above=0, most=1)
     lr_final_share: float = opt(0.0, "share of the learning rate that the decay ends at", least=0, most=1)
-    keep_encoded: bool = opt(False, "keep latents and text embeddings in memory, read each clip once (small datasets)")
+    keep_encoded: bool = opt(
+        False, "keep latents and text embeddings in host memory, read each clip once (small datasets)"
+    )
+    keep_encoded_memory: str = opt(
+        "8GB", "host memory of each process for them; what comes when it is filled is encoded every time"
+    )
+    encode_memory: str | None = opt(
+        None,
+        "memory for encoding clips, such as 12GB: as many of a batch at once as fit in, one at least; none is 8GB of a "
+        "GPU, and 8 clips on a CPU",
+    )
     warmup_ae: bool = opt(False, "run the autoencoder on every bucket shape first")
     async_io: bool = opt(False, "write checkpoints while training goes on")
     load_master_weights: bool = opt(False, "go on from the fp32 weights of a checkpoint")
@@ -324,7 +334,8 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parse_bytes(self.weights_memory, "weights_memory")
+        for key in ("weights_memory", "keep_encoded_memory", "encode_memory"):
+            parse_bytes(getattr(self, key), key)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
+from opensora.models.autoencoder import Autoencoder
 from opensora.models.vae.tiling import Tiling
 
 SHARES = (1, 3 / 4, 1 / 2, 3 / 8, 1 / 4)  # of the configured sizes
@@ -97,3 +100,10 @@ def _whole(tiling: Tiling, size: Sequence[int]) -> bool:
         return True
     last = tiling.latent_starts(size[0])[-1]
     return size[0] - last > 1
+
+
+def fitting_clips(ae: Autoencoder, size: Sequence[int], dtype: torch.dtype, room: int) -> int | None:
+    """How many clips (T, H, W) an autoencoder may encode at once within ``room`` bytes, one at least; None if it cannot
+    be told what one takes."""
+    cost = ae.encode_cost(size, dtype)
+    return None if cost is None else max(int(room / (MARGIN * cost.peak)), 1)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opensora.acceleration.parallel_context import Axis
 from opensora.config.options import LossWeightingOptions, TimeSamplingOptions
 from opensora.datasets.runs import FrameRun
 from opensora.diffusion.conditions import build_condition, choose_conditions, condition_runs, get_spans
@@ -18,6 +19,7 @@ from opensora.encoded.memory import EncodedMemory, even_group
 from opensora.encoded.store import WHOLE, batch_key
 from opensora.models.autoencoder import Autoencoder, LatentSpec
 from opensora.models.text.fitting import count_notes
+from opensora.training.diffusion.sharing import ClipEncoder, embed_shared
 
 TEXTS_AT_A_TIME = 8  # where embeddings are kept
 
@@ -48,19 +50,25 @@ class InputEncoder:
         memory: remembers encoder outputs of clips, row by row, and so does one of texts; for small datasets. Of a clip
             that it holds, the batch need not hold the pixels. A clip longer than its bucket must come with the same
             frames each time.
-        micro_batch: clips encoded at a time, which bounds the memory of the autoencoder.
+        encode_clips: encodes clips, with the same autoencoder; None encodes eight at a time.
+        axis: ranks that get the same batches, and share the work of the text encoders.
     """
 
     def __init__(
         self, ae: Autoencoder, t5: nn.Module, clip: nn.Module, options: InputOptions,
-        memory: EncodedMemory | None = None, micro_batch: int = 8,
+        memory: EncodedMemory | None = None, encode_clips: ClipEncoder | None = None, axis: Axis | None = None,
     ) -> None:  # fmt: skip
         self.ae, self.t5, self.clip, self.options = ae, t5, clip, options
-        self.micro_batch = micro_batch
+        self.encode_clips, self.axis = encode_clips or ClipEncoder(ae), axis or Axis()
         count_notes(t5, clip)
-        self._memory, self._text_memory = memory, EncodedMemory()
         with torch.no_grad():
             self._null_txt, self._null_vec = t5([""]), clip([""])
+        self._memory = memory
+        self._text_memory = EncodedMemory(memory.room if memory is not None else None, self._null_txt.device)
+
+    def with_options(self, options: InputOptions) -> "InputEncoder":
+        """The same encoders for other inputs; nothing is kept."""
+        return InputEncoder(self.ae, self.t5, self.clip, options, None, self.encode_clips, self.axis)
 
     @property
     def empty_text(self) -> tuple[Tensor, Tensor]:
@@ -137,7 +145,8 @@ class InputEncoder:
         found = dict(batch)
         if "video_latents" not in batch and batch_key(WHOLE) not in batch:
             keys = [(row, *size) for row, size in zip(batch["index"], batch["size"])]
-            group = even_group(len(keys), self.micro_batch)
+            at_once = self.encode_clips.at_once(batch["size"][0], self._null_txt.dtype)
+            group = even_group(len(keys), at_once * self.encode_clips.axis.size)
             found |= self._memory(keys, lambda rows: self._encode_all_runs(batch, rows), group)
         if "text_t5" not in batch:
             texts = batch["text"]
@@ -150,10 +159,11 @@ class InputEncoder:
         video = batch["video"][[place[row] for row in rows]]
         runs = condition_runs(self.options.condition_weights, self.ae, video.shape[2])
         pixels = {WHOLE: video, **{run.name: run.cut(video).contiguous() for run in runs}}
-        return {batch_key(name): self._encode(clips) for name, clips in pixels.items()}
+        return {batch_key(name): self.encode_clips(clips) for name, clips in pixels.items()}
 
     def _embed(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        return {"text_t5": self.t5(texts), "text_clip": self.clip(texts)}
+        encoders = {"text_t5": self.t5, "text_clip": self.clip}
+        return {name: embed_shared(encoder, texts, self.axis) for name, encoder in encoders.items()}
 
     def _clips(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
         """Latents ``[B, C, t, h, w]`` of whole clips, from the pixels or from what was cached of them."""
@@ -161,12 +171,8 @@ class InputEncoder:
             return batch["video_latents"]
         stored = batch.get(batch_key(WHOLE))
         if stored is None:
-            stored = self._encode(batch["video"])
+            stored = self.encode_clips(batch["video"])
         return self.ae.from_stored(stored, generator)
-
-    def _encode(self, clips: Tensor) -> Tensor:
-        """What is to be stored of clips, a few at a time."""
-        return torch.cat([self.ae.encode_stored(part) for part in clips.split(self.micro_batch)])
 
     def _condition(
         self, x_0: Tensor, batch: Mapping[str, Any], generator: torch.Generator
@@ -186,7 +192,7 @@ class InputEncoder:
             rows = [i for i, runs in enumerate(needs) if run in runs]
             stored = batch.get(batch_key(run.name))
             if stored is None:
-                moments = self._encode(torch.stack([run.cut(batch["video"][i]) for i in rows]))
+                moments = self.encode_clips(torch.stack([run.cut(batch["video"][i]) for i in rows]))
             else:
                 moments = stored[rows]
             encoded = self.ae.from_stored(moments, generator)

@@ -22,8 +22,10 @@ from opensora.models.diffusion import DiffusionModel
 from opensora.models.mmdit.loading import quantization
 from opensora.models.mmdit.model import MMDiTModel
 from opensora.models.quantization.loading import kind_of_section
+from opensora.models.vae.fitting import MARGIN
 from opensora.models.vae.footprint import Cost
 from opensora.training.diffusion.encoders import encoders_to_load
+from opensora.training.diffusion.sharing import ENCODE_MEMORY
 from opensora.training.weights.adapters import LoraAdapter, freeze
 from opensora.training.weights.eight_bits import BLOCK_IN_8_BITS, is_kept_in_8_bits
 from opensora.training.weights.optimizer import IN_8_BITS, is_hidden_matrix
@@ -32,7 +34,6 @@ from opensora.utils.sizes import parse_bytes
 PARTS = ("weights", "masters", "gradients", "states", "ema", "buffers", "encoders")
 FP32 = 4  # bytes
 AT_WORK, AT_WORK_FP32 = 1.5, 2.4  # activations of a block in forward and backward, over those of a forward alone
-ENCODED_AT_A_TIME = 8  # clips
 RELEASED = {"t5": (4096, 4_762_310_656), "clip": (768, 123_060_480)}  # width and parameters of encoders
 QUANTIZED = {"fp8": 0.51, "int8": 0.51, "nf4": 0.29}  # of 16-bit weights
 
@@ -265,6 +266,13 @@ def activation_bytes(cfg: TrainOptions, model: DiffusionModel, tokens: int, rows
     return max(inputs - cfg.grad_ckpt_buffer_size, 0) + (every - again) * forward + (
         AT_WORK_FP32 if wide else AT_WORK
     ) * forward  # fmt: skip
+
+
+def encode_work(cfg: TrainOptions, cost: Cost, clips: int, ranks: int) -> float:
+    """Bytes that encoding a batch takes on each device of ``ranks`` that work on the same one: as many at once as
+    ``encode_memory`` allows of a GPU."""
+    room = parse_bytes(cfg.encode_memory or ENCODE_MEMORY, "encode_memory")
+    return cost.peak * max(min(math.ceil(clips / ranks), int(room / MARGIN / cost.peak)), 1)
 
 
 def encode_cost(cfg: TrainOptions, ae: Autoencoder, bucket: Bucket) -> Cost | None:

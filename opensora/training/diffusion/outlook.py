@@ -14,12 +14,12 @@ from opensora.models.autoencoder import LatentSpec
 from opensora.training.diffusion.checks import TrainingPlan, check_config
 from opensora.training.diffusion.encoders import encoders_to_load
 from opensora.training.diffusion.memory import (
-    ENCODED_AT_A_TIME,
     PARTS,
     RELEASED,
     Trained,
     activation_bytes,
     encode_cost,
+    encode_work,
     encoder_bytes,
     held,
     in_host,
@@ -88,7 +88,7 @@ class TrainingOutlook:
         work = activation_bytes(cfg, model, math.ceil((tokens + texts) / self.sizes.sp), bucket.batch_size)
         cost = encode_cost(cfg, self.plan.ae, bucket)
         if cost is not None:
-            work = max(work, cost.peak * min(bucket.batch_size, ENCODED_AT_A_TIME))
+            work = max(work, encode_work(cfg, cost, bucket.batch_size, share))
         return Step(bucket, tokens, texts, flops, work)
 
     @property
@@ -122,7 +122,9 @@ class TrainingOutlook:
         found *= ADAPTERS_TAKE[cfg.lora_dtype] if cfg.lora_config else 1.0
         cost = encode_cost(cfg, self.plan.ae, step.bucket)
         if cost is not None:
-            found += card.network_seconds(cost.flops, cost.written)
+            batch = step.bucket.batch_size  # divided over the ranks that work on it
+            own = math.ceil(batch / (self.sizes.sp * self.sizes.tp)) / batch
+            found += own * card.network_seconds(cost.flops, cost.written)
         if "t5" in encoders_to_load(cfg) and model.config.context_in_dim == RELEASED["t5"][0]:
             found += 2.0 * RELEASED["t5"][1] * step.texts / MATRIX_SHARE / card.tflops / 1e12
         if cfg.weights_memory:  # blocks come twice in a step, beside the computation

@@ -16,7 +16,7 @@ from opensora.acceleration.shardformer import use_shardformer
 from opensora.acceleration.streaming import streamed
 from opensora.config.commands import TrainOptions
 from opensora.datasets.dataloader import endless, prefetch
-from opensora.encoded.memory import EncodedMemory
+from opensora.encoded.memory import EncodedMemory, HostRoom
 from opensora.models.diffusion import as_diffusion_model
 from opensora.models.quantization.loading import kind_of_section
 from opensora.training.checkpoint.folder import load_weights
@@ -25,6 +25,7 @@ from opensora.training.diffusion.checks import check_config, check_resources
 from opensora.training.diffusion.encoders import cached_encoders
 from opensora.training.diffusion.inputs import InputEncoder
 from opensora.training.diffusion.samples import SamplesHook
+from opensora.training.diffusion.sharing import ClipEncoder, encode_room
 from opensora.training.diffusion.validation import Validation, ValidationHook
 from opensora.training.hooks import Hook
 from opensora.training.loop import LoopSettings, TrainLoop
@@ -65,7 +66,8 @@ class Trainer:
             check_compiler(self.start.device)
         self.dataset = build_dataset(cfg)
         check_cache(cfg, self.dataset, self.plan.ae)
-        self.memory = EncodedMemory() if cfg.keep_encoded else None
+        room = HostRoom(parse_bytes(cfg.keep_encoded_memory, "keep_encoded_memory"))
+        self.memory = EncodedMemory(room, self.start.device) if cfg.keep_encoded else None
         self.loader, self.sampler = self.start.loader(
             self.dataset,
             cfg.bucket_config or {},
@@ -73,7 +75,7 @@ class Trainer:
             same_windows=cfg.keep_encoded,
             is_encoded=self.memory.is_encoded if self.memory is not None else None,
         )
-        self.validation = Validation(cfg, self.plan.inputs) if cfg.validation else None
+        self.validation = Validation(cfg, self.plan.inputs, self.start.parallel.dp) if cfg.validation else None
         length = len(self.sampler)
         self.total_steps = self.start.last_step(lambda epochs: epochs * length // cfg.accumulation_steps)
         self.start.states.start_at(cfg.start_epoch, cfg.start_step, length)
@@ -125,17 +127,17 @@ class Trainer:
         use_shardformer(t5)
         if not cfg.samples:
             ae.forget_decoder()  # training only encodes
-        encoder = InputEncoder(ae.eval().requires_grad_(False), t5, clip, self.plan.inputs, self.memory)
+        axis = start.parallel.sample
+        clips = ClipEncoder(ae.eval().requires_grad_(False), axis, encode_room(cfg.encode_memory, start.device))
         if cfg.warmup_ae and "ae" not in known:
-            self._warm_up(ae)
-        return encoder
+            self._warm_up(clips)
+        return InputEncoder(ae, t5, clip, self.plan.inputs, self.memory, clips, axis)
 
-    @torch.no_grad()
-    def _warm_up(self, ae: Any) -> None:
+    def _warm_up(self, encode: ClipEncoder) -> None:
         """Encode every bucket's shape once: kernels are chosen, and memory is seen to suffice, before training."""
         shapes = {(b.batch_size, 3, b.num_frames, b.height, b.width) for b in self.sampler.table.buckets}
         for shape in sorted(shapes):
-            ae.encode(torch.zeros(shape, device=self.start.device, dtype=self.start.dtype))
+            encode(torch.zeros(shape, device=self.start.device, dtype=self.start.dtype))
         logger.info("autoencoder warmed up on %d shapes", len(shapes))
 
     def _model(self, stack: ExitStack) -> TrainedWeights:
@@ -256,6 +258,5 @@ class Trainer:
         if self.validation is not None:
             hooks.append(ValidationHook(self.validation, weights.model, encoder, start.device, start.dtype, log))
         if cfg.samples is not None and samples is not None:
-            own = folder if start.parallel.rank == 0 else None  # all ranks take part, the first one keeps the videos
-            hooks.append(SamplesHook(cfg.samples, samples, weights, encoder, ema, own, start, log, metadata))
+            hooks.append(SamplesHook(cfg.samples, samples, weights, encoder, ema, folder, start, log, metadata))
         return hooks

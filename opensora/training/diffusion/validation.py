@@ -3,15 +3,20 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
 
+from opensora.acceleration.collectives import gather_values
+from opensora.acceleration.parallel_context import Axis
 from opensora.config.commands import TrainOptions
-from opensora.datasets.dataloader import build_train_loader, to_device
+from opensora.datasets.dataloader import BucketLoader, build_train_loader, to_device
+from opensora.datasets.dataset import collate
 from opensora.datasets.source import build_source
 from opensora.training.diffusion.cache import source_section
 from opensora.training.diffusion.inputs import InputEncoder, InputOptions, diffusion_loss
+from opensora.training.diffusion.sharing import own_rows
 from opensora.training.loop import step_generator
 from opensora.training.report.metrics import MetricLog
 from opensora.utils.errors import UserError
@@ -43,32 +48,36 @@ def single_clip_buckets(bucket_config: Mapping[str, Mapping]) -> dict[str, dict]
 
 
 class Validation:
-    """Loss of a model on held-out rows.
+    """Loss of a model on held-out rows, which data-parallel ranks divide among them; the numbers are those of one.
 
     Args:
         cfg: resolved training config with a section ``validation``.
         options: of the training objective.
+        ranks: data-parallel ones. All of them work on as many rows, since weights may be divided over them; the last
+            row fills up.
 
     Raises:
         UserError: anything wrong with the table.
     """
 
-    def __init__(self, cfg: TrainOptions, options: InputOptions) -> None:
+    def __init__(self, cfg: TrainOptions, options: InputOptions, ranks: Axis | None = None) -> None:
         section = cfg.validation
         assert section is not None
         assert cfg.bucket_config is not None
         self.every, self.times, self.seed = section.every, list(section.timesteps), section.seed
         source = replace(source_section(cfg), data_path=section.data_path)
         dataset = build_source(source, keep_in_memory=False)
-        self.loader, sampler = build_train_loader(
-            dataset, single_clip_buckets(cfg.bucket_config), multiple=options.spatial_multiple, seed=self.seed
-        )
+        buckets, self.ranks = single_clip_buckets(cfg.bucket_config), ranks or Axis()
+        sampler = build_train_loader(dataset, buckets, multiple=options.spatial_multiple, seed=self.seed)[1]
         self.rows = min(section.max_rows, len(sampler))
+        keys = [*islice(sampler, self.rows)]
+        self.own = own_rows(self.rows, self.ranks)
+        self.loader = BucketLoader(dataset, batch_sampler=[keys[row] for row in self.own], collate_fn=collate)
         self.options = replace(options, t5_dropout=0.0, clip_dropout=0.0)
 
     def encoder(self, training: InputEncoder) -> InputEncoder:
         """Encoder for held-out rows, on the same models: no dropout of texts, nothing kept."""
-        return InputEncoder(training.ae, training.t5, training.clip, self.options)
+        return training.with_options(self.options)
 
     @torch.no_grad()
     def __call__(
@@ -80,16 +89,29 @@ class Validation:
         """
         was_training = model.training
         model.eval()
-        sums = dict.fromkeys(self.times, 0.0)
-        for batch in islice(self.loader, self.rows):
+        own = {}
+        for row, batch in zip(self.own, self.loader):
             moved = to_device(batch, device, dtype)
-            for t in self.times:
-                generator = step_generator(self.seed, int(batch["index"][0]), 0)
-                prepared = encode(moved, generator, torch.full((1,), t))
-                sums[t] += float(diffusion_loss(model, prepared))
+            own[row] = [self._loss(model, encode, moved, t) for t in self.times]
         model.train(was_training)
-        means = {f"val_loss_time/{t:g}": total / self.rows for t, total in sums.items()}
+        losses = self._of_all_ranks(own)
+        sums = [sum(losses[row][place] for row in range(self.rows)) for place in range(len(self.times))]
+        means = {f"val_loss_time/{t:g}": total / self.rows for t, total in zip(self.times, sums)}
         return {"val_loss": sum(means.values()) / len(means), **means}
+
+    def _loss(self, model: nn.Module, encode: InputEncoder, batch: dict[str, Any], t: float) -> float:
+        generator = step_generator(self.seed, int(batch["index"][0]), 0)
+        return float(diffusion_loss(model, encode(batch, generator, torch.full((1,), t))))
+
+    def _of_all_ranks(self, own: dict[int, list[float]]) -> dict[int, list[float]]:
+        """Losses of all rows by place, and every rank knows which rows could not be read."""
+        losses: dict[int, list[float]] = {}
+        broken: dict[int, str] = {}
+        for theirs, reasons in gather_values((own, self.loader.broken.reasons), self.ranks):
+            losses |= theirs
+            broken |= reasons
+        self.loader.broken.check({"broken": [*broken.items()]})
+        return losses
 
 
 class ValidationHook:

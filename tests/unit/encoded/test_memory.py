@@ -7,7 +7,7 @@ import torch
 
 from opensora.datasets.dataloader import build_train_loader, endless
 from opensora.datasets.dataset import VideoTextDataset
-from opensora.encoded.memory import EncodedMemory, even_group, fixed_groups
+from opensora.encoded.memory import EncodedMemory, HostRoom, even_group, fixed_groups
 from opensora.registry import MODELS, build_module
 from opensora.training.diffusion.inputs import InputEncoder, InputOptions
 from opensora.utils.video import save_video
@@ -37,10 +37,10 @@ def encoders(tiny_config):
     return [build_module(dict(tiny_config[k]), MODELS, torch_dtype=torch.float32) for k in ("ae", "t5", "clip")]
 
 
-def prepared(clips, encoders, first=0, workers=0, skip=True, keep=True):
+def prepared(clips, encoders, first=0, workers=0, skip=True, keep=True, room=None):
     """What the model would be given at the steps from ``first`` on, and how many clips were read at each."""
     options = InputOptions(t5_dropout=0.3, clip_dropout=0.3, condition_weights=CONDITIONS)
-    memory = EncodedMemory() if keep else None
+    memory = EncodedMemory(room) if keep else None
     encode = InputEncoder(*encoders, options, memory)
     dataset = VideoTextDataset(clips, max_broken=0.5)
     is_encoded = memory.is_encoded if memory is not None and skip else None
@@ -82,6 +82,37 @@ def test_the_same_as_without(clips, encoders):
     kept, _ = prepared(clips, encoders)
     for a, b in zip(kept, plain):  # equal but for what the size of an encoder's batch does to the last bits
         assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in b)
+
+
+def test_what_does_not_fit_is_read_and_encoded_again(clips, encoders, monkeypatch):
+    """Memory is bounded, clips and texts together, and nothing else changes; the log says so once."""
+    told = []
+    monkeypatch.setattr("opensora.encoded.memory.logger.warning", lambda *words: told.append(words))
+    everything = HostRoom()
+    always, all_read = prepared(clips, encoders, room=everything)
+    assert everything.used > 0
+    some = HostRoom(everything.used // 2)
+    found, read = prepared(clips, encoders, room=some)
+    assert_same(found, always)
+    assert sum(all_read) < sum(read) < 3 * STEPS
+    assert 0 < some.used <= some.limit
+    assert len(told) == 1
+
+
+def test_what_is_kept_lies_in_host_memory():
+    """Tensors of another device are copied, not referred to, and every byte counts."""
+    room = HostRoom(40)
+    kept = EncodedMemory(room)
+    source = torch.arange(12, dtype=torch.float32).view(3, 4)
+    kept(["a", "b", "c"], lambda rows: {"x": source[rows]}, 1)
+    assert room.used == 32, "two rows of four numbers; the third has no room"
+    assert ["c" in kept, "b" in kept] == [False, True]
+    source.zero_()
+    assert kept(["b"], lambda rows: {}, 1)["x"].tolist() == [[4, 5, 6, 7]]
+    elsewhere = EncodedMemory(device=torch.device("meta"))
+    made = elsewhere(["a"], lambda rows: {"x": torch.ones(1, 4)}, 1)["x"]
+    assert made.device.type == "meta"
+    assert next(iter(elsewhere._kept.values()))["x"].device.type == "cpu"
 
 
 def test_groups_have_one_size():
