@@ -104,6 +104,7 @@ setup(
         "quantize": ["bitsandbytes>=0.46"],
         # ColossalAI is frozen at 0.5.0, whose own pins exclude today's PyTorch: see requirements-colossalai.txt
         "ray": ["ray[data]>=2.51"],
+        "swanlab": ["swanlab>=0.6"],
         "wandb": ["wandb>=0.17"],
     },
 )

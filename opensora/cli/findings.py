@@ -85,7 +85,8 @@ OPTIONAL = (
     Optional("fastapi", "fastapi", "opensora serve", 'pip install "opensora[serve]"'),
     Optional("gradio", "gradio", "the page of opensora serve", 'pip install "opensora[serve]"'),
     Optional("openai", "openai", "refine_prompt, motion_score dynamic", "pip install openai"),
-    Optional("wandb", "wandb", "wandb True", "pip install wandb"),
+    Optional("wandb", "wandb", "trackers wandb, wandb True", "pip install wandb"),
+    Optional("swanlab", "swanlab", "trackers swanlab", "pip install swanlab"),
     Optional("ray", "ray", "tools/data on several machines", 'pip install "ray[data]"'),
 )
 

@@ -142,6 +142,14 @@ SCHEDULES: Choices[Any] = Choices(
     "learning-rate schedule",
     {name: f"opensora.training.weights.schedules:{name}" for name in ("constant", "cosine", "linear", "wsd")},
 )
+TRACKERS: Choices[Any] = Choices(
+    "tracker",
+    {
+        "tensorboard": "opensora.training.report.tensorboard:TensorBoardTracker",
+        "wandb": "opensora.training.report.wandb:WandbTracker",
+        "swanlab": "opensora.training.report.swanlab:SwanLabTracker",
+    },
+)
 QUANTIZERS: Choices[Any] = Choices(
     "kind of quantised weights",
     {name: f"opensora.models.quantization.{name}:{name.capitalize()}" for name in ("fp8", "int8", "nf4")},

@@ -9,7 +9,7 @@ below them are in ``opensora.config.options`` and may be imported from here too.
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from opensora.config.choices import CONDITIONS, METHODS, SCHEDULES
+from opensora.config.choices import CONDITIONS, METHODS, SCHEDULES, TRACKERS
 from opensora.config.options import (
     AE_KNOWS,
     MANY_FRAMES,
@@ -246,8 +246,9 @@ class LoopOptions(Options):
     ckpt_every: int = opt(0, "distance of checkpoints (0: only at the end)", "optimizer steps", least=0)
     keep_n_latest: int = opt(-1, "checkpoints to keep (-1: all)", least=-1)
     ckpt_shard_size_gb: float = opt(4.0, "weights above this size are saved in several files of it", "GiB", above=0)
-    wandb: bool = opt(False, "log to Weights & Biases")
-    wandb_project: str = opt("Open-Sora", "its project")
+    trackers: list[str] = opt(["tensorboard"], "where curves, samples and the config go", choices=TRACKERS)
+    wandb: bool = opt(False, "log to Weights & Biases, too")
+    wandb_project: str = opt("Open-Sora", "its project, and that of other trackers")
     max_skipped_steps: int = opt(
         20, "steps in a row without a finite loss and gradient that end the run", "steps", least=1
     )

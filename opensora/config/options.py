@@ -44,7 +44,8 @@ def opt(default: Any, help: str, unit: str = "", **extra: Any) -> Any:
         unit: unit of the value, empty if it has none.
         extra: bounds of a number, or of each number of a list or dict: ``least`` and ``most`` (may be reached),
             ``above`` and ``below`` (may not); numbers are always finite. ``required=True``: every config has to give
-            the key. ``choices=TABLE``: a text that is one of the names in a table of ``opensora.config.choices``.
+            the key. ``choices=TABLE``: a text, or each of a list, that is one of the names in a table of
+            ``opensora.config.choices``.
             ``verbatim=True`` keeps a command line's ``none`` as text; ``none_is_default=True`` takes ``none`` for the
             default, and says so; ``also="optim.lr"`` sets that key too;
             ``reads="file"`` marks a text (or a list of them) that is the path of something to read, which a config may
@@ -95,8 +96,9 @@ def check_bounds(value: Any, metadata: Mapping[str, Any], name: str) -> None:
         UserError: names the key and what it may be.
     """
     choices: Choices | None = metadata.get("choices")
-    if choices is not None and value is not None and value not in choices:
-        raise UserError(f"{name} {value}: expected one of {choices.listing}")
+    for chosen in _numbers(value) if choices is not None else ():
+        if chosen is not None and chosen not in choices:
+            raise UserError(f"{name} {chosen}: expected one of {choices.listing}")
     for number in _numbers(value):
         if not isinstance(number, int | float) or isinstance(number, bool):
             continue

@@ -1,5 +1,6 @@
 """docs/extending.md works as it stands: its package, outside of this one, is generated and trained with."""
 
+import json
 import re
 import sys
 from collections import Counter
@@ -26,7 +27,10 @@ from tests.helpers.cli import load_main
 from tests.integration.own_package import with_page, write_package
 
 ROOT = Path(__file__).parents[2]
-TABLES = (choices.CONDITIONS, choices.SOLVERS, choices.STEP_CACHES, choices.ATTENTION_KERNELS, choices.METHODS)
+TABLES = (
+    *(choices.CONDITIONS, choices.SOLVERS, choices.STEP_CACHES, choices.ATTENTION_KERNELS, choices.METHODS),
+    choices.TRACKERS,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -145,6 +149,9 @@ def test_trains_and_resumes_exactly(training, folder):
         start, one, other = weights(parts, 2, part), weights(whole, 4, part), weights(parts, 4, part)
         assert all(torch.equal(one[key], other[key]) for key in one)
         assert not all(torch.equal(one[key], start[key]) for key in one)
+    entries = [json.loads(line) for line in (whole / "curves.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4]
+    assert all("loss" in entry for entry in entries)
     log = (parts / "log.txt").read_text()
     assert all(f"{name}=" in log for name in ("plain_loss", "log_variance", "weight_grad_norm"))
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from opensora.acceleration.collectives import gather_values
 from opensora.acceleration.parallel_context import ParallelContext
-from opensora.training.report.trackers import TensorBoardTracker, Tracker
+from opensora.training.report.tensorboard import TensorBoardTracker
+from opensora.training.report.trackers import TrackedRun, Tracker
 from opensora.utils.logging import get_logger
 from opensora.utils.progress import Bar, duration
 
@@ -173,7 +174,7 @@ class MetricLog:
         parallel: ParallelContext | None = None,
     ) -> None:
         self.parallel = parallel or ParallelContext()
-        self.trackers = list(trackers) if trackers is not None else [TensorBoardTracker(folder, start_step)]
+        self.trackers = list(trackers) if trackers is not None else [TensorBoardTracker(TrackedRun(folder, start_step))]
         self.bar = Bar(
             total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=2.0,
             disable=self.parallel.rank > 0, lines=False,

@@ -1,26 +1,67 @@
-"""Where metrics and sample videos go besides the log: TensorBoard always, Weights & Biases on request."""
+"""Where metrics, sample videos and texts go besides the log: what a tracker is, and which ones a config asks for."""
 
-import re
+import importlib
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 
+from opensora.config import config_to_text
+from opensora.config.choices import TRACKERS
 from opensora.config.commands import LoopOptions
 from opensora.utils.errors import UserError
 
 
-class Tracker(Protocol):
-    """A place that shows curves and videos."""
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker is told of a run when it starts.
 
+    Attributes:
+        folder: experiment folder; its name says which run goes on.
+        start_step: optimizer step where the run goes on; what a killed run logged beyond it is to be hidden.
+        project: name of the project, for trackers that have some.
+        name: of the run; the folder's, if not given.
+        values: the resolved config, as plain values.
+    """
+
+    folder: Path
+    start_step: int = 0
+    project: str = "Open-Sora"
+    name: str | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """What to call the run."""
+        return self.name or self.folder.name
+
+
+class Tracker(Protocol):
+    """A place that shows curves, texts and videos. The first process of a run makes one, of a :class:`TrackedRun`, and
+    calls it at the end of an optimizer step."""
+
+    @classmethod
+    def check(cls) -> None:
+        """Find what is missing before any model is loaded, such as a package or an account.
+
+        Raises:
+            UserError: says what to do.
+        """
+
+    @abstractmethod
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Numbers of one optimizer step."""
 
-    def video(self, name: str, frames: np.ndarray, path: Path, fps: float, step: int) -> None:
-        """A sample: uint8 ``[T, H, W, 3]``, also in the file ``path``."""
+    def text(self, name: str, text: str, step: int) -> None:
+        """Lines to read, such as the config; nothing where there is no place for them."""
 
+    def video(self, name: str, frames: np.ndarray, path: Path, fps: float, step: int) -> None:
+        """A sample: uint8 ``[T, H, W, 3]``, also in the file ``path``; nothing where there is no place for it."""
+
+    @abstractmethod
     def close(self) -> None:
         """Write what is still held back."""
 
@@ -31,70 +72,27 @@ def filmstrip(frames: np.ndarray, count: int = 6) -> np.ndarray:
     return np.concatenate([frames[i] for i in chosen], axis=1)
 
 
-class TensorBoardTracker:
-    """TensorBoard files in ``<folder>/tensorboard``; videos are shown as filmstrips.
+def import_package(name: str, wanted_by: str, package: str | None = None) -> Any:
+    """A module that only one tracker needs.
 
     Args:
-        folder: experiment folder.
-        start_step: where the run goes on; what an earlier, killed run wrote beyond it (one that left no checkpoint:
-            all of it) is hidden.
-    """
-
-    def __init__(self, folder: Path, start_step: int = 0) -> None:
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
-
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-
-    def video(self, name: str, frames: np.ndarray, path: Path, fps: float, step: int) -> None:
-        self.writer.add_image(name, filmstrip(frames), step, dataformats="HWC")
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class WandbTracker:
-    """A run at Weights & Biases, or in a local folder with ``WANDB_MODE=offline``.
-
-    Args:
-        folder: experiment folder; its name is the run's id (with ``-`` for what an id must not hold), so a resumed run
-            goes on in the same curves.
-        project: project at Weights & Biases.
-        values: the resolved config, as plain values.
-        name: of the run; None takes the folder's.
+        name: of the module.
+        wanted_by: key and value that ask for it.
+        package: what to install; named as the module, if not given.
 
     Raises:
-        UserError: the package is not installed, or refuses to start.
+        UserError: it is not installed.
     """
-
-    def __init__(self, folder: Path, project: str, values: Mapping[str, Any], name: str | None = None) -> None:
-        self._wandb = _import_wandb()
-        run_id = re.sub(r"[^\w.-]", "-", folder.name)
-        try:
-            self._run = self._wandb.init(
-                project=project, name=name or folder.name, id=run_id, resume="allow", config=dict(values),
-                dir=str(folder),
-            )  # fmt: skip
-        except self._wandb.Error as error:
-            raise UserError(f"wandb=True: {error}") from error
-
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
-
-    def video(self, name: str, frames: np.ndarray, path: Path, fps: float, step: int) -> None:
-        self._run.log({name: self._wandb.Video(str(path))}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-def _import_wandb() -> Any:
     try:
-        import wandb
+        return importlib.import_module(name)
     except ImportError as error:
-        raise UserError("wandb=True needs the package wandb: pip install wandb") from error
-    return wandb
+        package = package or name
+        raise UserError(f"{wanted_by} needs the package {package}: pip install {package}") from error
+
+
+def tracker_names(cfg: LoopOptions) -> list[str]:
+    """Trackers of a config in their order; ``wandb=True`` adds that one."""
+    return list(dict.fromkeys([*cfg.trackers, *(["wandb"] if cfg.wandb else [])]))
 
 
 def check_trackers(cfg: LoopOptions) -> None:
@@ -103,16 +101,21 @@ def check_trackers(cfg: LoopOptions) -> None:
     Raises:
         UserError: it is not, or it will.
     """
-    if not cfg.wandb:
-        return
-    wandb = _import_wandb()
-    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
-        raise UserError("wandb=True: not logged in; run `wandb login`, or set WANDB_MODE=offline to keep it local")
+    for name in tracker_names(cfg):
+        tracker = TRACKERS.get(name)
+        if not isinstance(tracker, type) or not hasattr(tracker, "scalars"):
+            raise UserError(f"trackers: {name} is {tracker!r}, no class derived from Tracker")
+        tracker.check()  # type: ignore[attr-defined]
 
 
 def create_trackers(cfg: LoopOptions, folder: Path, start_step: int) -> Sequence[Tracker]:
-    """Trackers of a training config."""
-    trackers: list[Tracker] = [TensorBoardTracker(folder, start_step)]
-    if cfg.wandb:
-        trackers.append(WandbTracker(folder, cfg.wandb_project, cfg.to_dict(), getattr(cfg, "wandb_expr_name", None)))
+    """Trackers of a training config, with its text and the prompts of its samples in each."""
+    name = getattr(cfg, "wandb_expr_name", None)
+    run = TrackedRun(folder, start_step, cfg.wandb_project, name, cfg.to_dict())
+    trackers: list[Tracker] = [TRACKERS.get(name)(run) for name in tracker_names(cfg)]
+    samples = getattr(cfg, "samples", None)
+    texts = {"config": config_to_text(cfg), **({"prompts": "\n".join(samples.prompts)} if samples else {})}
+    for tracker in trackers:
+        for title, text in texts.items():
+            tracker.text(title, text, start_step)
     return trackers
