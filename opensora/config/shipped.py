@@ -1,9 +1,11 @@
 """Configs that come with the package: where they are, and which one a name means."""
 
 import difflib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from opensora.utils import hub
 from opensora.utils.errors import UserError, shorten
 from opensora.utils.paths import is_file, is_folder, shipped_root
 
@@ -11,6 +13,8 @@ CONFIGS = "configs"
 SUFFIXES = (".py", ".json", ".yaml", ".yml")
 PARTS = "plugins"  # folder of files that only others build on
 FOLDER_CONFIG = "config"  # name of the config in the folder of a model
+PIPELINES = "diffusion/inference"  # folder of the commands that may be given a pipeline of a hub
+RUNS_CODE = ("imports", "_base_")  # keys that nothing from a hub may have
 
 
 def shipped_names(folder: str) -> dict[str, Path]:
@@ -32,10 +36,10 @@ def find_config(given: str | Path, folder: str) -> Path:
     """The file that a config's path or name stands for.
 
     What is a file, or ends like one, is a path. Else it is a folder with a file ``config.py`` (``.json``, ``.yaml``) in
-    it, or the name of a shipped config.
+    it, the name of a shipped config, or a repository of a hub with a ``config.json``, which is downloaded.
 
     Args:
-        given: path or name.
+        given: path, name, or id of a repository (``org/name``, ``modelscope:org/name``).
         folder: of the script's configs, below ``configs``; empty for one that has none.
 
     Raises:
@@ -64,8 +68,37 @@ def find_config(given: str | Path, folder: str) -> Path:
     if found is None and is_folder(path):
         raise UserError(f"{path} is a folder without a {FOLDER_CONFIG}.py (.json, .yaml); name a config file")
     if found is None:
-        raise UserError(f"config file {given} does not exist, and no shipped config has this name{_hint(path, folder)}")
+        hint, name = _hint(path, folder), str(given)
+        if folder == PIPELINES and "did you mean" not in hint and hub.is_repo(name):
+            return _in_repository(name)
+        raise UserError(f"config file {given} does not exist, and no shipped config has this name{hint}")
     return found
+
+
+def _in_repository(name: str) -> Path:
+    """The config of a pipeline on a hub, with all files beside it.
+
+    Raises:
+        UserError: not to be had, no pipeline, or a config that has code run.
+    """
+    try:
+        folder = hub.snapshot(name)
+    except UserError as error:
+        raise UserError(f"{name} is neither a config here nor a shipped one, and as a repository: {error}") from error
+    file = folder / f"{FOLDER_CONFIG}.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} is a repository without a readable {file.name} of a pipeline ({error})") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise UserError(f"{name} is a repository whose {file.name} is not that of a pipeline of opensora")
+    unsafe = [key for key in RUNS_CODE if content.get(key)]
+    if unsafe:
+        raise UserError(
+            f"{name}: its {file.name} has {unsafe[0]}, which runs code; download it ({hub.command_for(name)}), look at "
+            "that code, and give the folder"
+        )
+    return file
 
 
 def _with_suffixes(stem: Path) -> Iterable[Path]:

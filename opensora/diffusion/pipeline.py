@@ -33,6 +33,7 @@ from opensora.diffusion.prepared import PreparedRun, check_goes_on, check_takes_
 from opensora.diffusion.references import References, Source, check_references, per_prompt_references
 from opensora.diffusion.result import ImagesCallback, SampledCallback
 from opensora.diffusion.result import SampleResult as SampleResult
+from opensora.diffusion.saving import save_pipeline
 from opensora.diffusion.solvers import StepCallback
 from opensora.diffusion.stages import Stages
 from opensora.diffusion.step_cache import StepCache
@@ -42,6 +43,7 @@ from opensora.diffusion.wording import check_motion_score, check_prompt, check_s
 from opensora.models.build import build_on_meta
 from opensora.models.diffusion import DiffusionModel
 from opensora.models.quantization.linear import QuantizedLinear
+from opensora.utils import hub
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
@@ -71,8 +73,9 @@ class VideoPipeline(Stages):
         torch_dtype: torch.dtype | None = None,
         **overrides: Any,
     ) -> "VideoPipeline":
-        """Build the models of a shipped config (``"demo"``), a config file, or a folder that holds ``config.py``, whose
-        relative paths start in the folder.
+        """Build the models of a shipped config (``"demo"``), a config file, a folder that holds one (``config.json``,
+        ``config.py``), whose relative paths start in the folder, or a repository of a hub that holds such a folder
+        (``"org/name"``, ``"modelscope:org/name"``).
 
         Args:
             name: of the config; see :func:`opensora.config.shipped.find_config`.
@@ -137,6 +140,7 @@ class VideoPipeline(Stages):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         progress: bool | None = None,
+        decode: bool = True,
         **sampling: Any,
     ) -> SampleResult:
         """Make a video of each prompt.
@@ -157,6 +161,7 @@ class VideoPipeline(Stages):
             generator: one for all prompts or one each, instead of ``seed``; a new one stands for its seed.
             num_inference_steps, guidance_scale: ``num_steps`` and ``guidance``, as diffusers calls them.
             progress: show a bar of the steps; None shows it in a terminal.
+            decode: False leaves frames out: ``decode(result.latents, result.plan)`` makes them later.
             sampling: keys of the config's ``sampling_option`` for this call (``num_steps=20``, ``height=``,
                 ``width=``, ``num_frames=``).
 
@@ -189,6 +194,7 @@ class VideoPipeline(Stages):
             return self.make(
                 *(texts, sources, cond_type, seeds, negatives, option, shown),
                 image_texts=prompts if self.cfg.use_t2i2v else None,
+                decode=decode,
             )
 
     def make(
@@ -205,6 +211,7 @@ class VideoPipeline(Stages):
         on_sampled: SampledCallback | None = None,
         next_texts: Sequence[Sequence[str]] = (),
         folders: Sequence[Path] | None = None,
+        decode: bool = True,
     ) -> SampleResult:
         """Make a batch with everything given: what a call does after it has worked out its defaults.
 
@@ -224,6 +231,7 @@ class VideoPipeline(Stages):
             next_texts: per sample, texts of the windows after the first of a long video; the last one stays.
             folders: per sample, where the latents of a long video are kept while it is made, and gone on from; None
                 keeps them in a temporary place. Whoever gives them deletes them.
+            decode: False leaves frames out.
         """
         timings: dict[str, float] = {}
         images: list[np.ndarray] = []
@@ -246,17 +254,22 @@ class VideoPipeline(Stages):
         with timed(timings, "denoise", self.device):
             *positive, negative = embedded.chunks(len(texts))
             latents, reused = self._sample(plan, positive, negative, refs, seeds, on_step, folders)
-        gathered = Gathered()
         result = SampleResult(latents.float().cpu(), [], list(texts), list(seeds), timings, plan, images, reused)
+        if decode:
+            self._add_frames(result, latents, on_sampled)
+        return result
+
+    def _add_frames(self, result: SampleResult, latents: Tensor, on_sampled: SampledCallback | None) -> None:
+        """Decode ``latents [B, C, T, h, w]``, into the result or to where ``on_sampled`` says."""
+        gathered = Gathered()
         try:
-            with timed(timings, "decode", self.device):
+            with timed(result.timings, "decode", self.device):
                 sink = gathered if on_sampled is None else on_sampled(result)
-                result.tiles = self.decode_into(sink, latents, plan)
+                result.tiles = self.decode_into(sink, latents, result.plan)
         except DecodeMemoryError as error:
             error.result = result
             raise
         result.frames = gathered.videos()
-        return result
 
     def _sample(
         self,
@@ -328,6 +341,51 @@ class VideoPipeline(Stages):
         if self._loras is None:
             raise UserError(f"unload_lora: {path} is not loaded; loaded: none")
         self._loras.remove(path)
+
+    def save_pretrained(
+        self, folder: str | Path, name: str | None = None, license: str | None = None, overwrite: bool = False
+    ) -> Path:
+        """Write the whole pipeline as a folder, which ``from_pretrained``, every command and diffusers load: weights as
+        they are now, adapters merged into them included, ``config.json`` and a model card.
+
+        Args:
+            folder: to write; whole or not at all.
+            name: of the pipeline in its model card; None takes the folder's.
+            license: identifier of the weights' licence for the card (``apache-2.0``).
+            overwrite: replace a folder that holds a pipeline.
+
+        Raises:
+            UserError: the folder has something, adapters lie beside the weights, or the model is divided over ranks.
+        """
+        return save_pipeline(self, folder, name, license, overwrite)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        license: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload pipeline",
+    ) -> str:
+        """Send the pipeline to a hub, as :meth:`save_pretrained` writes it; ``from_pretrained(repo)`` loads it again.
+
+        Args:
+            repo: ``org/name``, or ``modelscope:org/name``; made if it is not there.
+            license: as in :meth:`save_pretrained`.
+            private: whether a new repository is; None goes by the hub's settings.
+            token: of the hub; None takes the one that its login command kept.
+            commit_message: of the upload.
+
+        Returns:
+            Address of the repository.
+
+        Raises:
+            UserError: no such id, a hub that refuses, or see :meth:`save_pretrained`.
+        """
+        hub.check_repo(repo)
+        with tempfile.TemporaryDirectory() as work:
+            folder = self.save_pretrained(Path(work) / "pipeline", repo, license)
+            return hub.upload(folder, repo, private, token, commit_message)
 
     def to(self, *where: str | torch.device | torch.dtype) -> "VideoPipeline":
         """Move the models to a device, or another precision, or both: ``pipe.to("cuda", torch.bfloat16)``.

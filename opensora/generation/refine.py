@@ -16,7 +16,7 @@ from opensora.config.commands import InferenceOptions
 from opensora.generation.requests import Request
 from opensora.utils.chat import ChatClient, content_of, data_url, require_openai
 from opensora.utils.errors import UserError
-from opensora.utils.hub import only_local
+from opensora.utils.hub import local_model, only_local
 from opensora.utils.logging import get_logger
 from opensora.utils.progress import quiet_libraries
 from opensora.utils.video import is_video, read_image, read_video
@@ -120,6 +120,7 @@ class LocalModel:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        path = local_model(path)
         local = only_local(path)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)

@@ -1,17 +1,26 @@
-"""The Hugging Face hub: what was released there, and downloads from it.
+"""The hubs: what was released there, downloads from them, and uploads.
 
-Without a network there are the files of its cache, or an error that comes soon.
+Ids are those of the Hugging Face hub; ``modelscope:org/name`` is one of ModelScope, for which its package has to be
+installed. Without a network there are the files of their caches, or an error that comes soon.
 """
 
+import re
 from pathlib import Path
+from typing import Any
 
 from opensora.utils.errors import UserError, first_line
 from opensora.utils.logging import get_logger
+from opensora.utils.optional import check_module
 from opensora.utils.progress import quiet_libraries
 
 logger = get_logger(__name__)
 
 TRY_SECONDS = 10.0
+MODELSCOPE = "modelscope:"  # before an id of that hub
+MODELSCOPE_HINT = "`pip install modelscope`"
+REPO = re.compile(rf"({MODELSCOPE})?\w[\w.-]*/\w[\w.-]*")
+CODE = "*.py"  # of a repository, which is never run from here
+PRIVATE, PUBLIC = 1, 5  # how ModelScope calls who sees a repository
 VIDEO_REPO = "hpcai-tech/Open-Sora-v2"
 # released file or folder -> repository that has it, and its path there
 RELEASED = {
@@ -61,6 +70,138 @@ def download_command(path: str | Path) -> str | None:
     return f'hf download {repo} --include "{inside}/*" --local-dir {folder}'
 
 
+def is_repo(name: str) -> bool:
+    """Whether a name looks like a repository of a hub, and is nothing in a folder here."""
+    return REPO.fullmatch(name) is not None and not Path(name.split("/")[0]).exists()
+
+
+def check_repo(name: str) -> None:
+    """Raise a UserError unless a name is one that a repository can have."""
+    if REPO.fullmatch(name) is None:
+        raise UserError(f"{name!r} is no id of a repository: expected org/name, or {MODELSCOPE}org/name")
+
+
+def command_for(repo: str, inside: str = "", is_file: bool = False) -> str:
+    """Command that downloads a repository, or a file or folder of it, into a folder of its name."""
+    theirs = repo.removeprefix(MODELSCOPE)
+    what = "" if not inside else f" {inside}" if is_file else f' --include "{inside}/*"'
+    if theirs != repo:
+        return f"modelscope download --model {theirs}{what} --local_dir {theirs}"
+    return f"hf download {repo}{what} --local-dir {repo}"
+
+
+def local_model(path: str) -> str:
+    """A path or id for transformers: an id of ModelScope, which it does not know, as the folder of its download."""
+    return str(snapshot(path)) if path.startswith(MODELSCOPE) else path
+
+
+def snapshot(repo: str, cache_dir: str | None = None) -> Path:
+    """The folder of a repository, all of it but code, downloaded first if need be.
+
+    Raises:
+        UserError: not there, or not to be had; names the command that downloads it.
+    """
+    logger.info("Looking for %s", repo)
+    if repo.startswith(MODELSCOPE):
+        return _from_modelscope(repo, ignore_patterns=[CODE], cache_dir=cache_dir)
+    from huggingface_hub import snapshot_download
+
+    offline = not is_reachable()
+    try:
+        with quiet_libraries():
+            found = snapshot_download(repo, ignore_patterns=[CODE], cache_dir=cache_dir, local_files_only=offline)
+        return Path(found)
+    except Exception as error:  # see download
+        raise UserError(_refused(repo, error, offline)) from error
+
+
+def _refused(repo: str, error: Exception, offline: bool = False) -> str:
+    """Why a repository could not be had."""
+    hub = "ModelScope" if repo.startswith(MODELSCOPE) else "the Hugging Face hub"
+    if offline:
+        return f"{repo} was not downloaded before, and {hub} cannot be reached. Where it can: {command_for(repo)}"
+    return f"{hub} did not give {repo.removeprefix(MODELSCOPE)} ({type(error).__name__}: {first_line(error)})"
+
+
+def _from_modelscope(repo: str, file: str | None = None, **options: Any) -> Path:
+    """A file of a repository of ModelScope, or its folder; from its cache where the hub does not answer.
+
+    Raises:
+        UserError: not there, or the package is not installed.
+    """
+    check_module("modelscope", repo, MODELSCOPE_HINT)
+    from modelscope.hub.file_download import model_file_download
+    from modelscope.hub.snapshot_download import snapshot_download
+
+    theirs = repo.removeprefix(MODELSCOPE)
+
+    def get(local_files_only: bool) -> Path:
+        options["local_files_only"] = local_files_only
+        return Path(model_file_download(theirs, file, **options) if file else snapshot_download(theirs, **options))
+
+    try:
+        return get(local_files_only=False)
+    except Exception as error:  # no network, no such repository, no such file, no rights
+        try:
+            return get(local_files_only=True)
+        except Exception:
+            raise UserError(_refused(repo, error)) from error
+
+
+def _download_modelscope(repo: str, inside: str, is_file: bool, cache_dir: str | None, only_look: bool) -> Path:
+    if only_look:
+        check_module("modelscope", repo, MODELSCOPE_HINT)
+        from modelscope.hub.api import HubApi
+
+        try:
+            files = HubApi().get_model_files(repo.removeprefix(MODELSCOPE), recursive=True)
+        except Exception:  # no network: what is in the cache will do
+            files = None
+        if files is not None:
+            if any(f"{file['Path']}/".startswith(f"{inside}/") for file in files):
+                return Path(inside)
+            raise UserError(f"No weights at {repo}/{inside}: the repository has no {inside}")
+    if is_file:
+        return _from_modelscope(repo, inside, cache_dir=cache_dir)
+    folder = _from_modelscope(repo, allow_patterns=[f"{inside}/*"], cache_dir=cache_dir) / inside
+    if not folder.is_dir():
+        raise UserError(f"No weights at {repo}/{inside}: the repository has no folder {inside}")
+    return folder
+
+
+def upload(folder: Path, repo: str, private: bool | None, token: str | None, message: str) -> str:
+    """Send a folder to a repository, which is made if it is not there.
+
+    Returns:
+        Its address.
+
+    Raises:
+        UserError: the hub refuses, or its package is not installed.
+    """
+    theirs = repo.removeprefix(MODELSCOPE)
+    try:
+        if theirs == repo:
+            from huggingface_hub import HfApi
+
+            api = HfApi(token=token)
+            address = api.create_repo(repo, private=private, exist_ok=True)
+            with quiet_libraries():
+                api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message=message)
+            return str(address)
+        check_module("modelscope", repo, MODELSCOPE_HINT)
+        from modelscope.hub.api import HubApi
+
+        scope = HubApi(token=token)
+        visibility = None if private is None else PRIVATE if private else PUBLIC
+        scope.create_repo(theirs, token=token, visibility=visibility, exist_ok=True)
+        scope.upload_folder(repo_id=theirs, folder_path=str(folder), commit_message=message, token=token)
+        return f"{str(scope.endpoint).rstrip('/')}/models/{theirs}"
+    except UserError:
+        raise
+    except Exception as error:  # no token, no rights, no network
+        raise UserError(f"push_to_hub: {repo} was refused ({type(error).__name__}: {first_line(error)})") from error
+
+
 def download(repo: str, inside: str, is_file: bool, cache_dir: str | None = None, only_look: bool = False) -> Path:
     """A file, or a folder, of a repository: where it is in the cache, downloaded first if need be.
 
@@ -69,6 +210,8 @@ def download(repo: str, inside: str, is_file: bool, cache_dir: str | None = None
     Raises:
         UserError: not there, or not to be had; without a network it names the command that downloads it.
     """
+    if repo.startswith(MODELSCOPE):
+        return _download_modelscope(repo, inside, is_file, cache_dir, only_look)
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     logger.info("Looking for %s in the Hugging Face repository %s", inside, repo)
@@ -89,10 +232,9 @@ def download(repo: str, inside: str, is_file: bool, cache_dir: str | None = None
         return folder
     except Exception as error:  # the library has a dozen kinds: offline, gated, no such repository, no such file, ...
         if offline:
-            what = inside if is_file else f'--include "{inside}/*"'
             reason = (
                 "it was not downloaded before, and the Hugging Face hub cannot be reached. Where it can, download it "
-                f"with:\n  hf download {repo} {what} --local-dir {repo}"
+                f"with:\n  {command_for(repo, inside, is_file)}"
             )
         else:
             reason = (

@@ -14,6 +14,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.config import run_main
+from opensora.diffusion.saving import PIPELINE_CLASS
 from opensora.utils.errors import UserError
 from opensora.utils.weights import WeightFiles, open_weights
 from opensora.utils.weights_writing import save_safetensors
@@ -30,6 +31,8 @@ def find(source: str, part: str | None) -> Path:
     Raises:
         UserError: it is no folder of a pipeline that has the part.
     """
+    if PIPELINE_CLASS in _description(Path(source), "model_index.json").get("_class_name", ()):
+        raise UserError(f"source {source} is a pipeline of opensora: give the folder itself to its commands")
     for name in (part,) if part else PARTS[:1]:
         if (Path(source) / name).is_dir():
             return Path(source) / name
@@ -63,11 +66,11 @@ def autoencoder(weights: WeightFiles, args: argparse.Namespace) -> str:
     return f"{len(state)} tensors, load with {', '.join([f'ae.type={kind}', *scales])}"
 
 
-def _description(place: Path) -> dict[str, Any]:
-    """The ``config.json`` beside weights, empty without one."""
+def _description(place: Path, name: str = "config.json") -> dict[str, Any]:
+    """The ``config.json`` beside weights, or in their folder; empty without one."""
     folder = place if place.is_dir() else place.parent
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -1,7 +1,9 @@
 """Weights as a folder of diffusers: ``python tools/convert/to_diffusers.py SOURCE OUT_FOLDER``.
 
 An image model without conditions on videos becomes a ``FluxTransformer2DModel``, its autoencoder an ``AutoencoderKL``,
-the causal video autoencoder an ``AutoencoderKLHunyuanVideo``; ``from_pretrained(OUT_FOLDER)`` loads them.
+the causal video autoencoder an ``AutoencoderKLHunyuanVideo``; ``from_pretrained(OUT_FOLDER)`` loads them. With
+``--pipeline`` SOURCE is a config, and all of its models become the folder of a pipeline, which
+``DiffusionPipeline.from_pretrained(OUT_FOLDER, trust_remote_code=True)`` loads where opensora is installed.
 """
 
 import argparse
@@ -15,6 +17,7 @@ if __package__ in (None, ""):
 
 from opensora.acceleration.devices import torch_dtype
 from opensora.config import run_main
+from opensora.diffusion.saving import check_place
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_beside
 from opensora.utils.weights import WeightFiles, open_weights
@@ -37,6 +40,7 @@ WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
 VERSION = "0.30.0"  # of diffusers, the first with all of these classes' keys
 AXES = {128: [16, 56, 56]}  # channels of a head -> rotary axes of the released models
 FLUX_RATIO = 4.0  # of the MLP, fixed in diffusers
+OF_ONE_MODEL = ("from_rope", "axes_dim", "scale_factor", "shift_factor", "norm_groups")
 
 
 def flux(weights: WeightFiles, args: argparse.Namespace) -> tuple[State, dict[str, Any]]:
@@ -89,7 +93,7 @@ def convert(weights: WeightFiles, args: argparse.Namespace) -> tuple[State, dict
         image = image_config(weights.shapes, **scales)
         return image_to_diffusers(read(weights, args.dtype)), image_description(image)
     if VIDEO_KEY in weights.shapes:
-        video = video_config(weights.shapes, norm_num_groups=args.norm_groups, **scales)
+        video = video_config(weights.shapes, norm_num_groups=args.norm_groups or 32, **scales)
         return read(weights, args.dtype), video_description(video)
     return flux(weights, args)
 
@@ -107,11 +111,38 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder / there[0]} exists; choose another folder or give --overwrite")
 
 
+def write_pipeline(args: argparse.Namespace) -> None:
+    """Write all models of a config as the folder of a pipeline.
+
+    Raises:
+        UserError: flags for single models, a config that cannot be loaded, or a folder that has something.
+    """
+    unused = [flag for flag in OF_ONE_MODEL if getattr(args, flag) is not None]
+    if unused:
+        raise UserError(f"--{unused[0].replace('_', '-')} is for a single model; the config says it of a pipeline's")
+    check_place(args.output, args.overwrite)
+    from opensora.diffusion.pipeline import VideoPipeline
+
+    overrides = {} if args.dtype is None else {"dtype": args.dtype}
+    pipe = VideoPipeline.from_pretrained(args.source, device="cpu", **overrides)
+    pipe.save_pretrained(args.output, license=args.license, overwrite=args.overwrite)
+    print(
+        f"{args.output}: a pipeline, load with diffusers.DiffusionPipeline.from_pretrained and trust_remote_code=True "
+        "where opensora is installed, or give the folder to opensora"
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     """Read the command line and convert."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=user_path, help="weight file, or folder (shards with an index, a checkpoint)")
+    parser.add_argument(
+        "source",
+        type=user_path,
+        help="weight file, or folder (shards with an index, a checkpoint); with --pipeline a config",
+    )
     parser.add_argument("output", type=user_path, help="folder to write; must have no model")
+    parser.add_argument("--pipeline", action="store_true", help="write all models of a config, named or by its file")
+    parser.add_argument("--license", help="of a pipeline's weights, for its model card: apache-2.0, ...")
     parser.add_argument("--dtype", help="fp32, bf16 or fp16 (default: as in the source)")
     parser.add_argument("--overwrite", action="store_true", help="replace the model in the folder")
     parser.add_argument("--from-rope", choices=HALF_SPLIT, help="rotary layout of a source that does not record it")
@@ -119,12 +150,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scale-factor", type=float, help="of an autoencoder (default: the released one's)")
     parser.add_argument("--shift-factor", type=float, help="of an image autoencoder (default: the released one's)")
     parser.add_argument(
-        "--norm-groups", type=int, action=Bounded, least=1, default=32, help="of a video autoencoder (default: 32)"
+        "--norm-groups", type=int, action=Bounded, least=1, default=None, help="of a video autoencoder (default: 32)"
     )
     args = parser.parse_args(argv)
-    check_folder(args.output, args.overwrite)
     if args.dtype is not None:
         torch_dtype(args.dtype)
+    if args.pipeline:
+        write_pipeline(args)
+        return
+    if args.license is not None:
+        raise UserError("--license is for --pipeline")
+    check_folder(args.output, args.overwrite)
     weights = open_weights(args.source)
     check_plain(weights)
     with naming(args.source):

@@ -160,10 +160,16 @@ def tell(name: str, model: nn.Module, device: torch.device) -> None:
     """Say in the log what of a model is approximate, and how the device where it works computes with it."""
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     if layers:
-        quantizer = layers[0].quantizer
-        kind = next((each for each in QUANTIZERS if QUANTIZERS.get(each) is type(quantizer)), type(quantizer).__name__)
-        how = quantizer.works_as(device)
+        kind, how = kind_of_module(model), layers[0].quantizer.works_as(device)
         logger.info("%s: approximate, the weights of %d linear layers are in %s (%s)", name, len(layers), kind, how)
+
+
+def kind_of_module(model: nn.Module) -> str | None:
+    """Kind of a model's quantised weights, None where they are not quantised."""
+    quantizer = next((each.quantizer for each in model.modules() if isinstance(each, QuantizedLinear)), None)
+    if quantizer is None:
+        return None
+    return next((each for each in QUANTIZERS if QUANTIZERS.get(each) is type(quantizer)), type(quantizer).__name__)
 
 
 def stored_kind(path: str | Path | None, cache_dir: str | None = None) -> str | None:

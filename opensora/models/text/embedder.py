@@ -18,6 +18,7 @@ from opensora.models.text.files import (
     encoder_kind,
     quantization,
     t5_activations,
+    tokenizer_folder,
     weight_files,
 )
 from opensora.models.text.fitting import TextNotes, suffix_of
@@ -114,28 +115,26 @@ class HFEmbedder(nn.Module):
         from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
         from_pretrained, cache_dir = own.from_pretrained or "", own.cache_dir
-        folder = Path(from_pretrained).expanduser()
+        folder = Path(hub.local_model(from_pretrained)).expanduser()
         is_folder = folder.is_dir()
         path = str(folder) if is_folder else from_pretrained
+        self.tokenizer_files = tokenizer_folder(folder).resolve() if is_folder else None  # None: from a hub
+        words = str(self.tokenizer_files or path)
         files: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": hub.only_local(path)}
         options: dict[str, Any] = {"max_length": self.max_length, **files}
         try:
             if self.is_clip:
                 model = _load_model(CLIPTextModel, path, dtype=dtype, **files)
-                return _load_tokenizer(CLIPTokenizer, path, **options), model
+                return _load_tokenizer(CLIPTokenizer, words, **options), model
             chosen = quantization(own.quantize)
             if is_folder and chosen.kind(weight_files(folder)) is not None:
                 model = load_t5(folder, chosen, dtype)
             else:
                 model = _load_model(T5EncoderModel, path, dtype=dtype, **files)
-            return _load_tokenizer(T5Tokenizer, path, legacy=True, **options), model
+            return _load_tokenizer(T5Tokenizer, words, legacy=True, **options), model
         # absent, gated, unreachable, incomplete, of another size, truncated
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            how = (
-                ""
-                if is_folder
-                else f" Download it with:\n  hf download {from_pretrained} --local-dir {from_pretrained}"
-            )
+            how = "" if is_folder else f" Download it with:\n  {hub.command_for(from_pretrained)}"
             raise UserError(f"Cannot load the text encoder {from_pretrained}: {error}{how}") from error
 
     @property

@@ -58,7 +58,7 @@ def check_quantize(section: str, from_pretrained: str, wanted: str | None) -> No
     if wanted is not None and not folder.is_dir():
         raise UserError(
             f"{section}.quantize={wanted} needs a folder, not a hub id: download it with\n"
-            f"  hf download {from_pretrained} --local-dir {from_pretrained}"
+            f"  {hub.command_for(from_pretrained)}"
         )
     if folder.is_dir() and encoder_kind(from_pretrained) == "t5":
         quantization(wanted, section).kind(weight_files(folder))
@@ -184,7 +184,15 @@ def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     return kind, config
 
 
+def tokenizer_folder(folder: Path) -> Path:
+    """Where the tokenizer of an encoder's folder is: in it, or beside it, as pipelines of diffusers have it
+    (``text_encoder_2`` and ``tokenizer_2``)."""
+    beside = folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
+    return beside if folder.name.startswith("text_encoder") and beside.is_dir() else folder
+
+
 def _wrong_tokenizer(folder: Path, kind: str) -> str | None:
+    folder = tokenizer_folder(folder)
     absent = [name for name in TOKENIZER_FILES[kind] if not (folder / name).is_file()]
     if not absent or (folder / WHOLE_TOKENIZER).is_file():
         return None

@@ -132,3 +132,21 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no folder vae"):
         from_diffusers.main([str(folder), out, "--part", "vae"])
     assert json.loads((folder / "config.json").read_text())["_class_name"] == "FluxTransformer2DModel"
+
+
+def test_a_whole_pipeline(tmp_path, capsys):
+    folder, out = tmp_path / "pipeline", str(tmp_path / "out.safetensors")
+    words = ["demo", str(folder), "--pipeline", "--license", "apache-2.0", "--dtype", "bf16"]
+    to_diffusers.main(words)
+    assert "a pipeline, load with diffusers.DiffusionPipeline" in capsys.readouterr().out
+    assert "license: apache-2.0" in (folder / "README.md").read_text()
+    state = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in state.values()} == {torch.bfloat16}
+    with pytest.raises(UserError, match="holds a pipeline"):
+        to_diffusers.main(words)
+    with pytest.raises(UserError, match="--axes-dim is for a single model"):
+        to_diffusers.main([*words, *AXES])
+    with pytest.raises(UserError, match="--license is for --pipeline"):
+        to_diffusers.main([out, str(folder), "--license", "mit"])
+    with pytest.raises(UserError, match="is a pipeline of opensora: give the folder itself"):
+        from_diffusers.main([str(folder), out])

@@ -14,7 +14,7 @@ from PIL import Image
 from opensora.config.options import Options, opt
 from opensora.utils.chat import Answer, ChatClient, content_of, data_url, require_openai
 from opensora.utils.errors import UserError, first_line, shorten
-from opensora.utils.hub import only_local
+from opensora.utils.hub import local_model, only_local
 from opensora.utils.logging import get_logger
 from opensora.utils.media.pictures import read_picture
 from tools.data.engine.stage import LARGEST_SIDE, SMALLEST_SIDE, Row, Stage, Worker, shrink
@@ -234,6 +234,7 @@ class LocalModel:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         self.max_tokens = max_tokens
+        path = local_model(path)
         local = only_local(path)
         try:
             self.processor = AutoProcessor.from_pretrained(path, local_files_only=local)
