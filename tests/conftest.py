@@ -1,8 +1,8 @@
 """Fixtures that several folders of tests share."""
 
 import ctypes
+import gc
 import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,38 @@ from tests.helpers.cli import INFERENCE, files, load_main
 ROOT = Path(__file__).parents[1]
 
 
+# Files of one name run on one worker, one after the other: they share a server, or a process that forks others.
+TOGETHER = {
+    "server": ("tests/ui/", "tests/integration/test_serving.py"),
+    "processes": (
+        "tests/parallel/",
+        "tests/integration/test_training_kill.py",
+        "tests/integration/test_two_at_once.py",
+    ),
+}
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With ``pytest -n``, tests whose checks one group of processes runs go to one worker, and so do those of one
-    server; each would start a group, or a server."""
+    """With ``pytest -n``, a file runs on one worker, so that nothing of it is made twice; in the order of their names,
+    which puts long ones first and many short ones last."""
     from xdist.scheduler import LoadScopeScheduling
 
     class GroupScheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            if nodeid.startswith(("tests/ui/", "tests/integration/test_serving.py")):
-                return "server"
-            return re.sub(r"(::test_processes\[\d+)-.*", r"\1", nodeid)
+            for name, places in TOGETHER.items():
+                if nodeid.startswith(places):
+                    return name
+            return nodeid.partition("::")[0]
 
+    config.option.loadscopereorder = False
     return GroupScheduling(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: looking through it again and again for garbage takes longer than many a test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

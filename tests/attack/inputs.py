@@ -122,7 +122,7 @@ def run_commands(good: Path, server: Server) -> None:
     ):
         temporary = good / "tmp"
         temporary.mkdir()
-        outcome = server.run(Order(script, words, str(good), str(temporary), 120.0, stop_at_weights=False))
+        outcome = server.run(Order(script, words, str(good), str(temporary), 600.0, stop_at_weights=False))
         said = good.with_name(f"{good.name}.err").read_text()
         assert outcome.status == 0, f"{script}: {outcome}\n{said}"
         temporary.rmdir()

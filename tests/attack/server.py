@@ -6,6 +6,7 @@ It reads one JSON object per line (:class:`Order`) and answers with one (:class:
 import atexit
 import contextlib
 import ctypes
+import gc
 import importlib
 import importlib.util
 import json
@@ -91,6 +92,8 @@ def import_everything() -> None:
             if path.name != "__init__.py" and "run_main(main)" in path.read_text(encoding="utf-8"):
                 load_script(str(path.relative_to(ROOT)))
     importlib.import_module("torch").set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # children that look for garbage do not copy all of it
 
 
 def fork(order: Order) -> Outcome:
