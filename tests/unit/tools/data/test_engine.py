@@ -451,12 +451,17 @@ def test_pixel_stages_share_a_pass_unless_one_reads_the_other(tmp_path):
 KILLED = """
 import sys
 sys.path[:0] = [{root!r}, {here!r}]
+import time
+from pathlib import Path
+from types import SimpleNamespace
+import test_engine
 import tools.data.engine.store as store
 store.FLUSH_SECONDS = 0.0
-from test_engine import chain, numbers
-from pathlib import Path
+rows = iter(range(5))
+# stands still in the sixth row until it is killed, however late that is
+test_engine.time = SimpleNamespace(sleep=lambda seconds: next(rows, None) is None and time.sleep(600))
 if __name__ == "__main__":
-    chain(Path({out!r}), workers=0, pause=0.05).run(numbers(*range(20)))
+    test_engine.chain(Path({out!r}), workers=0, pause=1.0).run(test_engine.numbers(*range(20)))
 """
 
 
