@@ -173,9 +173,8 @@ class DistributionMatching(TrainingMethod):
         self, made: Tensor, inputs: Mapping[str, Any], noise: Tensor, times: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Half the squared distance to where the scores' difference points (arXiv:2405.14867, eq. 1)."""
-        options, wide = self.context.options, times.to(noise)[:, None, None]
-        state = (1 - wide) * made.detach() + wide * noise
-        given = {**inputs, "img": state.to(inputs["img"]), "timesteps": times.to(inputs["timesteps"])}
+        options = self.context.options
+        state, wide, given = noised(made.detach(), noise, times, inputs)
         scales = [1.0 if s is None else float(s) for s in (options.guidance, options.guidance_img)]
         with torch.no_grad():
             real = state - wide * self.teacher(given, *(torch.full((len(made),), s) for s in scales))
@@ -188,7 +187,19 @@ class DistributionMatching(TrainingMethod):
 
     def _fake_loss(self, data: Tensor, inputs: Mapping[str, Any], noise: Tensor, times: Tensor) -> Tensor:
         """Flow matching on what the student has made."""
-        wide = times.to(noise)[:, None, None]
-        state = (1 - wide) * data + wide * noise
-        given = {**inputs, "img": state.to(inputs["img"]), "timesteps": times.to(inputs["timesteps"])}
+        given = noised(data, noise, times, inputs)[2]
         return (self.roles[0].engine.model(**given).float() - (noise - data)).square().mean()
+
+
+def noised(
+    data: Tensor, noise: Tensor, times: Tensor, inputs: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Data [B, L, C] with noise at drawn times [B]: the state, its times [B, 1, 1], and what a model is given of it.
+
+    In 16 bits the times are rounded, once for the mix and for the model. (Those of the student's own steps are not: it
+    sees states as the solver comes to them, whose times only the model is told rounded.)
+    """
+    told = times.to(inputs["timesteps"])
+    wide = told.to(noise)[:, None, None]
+    state = (1 - wide) * data + wide * noise
+    return state, wide, {**inputs, "img": state.to(inputs["img"]), "timesteps": told}

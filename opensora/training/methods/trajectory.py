@@ -126,7 +126,11 @@ class TrajectoryDistillation(FlowMatching):
         return {"inputs": inputs, "target": pack(end - start, patch) / span, "mask": None}
 
     def _made(self, batch: dict[str, Any], segment: Tensor, generator: torch.Generator) -> dict[str, Any]:
-        """From clips with noise, which the teacher follows through the segment."""
+        """From clips with noise, which the teacher follows through the segment.
+
+        In 16 bits the first time is rounded, once for the mix and for what models are told; further ones are told
+        rounded only, as in sampling.
+        """
         assert self.teacher is not None
         context, options = self.context, self.context.options
         times = self.times(context.encode.latent_size(batch))

@@ -9,7 +9,7 @@ import torch
 from opensora.diffusion.distilled import Distilled, even_positions
 from opensora.diffusion.flow import shifted
 from opensora.encoded.trajectories import TrajectoryInfo
-from opensora.training.methods.dmd import DistributionMatching, DmdOptions
+from opensora.training.methods.dmd import DistributionMatching, DmdOptions, noised
 from opensora.training.methods.guidance import GuidanceDistillation, GuidanceDistillationOptions, draw_scales
 from opensora.training.methods.teacher import guided
 from opensora.training.methods.trajectory import (
@@ -297,6 +297,22 @@ def test_dmd_losses():
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     context.run.states.global_step = 1
     assert [turn.role for turn in method(batch, torch.Generator().manual_seed(seed))] == ["fake"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_are_told_the_times_that_states_were_mixed_at(dtype):
+    """In bf16 the time is rounded, once for both."""
+    data, noise = torch.randn(64, 2, 3), torch.randn(64, 2, 3)
+    times = torch.rand(64, generator=torch.Generator().manual_seed(0))
+    inputs = {"img": torch.empty(0, dtype=dtype), "timesteps": torch.empty(0, dtype=dtype), "txt": "text"}
+    state, wide, given = noised(data, noise, times, inputs)
+    told = given["timesteps"]
+    assert (told.dtype, given["img"].dtype, given["txt"]) == (dtype, dtype, "text")
+    assert torch.equal(told, times.to(dtype))
+    assert torch.equal(wide.flatten(), told.float())
+    exact = told.float()[:, None, None]
+    assert torch.equal(state, (1 - exact) * data + exact * noise)
+    assert torch.equal(given["img"], state.to(dtype))
 
 
 def _chosen_step(method, batch, seed):
