@@ -391,6 +391,9 @@ class ValidationOptions(Options):
     timesteps: list[float] = opt(
         [0.1, 0.3, 0.5, 0.7, 0.9], "diffusion times of every row, in (0, 1); 1 is noise", above=0, below=1
     )
+    bins: int | None = opt(
+        None, "equal parts of the time, in each of which each row has a time, instead of timesteps", least=1, most=100
+    )
     seed: int = opt(0, "seed of its noise and conditions", least=0, most=MAX_SEED)
 
 

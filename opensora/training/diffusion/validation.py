@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
+from math import sqrt
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from opensora.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
+GOLDEN = (sqrt(5) - 1) / 2  # multiples of it spread evenly over [0, 1), however many there are
+
 
 def check_validation(cfg: TrainOptions) -> None:
     """See that the section ``validation`` makes sense.
@@ -38,6 +41,8 @@ def check_validation(cfg: TrainOptions) -> None:
         raise UserError("validation.data_path is not set: give a table of rows that training does not see")
     if cfg.dataset is not None and section.data_path == cfg.dataset.data_path:
         raise UserError(f"validation.data_path {section.data_path}: this is the training table; hold some rows out")
+    if section.bins is not None and "timesteps" in section.given:
+        raise UserError("validation.bins and validation.timesteps: both say at which times; set one")
     if not section.timesteps:
         raise UserError("validation.timesteps=[]: give numbers between 0 and 1")
 
@@ -45,6 +50,27 @@ def check_validation(cfg: TrainOptions) -> None:
 def single_clip_buckets(bucket_config: Mapping[str, Mapping]) -> dict[str, dict]:
     """The same buckets with one clip per batch and no chance, so that every row of a small table is used."""
     return {resolution: dict.fromkeys(lengths, (1.0, 1)) for resolution, lengths in bucket_config.items()}
+
+
+class RowTimes:
+    """Diffusion times of held-out rows: the same for all, or one in each part of the time by the row's number.
+
+    Args:
+        times: of every row.
+        bins: number of equal parts instead; over many rows their mean losses are means over all times of the part.
+    """
+
+    def __init__(self, times: list[float], bins: int | None = None) -> None:
+        self._times, self._bins = times, bins
+        edges = [number / (bins or 1) for number in range((bins or 0) + 1)]
+        self.names = [f"{a:.3g}-{b:.3g}" for a, b in pairwise(edges)] if bins else [f"{t:g}" for t in times]
+
+    def of(self, row: int) -> list[float]:
+        """Times of a row, in (0, 1), in the order of ``names``."""
+        if not self._bins:
+            return self._times
+        place = ((row + 1) * GOLDEN) % 1
+        return [(number + place) / self._bins for number in range(self._bins)]
 
 
 class Validation:
@@ -64,7 +90,8 @@ class Validation:
         section = cfg.validation
         assert section is not None
         assert cfg.bucket_config is not None
-        self.every, self.times, self.seed = section.every, list(section.timesteps), section.seed
+        self.every, self.seed = section.every, section.seed
+        self.times = RowTimes(list(section.timesteps), section.bins)
         source = replace(source_section(cfg), data_path=section.data_path)
         dataset = build_source(source, keep_in_memory=False)
         buckets, self.ranks = single_clip_buckets(cfg.bucket_config), ranks or Axis()
@@ -83,20 +110,20 @@ class Validation:
     def __call__(
         self, model: nn.Module, encode: InputEncoder, device: torch.device, dtype: torch.dtype
     ) -> dict[str, float]:
-        """``val_loss``, and ``val_loss_time/T`` for each of the times.
+        """``val_loss``, and ``val_loss_time/T`` for each of the times or parts of it.
 
-        The row's number alone decides on its noise, condition and posterior sample.
+        The row's number alone decides on its times, noise, condition and posterior sample.
         """
         was_training = model.training
         model.eval()
         own = {}
         for row, batch in zip(self.own, self.loader):
             moved = to_device(batch, device, dtype)
-            own[row] = [self._loss(model, encode, moved, t) for t in self.times]
+            own[row] = [self._loss(model, encode, moved, t) for t in self.times.of(int(batch["index"][0]))]
         model.train(was_training)
         losses = self._of_all_ranks(own)
-        sums = [sum(losses[row][place] for row in range(self.rows)) for place in range(len(self.times))]
-        means = {f"val_loss_time/{t:g}": total / self.rows for t, total in zip(self.times, sums)}
+        sums = [sum(losses[row][place] for row in range(self.rows)) for place in range(len(self.times.names))]
+        means = {f"val_loss_time/{name}": total / self.rows for name, total in zip(self.times.names, sums)}
         return {"val_loss": sum(means.values()) / len(means), **means}
 
     def _loss(self, model: nn.Module, encode: InputEncoder, batch: dict[str, Any], t: float) -> float:
