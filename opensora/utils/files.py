@@ -4,8 +4,10 @@ While a file is written it is called ``.unfinished-*`` and lies beside its place
 ``.<name>.writing``. Both are renamed once they are complete.
 """
 
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from opensora.utils.errors import UserError
 from opensora.utils.paths import is_there
 
 UNFINISHED = ".unfinished-"  # start of the names that files have while they are written
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # what disks say while they are written to
 NAME_BYTES = 255  # longest name that file systems take
 
 
@@ -71,9 +74,24 @@ def write_beside(path: str | Path, write: Callable[[Path], Any]) -> Path:
     try:
         write(file.temporary)
         return file.put_in_place()
-    except BaseException:
+    except BaseException as error:
         file.discard()
-        raise
+        number = nameless_error(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def nameless_error(error: BaseException) -> int | None:
+    """The number of an error of a disk that takes nothing more, if it does not name a file; None of other errors.
+
+    Libraries written in Rust (safetensors, polars) have it in their text alone.
+    """
+    if isinstance(error, UserError) or getattr(error, "filename", None):
+        return None
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) and error.errno else int(said[1]) if said else None
+    return number if number in REFUSED else None
 
 
 def _umask() -> int:

@@ -31,6 +31,25 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.txt": "old"}
 
 
+@pytest.mark.parametrize(
+    "error", [RuntimeError("I/O error: No space left on device (os error 28)"), OSError(28, "No space left on device")]
+)
+def test_a_full_disk_is_named_whatever_library_finds_it(tmp_path, error):
+    def fail(path):
+        raise error
+
+    with pytest.raises(OSError, match="No space left") as raised:
+        write_beside(tmp_path / "a.txt", fail)
+    assert (raised.value.errno, raised.value.filename) == (28, str(tmp_path / "a.txt"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_of_other_files_keep_their_names(tmp_path):
+    with pytest.raises(FileNotFoundError) as raised:
+        write_beside(tmp_path / "a.txt", lambda path: (tmp_path / "gone").read_text())
+    assert raised.value.filename == str(tmp_path / "gone")
+
+
 @pytest.mark.parametrize("name", ["x" * 256, "é" * 128])
 def test_names_that_no_file_system_takes(tmp_path, name):
     with pytest.raises(UserError, match="256 bytes"):
