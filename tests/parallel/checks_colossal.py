@@ -1,5 +1,6 @@
 """ColossalAI's engines beside one process."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from opensora.acceleration.colossal import require_colossalai
 from opensora.acceleration.engine import Engine
 from opensora.acceleration.plugins import create_engine, divide_model
+from opensora.acceleration.shardformer import use_shardformer
 from opensora.acceleration.tensor_parallel import layout_of
 from opensora.config.options import PluginOptions
+from opensora.models.text.embedder import HFEmbedder
 from opensora.utils.errors import UserError
+from tests.conftest import text_encoder
 from tests.parallel.checks_engines import (
     MAX_NORM,
     compare,
@@ -84,6 +88,23 @@ def shardformer_alone(folder: Path) -> None:
     ShardFormer(ShardConfig(tensor_parallel_process_group=place.tp.group)).optimize(model, policy)
     assert model.single_blocks[0].linear2.weight.shape[1] == 48
     assert_close(model(**inputs), expected)
+
+
+def fused_text_encoder(folder: Path) -> None:
+    """Its operations in the T5 encoder: the same results, on the same weights, and one line says so."""
+    said: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    texts, logger = ["a red circle moving right", ""], logging.getLogger("opensora.acceleration.shardformer")
+    logger.addHandler(listener)
+    logger.setLevel(logging.INFO)
+    encoder = HFEmbedder(text_encoder("google/t5-demo", "d_model")[0], max_length=16, shardformer=True)
+    expected, places = encoder(texts), {name: value.data_ptr() for name, value in encoder.state_dict().items()}
+    assert use_shardformer(encoder)
+    torch.testing.assert_close(encoder(texts), expected, rtol=0, atol=1e-5)
+    assert {name: value.data_ptr() for name, value in encoder.state_dict().items()} == places
+    (line,) = said
+    assert "fused" in line
 
 
 def hybrid_over_four(folder: Path) -> None:
@@ -173,5 +194,6 @@ CHECKS = [
     bad_steps_are_skipped,
     settings_it_does_not_know,
     booster,
+    fused_text_encoder,
 ]
 FOUR = [hybrid_over_four]

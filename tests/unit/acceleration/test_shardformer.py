@@ -1,6 +1,8 @@
-"""ColossalAI's operations in the T5 encoder: used or not, results are the same and one line says which."""
+"""ColossalAI's operations in the T5 encoder, where they cannot be used: results are the same and one line says so.
 
-import importlib.util
+Where they can: `tests.parallel.checks_colossal`.
+"""
+
 import logging
 import sys
 
@@ -12,8 +14,6 @@ from opensora.acceleration.shardformer import use_shardformer
 from opensora.models.text.embedder import HFEmbedder
 from tests.conftest import text_encoder
 
-TEXTS = ["a red circle moving right", ""]
-
 
 @pytest.fixture
 def lines(monkeypatch, caplog):
@@ -24,20 +24,6 @@ def lines(monkeypatch, caplog):
 
 def embedder(**options):
     return HFEmbedder(text_encoder("google/t5-demo", "d_model")[0], max_length=16, **options)
-
-
-def test_used_where_it_can(lines):
-    if importlib.util.find_spec("colossalai") is None:
-        pytest.skip("ColossalAI is not installed")
-    encoder = embedder(shardformer=True)
-    expected, weights = encoder(TEXTS), encoder.state_dict()
-    assert use_shardformer(encoder)
-    torch.testing.assert_close(encoder(TEXTS), expected, rtol=0, atol=1e-5)
-    assert {name: value.data_ptr() for name, value in encoder.state_dict().items()} == {
-        name: value.data_ptr() for name, value in weights.items()
-    }
-    assert len(lines()) == 1
-    assert "fused" in lines()[0]
 
 
 def test_without_colossalai_it_stays_plain(lines, monkeypatch):
