@@ -9,6 +9,9 @@ SIZES = dict(latent_channels=4, layers_per_block=1, norm_num_groups=4, block_out
 TILE, FRAMES = 32, 8  # tile of the tiled runs: 4 x 4 latents, 2 latent frames (and the lead)
 OVERLAP = {"whole": 0.25, "spatial": 0.25, "temporal": 0.5, "both": 0.5}
 HOW = list(OVERLAP)
+# ways of tiling and sizes, by number: each way, and all tiles in both sizes
+CASES = [("whole", 0), ("spatial", 0), ("temporal", 1), ("both", 0), ("both", 1)]
+VIDEOS, LATENTS = [(17, 56, 40), (21, 48, 64)], [(5, 7, 5), (6, 6, 8)]
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +56,9 @@ def draw(*shape):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("size", [(17, 56, 40), (21, 48, 64)])
+@pytest.mark.parametrize(("how", "size"), CASES)
 def test_encode_equals_diffusers(theirs, how, size):
-    video = draw(1, 3, *size)
+    video = draw(1, 3, *VIDEOS[size])
     tile(theirs, how)
     expected = theirs.encode(video).latent_dist
     actual = ours(theirs, how).encode_posterior(video)
@@ -66,10 +68,9 @@ def test_encode_equals_diffusers(theirs, how, size):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("size", [(5, 7, 5), (6, 6, 8)])
+@pytest.mark.parametrize(("how", "size"), CASES)
 def test_decode_equals_diffusers(theirs, how, size):
-    raw = draw(1, 4, *size)
+    raw = draw(1, 4, *LATENTS[size])
     tile(theirs, how)
     expected = theirs.decode(raw).sample
     model = ours(theirs, how)
