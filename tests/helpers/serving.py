@@ -50,7 +50,7 @@ def working(service: Service) -> Iterator[Worker]:
         yield worker
     finally:
         ends.set()
-        thread.join(30)
+        thread.join(300)
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def listening(service: Service) -> Iterator[str]:
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([place],))
         thread.start()
-        until(lambda: server.started, 30)
+        until(lambda: server.started)
         try:
             yield f"http://127.0.0.1:{place.getsockname()[1]}"
         finally:
@@ -69,7 +69,7 @@ def listening(service: Service) -> Iterator[str]:
             thread.join(10)
 
 
-def until(holds: Any, seconds: float = 60) -> None:
+def until(holds: Any, seconds: float = 300) -> None:
     """Wait until something holds; fails if it does not in time."""
     end = time.monotonic() + seconds
     while not holds():

@@ -51,7 +51,7 @@ class Server:
         content = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", content)
         request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             data = answer.read()
         return data if path.endswith("content") else json.loads(data)
 
@@ -81,7 +81,7 @@ class Server:
     def stop(self) -> None:
         """End it."""
         self.process.terminate()
-        self.process.wait(30)
+        self.process.wait(PATIENCE)
 
     # ------------------------------------------------------------------------------------------------------------ jobs
 
@@ -117,7 +117,7 @@ class Server:
         whole = {"video.mp4", "video.json", "video.txt", "thumbnail.webp", "spritesheet.jpg"}
         assert {name for name in left if not name.startswith(".unfinished-")} == whole, left
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/v1/videos/{id}", method="DELETE")
-        urllib.request.urlopen(request, timeout=30).close()
+        urllib.request.urlopen(request, timeout=PATIENCE).close()
 
 
 def main() -> None:

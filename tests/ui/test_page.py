@@ -15,7 +15,7 @@ from tests.helpers.serving import until
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 PICTURE = Path(__file__).parents[2] / "assets" / "demo" / "blue_square.png"
-PATIENCE = 60_000  # milliseconds
+PATIENCE = 300_000  # milliseconds
 FIRST_PAINT = (
     "() => { const v = document.querySelector('.os-frame video'); return v && v.readyState > 2 && v.videoWidth }"
 )

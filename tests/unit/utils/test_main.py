@@ -117,5 +117,5 @@ def test_interrupt(tmp_path):
         assert process.stdout.readline() == "begun\n"
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=300)
     assert (process.returncode, said) == (130, "interrupted\n")

@@ -41,7 +41,7 @@ def server(folder):
 
 def ask(server: VoteServer, path: str, vote: dict | None = None, host: str | None = None) -> tuple[int, bytes]:
     """Status and body of an answer."""
-    connection = HTTPConnection("127.0.0.1", server.server_port, timeout=5)
+    connection = HTTPConnection("127.0.0.1", server.server_port, timeout=120)
     headers = {"Host": host} if host else {}
     connection.request("POST" if vote else "GET", path, json.dumps(vote) if vote else None, headers)
     answer = connection.getresponse()
