@@ -25,19 +25,26 @@ def check_optimizer(cfg: LoopOptions, world_size: int) -> None:
     check_package(cfg.optim.cls)
     if cfg.optim.in_backward:
         check_in_backward(world_size, cfg.grad_clip, cfg.accumulation_steps)
-    if cfg.optim.states == "host" and world_size > 1 and cfg.plugin not in NATIVE:
-        raise UserError(
-            f"optim.states=host with plugin {cfg.plugin}, whose optimizer is its own: use --plugin fsdp2, or ddp"
-        )
-    if cfg.optim.states == "host" and world_size > 1 and (cfg.plugin, cfg.optim.cls) == ("fsdp2", "Muon"):
-        raise UserError(
-            "optim.states=host with Muon and plugin fsdp2, where ranks work on as many matrices at a time, which host "
-            "states come to the device one by one for: use states=device, or --optim.cls AdamW"
-        )
+    if cfg.optim.states == "host" and world_size > 1:
+        _check_host_states(cfg)
     if world_size == 1 or (cfg.plugin in NATIVE and cfg.plugin_config.tp_size == 1):
         return
     if cfg.optim.cls in WHOLE_ROWS:
         raise UserError(
             f"optim.cls={cfg.optim.cls} needs whole rows of every matrix: use --plugin fsdp2 or ddp without tp_size, "
             "or --optim.cls AdamW under any plugin"
+        )
+
+
+def _check_host_states(cfg: LoopOptions) -> None:
+    """Raises a UserError where processes cannot keep optimizer states in host memory."""
+    if cfg.plugin not in NATIVE or cfg.plugin_config.tp_size > 1:
+        raise UserError(
+            f"optim.states=host with plugin {cfg.plugin} and tp_size={cfg.plugin_config.tp_size}: use --plugin fsdp2, "
+            "or ddp, without tp_size"
+        )
+    if (cfg.plugin, cfg.optim.cls) == ("fsdp2", "Muon"):
+        raise UserError(
+            "optim.states=host with plugin fsdp2 and Muon, where as many matrices are worked on at a time as there are "
+            "ranks, while host states come to the device one by one: use states=device, or --optim.cls AdamW"
         )

@@ -220,7 +220,7 @@ class Trainer:
         resume = self.start.resume
         if not self.cfg.ema_decay:
             return None
-        ema = EMA(weights, self.cfg.ema_decay, self.start.parallel.replica)
+        ema = EMA(weights, self.cfg.ema_decay, self.start.parallel.replica, self.start.device)
         if resume is not None:
             state = read_adapter(resume / "lora_ema") if weights.adapter is not None else load_weights(resume, "ema")
             like = ema.state_dict() if weights.adapter is not None else None

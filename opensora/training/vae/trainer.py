@@ -83,7 +83,7 @@ class VAETrainer:
         self.weights = self._build_model()
         self.model: Any = self.weights.model
         self.loss = build_loss(cfg.vae_loss_config, start.device, cfg.grad_checkpoint)
-        self.ema = EMA(self.weights, cfg.ema_decay, start.parallel.replica) if cfg.ema_decay else None
+        self.ema = EMA(self.weights, cfg.ema_decay, start.parallel.replica, start.device) if cfg.ema_decay else None
         if self.ema and start.resume is not None:
             self.ema.load_state_dict(load_weights(start.resume, "ema"), start.states.ema_updates)
         self.discriminator = self._build_discriminator() if cfg.discriminator else None
@@ -177,7 +177,7 @@ class VAETrainer:
         if self.weights.masters is not None:
             self.weights.masters.load_state_dict({name: p.detach() for name, p in self.model.named_parameters()})
         if self.ema:  # the average's kernels changed meaning with the model's
-            self.ema = EMA(self.weights, self.ema.decay, self.ema.axis)
+            self.ema = EMA(self.weights, self.ema.decay, self.ema.axis, self.ema.device)
 
     def _role(self, stage: Stage) -> Role | None:
         """The autoencoder in training, with the engine and schedule of a stage; None if it is frozen as a whole."""

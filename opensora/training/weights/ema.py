@@ -32,15 +32,18 @@ class EMA:
         decay: in [0, 1).
         axis: ranks that hold the same weights. Each averages an equal piece of every tensor, without an exchange; a
             tensor that is divided already is averaged as it is.
+        device: where ranks exchange pieces; None where these are.
 
     Attributes:
         shadow: this rank's part of the average, by key; pieces are flat.
     """
 
-    def __init__(self, model: HasStateDict, decay: float, axis: Axis = Axis()) -> None:  # noqa: B008 - a value
+    def __init__(
+        self, model: HasStateDict, decay: float, axis: Axis | None = None, device: torch.device | None = None
+    ) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay={decay} must lie in [0, 1)")
-        self.decay, self.axis = decay, axis
+        self.decay, self.axis, self.device = decay, axis or Axis(), device
         self.updates = 0
         state = {k: v.detach() for k, v in model.state_dict().items() if v.is_floating_point()}
         self._shapes = {k: v.shape for k, v in state.items()}
@@ -59,7 +62,8 @@ class EMA:
             return piece
         shape = self._shapes[key]
         size = -(-shape.numel() // self.axis.size)
-        pieces = collectives.all_gather(torch.nn.functional.pad(piece, (0, size - piece.numel())), self.axis)
+        piece = torch.nn.functional.pad(piece, (0, size - piece.numel())).to(self.device or piece.device)
+        pieces = collectives.all_gather(piece, self.axis)
         return pieces[: shape.numel()].view(shape)
 
     @torch.no_grad()

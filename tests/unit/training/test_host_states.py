@@ -10,7 +10,7 @@ from torch import nn
 from opensora.acceleration.parallel_context import ParallelContext
 from opensora.acceleration.plugins import create_engine
 from opensora.config.commands import LoopOptions
-from opensora.config.options import OptimOptions
+from opensora.config.options import OptimOptions, PluginOptions
 from opensora.training.checks import check_optimizer
 from opensora.training.weights.masters import MasterWeights, optimizer_factory
 from opensora.utils.errors import UserError
@@ -139,9 +139,15 @@ def test_what_needs_all_gradients_is_refused(options, ranks, message):
 
 
 @pytest.mark.parametrize(
-    ("plugin", "cls", "message"), [("zero2", "AdamW", "plugin zero2"), ("fsdp2", "Muon", "Muon and plugin fsdp2")]
+    ("plugin", "cls", "tp", "message"),
+    [
+        ("zero2", "AdamW", 1, "plugin zero2"),
+        ("ddp", "AdamW", 2, "plugin ddp and tp_size=2"),
+        ("fsdp2", "Muon", 1, "plugin fsdp2 and Muon"),
+    ],
 )
-def test_where_states_cannot_wait_in_host_memory(plugin, cls, message):
-    cfg = LoopOptions(optim=OptimOptions(states="host", cls=cls), plugin=plugin)
+def test_where_states_cannot_wait_in_host_memory(plugin, cls, tp, message):
+    config = PluginOptions(tp_size=tp)
+    cfg = LoopOptions(optim=OptimOptions(states="host", cls=cls), plugin=plugin, plugin_config=config)
     with pytest.raises(UserError, match=f"optim.states=host with {message}"):
         check_optimizer(cfg, 2)
