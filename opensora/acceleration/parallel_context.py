@@ -122,8 +122,8 @@ class ParallelContext:
         shard, copies: replica in two, where weights are divided over neighbours only: these, and the ranks that hold
             the same share of them.
         sample: branch, sp and tp together: the ranks that work on the same samples.
-        host: all processes, with a group of their own on the CPU: what they exchange in it, in a thread too, does not
-            get in the way of the others' exchanges.
+        host: all processes, for what they exchange on the CPU: in a thread too, it does not get in the way of the other
+            axes' exchanges, which on GPUs are of tensors there and of picklable values.
     """
 
     rank: int = 0

@@ -16,6 +16,7 @@ from opensora.acceleration.parallel_context import Axis, ParallelContext
 from opensora.acceleration.parallel_vae import SharedOutOfMemoryError, TileRunner, share_tiles, together
 from opensora.config import parse_config
 from opensora.config.commands import TrainOptions
+from opensora.datasets.dataloader import to_device
 from opensora.diffusion.decode import Gathered, decode_into
 from opensora.models.hunyuan_vae import AutoencoderKLCausal3D, HunyuanVAEConfig
 from opensora.models.vae.tiling import Tiling
@@ -23,10 +24,12 @@ from opensora.registry import MODELS, build_module
 from opensora.training.diffusion.inputs import InputEncoder, InputOptions
 from opensora.training.diffusion.samples import SamplesHook, sample_rounds, sampling_config
 from opensora.training.diffusion.sharing import ClipEncoder, embed_shared
+from opensora.training.diffusion.trainer import Trainer
 from opensora.training.diffusion.validation import Validation
 from opensora.training.weights.adapters import TrainedWeights
 from opensora.utils.video import save_video
 from tests.conftest import tiny_inference_config
+from tests.parallel.checks_training import tiny_run
 from tests.parallel.harness import assert_close
 from tests.parallel.tiny import context
 
@@ -272,6 +275,27 @@ def samples_are_divided(folder: Path) -> None:
         assert not found[1]
 
 
+def runs_do_so(folder: Path) -> None:
+    """Whoever works on the same samples in a training run encodes a part of them; others divide held-out rows."""
+    if dist.get_rank() == 0:
+        tiny_run(folder, plugin="ddp", keep_encoded=True, keep_encoded_memory="1KB", max_steps=1)
+        (folder / "held_out.csv").write_text((folder / "clips.csv").read_text())
+    dist.barrier()
+    words = ["--validation.data_path", str(folder / "held_out.csv"), "--validation.timesteps", "[0.5]"]
+    for sp, encoded, held_out in ((2, 1, 8), (1, 2, 4)):
+        more = [*words, "--plugin_config.sp_size", str(sp), "--exp-name", f"sp{sp}"]
+        torch.manual_seed(0)
+        trainer = Trainer(parse_config([str(folder / "train.py"), *more], TrainOptions), 0, 2)
+        encoder, batch = trainer._encoder(), next(iter(trainer.loader))
+        calls = counting(encoder.ae, "encode_stored")
+        encoder(to_device(batch, CPU, torch.float32), torch.Generator())
+        assert {*calls} == {encoded}
+        assert trainer.validation is not None
+        assert len(trainer.validation.own) == held_out
+        assert trainer.memory is not None
+        assert (trainer.memory.room.limit, trainer.memory.room.used <= 1000) == (1000, True)
+
+
 def rounds_are_of_one_kind(folder: Path) -> None:
     """All ranks make as many videos of each kind, and every prompt is some rank's."""
     rounds = sample_rounds([True, False, False, True, False, True], 2)
@@ -288,5 +312,6 @@ CHECKS = [
     out_of_memory_beside_the_tiles_is_agreed,
     validation_is_divided,
     samples_are_divided,
+    runs_do_so,
     rounds_are_of_one_kind,
 ]
