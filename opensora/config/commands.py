@@ -343,8 +343,13 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
 class CacheOptions(TrainOptions):
     """Compute latents and text embeddings of a training config beforehand."""
 
-    batch_size: int | None = opt(None, "clips of one size encoded at a time; none is 8", "clips", least=1)
+    batch_size: int | None = opt(
+        None, "clips of one size encoded at a time; none goes by encode_memory", "clips", least=1
+    )
     cache_parts: Literal["both", "video", "text"] = opt("both", "what to compute")
+    cache_part: str | None = opt(
+        None, "write every so many-th file, such as 3/16 (counted from 0), beside writers of the others; none is all"
+    )
     cache_shard_size: int = opt(64, "clips, or texts, per file", "samples", least=1)
     overwrite: bool = opt(False, "replace a cache that was made with something else")
 

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,11 @@ from opensora.datasets.runs import FrameRun
 from opensora.datasets.sampler import BucketBatchSampler
 from opensora.datasets.source import ClipSource, SampleKey
 from opensora.datasets.table import row_name, row_number, write_table
+from opensora.datasets.transforms import as_bytes, in_model_range
 from opensora.datasets.video_io import BrokenMediaError
 from opensora.encoded.replacing import BROKEN, DESCRIPTION, INDEX, NEW, check_ours, drop_new, finish_replacing
 from opensora.encoded.store import SIZE_COLUMN, WHOLE, CacheInfo, file_bytes, shard_path, text_hash
-from opensora.utils.claims import claimed
+from opensora.utils.claims import POLL_SECONDS, Holder, NameClaims, TakenError, claimed, no_empty_folders
 from opensora.utils.errors import UserError
 from opensora.utils.files import remove_unfinished_files, write_text
 from opensora.utils.logging import get_logger
@@ -32,8 +35,9 @@ from opensora.utils.weights_writing import save_safetensors
 logger = get_logger(__name__)
 
 TEXT_BATCH = 16  # texts embedded at a time
-CLIP_BATCH = 8  # clips of one size encoded at a time, if nobody says how many
-VideoEncoder = Callable[[Tensor], Tensor]  # [B, 3, T, H, W] to what is stored of them, [B, C, t, h, w], on the CPU
+WAITING = "--wait True waits for it"
+VideoEncoder = Callable[[Tensor], Tensor]
+"""Clips [B, 3, T, H, W], in [-1, 1] or uint8, to what is stored of them, [B, C, t, h, w], on the CPU."""
 TextEncoder = Callable[[Sequence[str]], tuple[Tensor, Tensor]]  # B texts to [B, L, D] and [B, D], on the CPU
 
 
@@ -79,6 +83,9 @@ class CacheWriter:
     A shard is written whole or not at all, and one that is there is not computed again: a run that was stopped goes
     on where it was. Rows that cannot be read are left out and listed in ``broken.csv`` of the cache.
 
+    Several writers, on any machines that share the folder, may each write a part of one cache: every so many-th shard.
+    Whoever writes the last shard finishes the cache. A part that was stopped is given to another writer.
+
     Args:
         folder: where to.
         source: the clips.
@@ -89,7 +96,8 @@ class CacheWriter:
         overwrite: replace a cache that was made with something else.
         wait: wait while another process writes to the folder, instead of refusing.
         num_workers: processes that read clips.
-        batch_size: clips of one size encoded at a time.
+        batch_size: clips of a size (T, H, W) that are encoded at a time.
+        part: number of this writer's part, from 0 on, and how many there are.
     """
 
     def __init__(
@@ -105,35 +113,98 @@ class CacheWriter:
         overwrite: bool = False,
         wait: bool = False,
         num_workers: int = 0,
-        batch_size: int = CLIP_BATCH,
+        batch_size: Callable[[tuple[int, int, int]], int] = lambda size: 8,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
+        self.place, self.part = folder, part
         self.folder, self.source, self.plan, self.info, self.runs = folder, source, plan, info, runs
         self.load_video_encoder, self.load_text_encoder = load_video_encoder, load_text_encoder
         self.overwrite, self.wait, self.num_workers, self.batch_size = overwrite, wait, num_workers, batch_size
         self.metadata = {"cache": info.to_json()}
 
     def run(self) -> Path:
-        """Write what is not there yet; returns the folder.
+        """Write what is not there yet, of this writer's part; returns the folder.
 
         Raises:
             UserError: a cache in the folder that was made with something else, or files that are no cache's; another
-                process that writes there; no clip can be read.
+                process that writes there, other than further parts of this cache; no clip can be read.
         """
-        place = self.folder
-        with claimed(place, wait=self.wait, advice="--wait True waits for it"):
-            finish_replacing(place)
-            check_ours(place)
-            self.folder = self._start()
-            remove_unfinished_files(self.folder, "[0-9]*.safetensors.partial")
+        number, count = self.part
+        with self._claimed_alone() if count == 1 else self._claimed_part(f"part {number} of {count}"):
             logger.info("%d clips, %d texts\n%s", len(self.plan.keys), len(self.plan.texts), self.plan.summary)
             if self.info.text is not None:
                 self._write_texts()
             if self.info.video is not None:
                 self._write_clips()
-            self._write_index()
-            self.folder = place
-            finish_replacing(place)
-        return place
+            if count == 1:
+                self._finish()
+        if count > 1:
+            with claimed(self.place, wait=True):
+                self._finish_with_others()
+        self.folder = self.place
+        return self.place
+
+    @contextmanager
+    def _claimed_alone(self) -> Iterator[None]:
+        """Within it nobody else writes to the place."""
+        while True:
+            with claimed(self.place, wait=self.wait, advice=WAITING):
+                others = [*NameClaims(self.place).holders.values()]
+                if not others:
+                    self._prepare(alone=True)
+                    yield
+                    return
+            self._refuse_or_wait(others[0])
+
+    @contextmanager
+    def _claimed_part(self, part: str) -> Iterator[None]:
+        """Within it nobody else writes this part, or another cache."""
+        cache = f"cache {hashlib.sha256(self.info.to_json().encode()).hexdigest()[:16]}"
+        with no_empty_folders(self.place), ExitStack() as held:
+            while True:
+                with claimed(self.place, wait=True):
+                    claims = NameClaims(self.place)
+                    others = [*claims.holders.values()]
+                    busy = [other for other in others if cache not in other.names or part in other.names]
+                    if not busy:
+                        held.callback(claims.take([cache, part]).release)
+                        self._prepare(alone=not others)
+                        break
+                self._refuse_or_wait(busy[0])
+            yield
+
+    def _refuse_or_wait(self, other: Holder) -> None:
+        if not self.wait:
+            raise TakenError(f"{self.place} is in use by {other.describe()}; {WAITING}")
+        time.sleep(POLL_SECONDS)
+
+    def _prepare(self, alone: bool) -> None:
+        """Choose where to write; without others at work, tidy up what was left behind."""
+        if alone:
+            finish_replacing(self.place)
+            check_ours(self.place)
+        self.folder = self.place
+        self.folder = self._start()
+        if alone:
+            remove_unfinished_files(self.folder, "[0-9]*.safetensors.partial")
+
+    def _finish(self) -> None:
+        self._write_index()
+        finish_replacing(self.place)
+
+    def _finish_with_others(self) -> None:
+        """Finish the cache, if that is left to do and all parts are there."""
+        if not (self.folder / DESCRIPTION).is_file() or (self.folder / INDEX).is_file():
+            return
+        of_kind = {"video": len(self.plan.keys), "text": len(self.plan.texts)}
+        kinds = [kind for kind in of_kind if getattr(self.info, kind) is not None]
+        left = sum(len(self._missing(kind, of_kind[kind], (0, 1))) for kind in kinds)
+        if not left:
+            self._finish()
+            return
+        logger.info(
+            "%s: %d files of other parts are not there yet; the writer of the last one finishes", self.place, left
+        )
 
     def _start(self) -> Path:
         """Where to write: the folder, or, with ``overwrite``, ``.new`` in it as long as another cache is there."""
@@ -170,8 +241,18 @@ class CacheWriter:
         for number, first in enumerate(range(0, count, size)):
             yield number, range(first, min(first + size, count))
 
-    def _missing(self, kind: str, count: int) -> list[tuple[int, range]]:
-        return [(n, items) for n, items in self._shards(count) if not shard_path(self.folder, kind, n).is_file()]
+    def _missing(self, kind: str, count: int, part: tuple[int, int] | None = None) -> list[tuple[int, range]]:
+        """Shards of a part (this writer's) that are not there."""
+        own = self._own(count, part or self.part)
+        return [(n, items) for n, items in own if not shard_path(self.folder, kind, n).is_file()]
+
+    def _own(self, count: int, part: tuple[int, int]) -> list[tuple[int, range]]:
+        number, parts = part
+        return [(n, items) for n, items in self._shards(count) if n % parts == number]
+
+    def _total(self, count: int) -> int:
+        """Things in this writer's shards."""
+        return sum(len(items) for _, items in self._own(count, self.part))
 
     @torch.no_grad()
     def _write_texts(self) -> None:
@@ -179,8 +260,9 @@ class CacheWriter:
         if not missing:
             return
         encode = self.load_text_encoder()
-        done = len(self.plan.texts) - sum(len(items) for _, items in missing)
-        with Bar(total=len(self.plan.texts), initial=done, unit="text", mininterval=1.0) as bar:
+        total = self._total(len(self.plan.texts))
+        done = total - sum(len(items) for _, items in missing)
+        with Bar(total=total, initial=done, unit="text", mininterval=1.0) as bar:
             for number, items in missing:
                 tensors: dict[str, Tensor] = {}
                 for first in range(items.start, items.stop, TEXT_BATCH):
@@ -199,13 +281,13 @@ class CacheWriter:
         encode = self.load_video_encoder()
         groups = [(number, group) for number, items in missing for group in self._groups(items)]
         loader = DataLoader(
-            _Clips(self.source),
+            _Clips(self.source, packed=self.num_workers > 0),
             batch_sampler=[group for _, group in groups],
             collate_fn=list,
             num_workers=self.num_workers,
             pin_memory=False,
         )
-        total = len(self.plan.keys)
+        total = self._total(len(self.plan.keys))
         done = total - sum(len(items) for _, items in missing)
         tensors: dict[str, Tensor] = {}
         broken: dict[int, str] = {}
@@ -226,7 +308,7 @@ class CacheWriter:
         """Clips of a shard in batches of one size."""
         group: list[SampleKey] = []
         for key in (self.plan.keys[i] for i in items):
-            if group and (key[1:4] != group[0][1:4] or len(group) == self.batch_size):
+            if group and (key[1:4] != group[0][1:4] or len(group) == self.batch_size(group[0][1:4])):
                 yield group
                 group = []
             group.append(key)
@@ -236,7 +318,10 @@ class CacheWriter:
         """Moments of whole clips and of the runs of frames that conditions give, by name in the shard."""
         if not clips:
             return {}
-        video = torch.stack([clip for _, clip in clips])
+        pixels_of = [clip for _, clip in clips]
+        if len({clip.dtype for clip in pixels_of}) > 1:
+            pixels_of = [in_model_range(clip) for clip in pixels_of]
+        video = torch.stack(pixels_of)
         runs = {WHOLE: video, **{run.name: run.cut(video).contiguous() for run in self.runs[video.shape[2]]}}
         return {
             f"{key.row}.{name}": moments.clone()
@@ -271,13 +356,15 @@ class CacheWriter:
 
 
 class _Clips(Dataset):
-    """Pixels by key; the reason instead, where a clip cannot be read."""
+    """Pixels by key, as uint8 where that is exact if they are ``packed``; the reason instead, where a clip cannot be
+    read."""
 
-    def __init__(self, source: ClipSource) -> None:
-        self.source = source
+    def __init__(self, source: ClipSource, packed: bool) -> None:
+        self.source, self.packed = source, packed
 
     def __getitem__(self, key: SampleKey) -> tuple[SampleKey, Tensor | str]:
         try:
-            return key, self.source.clip(key, self.source.row(key.row))
+            clip = self.source.clip(key, self.source.row(key.row))
+            return key, as_bytes(clip) if self.packed else clip
         except BrokenMediaError as error:
             return key, str(error)

@@ -1,19 +1,23 @@
 """Training on latents and text embeddings computed beforehand: the cache of a training config."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from opensora.acceleration.devices import pick_device, torch_dtype
+from opensora.acceleration.torchrun import Torchrun
 from opensora.config.commands import CacheOptions, TrainOptions
 from opensora.config.options import DatasetOptions, ModelOptions
 from opensora.datasets.buckets import BucketTable
 from opensora.datasets.config import VideoTextConfig
 from opensora.datasets.source import ClipSource, build_source
+from opensora.datasets.transforms import in_model_range
 from opensora.diffusion.conditions import condition_runs
 from opensora.encoded.config import CachedVideoTextConfig
 from opensora.encoded.dataset import CachedVideoTextDataset, table_of
@@ -27,8 +31,11 @@ from opensora.models.quantization.loading import tell
 from opensora.models.text.fitting import count_notes
 from opensora.registry import MODELS, build_module
 from opensora.training.diffusion.encoders import cache_folder, meta_autoencoder
+from opensora.training.diffusion.sharing import ClipEncoder, encode_room
 from opensora.utils.errors import UserError
 from opensora.utils.paths import own_command
+
+PART = re.compile(r"(\d{1,9})/(\d{1,9})")
 
 
 def source_section(cfg: TrainOptions) -> DatasetOptions:
@@ -133,17 +140,21 @@ def _check_runs(cfg: TrainOptions, dataset: CachedVideoTextDataset, ae: Autoenco
         )
 
 
-def cache_writer(cfg: CacheOptions) -> CacheWriter:
+def cache_writer(cfg: CacheOptions, processes: Torchrun | None = None) -> CacheWriter:
     """What computes the latents and text embeddings of a training config's clips.
 
     Args:
         cfg: resolved config (``CacheOptions``).
+        processes: that divide ``cache_part`` among them; None: this one writes it all.
 
     Raises:
         UserError: anything wrong with config or table.
     """
     folder, parts = _check_writing(cfg)
+    processes = processes or Torchrun()
+    part, device = part_of(cfg.cache_part, processes), pick_device(cfg.device, processes.local_rank)
     ae = meta_autoencoder(cfg)
+    clips = _clip_encoder(cfg, ae, device)
     source = build_source(source_section(cfg), keep_in_memory=False)  # each clip is read once
     plan = make_plan(source, BucketTable(cfg.bucket_config or {}, ae.compression[1] * cfg.patch_size), cfg.seed)
     runs = {n: condition_runs(cfg.condition_config, ae, n) for n in {key.num_frames for key in plan.keys}}
@@ -162,13 +173,38 @@ def cache_writer(cfg: CacheOptions) -> CacheWriter:
         plan,
         info,
         runs,
-        partial(_load_autoencoder, cfg),
-        partial(_load_text_encoders, cfg),
+        partial(_load_autoencoder, cfg, device),
+        partial(_load_text_encoders, cfg, device),
         overwrite=cfg.overwrite,
         wait=cfg.wait,
         num_workers=cfg.num_workers,
-        **({"batch_size": cfg.batch_size} if cfg.batch_size else {}),
+        batch_size=lambda size: clips.at_once(size, torch_dtype(cfg.dtype)),
+        part=part,
     )
+
+
+def part_of(text: str | None, processes: Torchrun) -> tuple[int, int]:
+    """The part of a cache that a process writes, and how many there are.
+
+    Args:
+        text: ``cache_part``, such as 3/16; None is all of it.
+        processes: that divide it among them.
+
+    Raises:
+        UserError: no such part.
+    """
+    found = PART.fullmatch((text or "0/1").strip())
+    if found is None or int(found[1]) >= int(found[2]):
+        raise UserError(f"cache_part={text}: give a part and their number, counted from 0: 0/16 to 15/16 of sixteen")
+    number, count = int(found[1]), int(found[2])
+    return number * processes.world_size + processes.rank, count * processes.world_size
+
+
+def _clip_encoder(cfg: CacheOptions, ae: Autoencoder, device: torch.device) -> ClipEncoder:
+    """``batch_size`` clips at a time, or as many as ``encode_memory`` allows."""
+    if cfg.batch_size:
+        return ClipEncoder(ae, most=cfg.batch_size)
+    return ClipEncoder(ae, room=encode_room(cfg.encode_memory, device))
 
 
 def _check_writing(cfg: CacheOptions) -> tuple[Path, Sequence[str]]:
@@ -187,20 +223,21 @@ def _check_writing(cfg: CacheOptions) -> tuple[Path, Sequence[str]]:
     return Path(folder), parts
 
 
-def _load(cfg: CacheOptions, section: str) -> Any:
+def _load(cfg: CacheOptions, section: str, device: torch.device) -> Any:
     options: ModelOptions = getattr(cfg, section)
-    device, dtype = pick_device(cfg.device), torch_dtype(cfg.dtype)
-    model = build_module(options, MODELS, device_map=str(device), torch_dtype=dtype)
+    model = build_module(options, MODELS, device_map=str(device), torch_dtype=torch_dtype(cfg.dtype))
     tell(section, model, device)
     return model.eval().requires_grad_(False)
 
 
-def _load_autoencoder(cfg: CacheOptions) -> Callable[[Tensor], Tensor]:
-    ae, device, dtype = _load(cfg, "ae"), pick_device(cfg.device), torch_dtype(cfg.dtype)
-    return lambda clips: ae.encode_stored(clips.to(device, dtype)).cpu()
+def _load_autoencoder(cfg: CacheOptions, device: torch.device) -> Callable[[Tensor], Tensor]:
+    encode, dtype = _clip_encoder(cfg, _load(cfg, "ae", device), device), torch_dtype(cfg.dtype)
+    return lambda clips: encode(in_model_range(clips.to(device)).to(dtype)).cpu()
 
 
-def _load_text_encoders(cfg: CacheOptions) -> Callable[[Sequence[str]], tuple[Tensor, Tensor]]:
-    t5, clip = _load(cfg, "t5"), _load(cfg, "clip")
+def _load_text_encoders(
+    cfg: CacheOptions, device: torch.device
+) -> Callable[[Sequence[str]], tuple[Tensor, Tensor]]:  # fmt: skip
+    t5, clip = (_load(cfg, section, device) for section in ("t5", "clip"))
     count_notes(t5, clip)
     return lambda texts: (t5(texts).cpu(), clip(texts).cpu())

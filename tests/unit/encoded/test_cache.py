@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from opensora.acceleration.torchrun import Torchrun
 from opensora.config import load_config
 from opensora.config.commands import CacheOptions, TrainOptions
 from opensora.datasets.dataloader import build_train_loader, endless
@@ -29,6 +30,7 @@ from opensora.training.diffusion.cache import build_dataset, cache_writer, check
 from opensora.training.diffusion.encoders import cached_encoders
 from opensora.training.diffusion.inputs import InputEncoder, InputOptions
 from opensora.training.diffusion.trainer import Trainer
+from opensora.utils.claims import TakenError
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_beside
 from opensora.utils.video import save_image, save_video
@@ -196,6 +198,100 @@ def test_a_stopped_writer_goes_on(written, tmp_path, monkeypatch):
             build_dataset(config(written, cache_dir=str(c), cached_video=True)).cache.clip(1) for c in (folder, theirs)
         )
         assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def files_of(folder):
+    """Tensors of all shards by file and name, and the rows of the index."""
+    found = {
+        f"{path.parent.name}/{path.name}/{name}": tensor
+        for path in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+    return found, pd.read_parquet(folder / "index.parquet")
+
+
+def assert_same_cache(folder, expected):
+    (found, index), (theirs, their_index) = files_of(Path(folder)), files_of(Path(expected))
+    assert found.keys() == theirs.keys()
+    assert all(torch.equal(found[name], theirs[name]) for name in found)
+    pd.testing.assert_frame_equal(index, their_index)
+
+
+def test_parts_make_up_the_whole_whoever_comes_last(written, tmp_path, monkeypatch):
+    """Jobs of a cluster: each writes its files only, one is stopped and started again, and the last one finishes."""
+    folder = tmp_path / "cache"
+    encoded, real = [], CacheWriter._encode
+
+    def encode(self, clips, encoder):
+        encoded.append(self.part)
+        if self.part == (1, 3) and encoded.count((1, 3)) == 1:
+            raise KeyboardInterrupt
+        return real(self, clips, encoder)
+
+    monkeypatch.setattr(CacheWriter, "_encode", encode)
+    writers = [cache_writer(config(written, cache_dir=str(folder), cache_part=f"{n}/3")) for n in range(3)]
+    writers[2].run()
+    with pytest.raises(KeyboardInterrupt):
+        writers[1].run()
+    writers[0].run()
+    assert not (folder / "index.parquet").exists()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    assert sorted(path.name for path in before if path.parent.name == "video") == [
+        f"{n:05d}.safetensors" for n in range(3) if n % 3 != 1
+    ]
+    assert writers[1].run() == folder
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "what is there is not written again"
+    assert_same_cache(folder, written["cache_dir"])
+    assert not [*folder.glob(".opensora*")]
+
+
+def test_processes_of_torchrun_divide_a_part(written):
+    words = {"cache_part": "1/3", "cache_dir": written["cache_dir"]}
+    parts = [cache_writer(config(written, **words), Torchrun(rank, rank, 2)).part for rank in range(2)]
+    assert parts == [(2, 6), (3, 6)]
+    for text in ("3/3", "1", "a/b", "-1/3", "0/0"):
+        with pytest.raises(UserError, match="counted from 0"):
+            cache_writer(config(written, cache_part=text))
+
+
+def test_two_writers_at_once_are_of_different_parts_of_one_cache(written, tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    refused = []
+    real = CacheWriter._encode
+
+    def try_all(self, clips, encoder):
+        if not refused:
+            refused.append(True)
+            others = {
+                "the same part": dict(cache_part="0/2"),
+                "all of it": {},
+                "another cache": dict(cache_part="1/2", seed=6, overwrite=True),
+            }
+            for what, changes in others.items():
+                with pytest.raises(TakenError, match="in use by process"):
+                    cache_writer(config(written, cache_dir=str(folder), **changes)).run()
+                refused.append(what)
+            assert cache_writer(config(written, cache_dir=str(folder), cache_part="1/2")).run() == folder
+        return real(self, clips, encoder)
+
+    monkeypatch.setattr(CacheWriter, "_encode", try_all)
+    cache_writer(config(written, cache_dir=str(folder), cache_part="0/2")).run()
+    assert len(refused) == 4
+    assert_same_cache(folder, written["cache_dir"])
+
+
+def test_parts_replace_a_cache_once_they_are_whole(written, tmp_path):
+    folder = tmp_path / "cache"
+    shutil.copytree(written["cache_dir"], folder)
+    info = (folder / "cache.json").read_text()
+    (folder / "cache.json").write_text(info.replace('"shard_size": 3', '"shard_size": 2'))  # of other settings
+    for number in (1, 0):
+        words = dict(cache_dir=str(folder), cache_part=f"{number}/2", overwrite=True)
+        cache_writer(config(written, **words)).run()
+        assert ('"shard_size": 3' in (folder / "cache.json").read_text()) == (number == 0)
+    assert not (folder / ".new").exists()
+    assert_same_cache(folder, written["cache_dir"])
+    cache_writer(config(written, cache_dir=str(folder), cache_part="1/2", overwrite=True)).run()
 
 
 @pytest.mark.parametrize("stopped_at", ["video", "text", "cache.json"])
