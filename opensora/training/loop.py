@@ -137,6 +137,7 @@ class TrainLoop:
                 while self.states.global_step < settings.stop_at:
                     with doing(f"step {self.states.global_step + 1}"):
                         self._step(batches, losses)
+                    self.writer.report()
                     step = self.states.global_step
                     with self.log.paused():
                         for hook in hooks:

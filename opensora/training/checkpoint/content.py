@@ -1,7 +1,7 @@
-"""What a checkpoint holds, and the files of it: tensors are cut into shards that the ranks write in turn.
+"""What a checkpoint holds, and the files of it: tensors are cut into shards that the ranks write, each its own.
 
-A shard is put together, written and forgotten before its rank puts the next one together, so no rank ever holds more
-than one. How many there are shows only at the end; until then they carry provisional names.
+Written at once, a shard is put together while the one before is on its way, so a rank holds two at most. How many there
+are shows only at the end; until then they carry provisional names.
 """
 
 import copy
@@ -91,6 +91,35 @@ class Shard:
         flush(folder / self.name())
 
 
+class HostCopies:
+    """Copies in host memory that is kept from one checkpoint to the next: getting fresh memory takes several times as
+    long as filling it. Of tensors on a GPU it is page-locked, so that they come at the full rate of the bus."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+        self._used: set[str] = set()
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy of a tensor, which is complete once `finish` has been called; the one before of this name is gone."""
+        self._used.add(name)
+        kept = self._kept.get(name)
+        if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
+            kept = self._kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return kept.copy_(tensor, non_blocking=True)
+
+    def finish(self) -> None:
+        """Wait for the copies that were begun, and let go of memory that none of them took."""
+        if any(copy.is_pinned() for copy in self._kept.values()):
+            torch.cuda.current_stream().synchronize()
+        self._kept = {name: kept for name, kept in self._kept.items() if name in self._used}
+        self._used.clear()
+
+
+def as_they_are(name: str, tensor: Tensor) -> Tensor:
+    """A tensor in host memory, itself if it is there."""
+    return tensor.to("cpu")
+
+
 class CheckpointFiles:
     """The files of one checkpoint. Every rank goes through all `shards`; the first one then calls `complete`.
 
@@ -98,11 +127,18 @@ class CheckpointFiles:
         content: what the checkpoint holds.
         ranks: all processes.
         limit: size of a shard in bytes; one tensor may be larger.
-        copies: shards are copies, which training does not change.
+        to_host: from a name, the same at each checkpoint, and a tensor to what is written of it; :class:`HostCopies`
+            where training may change it meanwhile.
     """
 
-    def __init__(self, content: CheckpointContent, ranks: Axis, limit: int, copies: bool) -> None:
-        self.content, self.ranks, self.limit, self.copies = content, ranks, limit, copies
+    def __init__(
+        self,
+        content: CheckpointContent,
+        ranks: Axis,
+        limit: int,
+        to_host: Callable[[str, Tensor], Tensor] = as_they_are,
+    ) -> None:
+        self.content, self.ranks, self.limit, self.to_host = content, ranks, limit, to_host
         self._done: list[Shard] = []
         self._rest: dict[str, dict[str, Any]] = {}
 
@@ -127,7 +163,7 @@ class CheckpointFiles:
             shard.names.append(name)
             shard.size += size
             if len(self._done) % self.ranks.size == self.ranks.rank:  # in turn, through all of the checkpoint
-                shard.tensors[name] = tensor.detach().to("cpu", copy=self.copies)
+                shard.tensors[name] = self.to_host(f"{whole}/{name}", tensor.detach())
         if shard.names:
             yield self._finished(shard)
 

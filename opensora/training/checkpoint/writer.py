@@ -3,6 +3,7 @@
 import shutil
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,13 @@ from safetensors import SafetensorError
 
 from opensora.acceleration.collectives import gather_values
 from opensora.acceleration.parallel_context import Axis
-from opensora.training.checkpoint.content import CheckpointContent, CheckpointFiles, Shard
+from opensora.training.checkpoint.content import (
+    CheckpointContent,
+    CheckpointFiles,
+    HostCopies,
+    Shard,
+    as_they_are,
+)
 from opensora.training.checkpoint.folder import RunningStates, remove_old_checkpoints
 from opensora.utils.errors import UserError
 from opensora.utils.files import put_in_place, temporary_path
@@ -35,7 +42,8 @@ class CheckpointWriter:
     Args:
         folder: experiment folder, which all ranks share.
         keep_n_latest: checkpoints to keep; negative keeps all.
-        asynchronous: copy to host memory, then write in a thread. At most one checkpoint is on its way.
+        asynchronous: copy to host memory, which is kept, then write in a thread. At most one checkpoint is on its way;
+            training waits for the copy alone, and at the next checkpoint for what is left of this one.
         ranks: all processes, with a group that nothing else uses meanwhile (`ParallelContext.host`).
         shard_bytes: files of tensors are divided above this size.
     """
@@ -50,6 +58,7 @@ class CheckpointWriter:
     ) -> None:
         self.folder, self.keep_n_latest, self.asynchronous = folder, keep_n_latest, asynchronous
         self.ranks, self.shard_bytes = ranks or Axis(), shard_bytes
+        self._copies = HostCopies()
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
         self._fault: Exception | None = None
@@ -70,10 +79,12 @@ class CheckpointWriter:
         self.wait()
         states, beside_training = replace(content.states, saved_at=time()), self.asynchronous and not last
         target = self.folder / f"epoch{states.epoch}-global_step{states.global_step}"
-        files = CheckpointFiles(content, self.ranks, self.shard_bytes, copies=beside_training)
+        to_host = self._copies if beside_training else as_they_are
+        files = CheckpointFiles(content, self.ranks, self.shard_bytes, to_host)
         self._error = self._together(partial(self._begin, target))
         if self._error is None and beside_training:
             mine = [shard for shard in files.shards() if shard.tensors]
+            self._copies.finish()
             arguments = (target, files, mine, states)
             self._thread = threading.Thread(target=self._finish_beside, args=arguments, name="checkpoint")
             self._thread.start()
@@ -95,6 +106,12 @@ class CheckpointWriter:
         if self._fault is not None:
             raise self._fault
         self._report()
+
+    def report(self) -> None:
+        """Say, at the end of a step, what has become of a checkpoint that was written beside training; see `wait`,
+        but nothing is waited for."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
 
     def _finish_beside(self, *args: Any) -> None:
         """`_finish` in a thread, whose faults would pass unseen: the other ranks would wait for this one's files."""
@@ -150,12 +167,16 @@ class CheckpointWriter:
 
 
 def _write(shards: Iterable[Shard], folder: Path) -> OSError | None:
-    """Write the shards that have tensors. After a failure the others are gone through still: other ranks need it."""
-    error = None
-    for shard in shards:
-        if shard.tensors and error is None:
-            error = _error_of(partial(shard.write, folder))
-    return error
+    """Write the shards that have tensors, each in a thread while the next ones are put together: this takes all ranks,
+    and none is to wait for another one's disk. After a failure the others are gone through still."""
+    error, pending = None, None
+    with ThreadPoolExecutor(1, "shards") as beside:
+        for shard in shards:
+            if not shard.tensors:
+                continue
+            error = error or (pending.result() if pending is not None else None)
+            pending = beside.submit(_error_of, partial(shard.write, folder)) if error is None else None
+        return error or (pending.result() if pending is not None else None)
 
 
 def _error_of(action: Callable[[], OSError | None]) -> OSError | None:

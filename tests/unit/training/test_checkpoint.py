@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from opensora.training.checkpoint import content as checkpoint_files
+from opensora.training.checkpoint import writer as checkpoint_writer
 from opensora.training.checkpoint.content import CheckpointContent
 from opensora.training.checkpoint.folder import (
     RunningStates,
@@ -24,6 +25,7 @@ from opensora.training.checkpoint.folder import (
 from opensora.training.checkpoint.writer import CheckpointWriter
 from opensora.training.loop import row_names
 from opensora.training.stopping import StopRequest
+from opensora.utils import weights_writing
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_beside
 from opensora.utils.weights import load_state_dict, open_weights
@@ -90,6 +92,69 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch, caplog, asy
     assert torch.equal(load_weights(good)["w"], before)
     writer.save(content(4), last=True)  # room again
     assert names(tmp_path) == ["epoch0-global_step4"]
+
+
+def test_what_went_wrong_beside_training_is_said_at_the_next_step(tmp_path, monkeypatch, caplog):
+    gate = threading.Event()
+
+    def full(*_):
+        gate.wait(10)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_files, "save_safetensors", full)
+    monkeypatch.setattr(logging.getLogger("opensora"), "propagate", True)
+    writer = CheckpointWriter(tmp_path, asynchronous=True)
+    writer.save(content(1))
+    writer.report()
+    assert not caplog.text  # still writing, and not waited for
+    gate.set()
+    writer._thread.join()
+    writer.report()
+    assert "no checkpoint was written: [Errno 28] No space left" in caplog.text
+    caplog.clear()
+    writer.report()
+    writer.wait()
+    assert not caplog.text  # once
+
+    def broken(*_):
+        raise KeyError("a fault of this program")
+
+    monkeypatch.setattr(checkpoint_files, "save_safetensors", broken)
+    writer.save(content(2))
+    writer._thread.join()
+    with pytest.raises(KeyError, match="a fault of this program"):
+        writer.report()
+    assert names(tmp_path) == []
+
+
+def test_copies_stay_where_they_are():
+    copies = checkpoint_files.HostCopies()
+    first = {name: copies(name, torch.full((3,), 1.0)) for name in "ab"}
+    copies.finish()
+    again = copies("a", torch.full((3,), 2.0))
+    assert again.data_ptr() == first["a"].data_ptr()
+    assert again.tolist() == [2.0] * 3
+    copies.finish()
+    assert list(copies._kept) == ["a"]  # b is no longer saved
+    assert copies("a", torch.zeros(2, 2).t()).shape == (2, 2)
+
+
+def test_a_shard_is_put_together_while_one_is_written(tmp_path, monkeypatch):
+    """What several ranks put together does not wait for one rank's disk."""
+    read, wrote = threading.Event(), checkpoint_files.save_safetensors
+
+    class Weights(dict):
+        def items(self):
+            for name, value in super().items():
+                if name == "b":
+                    read.set()
+                yield name, value
+
+    monkeypatch.setattr(checkpoint_files, "save_safetensors", lambda *args: read.wait(10) and wrote(*args))
+    weights = Weights({name: torch.ones(10) for name in "ab"})
+    writer = CheckpointWriter(tmp_path, shard_bytes=40)
+    path = writer.save(CheckpointContent(RunningStates(0, 1, 1, 1), weights, {}), last=True)
+    assert load_weights(path).keys() == {"a", "b"}
 
 
 def test_large_weights_come_in_shards(tmp_path):
@@ -170,6 +235,52 @@ def test_killed_while_one_is_replaced(tmp_path, monkeypatch):
     remove_unfinished(tmp_path)
     assert load_weights(path)["w"].tolist() == [1.0] * 4
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def killed_at(moment, monkeypatch):
+    """Let this process die at a moment of its next checkpoint."""
+
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+        threading.Event().wait()
+
+    def half(tensors, path, **_):
+        Path(path).write_bytes(b"half a file")
+        die()
+
+    module, name, act = {
+        "before a shard": (checkpoint_files, "save_safetensors", die),
+        "within a shard": (weights_writing, "save_file", half),
+        "before the states": (checkpoint_files.torch, "save", die),
+        "before the renaming": (checkpoint_writer, "put_in_place", die),
+        "before old ones go": (checkpoint_writer, "remove_old_checkpoints", die),
+    }[moment]
+    monkeypatch.setattr(module, name, act)
+
+
+@pytest.mark.parametrize(
+    "moment", ["before a shard", "within a shard", "before the states", "before the renaming", "before old ones go"]
+)
+def test_killed_while_one_is_written_beside_training(tmp_path, monkeypatch, moment):
+    """The newest checkpoint is whole at any moment; what is left over is found and goes."""
+    good = CheckpointWriter(tmp_path).save(content(1), last=True)
+    child = os.fork()
+    if child == 0:
+        killed_at(moment, monkeypatch)
+        writer = CheckpointWriter(tmp_path, 1, asynchronous=True)
+        writer.save(content(2))
+        writer.wait()
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    done = moment == "before old ones go"
+    whole = [good.name, *(["epoch0-global_step2"] if done else [])]
+    assert names(tmp_path) == whole
+    assert load_weights(list_checkpoints(tmp_path)[-1])["w"].tolist() == [float(len(whole))] * 4
+    assert len(list(tmp_path.iterdir())) == 2
+    remove_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.name not in whole] == []
+    CheckpointWriter(tmp_path, 1, asynchronous=True).save(content(3), last=True)
+    assert names(tmp_path) == ["epoch0-global_step3"]
 
 
 @pytest.mark.parametrize("keep", [0, 1])
