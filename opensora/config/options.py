@@ -96,9 +96,10 @@ def check_bounds(value: Any, metadata: Mapping[str, Any], name: str) -> None:
         UserError: names the key and what it may be.
     """
     choices: Choices | None = metadata.get("choices")
-    for chosen in _numbers(value) if choices is not None else ():
-        if chosen is not None and chosen not in choices:
-            raise UserError(f"{name} {chosen}: expected one of {choices.listing}")
+    if choices is not None:
+        for chosen in _numbers(value):
+            if chosen is not None and chosen not in choices:
+                raise UserError(f"{name} {chosen}: expected one of {choices.listing}")
     for number in _numbers(value):
         if not isinstance(number, int | float) or isinstance(number, bool):
             continue

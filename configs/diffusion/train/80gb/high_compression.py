@@ -4,4 +4,5 @@ _base_ = ["../high_compression.py"]
 plugin = "fsdp2"
 plugin_config = dict(_delete_=True)
 pin_memory_cache_pre_alloc_numels = None
+async_io = True
 dry_run_ranks = 8

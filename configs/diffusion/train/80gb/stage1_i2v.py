@@ -5,4 +5,5 @@ model = dict(grad_ckpt_settings=(100, 100))
 plugin = "fsdp2"
 plugin_config = dict(_delete_=True)
 pin_memory_cache_pre_alloc_numels = None
+async_io = True
 dry_run_ranks = 8

@@ -21,4 +21,5 @@ bucket_config = {
 plugin = "fsdp2"
 plugin_config = dict(_delete_=True, sp_size=4, sequence_parallelism_mode="all_to_all")
 pin_memory_cache_pre_alloc_numels = None
+async_io = True
 dry_run_ranks = 8
