@@ -9,12 +9,16 @@ from torch import nn
 
 from opensora.acceleration.parallel_context import ParallelContext
 from opensora.acceleration.plugins import create_engine
-from opensora.config.commands import LoopOptions
+from opensora.config import parse_config
+from opensora.config.commands import LoopOptions, TrainOptions
 from opensora.config.options import OptimOptions, PluginOptions
+from opensora.training.checkpoint.folder import load_part, load_weights
 from opensora.training.checks import check_optimizer
+from opensora.training.diffusion.trainer import Trainer
 from opensora.training.weights.masters import MasterWeights, optimizer_factory
 from opensora.utils.errors import UserError
 from tests.helpers.live_bytes import LiveBytes
+from tests.parallel.checks_training import tiny_run
 
 LAYERS, WIDTH = 6, 64
 OPTIMIZERS = ["AdamW", "Muon", "AdamW8bit"]
@@ -84,6 +88,27 @@ def test_numbers_are_those_of_the_plain_optimizer(cls, bf16, options):
     expected = values(model, masters)
     for pair in zip(own[::2], own[1::2]):
         assert all(torch.equal(a, b) for a, b in zip(values(*pair), expected, strict=True))
+
+
+def run(config, name, *words):
+    torch.manual_seed(0)  # of the tiny autoencoder's random weights
+    folder = Trainer(parse_config([config, "--exp-name", name, *words], TrainOptions)).run()
+    return folder, next(folder.glob("epoch*-global_step3"), None)
+
+
+def test_a_run_is_the_plain_one_and_goes_on_exactly(tmp_path):
+    """Weights, fp32 copies, averages and moments of checkpoints, with both options and killed after the first step."""
+    kept = dict(save_master_weights=True, load_master_weights=True)
+    config = str(tiny_run(tmp_path, dtype="bf16", grad_clip=0.0, **kept))
+    both = ("--optim.states", "host", "--optim.in_backward", "True")
+    _, plain = run(config, "plain")
+    folder, _ = run(config, "parts", *both, "--max-steps", "1")
+    _, parts = run(config, "parts", *both, "--load", str(folder))
+    for name in ("model", "master", "ema"):
+        found, expected = (load_weights(checkpoint, name) for checkpoint in (parts, plain))
+        assert all(torch.equal(found[key], value) for key, value in expected.items()), name
+    moments = [load_part(checkpoint, "optimizer")["state"] for checkpoint in (parts, plain)]
+    assert all(torch.equal(moments[0][i][key], x) for i, state in moments[1].items() for key, x in state.items())
 
 
 def test_states_and_copies_wait_in_host_memory():
