@@ -17,10 +17,11 @@ from opensora.acceleration.engine import Engine
 from opensora.acceleration.parallel_context import ParallelContext
 from opensora.acceleration.plugins import check_training, create_engine, divide_model
 from opensora.acceleration.sharding import WeightLayout
-from opensora.config.options import PluginOptions
+from opensora.config.options import OptimOptions, PluginOptions
 from opensora.training.weights.adapters import TrainedWeights
 from opensora.training.weights.ema import EMA
 from opensora.training.weights.masters import MasterWeights
+from opensora.training.weights.optimizer import create_optimizer
 from opensora.utils.errors import UserError
 from tests.helpers.live_bytes import bytes_of
 from tests.parallel.harness import assert_close
@@ -189,6 +190,33 @@ def check_other_layouts(folder: Path) -> None:
     compare_states(engine, whole, state, "chain")
 
 
+def check_parameter_groups(folder: Path) -> None:
+    """Groups with settings of their own train as on one process, also when a run goes on under another engine."""
+    groups = {"*.bias": {"weight_decay": 0.3}, "double_blocks": {"lr": 3e-2}}
+    optim = OptimOptions(cls="AdamW", lr=1e-2, eps=1e-3, groups=groups)
+
+    def make(plugin: str, place: ParallelContext) -> Engine:
+        factory = functools.partial(create_optimizer, optim=optim)
+        return create_engine(plugin, tiny_model().train(), factory, place, max_norm=MAX_NORM)
+
+    place, alone = context(), ParallelContext()
+    whole, samples = make("none", alone), place.dp.size
+    assert [len(group["params"]) > 0 for group in whole.optimizer.param_groups] == [True] * 3
+    train(whole, alone, 0, 2, samples)
+    saved: list[Any] = []
+    for step, plugin in enumerate(("fsdp2", "ddp")):
+        engine = make(plugin, place)
+        if saved:
+            take_over(engine, saved)
+        train(engine, place, step, 1, samples)
+        saved = [weights(engine), optimizer_state(engine)]
+    compare_states(engine, weights(whole), optimizer_state(whole), "groups")
+    after = make("none", alone)
+    take_over(after, saved)
+    assert [group["lr"] for group in after.optimizer.param_groups] == [1e-2, 1e-2, 3e-2]
+    assert [group["weight_decay"] for group in after.optimizer.param_groups] == [0.0, 0.3, 0.0]
+
+
 def check_average_of_sharded_weights(folder: Path) -> None:
     """An EMA of divided weights, or in pieces where they are whole, equals that of one process; it takes half of the
     bytes on each of two ranks, is loaded again, and is shown in the model."""
@@ -272,6 +300,7 @@ CHECKS = [
     check_sequence_parallel,
     check_tensor_parallel,
     check_other_layouts,
+    check_parameter_groups,
     check_average_of_sharded_weights,
     check_gradients_are_reduced_in_float32,
     check_bfloat16,
