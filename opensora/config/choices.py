@@ -116,6 +116,7 @@ CONDITIONS: Choices[Any] = Choices(
         for name in (
             *("t2v", "i2v_head", "i2v_tail", "i2v_loop"),
             *("v2v_head", "v2v_tail", "v2v_head_easy", "v2v_tail_easy"),
+            *("frames", "region", "extend_left", "extend_right"),
         )
     },
 )

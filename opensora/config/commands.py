@@ -105,7 +105,14 @@ class InferenceOptions(RunOptions):
         above=0,
         most=3600,
     )
-    ref: str | None = opt(None, "picture or clip to start from, several separated by ;", reads="references")
+    ref: str | None = opt(
+        None,
+        "picture or clip to start from, several separated by ;, for cond_type frames with their places: a.png@64",
+        reads="references",
+    )
+    mask: str | None = opt(
+        None, "for cond_type region: picture or clip that is white where the reference is kept", reads="file"
+    )
     cond_type: str = opt("t2v", "what the references fix", choices=CONDITIONS)
     save_dir: str = opt("samples", "folder for the results")
     dataset: DatasetOptions | None = component(

@@ -256,6 +256,9 @@ class SamplingOption(Options):
     guidance_img: float | None = opt(None, "image guidance scale (1 is none)", least=-1000, most=1000)
     image_osci: bool = opt(False, "image guidance on every other step only, after the first ten")
     scale_temporal_osci: bool = opt(False, "image guidance grows along the frames, less so on later steps")
+    keep_given: bool = opt(
+        False, "set what is given anew at every step, for models that were not trained on the condition (approximate)"
+    )
     seed: int | None = opt(None, "seed of the sample's noise; none draws one", most=MAX_SEED)  # least: check_seed
     shift: bool = opt(True, "move the time schedule towards noise for large samples")
     method: Literal["i2v", "distill"] = opt("i2v", "guidance by several forwards (i2v), or as an input of the model")

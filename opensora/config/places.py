@@ -8,7 +8,7 @@ from typing import Any
 
 from opensora.config.keys import group_options
 from opensora.config.shipped import CONFIGS
-from opensora.utils.paths import is_at_hand, is_there
+from opensora.utils.paths import is_at_hand, is_there, split_place
 
 # what a key with ``reads=KIND`` holds -> what stands between several paths in one text
 SEPARATORS: Mapping[str, str] = MappingProxyType({"file": "", "references": ";", "adapters": ","})
@@ -82,6 +82,8 @@ def _split(text: str, kind: str) -> list[str]:
 
 
 def _path_of(entry: str, kind: str) -> str:
+    if kind == "references":
+        return split_place(entry)[0]
     path, at, _ = entry.rpartition(STRENGTH)
     return path if kind == "adapters" and at and not is_there(entry) else entry
 
@@ -102,6 +104,8 @@ def _located(value: Any, kind: str, places: Sequence[Path]) -> Any:
 def _entry(entry: str, kind: str, places: Sequence[Path]) -> str:
     """A path, maybe with a strength, where it leads."""
     found = _place(entry, places)  # a name may hold the mark of a strength
+    if kind == "references" and found == entry and (parts := split_place(entry))[1]:
+        return f"{_place(parts[0], places)}@{parts[1]}"
     path, at, strength = entry.rpartition(STRENGTH)
     if kind != "adapters" or not at or found != entry or is_there(entry):
         return found

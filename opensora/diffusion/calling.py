@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from opensora.config.options import MAX_SEED
-from opensora.diffusion.conditions import get_spans
+from opensora.diffusion.conditions import takes_references
 from opensora.diffusion.solvers import StepCallback
 from opensora.utils.errors import UserError
 
@@ -48,7 +48,7 @@ def with_aliases(sampling: Mapping[str, Any], **aliases: Any) -> dict[str, Any]:
 
 def condition_of(cond_type: str | None, configured: str, image: Any) -> str:
     """What the references of a call fix: as said, as configured, or the first frame where an ``image`` is given."""
-    if cond_type is None and image is not None and not get_spans(configured):
+    if cond_type is None and image is not None and not takes_references(configured):
         return PICTURE
     return cond_type or configured
 

@@ -3,54 +3,21 @@
 A condition gives the model some latent frames of the video to make. It is handed over as one more latent: a mask
 channel, 1 on the given frames, and the reference latents there (0 elsewhere). Both training and sampling read
 the table :data:`opensora.config.choices.CONDITIONS`, so they cannot drift apart; a condition of one's own is added with
-``CONDITIONS.add("name", (Span(...), ...))``.
+``CONDITIONS.add("name", (Span(...), ...))``. Where given frames lie is part of such a condition; of those in
+:mod:`opensora.diffusion.free` every sample says it.
 """
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from opensora.config.choices import CONDITIONS
-from opensora.datasets.runs import FrameRun
-from opensora.models.autoencoder import Autoencoder
+from opensora.datasets.runs import ClipPart, FrameRun
+from opensora.diffusion.free import Anywhere, DrawnPart, Extension, FreeCondition, PlacedLatents, Region
+from opensora.diffusion.spans import Span as Span
+from opensora.models.autoencoder import Autoencoder, LatentSpec
 from opensora.utils.errors import UserError
-
-
-@dataclass(frozen=True)
-class Span:
-    """A run of given latent frames.
-
-    Attributes:
-        at: the run lies at the start (``head``) or at the end (``tail``) of the video, and is taken from the same end
-            of its reference.
-        reference: which of a sample's references it is taken from: 0 the first, -1 the last.
-        groups: None for a single picture, else how many groups of (time compression) pixel frames; a causal
-            autoencoder puts one more frame, on its own, before them.
-    """
-
-    at: Literal["head", "tail"]
-    reference: int
-    groups: int | None = None
-
-    def latent_frames(self, is_causal: bool) -> int:
-        """Given latent frames."""
-        return 1 if self.groups is None else self.groups + int(is_causal)
-
-    def pixel_frames(self, is_causal: bool, time_compression: int = 4) -> int:
-        """Pixel frames to read and encode for them."""
-        return 1 if self.groups is None else self.groups * time_compression + int(is_causal)
-
-    def latent_run(self, is_causal: bool) -> FrameRun:
-        """The run among latent frames."""
-        return FrameRun(self.at, self.latent_frames(is_causal))
-
-    def pixel_run(self, is_causal: bool, time_compression: int = 4) -> FrameRun:
-        """The run among pixel frames."""
-        return FrameRun(self.at, self.pixel_frames(is_causal, time_compression))
-
 
 T2V: tuple[Span, ...] = ()
 I2V_HEAD = (Span("head", 0),)
@@ -60,20 +27,51 @@ V2V_HEAD = (Span("head", 0, 8),)
 V2V_TAIL = (Span("tail", 0, 8),)
 V2V_HEAD_EASY = (Span("head", 0, 16),)
 V2V_TAIL_EASY = (Span("tail", 0, 16),)
+FRAMES = Anywhere()
+REGION = Region()
+EXTEND_LEFT = Extension(left=True)
+EXTEND_RIGHT = Extension(left=False)
+
+
+def get_condition(cond_type: str) -> tuple[Span, ...] | FreeCondition:
+    """A condition by its name.
+
+    Raises:
+        UserError: unknown condition type, or one that is something else.
+    """
+    if cond_type not in CONDITIONS:
+        raise UserError(f"unknown cond_type {cond_type!r}; valid: {CONDITIONS.listing}")
+    found = CONDITIONS.get(cond_type)
+    if isinstance(found, FreeCondition):
+        return found
+    if not isinstance(found, tuple) or not all(isinstance(span, Span) for span in found):
+        raise UserError(f"cond_type {cond_type!r} is {found!r}: a condition is a tuple of Span")
+    return found
 
 
 def get_spans(cond_type: str) -> tuple[Span, ...]:
-    """Given runs of a condition type, in the order their references are listed.
+    """Given runs of a condition type, in the order their references are listed; none of one that every sample says
+    where (:class:`opensora.diffusion.free.FreeCondition`).
 
     Raises:
         UserError: unknown condition type.
     """
-    if cond_type not in CONDITIONS:
-        raise UserError(f"unknown cond_type {cond_type!r}; valid: {CONDITIONS.listing}")
-    spans = CONDITIONS.get(cond_type)
-    if not isinstance(spans, tuple) or not all(isinstance(span, Span) for span in spans):
-        raise UserError(f"cond_type {cond_type!r} is {spans!r}: a condition is a tuple of Span")
-    return spans
+    found = get_condition(cond_type)
+    return () if isinstance(found, FreeCondition) else found
+
+
+def takes_references(cond_type: str) -> bool:
+    """Whether a condition type gives anything at all: all but ``t2v`` do."""
+    return bool(get_condition(cond_type))
+
+
+def drawn_parts(cond_type: str, latent_frames: int, spec: LatentSpec) -> list[DrawnPart]:
+    """What training may draw for a free condition of videos of a length; empty for the others."""
+    found = get_condition(cond_type)
+    if not isinstance(found, FreeCondition):
+        return []
+    layouts = range(len(found.layouts(latent_frames, spec.is_causal)))
+    return [DrawnPart(cond_type, found, number, latent_frames, spec) for number in layouts]
 
 
 def fits(cond_type: str, latent_frames: int, is_causal: bool) -> bool:
@@ -81,14 +79,16 @@ def fits(cond_type: str, latent_frames: int, is_causal: bool) -> bool:
 
     Single frames have no room for a picture condition (they are images), only for ``t2v``.
     """
-    spans = get_spans(cond_type)
-    return not spans or latent_frames > sum(span.latent_frames(is_causal) for span in spans)
+    found = get_condition(cond_type)
+    if isinstance(found, FreeCondition):
+        return bool(found.layouts(latent_frames, is_causal))
+    return not found or latent_frames > sum(span.latent_frames(is_causal) for span in found)
 
 
 def build_condition(
     z_like: Tensor,  # [B, C, T, h, w]
     cond_types: str | Sequence[str],
-    refs: Sequence[Sequence[Tensor] | None],
+    refs: Sequence[Sequence[Tensor] | PlacedLatents | None],
     is_causal: bool,
 ) -> Tensor:
     """Mask and masked reference for the model.
@@ -97,7 +97,8 @@ def build_condition(
         z_like: gives shape, dtype and device.
         cond_types: one type for all samples, or one per sample.
         refs: per sample its reference latents [C, T', h, w], or None for an unconditioned sample. A head run takes
-            the first frames of its reference, a tail run the last ones.
+            the first frames of its reference, a tail run the last ones. Of a free condition the latents come with
+            their places.
         is_causal: whether the autoencoder is causal in time.
 
     Returns:
@@ -115,6 +116,9 @@ def build_condition(
         spans = get_spans(cond_type)
         if not references or frames == 1:
             continue
+        if isinstance(references, PlacedLatents):
+            _place(cond[sample], references)
+            continue
         for span in spans:
             run = span.latent_run(is_causal)
             reference = references[span.reference]
@@ -129,17 +133,30 @@ def build_condition(
     return cond
 
 
-def head_condition(z_like: Tensor, given: Tensor) -> Tensor:
+def _place(cond: Tensor, given: PlacedLatents) -> None:
+    """Fill in the condition ``[1 + C, T, h, w]`` of a sample, zeros before."""
+    for span, latents in zip(given.spans, given.latents):
+        place = FrameRun(span.at, latents.shape[1]).place(cond.shape[1])
+        cells = 1 if given.cells is None else given.cells.to(cond)
+        cond[0, place] = cells
+        cond[1:, place] = latents.to(cond) * cells
+
+
+def head_condition(z_like: Tensor, given: Tensor, placed: Sequence[PlacedLatents | None] | None = None) -> Tensor:
     """Mask and masked latents for a video that goes on from latents of its own.
 
     Args:
         z_like: [B, C, T, h, w], gives shape, dtype and device.
         given: [B, C, t, h, w], its first frames, of any number below T.
+        placed: per sample, what else is given, further on; what lies in its first frames has become part of them.
 
     Returns:
         As :func:`build_condition`, [B, 1 + C, T, h, w].
     """
     cond = z_like.new_zeros(len(z_like), 1 + z_like.shape[1], *z_like.shape[2:])
+    for sample, latents in enumerate(placed or ()):
+        if latents is not None:
+            _place(cond[sample], latents)
     cond[:, 0, : given.shape[2]] = 1
     cond[:, 1:, : given.shape[2]] = given.to(cond)
     return cond
@@ -148,17 +165,21 @@ def head_condition(z_like: Tensor, given: Tensor) -> Tensor:
 def restore_references(
     z: Tensor,  # [B, C, T, h, w]
     cond_types: str | Sequence[str],
-    refs: Sequence[Sequence[Tensor] | None],
+    refs: Sequence[Sequence[Tensor] | PlacedLatents | None],
 ) -> Tensor:
     """Put given pictures back into sampled latents, for every sample of the batch.
 
     The model redraws its given frames; for ``i2v_*`` they are replaced by the exact reference latent. Videos given by
-    ``v2v_*`` are left as drawn, so that the join stays smooth. Returns a new tensor.
+    ``v2v_*`` are left as drawn, so that the join stays smooth. Of a free condition, pictures and what is kept of a
+    region are put back too. Returns a new tensor.
     """
     types = [cond_types] * len(z) if isinstance(cond_types, str) else list(cond_types)
     z, frames = z.clone(), z.shape[2]
     for sample, (cond_type, references) in enumerate(zip(types, refs)):
         if not references or frames == 1:
+            continue
+        if isinstance(references, PlacedLatents):
+            references.put_back(z[sample])
             continue
         for span in get_spans(cond_type):
             if span.groups is None:
@@ -192,8 +213,8 @@ def choose_conditions(
     return rng.choices(names, [weights[name] for name in names], k=batch)
 
 
-def condition_runs(weights: Mapping[str, float] | None, ae: Autoencoder, num_frames: int) -> list[FrameRun]:
-    """Runs of pixel frames that the conditions of a config may give in clips of this length, in order.
+def condition_runs(weights: Mapping[str, float] | None, ae: Autoencoder, num_frames: int) -> list[ClipPart]:
+    """Parts of the pixels that the conditions of a config may give in clips of this length, in order.
 
     They are cut from the pixels and encoded on their own, never cut from the encoded video: latents of the whole video
     have seen other frames and would tell the model more than it gets when sampling.
@@ -203,14 +224,15 @@ def condition_runs(weights: Mapping[str, float] | None, ae: Autoencoder, num_fra
         ae: autoencoder, on the meta device will do.
         num_frames: pixel frames of the clips.
     """
+    spec = LatentSpec(ae.compression, ae.is_causal)
     latent_frames = ae.get_latent_size((num_frames, 64, 64))[0]
-    runs = {
-        span.pixel_run(ae.is_causal, ae.compression[0])
+    names = [
+        name
         for name, weight in (weights or {}).items()
         if weight > 0 and latent_frames > 1 and fits(name, latent_frames, ae.is_causal)
-        for span in get_spans(name)
-    }
-    return sorted(runs)
+    ]
+    runs = {span.pixel_run(ae.is_causal, ae.compression[0]) for name in names for span in get_spans(name)}
+    return [*sorted(runs), *(part for name in sorted(names) for part in drawn_parts(name, latent_frames, spec))]
 
 
 def is_image_condition(cond_type: str) -> bool:

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from opensora.acceleration.parallel_vae import together
+from opensora.diffusion.conditions import get_condition
 from opensora.diffusion.decode import fitting_tiles
+from opensora.diffusion.free import FreeCondition, PlacedLatents
 from opensora.diffusion.plan import SamplePlan
-from opensora.diffusion.references import Source, read_clips
+from opensora.diffusion.references import Source, read_clips, read_placed
 from opensora.models.autoencoder import Autoencoder
 
 REFERENCE_SEED_OFFSET = 0x5DEECE66D  # keeps posterior noise apart from the starting noise of the same seed
@@ -31,8 +33,9 @@ def encode_references(
     device: torch.device,
     dtype: torch.dtype,
     room: int | None = None,
-) -> list[list[Tensor] | None]:
-    """Latents [C, T', h, w] of each sample's references, one per given run of the plan's condition; None without.
+) -> list[list[Tensor] | PlacedLatents | None]:
+    """Latents [C, T', h, w] of each sample's references, one per given run of the plan's condition; None without. Of a
+    condition of which each sample says what it gives they come with their places.
 
     The posterior is sampled with a stream of the sample's own seed.
 
@@ -47,17 +50,27 @@ def encode_references(
     Raises:
         UserError: a reference that cannot be read or is too short.
     """
-    encoded: list[list[Tensor] | None] = []
+    encoded: list[list[Tensor] | PlacedLatents | None] = []
+    is_free = isinstance(get_condition(plan.cond_type), FreeCondition)
     for of_sample, seed in zip(sources, seeds):
         if not of_sample:
             encoded.append(None)
             continue
         generator = torch.Generator("cpu").manual_seed(seed ^ REFERENCE_SEED_OFFSET)
-        clips = read_clips(of_sample, plan.cond_type, plan.spec, plan.height, plan.width)
+        placed = None
+        if is_free:
+            placed = read_placed(of_sample, plan)
+            clips = placed.clips if placed.whole is None else [*placed.clips, placed.whole]
+        else:
+            clips = read_clips(of_sample, plan.cond_type, plan.spec, plan.height, plan.width)
         pixels = [clip[None].to(device, dtype) for clip in clips]
         latents = []
         for clip in pixels:
             with ae.in_tiles(fitting_tiles(ae, clip.shape[2:], dtype, room, encode=True)), together(ae):
                 latents.append(ae.encode(clip, generator=generator)[0])
-        encoded.append(latents)
+        if placed is None:
+            encoded.append(latents)
+        else:
+            count = len(placed.clips)
+            encoded.append(PlacedLatents(placed.spans, latents[:count], placed.cells, latents[count:]))
     return encoded

@@ -20,10 +20,11 @@ from opensora.config.commands import InferenceOptions
 from opensora.config.keys import read_group
 from opensora.config.options import SamplingOption
 from opensora.diffusion.calling import Generators, condition_of, one_of, seeds_of, shown_steps, with_aliases
-from opensora.diffusion.conditions import get_spans
+from opensora.diffusion.conditions import get_condition, get_spans, takes_references
 from opensora.diffusion.decode import DecodeMemoryError, Gathered
 from opensora.diffusion.distilled import as_distilled
 from opensora.diffusion.fitting import check_fit
+from opensora.diffusion.free import PlacedLatents
 from opensora.diffusion.loading import load_models, park_modulation
 from opensora.diffusion.long import kept_in, sample_windows, texts_of_windows
 from opensora.diffusion.lora_stack import LoadedLora, LoraStack
@@ -39,6 +40,7 @@ from opensora.diffusion.stages import Stages
 from opensora.diffusion.step_cache import StepCache
 from opensora.diffusion.timing import as_stage, timed
 from opensora.diffusion.velocity import TextEmbeddings
+from opensora.diffusion.windows import Windows
 from opensora.diffusion.wording import check_motion_score, check_prompt, check_seed, final_text
 from opensora.models.build import build_on_meta
 from opensora.models.diffusion import DiffusionModel
@@ -177,7 +179,7 @@ class VideoPipeline(Stages):
         ref = one_of("ref", ref, "image", image)
         cond_type = condition_of(cond_type, self.cfg.cond_type, image)
         sampling = with_aliases(sampling, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
-        get_spans(cond_type)
+        get_condition(cond_type)
         if fps is not None and not 0 < fps <= 1000:
             raise UserError(f"fps {fps:g} must be above 0 and at most 1000")
         option = self._option(sampling)
@@ -276,7 +278,7 @@ class VideoPipeline(Stages):
         plan: SamplePlan,
         positive: Sequence[TextEmbeddings],
         negative: TextEmbeddings,
-        refs: Sequence[Sequence[Tensor] | None],
+        refs: Sequence[Sequence[Tensor] | PlacedLatents | None],
         seeds: Sequence[int],
         on_step: StepCallback | None,
         folders: Sequence[Path] | None,
@@ -284,17 +286,20 @@ class VideoPipeline(Stages):
         """Latents of a batch, in windows where the plan has them, and the share of work that a cache saved (of the last
         window). ``positive`` has the texts of each window, the last of them those of all further ones."""
         caches: list[StepCache | None] = [None]
+        windows = plan.windows
 
         def make(
             index: int, plan: SamplePlan, given: Tensor | None, seeds: Sequence[int], on_step: StepCallback | None
         ) -> Tensor:
             caches[0] = plan.step_cache.make(plan.num_steps) if plan.step_cache is not None else None
             texts = positive[min(index, len(positive) - 1)]
+            here = refs if windows is None else [_in_window(each, windows, index) for each in refs]
             if given is None:
-                return self.sample(plan, texts, negative, refs, seeds, on_step, caches[0])
-            return self.go_on(plan, texts, negative, given, seeds, on_step, caches[0])
+                return self.sample(plan, texts, negative, here, seeds, on_step, caches[0])
+            placed = [each if isinstance(each, PlacedLatents) else None for each in here]
+            return self.go_on(plan, texts, negative, given, seeds, on_step, caches[0], placed)
 
-        if plan.windows is None:
+        if windows is None:
             latents = make(0, plan, None, seeds, on_step)
         else:
             with kept_in(folders, len(seeds)) as kept:
@@ -439,16 +444,19 @@ class VideoPipeline(Stages):
 
     def _plan(self, option: SamplingOption, cond_type: str, sources: Sequence[Sequence[Source] | None]) -> SamplePlan:
         has_refs = any(sources)
-        if has_refs and not get_spans(cond_type):
+        if has_refs and not takes_references(cond_type):
             raise UserError("ref is given but cond_type is t2v; i2v_head makes a video that starts with a picture")
         if has_refs:
             check_takes_references(self.models["model"], cond_type)
         for of_sample in sources:
-            if of_sample:
+            if of_sample and get_spans(cond_type):
                 check_references(of_sample, cond_type, self.spec)
         condition = cond_type if has_refs else "t2v"
         plan = make_plan(option, self.spec, self.cfg.patch_size, condition, has_refs, self.distilled)
         check_goes_on(self.models["model"], plan)
+        for of_sample in sources:
+            if of_sample and not get_spans(cond_type):  # where they lie depends on the length
+                check_references(of_sample, cond_type, self.spec, plan)
         return plan
 
     def _seeds(self, seed: int | Sequence[int] | None, count: int) -> list[int]:
@@ -456,6 +464,16 @@ class VideoPipeline(Stages):
             drawn = [random.SystemRandom().getrandbits(32) for _ in range(count)]
             return collectives.broadcast_object(drawn, self.parallel.sample)
         return [check_seed(value) for value in _per_prompt(seed, count, "seeds")]
+
+
+def _in_window(
+    given: Sequence[Tensor] | PlacedLatents | None, windows: Windows, index: int
+) -> Sequence[Tensor] | PlacedLatents | None:
+    """What of a sample's references lies in a window; those of the beginning are for the first one."""
+    if not isinstance(given, PlacedLatents):
+        return given
+    begin = index * windows.advance
+    return given.within(begin, begin + windows.window)
 
 
 def _texts_of(prompt: Any) -> list[str]:

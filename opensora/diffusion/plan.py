@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 from opensora.config.options import SamplingOption
 from opensora.datasets.aspect import aspect_ratio_table, closest_aspect_ratio, get_image_size, round_up
-from opensora.diffusion.conditions import fits, get_spans, is_image_condition
+from opensora.diffusion.conditions import fits, get_condition, get_spans, is_image_condition, takes_references
 from opensora.diffusion.distilled import Distilled
 from opensora.diffusion.flow import get_schedule, shifted
+from opensora.diffusion.free import FreeCondition, Region
 from opensora.diffusion.guidance import Guidance, count_forwards, phase
 from opensora.diffusion.solvers import SOLVERS, Step, evaluations, make_steps
 from opensora.diffusion.step_cache import StepCacheChoice
@@ -42,6 +43,7 @@ class SamplePlan:
         distilled: what the model says of itself, if it is distilled.
         windows: how a video that is longer than ``num_frames`` is divided, else None.
         after: run of each window but the first.
+        keep_given: set what is given anew at every step.
     """
 
     height: int
@@ -61,6 +63,7 @@ class SamplePlan:
     distilled: Distilled | None = None
     windows: Windows | None = None
     after: "SamplePlan | None" = None
+    keep_given: bool = False
 
     @property
     def length(self) -> int:
@@ -169,10 +172,12 @@ def make_plan(
     windows = Windows.of(option, spec)
     if windows is None or option.window is None or not fits(cond_type, windows.window, spec.is_causal):
         return _plan_at_once(option, spec, patch_size, cond_type, has_image, distilled)
-    if any(span.at == "tail" for span in get_spans(cond_type)):
+    if not in_windows(cond_type):
+        fixed = "all frames" if isinstance(get_condition(cond_type), Region) else "the end"
         raise UserError(
-            f"cond_type {cond_type} fixes the end of a video, and num_frames={option.num_frames} is made in windows of "
-            f"{option.window}, which takes conditions of the beginning only: t2v, i2v_head, v2v_head"
+            f"cond_type {cond_type} fixes {fixed} of a video, and num_frames={option.num_frames} is made in windows of "
+            f"{option.window}, which takes conditions of the beginning only: t2v, i2v_head, v2v_head, extend_right; or "
+            "frames, at any places"
         )
     option = replace(option, num_frames=option.window)
     after = _plan_at_once(option, spec, patch_size, "i2v_head", True, distilled)
@@ -180,6 +185,14 @@ def make_plan(
         after = replace(after, cond_type=CLIP, guidance=replace(after.guidance, scale_temporal_osci=False))
     first = _plan_at_once(option, spec, patch_size, cond_type, has_image, distilled)
     return replace(first, windows=windows, after=after)
+
+
+def in_windows(cond_type: str) -> bool:
+    """Whether a condition can be of a video that is made in windows: it gives no end, and not all frames."""
+    condition = get_condition(cond_type)
+    if isinstance(condition, FreeCondition):
+        return condition.in_windows
+    return not any(span.at == "tail" for span in condition)
 
 
 def _plan_at_once(
@@ -195,7 +208,7 @@ def _plan_at_once(
     height, width = frame_size(option, multiple)
     num_frames, num_steps = option.num_frames, option.num_steps
     spec.check_frames(num_frames)
-    if option.method == "distill" and distilled is None and get_spans(cond_type):
+    if option.method == "distill" and distilled is None and takes_references(cond_type):
         raise UserError(
             f"sampling_option.method distill makes videos from text alone, not with cond_type {cond_type} (or "
             "use_t2i2v); --sampling_option.method i2v takes references"
@@ -209,7 +222,7 @@ def _plan_at_once(
         times = get_schedule(num_steps, tokens, size[0], option.shift, option.flow_shift)
     if any(after >= now for now, after in itertools.pairwise(times)):
         raise UserError(f"flow_shift={option.flow_shift}: the times of {num_steps} steps coincide; 1 to 20 is usual")
-    given = bool(get_spans(cond_type)) if has_image is None else has_image
+    given = takes_references(cond_type) if has_image is None else has_image
     return SamplePlan(
         height=height,
         width=width,
@@ -232,12 +245,15 @@ def _plan_at_once(
         solver=option.solver,
         step_cache=StepCacheChoice.of(option.step_cache, option.step_cache_threshold),
         distilled=distilled,
+        keep_given=option.keep_given and given and size[0] > 1,
     )
 
 
 def _check_condition(cond_type: str, num_frames: int, latent_frames: int, spec: LatentSpec) -> None:
     if fits(cond_type, latent_frames, spec.is_causal):
         return
+    if isinstance(get_condition(cond_type), FreeCondition):
+        raise UserError(f"cond_type {cond_type} with num_frames={num_frames}: too short a video to give a part of it")
     given = sum(span.latent_frames(spec.is_causal) for span in get_spans(cond_type))
     shortest = given * spec.compression[0] + 1 if spec.is_causal else (given + 1) * spec.compression[0]
     raise UserError(
@@ -248,7 +264,7 @@ def _check_condition(cond_type: str, num_frames: int, latent_frames: int, spec: 
 
 def starts_from_picture(cond_type: str) -> str:
     """Condition of a video whose picture is made first (``use_t2i2v``): ``t2v`` asks for none, so it starts from it."""
-    return cond_type if get_spans(cond_type) else "i2v_head"
+    return cond_type if takes_references(cond_type) else "i2v_head"
 
 
 def image_plan(option: SamplingOption, resolution: str, spec: LatentSpec, patch_size: int) -> SamplePlan:

@@ -12,11 +12,12 @@ from opensora.acceleration.devices import torch_dtype
 from opensora.acceleration.plugins import check_sizes, plugin_name
 from opensora.config.commands import InferenceOptions
 from opensora.config.options import ModelOptions, SamplingOption
-from opensora.diffusion.conditions import get_spans
+from opensora.diffusion.conditions import takes_references
 from opensora.diffusion.distilled import Distilled, as_distilled, find_distilled
 from opensora.diffusion.lora import check_quantized, read_loras
 from opensora.diffusion.lora_fit import Adapter
 from opensora.diffusion.plan import SamplePlan, image_plan, make_plan, starts_from_picture
+from opensora.diffusion.trained import note_untrained
 from opensora.models.autoencoder import LatentSpec, as_autoencoder
 from opensora.models.build import build_on_meta, check_all_weights, check_capacity
 from opensora.models.diffusion import DiffusionConfig, DiffusionModel, as_diffusion_model
@@ -85,7 +86,7 @@ class PreparedRun:
         if plan.step_cache is not None:
             logger.info("step cache %s: approximate, some evaluations leave blocks out", plan.step_cache)
         cond_type = starts_from_picture(cfg.cond_type) if cfg.use_t2i2v else cfg.cond_type
-        if get_spans(cond_type):
+        if takes_references(cond_type):
             check_takes_references(models["model"], cond_type)
             plan = make_plan(cfg.sampling_option, spec, cfg.patch_size, cond_type, distilled=distilled)
         picture = None
@@ -110,9 +111,10 @@ class PreparedRun:
         Raises:
             UserError: a condition that cannot be.
         """
-        plans = []
-        for cond_type in sorted(set(cond_types)):
-            if get_spans(cond_type):
+        plans, cond_types = [], set(cond_types)
+        note_untrained(self.sections.get("model"), cond_types)
+        for cond_type in sorted(cond_types):
+            if takes_references(cond_type):
                 check_takes_references(self.models["model"], cond_type)
             option, spec = self.cfg.sampling_option, self.plan.spec
             plans.append(make_plan(option, spec, self.cfg.patch_size, cond_type, distilled=self.distilled))

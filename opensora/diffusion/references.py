@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,40 @@ import numpy as np
 from torch import Tensor
 
 from opensora.datasets.transforms import fit_frames
-from opensora.diffusion.conditions import Span, get_spans
-from opensora.diffusion.plan import LatentSpec
+from opensora.diffusion.conditions import get_condition, get_spans
+from opensora.diffusion.free import FreeCondition, Region, filled, kept_cells
+from opensora.diffusion.placing import Located, Reference
+from opensora.diffusion.plan import LatentSpec, SamplePlan
+from opensora.diffusion.spans import Span
 from opensora.utils.download import fetch, is_url
 from opensora.utils.errors import UserError
 from opensora.utils.media.pictures import as_pixels
-from opensora.utils.paths import expand_home
+from opensora.utils.paths import expand_home, split_place
 from opensora.utils.video import is_video, read_image, read_video, video_info
 
-Source = str | Path | np.ndarray
+Media = str | Path | np.ndarray
 """A picture or video file, or pixels: uint8 [H, W, 3] or [T, H, W, 3]. Pipelines take whatever else
 :func:`opensora.utils.media.pictures.as_pixels` does, and make it one of these."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A picture or clip and the frames of the video that it gives (``cond_type="frames"``); in a text, ``a.png@64`` or
+    ``b.mp4@96-128``.
+
+    Attributes:
+        media: the picture or clip.
+        first: number of its first frame in the video, from 0; negative from the end.
+        last: of its last one; None for a picture, and for as much of a clip as there is and fits.
+    """
+
+    media: Media
+    first: int
+    last: int | None = None
+
+
+Source = Media | Placed
+"""A picture or clip, maybe with its place."""
 
 References = Source | Sequence[Source]
 """References of one sample."""
@@ -44,38 +68,97 @@ def locate_references(ref: str, folder: Path, beside: Path | None = None) -> lis
     found = []
     for part in split_references(ref):
         if is_url(part):
-            name = hashlib.sha256(part.encode()).hexdigest()[:16]
-            found.append(str(fetch(part, folder, name=name)))
+            address, place = split_place(part)
+            name = hashlib.sha256(address.encode()).hexdigest()[:16]
+            found.append(_with_place(str(fetch(address, folder, name=name)), place))
             continue
-        path = expand_home(part)
+        path, place = expand_home(part), ""
+        if not path.exists() and (beside is None or not (beside / path).exists()):
+            bare, place = split_place(part)
+            path = expand_home(bare)
         is_beside = beside is not None and not path.exists() and (beside / path).exists()
-        found.append(str(beside / path) if beside is not None and is_beside else str(path))
+        found.append(_with_place(str(beside / path) if beside is not None and is_beside else str(path), place))
     return found
 
 
-def check_references(sources: Sequence[Source], cond_type: str, spec: LatentSpec) -> None:
+def _with_place(path: str, place: str) -> str:
+    return f"{path}@{place}" if place else path
+
+
+def media_of(source: Source) -> Media:
+    """A reference without its place."""
+    if isinstance(source, Placed):
+        return source.media
+    return split_place(source)[0] if isinstance(source, str) else source
+
+
+def _place_of(source: Source) -> tuple[int, int | None] | None:
+    if isinstance(source, Placed):
+        return source.first, source.last
+    place = split_place(source)[1] if isinstance(source, str) else ""
+    if not place:
+        return None
+    first, dash, last = place[1:].partition("-")  # behind a sign that the first number may have
+    return int(place[0] + first), int(last) if dash else None
+
+
+def check_references(
+    sources: Sequence[Source], cond_type: str, spec: LatentSpec, plan: SamplePlan | None = None
+) -> None:
     """See that the references of one sample can be read and are long enough, without reading clips whole.
 
+    Args:
+        sources: of the sample.
+        cond_type: what they fix.
+        spec: of the autoencoder.
+        plan: of the video that they lie in, for conditions that give anything anywhere.
+
     Raises:
-        UserError: missing, unreadable or too short; names the file, and the frames needed and found.
+        UserError: missing, unreadable, too short or in the wrong place; names the file, and the frames needed and
+            found.
     """
-    for span in get_spans(cond_type):
-        source = sources[span.reference]
+    condition = get_condition(cond_type)
+    if isinstance(condition, FreeCondition):
+        assert plan is not None, cond_type
+        condition.locate([_known(source) for source in sources], spec, plan.length, plan.num_frames)
+        if isinstance(condition, Region):
+            _check_mask(sources, spec)
+        return
+    for span in condition:
+        source = _unplaced(sources[span.reference], cond_type)
         needed = span.pixel_frames(spec.is_causal, spec.compression[0])
-        if isinstance(source, np.ndarray):
-            found = 1 if source.ndim == 3 else len(source)
-        elif is_video(source):
-            found = video_info(source).num_frames
-        else:
-            read_image(source)
-            found = 1
-        _check_length(source, cond_type, needed, found)
+        _check_length(source, cond_type, needed, _length(source)[0])
 
 
-def _check_length(source: Source, cond_type: str, needed: int, found: int) -> None:
+def _unplaced(source: Source, cond_type: str) -> Media:
+    if _place_of(source) is not None and get_spans(cond_type):
+        raise UserError(f"{_known(source).placed_name}: a place in the video is for cond_type frames, not {cond_type}")
+    return media_of(source)
+
+
+def _length(media: Media) -> tuple[int, bool]:
+    """Frames of a picture or clip, and whether it is a picture."""
+    if isinstance(media, np.ndarray):
+        return (1, True) if media.ndim == 3 else (len(media), False)
+    if is_video(media):
+        return video_info(media).num_frames, False
+    read_image(media)
+    return 1, True
+
+
+def _known(source: Source) -> Reference:
+    media = media_of(source)
+    frames, is_picture = _length(media)
+    return Reference(_name(media), frames, is_picture, _place_of(source))
+
+
+def _name(media: Media) -> str:
+    return "the given frames" if isinstance(media, np.ndarray) else str(media)
+
+
+def _check_length(source: Media, cond_type: str, needed: int, found: int) -> None:
     if found < needed:
-        name = "the given frames" if isinstance(source, np.ndarray) else str(source)
-        raise UserError(f"reference too short: {name} has {found} frames, {cond_type} needs {needed}")
+        raise UserError(f"reference too short: {_name(source)} has {found} frames, {cond_type} needs {needed}")
 
 
 def read_clips(sources: Sequence[Source], cond_type: str, spec: LatentSpec, height: int, width: int) -> list[Tensor]:
@@ -91,22 +174,90 @@ def read_clips(sources: Sequence[Source], cond_type: str, spec: LatentSpec, heig
     clips = []
     for span in get_spans(cond_type):
         needed = span.pixel_frames(spec.is_causal, spec.compression[0])
-        source = sources[span.reference]
-        frames, picture = _read(source, span, needed)
+        source = _unplaced(sources[span.reference], cond_type)
+        frames, picture = _read(source, span.at == "tail", needed)
         _check_length(source, cond_type, needed, len(frames))
         clips.append(fit_frames(frames, height, width, picture))
     return clips
 
 
-def _read(source: Source, span: Span, count: int) -> tuple[np.ndarray, bool]:
-    """At most ``count`` frames uint8 [T, H, W, 3] from the end of the source that the run lies at, and whether it is a
-    picture."""
+def _read(source: Media, from_end: bool, count: int) -> tuple[np.ndarray, bool]:
+    """At most ``count`` frames uint8 [T, H, W, 3] from one end of the source, and whether it is a picture."""
     if isinstance(source, np.ndarray):
         frames, picture = (source[None], True) if source.ndim == 3 else (source, False)
-        return frames[:count] if span.at == "head" else frames[max(len(frames) - count, 0) :], picture
+        return frames[max(len(frames) - count, 0) :] if from_end else frames[:count], picture
     if is_video(source):
-        return read_video(source, max_frames=count, from_end=span.at == "tail")[0], False
+        return read_video(source, max_frames=count, from_end=from_end)[0], False
     return read_image(source)[None], True
+
+
+@dataclass(frozen=True)
+class PlacedClips:
+    """Pixels of one sample's references, and where they lie.
+
+    Attributes:
+        spans: of each.
+        clips: each [3, T, height, width] in [-1, 1].
+        cells, whole: as of :class:`opensora.diffusion.free.PlacedLatents`; ``whole`` in pixels.
+    """
+
+    spans: tuple[Span, ...]
+    clips: list[Tensor]
+    cells: Tensor | None = None
+    whole: Tensor | None = None
+
+
+def read_placed(sources: Sequence[Source], plan: SamplePlan) -> PlacedClips:
+    """Pixels of one sample's references of a condition of which each sample says what it gives.
+
+    Raises:
+        UserError: as :func:`check_references`.
+    """
+    condition, spec = get_condition(plan.cond_type), plan.spec
+    assert isinstance(condition, FreeCondition), plan.cond_type
+    found = condition.locate([_known(source) for source in sources], spec, plan.length, plan.num_frames)
+    clips = [_cut(media_of(sources[each.span.reference]), each, spec, plan.height, plan.width) for each in found]
+    spans = tuple(each.span for each in found)
+    if not isinstance(condition, Region):
+        return PlacedClips(spans, clips)
+    kept = _read_mask(sources, plan.num_frames, plan.height, plan.width)
+    return PlacedClips(spans, [filled(clips[0], kept)], kept_cells(kept, spec), clips[0])
+
+
+def _cut(media: Media, located: Located, spec: LatentSpec, height: int, width: int) -> Tensor:
+    """The frames of a run; a picture stands still through it."""
+    needed = located.span.pixel_frames(spec.is_causal, spec.compression[0])
+    frames, picture = _read(media, located.end == "tail", needed)
+    clip = fit_frames(frames, height, width, picture)
+    return clip.expand(-1, needed, -1, -1) if picture else clip
+
+
+def _read_mask(sources: Sequence[Source], num_frames: int, height: int, width: int) -> Tensor:
+    """Which pixels are kept, bool [1 or num_frames, height, width]: white ones, cut as the reference is."""
+    media, mask = (media_of(source) for source in sources)
+    first, picture = _read(media, False, 1)
+    frames, _ = _read(mask, False, num_frames)
+    (rows, columns), (mask_rows, mask_columns) = first.shape[1:3], frames.shape[1:3]
+    if abs(mask_rows * columns - mask_columns * rows) > 0.02 * rows * mask_columns:
+        raise UserError(
+            f"mask {_name(mask)} is {mask_columns} x {mask_rows} pixels, {_name(media)} {columns} x {rows}: draw the "
+            "mask on a frame of the reference, so that it is cut in the same way"
+        )
+    return fit_frames(frames, height, width, picture).mean(0) > 0
+
+
+def _check_mask(sources: Sequence[Source], spec: LatentSpec) -> None:
+    """Refuse a mask that cannot be one, by its first frame."""
+    media, mask = (media_of(source) for source in sources)
+    ratio = spec.compression
+    rows, columns = _read(media, False, 1)[0].shape[1:3]
+    height, width = max(rows // ratio[1], 1) * ratio[1], max(columns // ratio[2], 1) * ratio[2]
+    kept = _read_mask(sources, 1, height, width)
+    if kept.all() or not kept.any():
+        raise UserError(
+            f"mask {_name(mask)} is all {'white' if kept.all() else 'black'}: what is white is kept from the "
+            "reference, what is black is made; it needs both"
+        )
 
 
 def per_prompt_references(
@@ -133,6 +284,9 @@ def _local_sources(item: Any, downloads: Path, prompt: int) -> list[Source]:
     for number, part in enumerate(parts, 1):
         if isinstance(part, str | Path):
             sources += locate_references(str(part), downloads)
+        elif isinstance(part, Placed):
+            (media,) = _local_sources(part.media, downloads, prompt)
+            sources.append(Placed(media_of(media), part.first, part.last))
         else:
             sources.append(as_pixels(part, f"reference {number} of prompt {prompt}"))
     return sources

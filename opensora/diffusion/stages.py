@@ -1,5 +1,6 @@
 """The stages of a run, one after another: texts, references, noise to latents, latents to frames."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from opensora.diffusion.distilled import Distilled
 from opensora.diffusion.encoding import embed_texts, encode_references
 from opensora.diffusion.finite import check_result, watched
 from opensora.diffusion.fitting import blocks_of, device_room, sampling_bytes, streams, text_bytes
+from opensora.diffusion.free import PlacedLatents
 from opensora.diffusion.guidance import Branch
 from opensora.diffusion.latents import get_noise, pack, prepare_ids, unpack
 from opensora.diffusion.offload import on_device
@@ -40,6 +42,7 @@ from opensora.diffusion.velocity import (
     evaluations_of,
     guided_rows,
     guided_velocity,
+    holding,
     told_scales,
     told_velocity,
 )
@@ -110,14 +113,15 @@ class Stages:
     @torch.no_grad()
     def encode_references(
         self, sources: Sequence[Sequence[Source] | None], plan: SamplePlan, seeds: Sequence[int]
-    ) -> list[list[Tensor] | None]:
+    ) -> list[list[Tensor] | PlacedLatents | None]:
         """Latents of each sample's references, see :func:`opensora.diffusion.encoding.encode_references`."""
         if not plan.has_image:
             return [None] * len(sources)
         with self._ready("ae") as ae:
             room = self._room()
             found = encode_references(as_autoencoder(ae), sources, plan, seeds, self.device, self.dtype, room)
-        for latent in (latent for of_sample in found for latent in of_sample or ()):
+        every = (each.latents if isinstance(each, PlacedLatents) else each or () for each in found)
+        for latent in itertools.chain.from_iterable(every):
             check_result(latent[None], "latents of a reference", "--dtype bf16 or fp32, or other weights of ae")
         return found
 
@@ -126,7 +130,7 @@ class Stages:
         plan: SamplePlan,
         positive: TextEmbeddings,
         negative: TextEmbeddings,
-        refs: Sequence[Sequence[Tensor] | None],
+        refs: Sequence[Sequence[Tensor] | PlacedLatents | None],
         seeds: Sequence[int],
         on_step: StepCallback | None = None,
         cache: StepCache | None = None,
@@ -136,8 +140,12 @@ class Stages:
         size, patch = plan.latent_size, plan.patch_size
         noise, cond = get_noise(seeds, self.channels(plan), size, self.device), None
         if config.cond_embed:
-            cond = pack(build_condition(noise, plan.cond_type, refs, self.spec.is_causal), patch)
-        tokens = self._denoise("model", plan, pack(noise, patch), cond, positive, negative, on_step, cache)
+            cond = build_condition(noise, plan.cond_type, refs, self.spec.is_causal)
+        held = None
+        if plan.keep_given:
+            exact = [each.exact() if isinstance(each, PlacedLatents) else each for each in refs]
+            held = build_condition(noise, plan.cond_type, exact, self.spec.is_causal)
+        tokens = self._denoise("model", plan, noise, cond, positive, negative, on_step, cache, held)
         return restore_references(unpack(tokens, size, patch), plan.cond_type, refs)
 
     def go_on(
@@ -149,14 +157,16 @@ class Stages:
         seeds: Sequence[int],
         on_step: StepCallback | None = None,
         cache: StepCache | None = None,
+        placed: Sequence[PlacedLatents | None] | None = None,
     ) -> Tensor:
         """Noise to latents [B, C, T, h, w] in float32 that go on from ``given [B, C, t, h, w]``, which they begin with;
-        ``plan`` is that of such a window (``SamplePlan.after``)."""
+        ``plan`` is that of such a window (``SamplePlan.after``), and ``placed`` what is given further on in it."""
         size, patch = plan.latent_size, plan.patch_size
         noise = get_noise(seeds, self.channels(plan), size, self.device)
-        cond = pack(head_condition(noise, given), patch)
-        tokens = self._denoise("model", plan, pack(noise, patch), cond, positive, negative, on_step, cache)
-        latents = unpack(tokens, size, patch)
+        cond = head_condition(noise, given, placed)
+        held = cond if plan.keep_given else None
+        tokens = self._denoise("model", plan, noise, cond, positive, negative, on_step, cache, held)
+        latents = restore_references(unpack(tokens, size, patch), plan.cond_type, placed or [None] * len(noise))
         return torch.cat([given.to(latents), latents[:, :, given.shape[2] :]], dim=2)
 
     def channels(self, plan: SamplePlan) -> int:
@@ -168,15 +178,18 @@ class Stages:
         self,
         name: str,
         plan: SamplePlan,
-        noise: Tensor,  # [B, L, C] packed
-        cond: Tensor | None,  # [B, L, C + p*p] packed
+        noise: Tensor,  # [B, C, T, h, w]
+        cond: Tensor | None,  # [B, 1 + C, T, h, w]
         positive: TextEmbeddings,
         negative: TextEmbeddings,
         on_step: StepCallback | None,
         cache: StepCache | None,
+        held: Tensor | None = None,  # [B, 1 + C, T, h, w]: mask and latents that stay what they are
     ) -> Tensor:
         """Noise to tokens [B, L, C] in float32 by one of the diffusion models."""
         size, patch = plan.latent_size, plan.patch_size
+        held = None if held is None else torch.cat([held[:, :1].expand(-1, held.shape[1] - 1, -1, -1, -1), held[:, 1:]])
+        noise, cond = pack(noise, patch), None if cond is None else pack(cond, patch)
         ids = prepare_ids(len(noise), size, patch, positive.txt.shape[1], self.device)
         guided = (positive, negative, plan.guidance, plan.num_steps, size[0], plan.has_image, self.parallel.branch)
         coming = self._coming(plan, positive, *guided)
@@ -191,6 +204,8 @@ class Stages:
                 velocity = distilled_velocity(denoiser, positive, plan.guidance.text)
             else:
                 velocity = guided_velocity(denoiser, *guided)
+            if held is not None:
+                velocity = holding(velocity, *pack(held, patch).chunk(2))
             looked_at = watched(with_latents(on_step, size, patch), self.dtype)
             return solve(SOLVERS.get(plan.solver), velocity, noise, plan.steps(), looked_at)
 
@@ -256,7 +271,7 @@ class Stages:
         embedded = self.encode_prompt(prompts)
         noise = get_noise(seeds, config.in_channels // patch**2, size, self.device)
         cache = plan.step_cache.make(plan.num_steps) if plan.step_cache is not None else None
-        tokens = self._denoise("img_flux", plan, pack(noise, patch), None, embedded, embedded, on_step, cache)
+        tokens = self._denoise("img_flux", plan, noise, None, embedded, embedded, on_step, cache)
         latents = unpack(tokens, size, patch).to(self.dtype)
         with self._ready("img_flux_ae") as ae:
             pixels = [as_autoencoder(ae).decode(latent) for latent in latents.split(1)]

@@ -227,6 +227,25 @@ def guided_velocity(
     return torch.no_grad()(velocity)
 
 
+def holding(velocity: Velocity, mask: Tensor, given: Tensor) -> Velocity:
+    """A velocity that leads what is given to itself, along the straight line from the noise it started from.
+
+    So the model sees it at the noise of every step, and need not know the condition by its mask: training-free
+    inpainting, as in RePaint (arXiv:2201.09865, without its resampling) and Blended Latent Diffusion
+    (arXiv:2206.02779).
+
+    Args:
+        velocity: of everything.
+        mask: [B, L, C], not 0 where something is given.
+        given: [B, L, C], what is.
+    """
+
+    def held(x: Tensor, t: float, step: int) -> Tensor:
+        return torch.where(mask != 0, (x - given.to(x)) / max(t, 1e-6), velocity(x, t, step))
+
+    return torch.no_grad()(held)
+
+
 def distilled_velocity(denoiser: Denoiser, prompt: TextEmbeddings, scale: float) -> Velocity:
     """Velocity of a guidance-distilled model: one forward, the scale is an input of the model."""
 

@@ -56,7 +56,7 @@ class CacheInfo:
     Attributes:
         video: autoencoder, its weights, precision and the rules that choose frames; None where there are no latents.
         text: text encoders, their weights and precision; None where there are no embeddings.
-        runs: names of the stored runs of frames: :data:`WHOLE`, and see :class:`opensora.datasets.runs.FrameRun`.
+        runs: names of what is stored of clips: :data:`WHOLE`, and see :class:`opensora.datasets.runs.ClipPart`.
         plan: hash of the rows, sizes and texts that the cache is to hold.
         clips: how many those are.
         shard_size: clips, or texts, per file.

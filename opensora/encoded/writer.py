@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from opensora.datasets.buckets import BucketTable
-from opensora.datasets.runs import FrameRun
+from opensora.datasets.runs import ClipPart, encode_part
 from opensora.datasets.sampler import BucketBatchSampler
 from opensora.datasets.source import ClipSource, SampleKey
 from opensora.datasets.table import row_name, row_number, write_table
@@ -91,7 +91,7 @@ class CacheWriter:
         source: the clips.
         plan: what of them, see :func:`make_plan`.
         info: what it is made with; no latents without ``video``, no embeddings without ``text``.
-        runs: runs of frames to encode on their own, by the length of a clip.
+        runs: what to encode on its own, by the length of a clip.
         load_video_encoder, load_text_encoder: called where there is something left to encode.
         overwrite: replace a cache that was made with something else.
         wait: wait while another process writes to the folder, instead of refusing.
@@ -106,7 +106,7 @@ class CacheWriter:
         source: ClipSource,
         plan: CachePlan,
         info: CacheInfo,
-        runs: Mapping[int, Sequence[FrameRun]],
+        runs: Mapping[int, Sequence[ClipPart]],
         load_video_encoder: Callable[[], VideoEncoder],
         load_text_encoder: Callable[[], TextEncoder],
         *,
@@ -318,15 +318,13 @@ class CacheWriter:
         """Moments of whole clips and of the runs of frames that conditions give, by name in the shard."""
         if not clips:
             return {}
-        pixels_of = [clip for _, clip in clips]
-        if len({clip.dtype for clip in pixels_of}) > 1:
-            pixels_of = [in_model_range(clip) for clip in pixels_of]
-        video = torch.stack(pixels_of)
-        runs = {WHOLE: video, **{run.name: run.cut(video).contiguous() for run in self.runs[video.shape[2]]}}
+        rows, pixels = [key.row for key, _ in clips], [clip for _, clip in clips]
+        if len({clip.dtype for clip in pixels}) > 1:
+            pixels = [in_model_range(clip) for clip in pixels]
+        found = {WHOLE: encode(torch.stack(pixels))}
+        found |= {run.name: encode_part(run, rows, pixels, encode) for run in self.runs[pixels[0].shape[1]]}
         return {
-            f"{key.row}.{name}": moments.clone()
-            for name, pixels in runs.items()
-            for (key, _), moments in zip(clips, encode(pixels))
+            f"{row}.{name}": of_row.clone() for name, all_rows in found.items() for row, of_row in zip(rows, all_rows)
         }
 
     def _write_index(self) -> None:

@@ -127,11 +127,12 @@ class Estimate:
 
     @cached_property
     def encoding(self) -> Cost | None:
-        """Of the longest reference."""
-        spans = get_spans(self.plan.cond_type) if self.plan.has_image else ()
-        if not spans:
+        """Of the longest reference; of one as long as the video, where each sample says what it gives."""
+        if not self.plan.has_image:
             return None
-        frames = max(span.pixel_frames(self.plan.spec.is_causal, self.plan.spec.compression[0]) for span in spans)
+        ratio, causal = self.plan.spec.compression[0], self.plan.spec.is_causal
+        spans = get_spans(self.plan.cond_type)
+        frames = max((span.pixel_frames(causal, ratio) for span in spans), default=self.plan.num_frames)
         return self.ae.encode_cost((frames, self.plan.height, self.plan.width), self.run.dtype)
 
     def tiles(self, room: float) -> Fit | None:

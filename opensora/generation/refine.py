@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from opensora.config.commands import InferenceOptions
+from opensora.diffusion.references import media_of
 from opensora.generation.requests import Request
 from opensora.utils.chat import ChatClient, content_of, data_url, require_openai
 from opensora.utils.errors import UserError
@@ -182,5 +183,5 @@ def _try(ask: Ask, instructions: str, request: Request, picture: np.ndarray | No
 def _first_picture(request: Request) -> np.ndarray | None:
     if not request.refs:
         return None
-    path = request.refs[0]
+    path = str(media_of(request.refs[0]))
     return read_video(path, max_frames=1)[0][0] if is_video(path) else read_image(path)

@@ -9,7 +9,8 @@ from typing import Any
 from opensora.config.commands import InferenceOptions
 from opensora.config.options import DatasetOptions
 from opensora.datasets.table import row_name
-from opensora.diffusion.conditions import get_spans
+from opensora.diffusion.conditions import get_condition, get_spans, takes_references
+from opensora.diffusion.free import Region
 from opensora.diffusion.plan import starts_from_picture
 from opensora.diffusion.references import locate_references
 from opensora.diffusion.wording import check_motion_score, check_prompt, check_seed, final_text
@@ -31,7 +32,7 @@ class Request:
         where: how to name it to the user.
         name: file name from the table, None to number it.
         ref: references as the user wrote them.
-        refs: the same as local files.
+        refs: the same as local files, and behind them the mask.
         cond_type: condition; ``t2v`` where there are no references.
         neg: negative prompt.
         fps: frames per second of the file, also told to the model.
@@ -40,6 +41,7 @@ class Request:
         refined: prompt as a language model wrote it out, if asked to, or as the table has it.
         image_text: the same for the picture made first (``use_t2i2v``).
         next_texts: prompts of the windows after the first of a long video; the last one stays.
+        mask: of a region, as the user wrote it.
     """
 
     text: str
@@ -56,6 +58,7 @@ class Request:
     refined: str | None = None
     image_text: str | None = None
     next_texts: tuple[str, ...] = ()
+    mask: str = ""
 
     @property
     def final_text(self) -> str:
@@ -92,7 +95,7 @@ def read_requests(
     if cfg.prompt is not None:
         if not cfg.prompt.strip():
             raise UserError("--prompt is empty")
-        rows = {"text": cfg.prompt, "ref": cfg.ref or ""}
+        rows = {"text": cfg.prompt, "ref": cfg.ref or "", "mask": cfg.mask or ""}
         rows |= {f"text_{number}": text for number, text in enumerate(cfg.next_prompts or (), 2)}
         return [_request(cfg, rows, 0, "--prompt", None, downloads)]
     section = cfg.dataset or DatasetOptions(type="text")
@@ -126,17 +129,23 @@ def _request(
     cond_type = cell("cond_type") or cfg.cond_type
     try:
         cond_type = starts_from_picture(cond_type) if cfg.use_t2i2v else cond_type
-        spans = get_spans(cond_type)
+        is_given = takes_references(cond_type)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    if cell("ref") and not spans:
+    if cell("ref") and not is_given:
         given = "--ref" if where == "--prompt" else f"{where}: ref"
         raise UserError(f"{given} is given but cond_type is t2v; --cond_type i2v_head starts from a picture")
-    if spans and not cell("ref") and not cfg.use_t2i2v:
+    mask = _mask(cfg, cell("mask"), cond_type, where)
+    if is_given and not cell("ref") and not cfg.use_t2i2v:
         logger.warning("%s: no reference for cond_type %s, making a t2v video", where, cond_type)
-        cond_type = "t2v"
+        cond_type, mask = "t2v", ""
+    if is_given and not cell("ref") and cfg.use_t2i2v and not get_spans(cond_type):
+        raise UserError(
+            f"{where}: use_t2i2v makes a picture to start from, which cond_type {cond_type} has no place for"
+        )
     try:
-        refs = locate_references(cell("ref"), downloads, beside) if spans else []
+        refs = locate_references(cell("ref"), downloads, beside) if is_given else []
+        refs += locate_references(mask, downloads, beside)
     except UserError as error:
         raise UserError(f"{where_of_ref(where)}: {error}") from None
     fps = _number(cell("fps") or cfg.fps_save, "fps", where)
@@ -158,7 +167,26 @@ def _request(
         refined=check_prompt(cell("refined"), f"{where}: refined") or None,
         image_text=check_prompt(cell("image_text"), f"{where}: image_text") or None,
         next_texts=_next_texts(row, cell, where),
+        mask=mask,
     )
+
+
+def _mask(cfg: InferenceOptions, own: str, cond_type: str, where: str) -> str:
+    """The mask of a request: the row's, or that of the command line.
+
+    Raises:
+        UserError: one where none is taken, or none where one is needed.
+    """
+    takes_mask, name = (
+        isinstance(get_condition(cond_type), Region),
+        "--mask" if where == "--prompt" else f"{where}: mask",
+    )
+    if own and not takes_mask:
+        raise UserError(f"{name} is given but cond_type is {cond_type}; --cond_type region keeps what is white in it")
+    mask = own or cfg.mask or ""
+    if takes_mask and not mask:
+        raise UserError(f"{name} is missing: cond_type region wants what is white where the reference is kept")
+    return mask if takes_mask else ""
 
 
 def _next_texts(row: Row, cell: Callable[[str], str], where: str) -> tuple[str, ...]:

@@ -104,7 +104,7 @@ def check_requests(run: PreparedRun, requests: Sequence[Request]) -> None:
     Raises:
         UserError: names the row, or the flag.
     """
-    run.plans(request.cond_type for request in requests)
+    plans = {plan.cond_type: plan for plan in run.plans(request.cond_type for request in requests)}
     for request in requests:
         if request.next_texts and not is_long(run.cfg.sampling_option):
             name = "--next_prompts" if request.where == "--prompt" else f"{request.where}: text_2"
@@ -115,7 +115,7 @@ def check_requests(run: PreparedRun, requests: Sequence[Request]) -> None:
             )
         try:
             if request.refs:
-                check_references(request.refs, request.cond_type, run.plan.spec)
+                check_references(request.refs, request.cond_type, run.plan.spec, plans[request.cond_type])
         except UserError as error:
             raise UserError(f"{where_of_ref(request.where)}: {error}") from None
     outputs.check_stems(run.cfg, requests)

@@ -17,7 +17,8 @@ from torch import Tensor
 from opensora.config.commands import TrajectoryOptions
 from opensora.config.options import ModelOptions
 from opensora.datasets.table import write_table
-from opensora.diffusion.conditions import build_condition
+from opensora.diffusion.conditions import build_condition, get_condition
+from opensora.diffusion.free import Anywhere, Region
 from opensora.diffusion.latents import get_noise
 from opensora.diffusion.lora import as_list, split_lora
 from opensora.diffusion.pipeline import VideoPipeline
@@ -88,6 +89,11 @@ def with_condition(cfg: TrajectoryOptions, row: Row, index: int) -> Row:
     if "path" not in row:
         raise UserError("condition_config: references are taken from clips, and the table has no column path")
     names, weights = list(cfg.condition_config), list(cfg.condition_config.values())
+    for name in names:
+        if isinstance(get_condition(name), Anywhere | Region):
+            raise UserError(
+                f"condition_config.{name}: a clip alone says no places; give rows cond_type and ref instead"
+            )
     (cond_type,) = random.Random(f"{cfg.seed}/{index}/condition").choices(names, weights)
     return {**row, "cond_type": cond_type, "ref": "" if cond_type == "t2v" else row["path"]}
 
@@ -289,7 +295,8 @@ def describe(cfg: TrajectoryOptions, run: PreparedRun, starts: Sequence[Start]) 
         digest.update(fingerprint(start).encode())
     steps = run.plan.num_steps
     option = asdict(replace(cfg.sampling_option, seed=None))
-    kept = {key: value for key, value in option.items() if key not in ("given", "chosen")}
+    left_out = ("given", "chosen", *(() if option["keep_given"] else ("keep_given",)))  # which older ones do not name
+    kept = {key: value for key, value in option.items() if key not in left_out}
     command = own_command("trajectories", "scripts/diffusion/trajectories.py")
     return TrajectoryInfo(
         models=models,

@@ -14,6 +14,7 @@ import numpy as np
 from opensora.config.commands import InferenceOptions
 from opensora.diffusion.decode import DecodeMemoryError
 from opensora.diffusion.pipeline import SampleResult
+from opensora.diffusion.references import media_of
 from opensora.generation import outputs
 from opensora.generation.jobs import Job
 from opensora.generation.sample_files import SampleFiles
@@ -58,7 +59,8 @@ class SampleWriter:
         """Where the latents of a long video are kept while it is made: by its name and all that it is made with."""
         models = {key: value for key, value in self.cfg.to_dict().items() if key in OF_A_VIDEO}
         request = dataclasses.asdict(job.request) | {"index": None, "where": None}
-        refs = [files_hash(ref) for ref in job.request.refs]
+        request.pop("mask")  # one of the refs
+        refs = [files_hash(str(media_of(ref))) for ref in job.request.refs]
         facts = [models, self.common["weights"], request | {"refs": refs}, job.seed]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
         return outputs.windows_folder(job.stem, digest)
@@ -136,6 +138,7 @@ class SampleWriter:
             "prompt": request.text,
             "negative_prompt": request.neg,
             "references": request.ref,
+            **({"mask": request.mask} if request.mask else {}),
             "cond_type": request.cond_type,
             "seed": job.seed,
             "fps": request.fps,

@@ -1,11 +1,21 @@
 """Paths as people write them."""
 
 import os
+import re
 from pathlib import Path
 
 INDEX_SUFFIX = ".index.json"  # after the name of the weight file that shards stand for
 PACKAGE = Path(__file__).resolve().parents[1]
 INSTALLED = "_data"  # folder of an installed package that holds what a checkout has at its root, see setup.py
+
+PLACED = re.compile(r"(.+)@(-?\d+(?:-(?:-?\d+))?)", re.DOTALL)  # a reference and the frames that it gives
+
+
+def split_place(entry: str) -> tuple[str, str]:
+    """The path (or address) of a reference, and its place in the video: ``a.png@64`` is ``a.png`` and ``64``. The place
+    is empty where there is none, and where there is a file of the whole name."""
+    found = PLACED.fullmatch(entry.strip())
+    return (found[1], found[2]) if found is not None and not is_there(entry) else (entry, "")
 
 
 def shipped_root() -> Path:

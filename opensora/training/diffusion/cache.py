@@ -1,7 +1,7 @@
 """Training on latents and text embeddings computed beforehand: the cache of a training config."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from opensora.config.commands import CacheOptions, TrainOptions
 from opensora.config.options import DatasetOptions, ModelOptions
 from opensora.datasets.buckets import BucketTable
 from opensora.datasets.config import VideoTextConfig
+from opensora.datasets.runs import ClipPart, FrameRun
 from opensora.datasets.source import ClipSource, build_source
 from opensora.datasets.transforms import in_model_range
 from opensora.diffusion.conditions import condition_runs
@@ -161,7 +162,7 @@ def cache_writer(cfg: CacheOptions, processes: Torchrun | None = None) -> CacheW
     info = CacheInfo(
         video=_video_fingerprint(cfg, ae) if "video" in parts else None,
         text=_text_fingerprint(cfg) if "text" in parts else None,
-        runs=[WHOLE, *(run.name for run in sorted({run for found in runs.values() for run in found}))],
+        runs=[WHOLE, *_names({run for found in runs.values() for run in found})],
         plan=plan.digest(),
         clips=len(plan.keys),
         shard_size=cfg.cache_shard_size,
@@ -205,6 +206,12 @@ def _clip_encoder(cfg: CacheOptions, ae: Autoencoder, device: torch.device) -> C
     if cfg.batch_size:
         return ClipEncoder(ae, most=cfg.batch_size)
     return ClipEncoder(ae, room=encode_room(cfg.encode_memory, device))
+
+
+def _names(parts: Iterable[ClipPart]) -> list[str]:
+    """Names of what is stored beside whole clips: runs of frames by end and length, then the rest."""
+    runs = [part for part in parts if isinstance(part, FrameRun)]
+    return [*(run.name for run in sorted(runs)), *sorted({part.name for part in parts} - {run.name for run in runs})]
 
 
 def _check_writing(cfg: CacheOptions) -> tuple[Path, Sequence[str]]:

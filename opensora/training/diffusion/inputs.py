@@ -10,9 +10,16 @@ from torch import Tensor, nn
 
 from opensora.acceleration.parallel_context import Axis
 from opensora.config.options import LossWeightingOptions, TimeSamplingOptions
-from opensora.datasets.runs import FrameRun
-from opensora.diffusion.conditions import build_condition, choose_conditions, condition_runs, get_spans
+from opensora.datasets.runs import ClipPart, encode_part
+from opensora.diffusion.conditions import (
+    build_condition,
+    choose_conditions,
+    condition_runs,
+    drawn_parts,
+    get_spans,
+)
 from opensora.diffusion.flow import flow_matching_loss, interpolate, unconditioned_tokens, velocity
+from opensora.diffusion.free import DrawnPart, PlacedLatents
 from opensora.diffusion.latents import pack, prepare_ids
 from opensora.diffusion.times import draw_times, time_weights
 from opensora.encoded.memory import EncodedMemory, even_group
@@ -124,7 +131,8 @@ class InputEncoder:
         if cond is not None:
             inputs["cond"] = pack(cond, patch)
             if self.options.no_i2v_ref_loss:
-                mask = unconditioned_tokens(cond[:, 0, :, 0, 0], height * width // patch**2)
+                whole = cond[:, 0].amin((2, 3))  # frames of which only a region is given count
+                mask = unconditioned_tokens(whole, height * width // patch**2)
         target = pack(velocity(x_0, noise, self.options.sigma_min), patch)
         weights = self._loss_weights(timesteps, types)
         return {"inputs": inputs, "target": target, "mask": mask, "weights": weights, "conditions": types}
@@ -158,8 +166,9 @@ class InputEncoder:
         place = {row: i for i, row in enumerate(batch.get("read", range(len(batch["index"]))))}
         video = batch["video"][[place[row] for row in rows]]
         runs = condition_runs(self.options.condition_weights, self.ae, video.shape[2])
-        pixels = {WHOLE: video, **{run.name: run.cut(video).contiguous() for run in runs}}
-        return {batch_key(name): self.encode_clips(clips) for name, clips in pixels.items()}
+        numbers = [int(batch["index"][row]) for row in rows]
+        found = {run.name: encode_part(run, numbers, [*video], self.encode_clips) for run in runs}
+        return {batch_key(name): moments for name, moments in {WHOLE: self.encode_clips(video), **found}.items()}
 
     def _embed(self, texts: Sequence[str]) -> dict[str, Tensor]:
         encoders = {"text_t5": self.t5, "text_clip": self.clip}
@@ -183,22 +192,41 @@ class InputEncoder:
         if weights is None:
             return None, None
         rng = random.Random(int(torch.randint(2**31, (1,), generator=generator)))
-        causal, ratio = self.ae.is_causal, self.ae.compression[0]
-        types = choose_conditions(weights, len(x_0), x_0.shape[2], rng, causal)
-        # Runs of frames that the samples need; one run is encoded for all its samples together.
-        needs = [[span.pixel_run(causal, ratio) for span in get_spans(cond_type)] for cond_type in types]
-        latents: dict[tuple[int, FrameRun], Tensor] = {}
-        for run in dict.fromkeys(run for runs in needs for run in runs):
-            rows = [i for i, runs in enumerate(needs) if run in runs]
-            stored = batch.get(batch_key(run.name))
+        types = choose_conditions(weights, len(x_0), x_0.shape[2], rng, self.ae.is_causal)
+        # Parts of the clips that the samples need; one is encoded for all its samples together.
+        needs = [self._needed(cond_type, x_0.shape[2], rng) for cond_type in types]
+        latents: dict[tuple[int, ClipPart], Tensor] = {}
+        for part in dict.fromkeys(part for parts in needs for part in parts):
+            rows = [i for i, parts in enumerate(needs) if part in parts]
+            stored = batch.get(batch_key(part.name))
             if stored is None:
-                moments = self.encode_clips(torch.stack([run.cut(batch["video"][i]) for i in rows]))
+                clips, numbers = [batch["video"][i] for i in rows], [int(batch["index"][i]) for i in rows]
+                moments = encode_part(part, numbers, clips, self.encode_clips)
             else:
                 moments = stored[rows]
             encoded = self.ae.from_stored(moments, generator)
-            latents.update({(i, run): latent for i, latent in zip(rows, encoded)})
-        refs = [[latents[i, run] for run in runs] or None for i, runs in enumerate(needs)]
-        return types, build_condition(x_0, types, refs, causal)
+            latents.update({(i, part): latent for i, latent in zip(rows, encoded)})
+        refs = [self._references(i, batch, parts, latents) for i, parts in enumerate(needs)]
+        return types, build_condition(x_0, types, refs, self.ae.is_causal)
+
+    def _needed(self, cond_type: str, latent_frames: int, rng: random.Random) -> list[ClipPart]:
+        """What of a clip a condition takes; one that may give anything is given what ``rng`` draws."""
+        spec = LatentSpec.of(self.ae)
+        drawn = drawn_parts(cond_type, latent_frames, spec)
+        if drawn:
+            return [rng.choice(drawn)]
+        return [span.pixel_run(spec.is_causal, spec.compression[0]) for span in get_spans(cond_type)]
+
+    def _references(
+        self, sample: int, batch: Mapping[str, Any], parts: list[ClipPart], latents: Mapping[Any, Tensor]
+    ) -> list[Tensor] | PlacedLatents | None:
+        """Latents that a sample is given, as :func:`build_condition` takes them."""
+        if not parts:
+            return None
+        if isinstance(parts[0], DrawnPart):
+            _, height, width = batch["size"][sample]
+            return parts[0].placed(int(batch["index"][sample]), latents[sample, parts[0]], height, width)
+        return [latents[sample, part] for part in parts]
 
     def _text(self, batch: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Embeddings; each encoder's is replaced by that of the empty text at its dropout rate, independently."""

@@ -16,6 +16,7 @@ from opensora.acceleration.shardformer import use_shardformer
 from opensora.acceleration.streaming import streamed
 from opensora.config.commands import TrainOptions
 from opensora.datasets.dataloader import endless, prefetch
+from opensora.diffusion.trained import conditions_metadata
 from opensora.encoded.memory import EncodedMemory, HostRoom
 from opensora.models.diffusion import as_diffusion_model
 from opensora.models.quantization.loading import kind_of_section
@@ -112,7 +113,7 @@ class Trainer:
             stack.callback(hook.close)
         loop = TrainLoop(
             [model, *method.roles], weights, ema, log, folder, self._settings(), start.states, len(self.sampler),
-            {**plain.file_metadata(), **method.metadata()}, timer,
+            {**plain.file_metadata(), **conditions_metadata(self.cfg.condition_config), **method.metadata()}, timer,
         )  # fmt: skip
         batches = endless(self.loader, self.sampler, start.states.micro_step)
         loop.run(prefetch(batches, start.device, start.dtype), method, hooks)

@@ -1,6 +1,7 @@
 """Validation loss: held-out rows at fixed diffusion times and noise, so that only the model can change it."""
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import islice, pairwise
 from math import sqrt
@@ -26,6 +27,9 @@ from opensora.utils.logging import get_logger
 logger = get_logger(__name__)
 
 GOLDEN = (sqrt(5) - 1) / 2  # multiples of it spread evenly over [0, 1), however many there are
+
+OfRow = tuple[float, str | None]
+"""A loss, and the condition that it was measured with."""
 
 
 def check_validation(cfg: TrainOptions) -> None:
@@ -110,7 +114,8 @@ class Validation:
     def __call__(
         self, model: nn.Module, encode: InputEncoder, device: torch.device, dtype: torch.dtype
     ) -> dict[str, float]:
-        """``val_loss``, and ``val_loss_time/T`` for each of the times or parts of it.
+        """``val_loss``, ``val_loss_time/T`` for each of the times or parts of it, and ``val_loss_condition/NAME`` for
+        each condition that rows drew, where there are any.
 
         The row's number alone decides on its times, noise, condition and posterior sample.
         """
@@ -121,24 +126,37 @@ class Validation:
             moved = to_device(batch, device, dtype)
             own[row] = [self._loss(model, encode, moved, t) for t in self.times.of(int(batch["index"][0]))]
         model.train(was_training)
-        losses = self._of_all_ranks(own)
+        found = self._of_all_ranks(own)
+        losses = {row: [loss for loss, _ in of_row] for row, of_row in found.items()}
         sums = [sum(losses[row][place] for row in range(self.rows)) for place in range(len(self.times.names))]
         means = {f"val_loss_time/{name}": total / self.rows for name, total in zip(self.times.names, sums)}
-        return {"val_loss": sum(means.values()) / len(means), **means}
+        return {"val_loss": sum(means.values()) / len(means), **means, **_by_condition(found.values())}
 
-    def _loss(self, model: nn.Module, encode: InputEncoder, batch: dict[str, Any], t: float) -> float:
+    def _loss(self, model: nn.Module, encode: InputEncoder, batch: dict[str, Any], t: float) -> OfRow:
+        """Loss of a row, and the condition that it draws (None without any)."""
         generator = step_generator(self.seed, int(batch["index"][0]), 0)
-        return float(diffusion_loss(model, encode(batch, generator, torch.full((1,), t))))
+        prepared = encode(batch, generator, torch.full((1,), t))
+        types = prepared["conditions"]
+        return float(diffusion_loss(model, prepared)), types[0] if types else None
 
-    def _of_all_ranks(self, own: dict[int, list[float]]) -> dict[int, list[float]]:
+    def _of_all_ranks(self, own: dict[int, list[OfRow]]) -> dict[int, list[OfRow]]:
         """Losses of all rows by place, and every rank knows which rows could not be read."""
-        losses: dict[int, list[float]] = {}
+        losses: dict[int, list[OfRow]] = {}
         broken: dict[int, str] = {}
         for theirs, reasons in gather_values((own, self.loader.broken.reasons), self.ranks):
             losses |= theirs
             broken |= reasons
         self.loader.broken.check({"broken": [*broken.items()]})
         return losses
+
+
+def _by_condition(rows: Iterable[list[OfRow]]) -> dict[str, float]:
+    """Mean loss of each condition."""
+    losses = defaultdict[str, list[float]](list)
+    for loss, name in (each for of_row in rows for each in of_row):
+        if name is not None:
+            losses[name].append(loss)
+    return {f"val_loss_condition/{name}": sum(losses[name]) / len(losses[name]) for name in sorted(losses)}
 
 
 class ValidationHook:

@@ -63,7 +63,7 @@ def base(tmp_path_factory, tiny_config):
         "ae": {**tiny_config["ae"], "from_pretrained": str(folder / "ae.safetensors")},
         "dataset": {"type": "video_text", "data_path": str(folder / "clips.csv"), "fps_max": 24, "max_broken": 0.5},
         "bucket_config": {"32px_ar1:1": {9: (1.0, 2), 1: (1.0, 2)}},
-        "condition_config": {"t2v": 1, "i2v_head": 1, "i2v_loop": 1},
+        "condition_config": {"t2v": 1, "i2v_head": 1, "i2v_loop": 1, "frames": 1, "region": 1, "extend_right": 1},
         "num_workers": 0,
         "device": "cpu",
         "dtype": "fp32",
@@ -158,7 +158,8 @@ def test_what_is_stored(written):
     assert sorted(dataset.cache.rows) == [0, 1, 2, 3, 4, 5, 7, 8]
     assert dataset.fixed_sizes()[0].tolist() == [9, 9, 9, 9, 9, 9, 0, 1, 1]
     clip, picture = dataset.cache.clip(0), dataset.cache.clip(7)
-    assert set(clip) == {batch_key(run) for run in ("all", "head_1", "tail_1")}
+    drawn = ("frames_0", "frames_1", "region_0", "region_1", "extend_right_0")
+    assert set(clip) == {batch_key(part) for part in ("all", "head_1", "tail_1", *drawn)}
     assert clip[batch_key("all")].shape == (8, 3, 4, 4)  # mean and log-variance of four channels
     assert set(picture) == {batch_key("all")}
     latents, rows, _ = losses(cfg, 8)
