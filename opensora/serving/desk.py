@@ -16,7 +16,8 @@ import torch
 
 from opensora.config.commands import ServeOptions
 from opensora.config.options import SamplingOption
-from opensora.diffusion.conditions import get_spans
+from opensora.diffusion.conditions import get_condition, get_spans, takes_references
+from opensora.diffusion.free import Anywhere, Region
 from opensora.diffusion.lora import read_loras
 from opensora.diffusion.plan import SamplePlan, make_plan, starts_from_picture
 from opensora.diffusion.prepared import PreparedRun, check_parallelism, check_takes_references
@@ -28,9 +29,10 @@ from opensora.generation.run import check_requests
 from opensora.serving.jobs import Job
 from opensora.serving.request import BadField, GenerationRequest
 from opensora.utils.errors import UserError
+from opensora.utils.paths import split_place
 
 OTHER_NAMES = ("opensora", "sora-2", "sora-2-pro")  # what clients call the one model as well
-FIRST, LAST = "first", "last"  # uploads of a job
+FIRST, LAST, MASK = "first", "last", "mask"  # uploads of a job
 WORK_FACTOR = 10  # a request may be so many times as much work as the config's own sample
 
 
@@ -159,7 +161,7 @@ class Desk:
 
         Args:
             asked: the request.
-            uploads: its pictures and clips, ``first`` and ``last``.
+            uploads: its pictures and clips, ``first``, ``last`` and ``mask``.
             seed: of the noise where the request has none; None draws one.
 
         Raises:
@@ -171,8 +173,9 @@ class Desk:
         plan = self.plan(cfg.sampling_option)
         if work_of(plan) > self.most_work:  # before references are read
             raise UserError(self._too_much(plan))
-        refs = ";".join(str(uploads[name]) for name in (FIRST, LAST) if name in uploads)
-        cfg = dataclasses.replace(cfg, cond_type=cond_type, ref=refs or None)
+        refs = self._placed([str(uploads[name]) for name in (FIRST, LAST) if name in uploads], asked, cond_type)
+        mask = str(uploads[MASK]) if MASK in uploads else None
+        cfg = dataclasses.replace(cfg, cond_type=cond_type, ref=";".join(refs) or None, mask=mask)
         (request,) = read_requests(cfg, Path())
         request = dataclasses.replace(request, where="prompt", neg=check_prompt(asked.negative_prompt, "neg"))
         lora = self._lora(asked)
@@ -213,15 +216,33 @@ class Desk:
         """Condition of a request: its own, or the one that its pictures say."""
         given = {(): "t2v", (FIRST,): "i2v_head", (LAST,): "i2v_tail", (FIRST, LAST): "i2v_loop"}
         names = tuple(name for name in (FIRST, LAST) if name in uploads)
-        cond_type = asked.cond_type or given[names]
-        spans = get_spans(starts_from_picture(cond_type) if self.cfg.use_t2i2v and not names else cond_type)
-        if names and not spans:
+        cond_type = asked.cond_type or ("region" if MASK in uploads else "frames" if asked.places else given[names])
+        final = starts_from_picture(cond_type) if self.cfg.use_t2i2v and not names else cond_type
+        takes_some = takes_references(final)
+        most = 2 if isinstance(get_condition(final), Anywhere) else max(len(get_spans(final)), 1)
+        if MASK in uploads and not isinstance(get_condition(final), Region):
+            raise BadField("mask", f"cond_type {cond_type} takes no mask; region keeps what is white in it")
+        if names and not takes_some:
             raise BadField("cond_type", f"cond_type {cond_type} takes no picture; i2v_head starts from one")
-        if spans and not names and not self.cfg.use_t2i2v:
+        if takes_some and not names and not (self.cfg.use_t2i2v and get_spans(final)):
             raise BadField("input_reference", f"cond_type {cond_type} wants a picture or clip as input_reference")
-        if len(names) == 2 and len(spans) < 2:
+        if isinstance(get_condition(final), Region) and MASK not in uploads:
+            raise BadField("mask", "cond_type region wants a mask, white where the reference is kept")
+        if len(names) == 2 and most < 2:
             raise BadField("last_reference", f"cond_type {cond_type} takes one reference; i2v_loop takes two")
         return cond_type
+
+    def _placed(self, refs: list[str], asked: GenerationRequest, cond_type: str) -> list[str]:
+        """References with their places in the video."""
+        if not isinstance(get_condition(cond_type), Anywhere):
+            if asked.places:
+                raise BadField("places", f"places are for cond_type frames, not {cond_type}")
+            return refs
+        places = [place.strip() for place in (asked.places or "").split(";") if place.strip()]
+        placed = [f"{ref}@{place}" for ref, place in zip(refs, places)]
+        if len(places) != len(refs) or any(split_place(each)[1] == "" for each in placed):
+            raise BadField("places", f"places {(asked.places or '')[:40]!r}: give one for each reference, such as 0;-1")
+        return placed
 
     def _lora(self, asked: GenerationRequest) -> str | None:
         """The adapter of a request, once it is known to fit."""
@@ -265,8 +286,9 @@ def check_served(cfg: ServeOptions) -> None:
         UserError: names the key.
     """
     plain = ServeOptions()
-    for key in ("prompt", "next_prompts", "ref", "start_index", "end_index", "num_samples", "num_sample", "save_prefix",
-                "prompt_as_path", "skip_existing", "overwrite", "save_latents", "wait", "dry_run"):  # fmt: skip
+    for key in ("prompt", "next_prompts", "ref", "mask", "start_index", "end_index", "num_samples", "num_sample",
+                "save_prefix", "prompt_as_path", "skip_existing", "overwrite", "save_latents", "wait",
+                "dry_run"):  # fmt: skip
         if getattr(cfg, key) != getattr(plain, key):
             raise UserError(f"--{key} {getattr(cfg, key)}: a server makes what its requests ask for; leave it out")
     if ";" in str(Path(cfg.data_dir).absolute()):

@@ -17,7 +17,7 @@ from opensora.utils.errors import UserError
 from opensora.utils.nearest import nearest_key
 
 SIZE = re.compile(r"(\d{1,6})\s*[x*]\s*(\d{1,6})", re.IGNORECASE)
-FILES = ("input_reference", "last_reference")  # fields that hold a picture or a clip
+FILES = ("input_reference", "last_reference", "mask")  # fields that hold a picture or a clip
 
 
 class BadField(UserError):
@@ -65,6 +65,9 @@ class GenerationRequest(Options):
     motion_score: str | None = like(InferenceOptions, "motion_score")
     refine_prompt: bool | None = like(InferenceOptions, "refine_prompt")
     cond_type: str | None = opt(None, "what the references fix; none goes by which are given", choices=CONDITIONS)
+    places: str | None = opt(
+        None, "frames of the video that the references are, for cond_type frames, such as 0;-1 or 0-32;96-128"
+    )
     lora: str | None = opt(None, "adapter, by its name in the server's lora_dir", verbatim=True)
     lora_strength: float = opt(1.0, "its strength", least=-10, most=10)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora.config.commands import ServeOptions
-from opensora.serving.desk import FIRST, LAST, Desk
+from opensora.serving.desk import FIRST, LAST, MASK, Desk
 from opensora.serving.folders import Folders
 from opensora.serving.jobs import Job, JobStore, QueueFull, new_id
 from opensora.serving.request import FILES, GenerationRequest
@@ -22,7 +22,7 @@ logger = get_logger(__name__)
 MIB, GIB = 2**20, 2**30
 SWEEP = 60.0  # seconds between looks for what has expired
 LOOK = 5.0  # seconds for which a look at the disk is good
-PLACES = {FILES[0]: FIRST, FILES[1]: LAST}
+PLACES = {FILES[0]: FIRST, FILES[1]: LAST, FILES[2]: MASK}
 
 
 class NoRoom(UserError):
@@ -77,7 +77,7 @@ class Service:
 
         Args:
             fields: of the request, by name.
-            files: uploads by field: ``input_reference``, ``last_reference``.
+            files: uploads by field: ``input_reference``, ``last_reference``, ``mask``.
             owner: of the job, see :class:`opensora.serving.jobs.Job`.
 
         Raises:

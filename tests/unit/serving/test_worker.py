@@ -1,15 +1,18 @@
 """The worker on tiny models: what becomes of jobs, and of the models."""
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from opensora.diffusion.decode import DecodeMemoryError
 from opensora.serving.jobs import CANCELLED, COMPLETED, FAILED, QUEUED
 from opensora.serving.request import BadField
+from opensora.utils.errors import UserError
 from opensora.utils.video import read_video
 from tests.attack.inputs import write_adapter
 from tests.helpers.serving import served, worker_of
@@ -96,8 +99,17 @@ def test_the_video_is_that_of_the_command_line(service, worker, run_tiny, tmp_pa
 
 
 def test_pictures_fix_the_frames_that_they_are_sent_for(service, worker):
-    content = PICTURE.read_bytes()
+    content, both = PICTURE.read_bytes(), ("input_reference", "last_reference")
+    mask = io.BytesIO()
+    with Image.open(PICTURE) as picture:
+        size = picture.size
+    half = Image.new("L", size)
+    half.paste(255, (0, 0, size[0] // 2, size[1]))
+    half.save(mask, "png")
     jobs = {
+        "frames": ask(service, files=dict.fromkeys(both, content), places="0;-1", num_frames="9"),
+        "region": ask(service, files={"input_reference": content, "mask": mask.getvalue()}, num_frames="9"),
+        "extend_left": ask(service, files={"input_reference": content}, cond_type="extend_left", num_frames="9"),
         "i2v_head": ask(service, files={"input_reference": content}),
         "i2v_tail": ask(service, files={"last_reference": content}, num_frames="9"),
         "i2v_loop": ask(service, files={"input_reference": content, "last_reference": content}, num_frames="9"),
@@ -106,6 +118,14 @@ def test_pictures_fix_the_frames_that_they_are_sent_for(service, worker):
     for cond_type, job in jobs.items():
         assert service.store[job.id].status == COMPLETED
         assert service.store[job.id].facts["cond_type"] == cond_type
+    for wrong, message in (
+        ({"places": "0"}, "give one for each reference"),
+        ({"places": "0;3"}, "last_reference@3: .* use 0 or 4"),
+        ({"cond_type": "region"}, "wants a mask"),
+        ({"cond_type": "i2v_loop", "places": "0;-1"}, "places are for cond_type frames"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ask(service, files=dict.fromkeys(both, content), num_frames="9", **wrong)
 
 
 def test_a_batch_makes_what_single_jobs_make(service, worker):
