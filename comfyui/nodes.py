@@ -27,7 +27,10 @@ DTYPES = (FROM_CONFIG, "bf16", "fp16", "fp32")
 OFFLOADS = {FROM_CONFIG: None, "off": False, "whole models": True, "blocks": "blocks", "blocks from disk": "disk"}
 MAX_SEED = 2**63 - 1  # opensora's
 AUTO = "auto"
-CONDITIONS = (AUTO, "t2v", "i2v_head", "i2v_tail", "i2v_loop", "v2v_head", "v2v_tail", "v2v_head_easy", "v2v_tail_easy")
+CONDITIONS = (
+    *(AUTO, "t2v", "i2v_head", "i2v_tail", "i2v_loop", "v2v_head", "v2v_tail", "v2v_head_easy", "v2v_tail_easy"),
+    *("extend_left", "extend_right"),
+)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from opensora.diffusion.distilled import Distilled, as_distilled, find_distilled
 from opensora.diffusion.lora import check_quantized, read_loras
 from opensora.diffusion.lora_fit import Adapter
 from opensora.diffusion.plan import SamplePlan, image_plan, make_plan, starts_from_picture
-from opensora.diffusion.trained import note_untrained
 from opensora.models.autoencoder import LatentSpec, as_autoencoder
 from opensora.models.build import build_on_meta, check_all_weights, check_capacity
 from opensora.models.diffusion import DiffusionConfig, DiffusionModel, as_diffusion_model
@@ -111,9 +110,8 @@ class PreparedRun:
         Raises:
             UserError: a condition that cannot be.
         """
-        plans, cond_types = [], set(cond_types)
-        note_untrained(self.sections.get("model"), cond_types)
-        for cond_type in sorted(cond_types):
+        plans = []
+        for cond_type in sorted(set(cond_types)):
             if takes_references(cond_type):
                 check_takes_references(self.models["model"], cond_type)
             option, spec = self.cfg.sampling_option, self.plan.spec

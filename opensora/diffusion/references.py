@@ -130,6 +130,19 @@ def check_references(
         _check_length(source, cond_type, needed, _length(source)[0])
 
 
+def given_frames(sources: Sequence[Source], plan: SamplePlan) -> list[tuple[str, int, int]]:
+    """Name, first and last frame of the video of what each reference gives, for conditions that give anything anywhere;
+    empty for the others."""
+    condition, spec = get_condition(plan.cond_type), plan.spec
+    if not isinstance(condition, FreeCondition) or not sources:
+        return []
+    known, found = [_known(source) for source in sources], []
+    for each in condition.locate(known, spec, plan.length, plan.num_frames):
+        place = each.span.pixel_run(spec.is_causal, spec.compression[0]).place(plan.length)
+        found.append((known[each.span.reference].name, place.start, place.stop - 1))
+    return found
+
+
 def _unplaced(source: Source, cond_type: str) -> Media:
     if _place_of(source) is not None and get_spans(cond_type):
         raise UserError(f"{_known(source).placed_name}: a place in the video is for cond_type frames, not {cond_type}")

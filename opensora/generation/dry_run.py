@@ -11,12 +11,15 @@ from opensora.diffusion.cards import CARDS, CONTEXT, Card, known_card
 from opensora.diffusion.fitting import device_room, parts_of_run, streams
 from opensora.diffusion.plan import SamplePlan
 from opensora.diffusion.prepared import PreparedRun, text_length
+from opensora.diffusion.references import given_frames
 from opensora.generation.estimate import Estimate, Outlook, Way, gib, seconds_text
 from opensora.generation.jobs import Job
 from opensora.generation.room import Needs, parameter_counts
 from opensora.models.diffusion import as_diffusion_model
 from opensora.models.quantization.loading import kind_of_section
 from opensora.utils.sizes import parse_bytes, size_text
+
+GIVEN_LINES = 8
 
 
 def dry_run_report(run: PreparedRun, jobs: Sequence[Job]) -> str:
@@ -38,6 +41,7 @@ def dry_run_report(run: PreparedRun, jobs: Sequence[Job]) -> str:
         f"video        {plan.length} frames of {plan.height} x {plan.width} (height x width), "
         + " or ".join(each.cond_type for each in plans),
         *_window_lines(plan),
+        *_given_lines(plans, jobs),
         f"latent       {' x '.join(map(str, plan.latent_size))} (frames x rows x columns)",
         f"tokens       {plan.tokens} image + {text_tokens} text",
         f"steps        {plan.num_steps} by {plan.solver}, {at_most}{' or '.join(str(each.forwards) for each in plans)} "
@@ -149,6 +153,17 @@ def _window_lines(plan: SamplePlan) -> list[str]:
         f"windows      {windows.count} of {plan.num_frames} frames: {first} forwards for the first, {after.forwards} "
         f"for each further one, which goes on from {shared}"
     ]
+
+
+def _given_lines(plans: Sequence[SamplePlan], jobs: Sequence[Job]) -> list[str]:
+    """Which frames references give, where each prompt says it."""
+    by_type, lines = {plan.cond_type: plan for plan in plans}, {}
+    for job in jobs:
+        given = given_frames(job.request.refs, by_type[job.request.cond_type])
+        texts = [f"{name} is frame {a}" if a == b else f"{name} is frames {a} to {b}" for name, a, b in given]
+        if texts:
+            lines["given        " + ", ".join(texts)] = None
+    return [*lines][:GIVEN_LINES]
 
 
 def _picture_lines(run: PreparedRun, text_tokens: int) -> list[str]:

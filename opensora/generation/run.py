@@ -18,6 +18,7 @@ from opensora.diffusion.pipeline import SampleResult, VideoPipeline
 from opensora.diffusion.prepared import PreparedRun, check_parallelism
 from opensora.diffusion.references import check_references
 from opensora.diffusion.solvers import StepCallback
+from opensora.diffusion.trained import note_untrained
 from opensora.diffusion.windows import is_long
 from opensora.generation import outputs
 from opensora.generation.dry_run import dry_run_report
@@ -105,6 +106,7 @@ def check_requests(run: PreparedRun, requests: Sequence[Request]) -> None:
         UserError: names the row, or the flag.
     """
     plans = {plan.cond_type: plan for plan in run.plans(request.cond_type for request in requests)}
+    note_untrained(run.sections.get("model"), plans)
     for request in requests:
         if request.next_texts and not is_long(run.cfg.sampling_option):
             name = "--next_prompts" if request.where == "--prompt" else f"{request.where}: text_2"

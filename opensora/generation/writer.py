@@ -14,7 +14,7 @@ import numpy as np
 from opensora.config.commands import InferenceOptions
 from opensora.diffusion.decode import DecodeMemoryError
 from opensora.diffusion.pipeline import SampleResult
-from opensora.diffusion.references import media_of
+from opensora.diffusion.references import given_frames, media_of
 from opensora.generation import outputs
 from opensora.generation.jobs import Job
 from opensora.generation.sample_files import SampleFiles
@@ -139,6 +139,7 @@ class SampleWriter:
             "negative_prompt": request.neg,
             "references": request.ref,
             **({"mask": request.mask} if request.mask else {}),
+            **({"given": given} if (given := given_frames(request.refs, plan)) else {}),
             "cond_type": request.cond_type,
             "seed": job.seed,
             "fps": request.fps,

@@ -72,9 +72,10 @@ def test_a_config_that_builds_on_a_shipped_one_finds_its_weights(own):
 
 def test_several_paths_in_one_text(own):
     touch(own.parent / "a.png", own.parent / "style/adapter_config.json", own.parent / "odd@2")
-    cfg = read(own, 'ref = "a.png; b.png;http://h/a.png"\npretrained_lora_path = "style@0.5,gone@2, odd@2"')
+    refs = "a.png; b.png;http://h/a.png;a.png@64;gone.png@-1"
+    cfg = read(own, f'ref = "{refs}"\npretrained_lora_path = "style@0.5,gone@2, odd@2"')
     folder = own.parent
-    assert cfg.ref == f"{folder}/a.png;b.png;http://h/a.png"
+    assert cfg.ref == f"{folder}/a.png;b.png;http://h/a.png;{folder}/a.png@64;gone.png@-1"
     assert cfg.pretrained_lora_path == f"{folder}/style@0.5,gone@2,{folder}/odd@2"
     cfg = read(own, 'pretrained_lora_path = ["style@0.5", "gone"]')
     assert cfg.pretrained_lora_path == [f"{folder}/style@0.5", "gone"]

@@ -7,7 +7,7 @@ from opensora.config.commands import TrainOptions
 from opensora.config.keys import read_group
 from opensora.config.options import ValidationOptions
 from opensora.training.diffusion import validation
-from opensora.training.diffusion.validation import RowTimes, Validation, check_validation
+from opensora.training.diffusion.validation import RowTimes, Validation, _by_condition, check_validation
 from opensora.utils.errors import UserError
 
 
@@ -35,9 +35,19 @@ def test_bins_are_what_is_measured(monkeypatch):
     bare.rows, bare.seed, bare.times, bare.own = 2, 0, RowTimes([], 3), [0, 1]
     bare.loader = [{"index": [row]} for row in (8, 5)]
     monkeypatch.setattr(bare, "_of_all_ranks", lambda own: own, raising=False)
-    monkeypatch.setattr(validation, "diffusion_loss", lambda model, prepared: prepared)
-    found = bare(torch.nn.Identity(), lambda batch, generator, t: 10 * t, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(validation, "diffusion_loss", lambda model, prepared: prepared["loss"])
+
+    def encode(batch, generator, t):
+        return {"loss": 10 * t, "conditions": None}
+
+    found = bare(torch.nn.Identity(), encode, torch.device("cpu"), torch.float32)
     expected = [5 * sum(bare.times.of(row)[number] for row in (8, 5)) for number in range(3)]
     names = ["0-0.333", "0.333-0.667", "0.667-1"]
     assert found.pop("val_loss") == pytest.approx(sum(expected) / 3, rel=1e-6)
     assert found == pytest.approx({f"val_loss_time/{name}": x for name, x in zip(names, expected)}, rel=1e-6)
+
+
+def test_losses_by_condition():
+    rows = [[(1.0, "frames"), (2.0, "frames")], [(5.0, "t2v"), (7.0, "t2v")], [(9.0, "frames"), (0.0, "frames")]]
+    assert _by_condition(rows) == {"val_loss_condition/frames": 3.0, "val_loss_condition/t2v": 6.0}
+    assert _by_condition([[(1.0, None)]]) == {}
