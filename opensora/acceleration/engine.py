@@ -42,9 +42,9 @@ class Engine(Protocol):
         """Whole tensors of a state dict like the model's, each put together when it is read: every rank must read
         the same ones in the same order."""
 
-    def scatter(self, state: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """This rank's part of whole tensors, by the model's keys: the inverse of `gather`. ``like`` says how tensors of
-        other names are divided."""
+    def scatter(self, state: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
+        """This rank's part of whole tensors, by the model's keys, each made when it is read: the inverse of `gather`.
+        ``like`` says how tensors of other names are divided."""
 
     def state_dict(self) -> Mapping[str, Any]:
         """Optimizer state, whole, as one process would save it; tensors are read as those of `gather`."""
@@ -104,8 +104,8 @@ class SingleEngine:
     def gather(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return state
 
-    def scatter(self, state: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        return dict(state)
+    def scatter(self, state: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
+        return state
 
     def state_dict(self) -> Mapping[str, Any]:
         return self.optimizer.state_dict()

@@ -70,9 +70,9 @@ class DistributedEngine(SingleEngine):
     def gather(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return Gathered(state, self.layout.whole)
 
-    def scatter(self, state: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def scatter(self, state: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
         own = self._plain.state_dict() if like is None else like
-        return {name: self.layout.local(name, value, own.get(name, value)) for name, value in state.items()}
+        return Gathered(state, lambda name, value: self.layout.local(name, value, own.get(name, value)))
 
     def state_dict(self) -> Mapping[str, Any]:
         return self._whole_state(self.optimizer.state_dict())

@@ -53,6 +53,9 @@ class Gathered(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         return self._whole(name, self._parts[name])
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
 
