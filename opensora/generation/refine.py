@@ -21,6 +21,7 @@ from opensora.utils.hub import local_model, only_local
 from opensora.utils.logging import get_logger
 from opensora.utils.progress import quiet_libraries
 from opensora.utils.video import is_video, read_image, read_video
+from opensora.utils.waiting import no_slow_hub
 
 logger = get_logger(__name__)
 
@@ -124,8 +125,8 @@ class LocalModel:
         path = local_model(path)
         local = only_local(path)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
-            with quiet_libraries():
+            with quiet_libraries(), no_slow_hub(not local):
+                self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
                 model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=local)
             self.model = model.to(device).eval()
         except (OSError, ValueError) as error:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from opensora.utils.errors import UserError
+from opensora.utils.waiting import within
 
 AGAIN = (408, 409, 429)  # statuses of requests that may succeed later, besides those from 500
 MOST_BYTES = 1 << 22  # of an answer
@@ -92,7 +93,7 @@ class ChatClient:
         """
         for attempt in range(self.attempts):
             try:
-                return _read_answer(self._post(messages, options))
+                return _read_answer(within(self.timeout, lambda: self._post(messages, options)))
             except self._errors as error:
                 status = getattr(error, "status_code", None)
                 final = status is not None and status < 500 and status not in AGAIN

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_beside
+from opensora.utils.waiting import within
 
 MAX_BYTES = 256 * 2**20
 MAX_SECONDS = 60.0
@@ -29,7 +30,7 @@ def fetch(
         url: http or https address.
         folder: where the file goes; made if it is missing.
         max_bytes: largest file accepted.
-        max_seconds: longest time for the whole transfer, and for any wait within it.
+        max_seconds: longest time for the whole transfer.
         name: file name without ending; the ending comes from the address or from what the server says.
 
     Returns:
@@ -40,14 +41,15 @@ def fetch(
     """
     start = time.monotonic()
     request = urllib.request.Request(url, headers={"User-Agent": "opensora"})
+    idle = max_seconds / 4  # of a server that sends nothing; one that sends a byte now and then has the rest
     try:
-        with urllib.request.urlopen(request, timeout=max_seconds) as response:
+        with within(max_seconds - idle, lambda: urllib.request.urlopen(request, timeout=idle)) as response:
             suffix = Path(urlsplit(url).path).suffix or mimetypes.guess_extension(response.headers.get_content_type())
             if int(response.headers.get("Content-Length") or 0) > max_bytes:
                 raise UserError(f"{url}: larger than {max_bytes / 2**20:.0f} MiB")
 
             def write(path: Path) -> None:
-                _copy(response, path, url, max_bytes, start + max_seconds)
+                _copy(response, path, url, max_bytes, start + max_seconds - idle)
 
             return write_beside(Path(folder) / f"{name}{suffix or ''}", write)
     except (OSError, urllib.error.URLError, ValueError) as error:
@@ -60,7 +62,7 @@ def fetch(
 def _copy(response, path: Path, url: str, max_bytes: int, deadline: float) -> None:
     size = 0
     with path.open("wb") as file:
-        while chunk := response.read(CHUNK):
+        while chunk := response.read1(CHUNK):  # what is there, without waiting for all of it
             size += len(chunk)
             if size > max_bytes:
                 raise UserError(f"{url}: larger than {max_bytes / 2**20:.0f} MiB")

@@ -12,6 +12,7 @@ from opensora.utils.errors import UserError, first_line
 from opensora.utils.logging import get_logger
 from opensora.utils.optional import check_module
 from opensora.utils.progress import quiet_libraries
+from opensora.utils.waiting import no_slow_hub, within
 
 logger = get_logger(__name__)
 
@@ -51,7 +52,7 @@ def is_reachable() -> bool:
     from huggingface_hub import constants, get_session
 
     try:
-        get_session().head(constants.ENDPOINT, timeout=TRY_SECONDS)
+        within(TRY_SECONDS, lambda: get_session().head(constants.ENDPOINT, timeout=TRY_SECONDS))
     except Exception as error:  # no network, no name, a proxy, offline mode: the session decides on the kinds
         logger.info("%s cannot be reached (%s): using downloaded files only", constants.ENDPOINT, error)
         return False
@@ -108,7 +109,7 @@ def snapshot(repo: str, cache_dir: str | None = None) -> Path:
 
     offline = not is_reachable()
     try:
-        with quiet_libraries():
+        with quiet_libraries(), no_slow_hub(not offline):
             found = snapshot_download(repo, ignore_patterns=[CODE], cache_dir=cache_dir, local_files_only=offline)
         return Path(found)
     except Exception as error:  # see download
@@ -218,10 +219,11 @@ def download(repo: str, inside: str, is_file: bool, cache_dir: str | None = None
     offline = not is_reachable()
     try:
         if only_look and not offline:
-            if not HfApi().get_paths_info(repo, [inside]):
-                raise FileNotFoundError(f"it has no {inside}")
+            with no_slow_hub():
+                if not HfApi().get_paths_info(repo, [inside]):
+                    raise FileNotFoundError(f"it has no {inside}")
             return Path(inside)
-        with quiet_libraries():
+        with quiet_libraries(), no_slow_hub(not offline):
             if is_file:
                 return Path(hf_hub_download(repo, inside, cache_dir=cache_dir, local_files_only=offline))
             wanted = f"{inside}/*"

@@ -27,6 +27,7 @@ from opensora.registry import MODELS
 from opensora.utils import hub
 from opensora.utils.errors import UserError, shorten
 from opensora.utils.progress import quiet_libraries
+from opensora.utils.waiting import no_slow_hub
 from opensora.utils.weights import check_finite
 
 
@@ -123,15 +124,16 @@ class HFEmbedder(nn.Module):
         files: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": hub.only_local(path)}
         options: dict[str, Any] = {"max_length": self.max_length, **files}
         try:
-            if self.is_clip:
-                model = _load_model(CLIPTextModel, path, dtype=dtype, **files)
-                return _load_tokenizer(CLIPTokenizer, words, **options), model
-            chosen = quantization(own.quantize)
-            if is_folder and chosen.kind(weight_files(folder)) is not None:
-                model = load_t5(folder, chosen, dtype)
-            else:
-                model = _load_model(T5EncoderModel, path, dtype=dtype, **files)
-            return _load_tokenizer(T5Tokenizer, words, legacy=True, **options), model
+            with no_slow_hub(not files["local_files_only"]):
+                if self.is_clip:
+                    model = _load_model(CLIPTextModel, path, dtype=dtype, **files)
+                    return _load_tokenizer(CLIPTokenizer, words, **options), model
+                chosen = quantization(own.quantize)
+                if is_folder and chosen.kind(weight_files(folder)) is not None:
+                    model = load_t5(folder, chosen, dtype)
+                else:
+                    model = _load_model(T5EncoderModel, path, dtype=dtype, **files)
+                return _load_tokenizer(T5Tokenizer, words, legacy=True, **options), model
         # absent, gated, unreachable, incomplete, of another size, truncated
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             how = "" if is_folder else f" Download it with:\n  {hub.command_for(from_pretrained)}"

@@ -1,8 +1,9 @@
 """Files from the web, with limits."""
 
+import contextlib
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 
 import numpy as np
@@ -25,6 +26,12 @@ def address():
             if self.path == "/gone":
                 self.send_error(404)
                 return
+            if self.path == "/dripping%20head":
+                with contextlib.suppress(OSError):
+                    for _ in range(200):
+                        self.wfile.write(b"H")
+                        time.sleep(0.02)
+                return
             self.send_response(200)
             self.send_header("Content-Type", "image/png")
             self.end_headers()
@@ -32,6 +39,10 @@ def address():
                 if self.path == "/endless":
                     for _ in range(100):
                         self.wfile.write(bytes(2**16))
+                elif self.path == "/dripping":
+                    for _ in range(200):
+                        self.wfile.write(b"x")
+                        time.sleep(0.02)
                 elif self.path == "/slow":
                     for _ in range(20):
                         self.wfile.write(bytes(2**16))
@@ -44,7 +55,7 @@ def address():
         def log_message(self, *arguments):
             pass
 
-    server = HTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -63,12 +74,16 @@ def test_picture(address, tmp_path, name):
     [
         ("endless", {"max_bytes": 2**18}, "larger than 0 MiB"),
         ("slow", {"max_seconds": 0.1}, "took too long|timed out"),
+        ("dripping", {"max_seconds": 0.4}, "took too long|timed out"),
+        ("dripping%20head", {"max_seconds": 0.4}, "no answer within|timed out"),
         ("gone", {}, "cannot download .*Not Found"),
     ],
 )
 def test_limits(address, tmp_path, name, limits, message):
+    began = time.monotonic()
     with pytest.raises(UserError, match=message):
         fetch(f"{address}/{name}", tmp_path, **limits)
+    assert time.monotonic() - began < 3, "a dripping server takes 4 s"
     assert list(tmp_path.iterdir()) == []
 
 

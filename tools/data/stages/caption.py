@@ -17,6 +17,7 @@ from opensora.utils.errors import UserError, first_line, shorten
 from opensora.utils.hub import local_model, only_local
 from opensora.utils.logging import get_logger
 from opensora.utils.media.pictures import read_picture
+from opensora.utils.waiting import no_slow_hub
 from tools.data.engine.stage import LARGEST_SIDE, SMALLEST_SIDE, Row, Stage, Worker, shrink
 
 logger = get_logger(__name__)
@@ -237,10 +238,11 @@ class LocalModel:
         path = local_model(path)
         local = only_local(path)
         try:
-            self.processor = AutoProcessor.from_pretrained(path, local_files_only=local)
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                path, dtype="auto", local_files_only=local, output_loading_info=True
-            )
+            with no_slow_hub(not local):
+                self.processor = AutoProcessor.from_pretrained(path, local_files_only=local)
+                loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                    path, dtype="auto", local_files_only=local, output_loading_info=True
+                )
         except Exception as error:  # of many kinds, by what is wrong with the files
             raise UserError(f"--caption.local {path}: cannot be loaded ({first_line(error)})") from error
         model, info = loaded
