@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from opensora.datasets.buckets import BucketTable
 from opensora.datasets.dataset import collate, collate_as_bytes
 from opensora.datasets.sampler import BucketBatchSampler
+from opensora.datasets.sharing import SharingLoader
 from opensora.datasets.source import ClipSource, SampleKey
 from opensora.datasets.table import row_name, row_number
 from opensora.datasets.transforms import in_model_range
@@ -103,7 +104,7 @@ def sigterm_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class BucketLoader(DataLoader):
+class BucketLoader(SharingLoader):
     """Loader of micro-batches that keeps count of unreadable rows in ``broken``."""
 
     def __init__(self, dataset: ClipSource, **options: Any) -> None:

@@ -14,11 +14,12 @@ import pandas as pd
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from opensora.datasets.buckets import BucketTable
 from opensora.datasets.runs import ClipPart, encode_part
 from opensora.datasets.sampler import BucketBatchSampler
+from opensora.datasets.sharing import SharingLoader
 from opensora.datasets.source import ClipSource, SampleKey
 from opensora.datasets.table import row_name, row_number, write_table
 from opensora.datasets.transforms import as_bytes, in_model_range
@@ -280,7 +281,7 @@ class CacheWriter:
             return
         encode = self.load_video_encoder()
         groups = [(number, group) for number, items in missing for group in self._groups(items)]
-        loader = DataLoader(
+        loader = SharingLoader(
             _Clips(self.source, packed=self.num_workers > 0),
             batch_sampler=[group for _, group in groups],
             collate_fn=list,

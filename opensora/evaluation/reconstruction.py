@@ -12,11 +12,11 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from opensora.acceleration.devices import pick_device, torch_dtype
 from opensora.config.commands import VaeInferenceOptions
 from opensora.config.options import ModelOptions
+from opensora.datasets.sharing import SharingLoader, unchanged
 from opensora.datasets.source import ClipSource
 from opensora.datasets.table import write_table
 from opensora.evaluation.clips import ClipReader, EvalClip, choose_clips, own_source
@@ -220,8 +220,9 @@ def _file_stamp(section: ModelOptions) -> list[Any] | None:
 
 def _read_ahead(reader: ClipReader, cfg: VaeInferenceOptions) -> Iterator[tuple[EvalClip, Tensor]]:
     """Readable clips in order, with a progress bar; others are left out."""
-    loader = DataLoader(
+    loader = SharingLoader(
         reader,
+        unchanged,
         batch_size=None,
         num_workers=cfg.num_workers,
         prefetch_factor=(cfg.prefetch_factor or 2) if cfg.num_workers else None,
