@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from opensora.cli import findings
 from opensora.cli.findings import Finding
 from opensora.utils.errors import first_line
+from opensora.utils.temporary import TemporaryFolder
 
 MARKS = {"ok": "ok", "note": "--", "missing": "!!"}
 FAILED = 1  # exit status
@@ -64,8 +64,8 @@ def demo() -> Iterable[Finding]:
 
         pipe = VideoPipeline.from_pretrained("demo")
         frames = pipe(PROMPT, seed=42, num_steps=STEPS, num_frames=FRAMES, progress=False).frames[0]
-        with tempfile.TemporaryDirectory() as folder:
-            seen = video_info(save_video(frames, Path(folder) / "demo.mp4", fps=8))
+        with TemporaryFolder() as folder:
+            seen = video_info(save_video(frames, folder / "demo.mp4", fps=8))
         if seen.num_frames != FRAMES:
             raise ValueError(f"the mp4 holds {seen.num_frames} frames instead of {FRAMES}")
     except Exception as error:  # whatever a machine does not have

@@ -1,6 +1,5 @@
 """Sampling of a video in windows, each of which goes on from the latents of the one before."""
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from opensora.diffusion.solvers import StepCallback
 from opensora.diffusion.timing import as_stage
 from opensora.diffusion.windows import window_seed
 from opensora.utils.logging import get_logger
+from opensora.utils.temporary import TemporaryFolder
 
 logger = get_logger(__name__)
 
@@ -53,8 +53,8 @@ def kept_in(folders: Sequence[Path] | None, count: int) -> Iterator[list[Path]]:
     if folders is not None:
         yield list(folders)
         return
-    with tempfile.TemporaryDirectory(prefix="opensora-windows-") as folder:
-        yield [Path(folder) / str(sample) for sample in range(count)]
+    with TemporaryFolder() as folder:
+        yield [folder / str(sample) for sample in range(count)]
 
 
 def sample_windows(

@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +47,7 @@ from opensora.models.quantization.linear import QuantizedLinear
 from opensora.utils import hub
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
+from opensora.utils.temporary import TemporaryFolder
 
 logger = get_logger(__name__)
 
@@ -191,8 +191,8 @@ class VideoPipeline(Stages):
         seed = one_of("seed", seed, "generator", seeds_of(generator))
         seeds = self._seeds(option.seed if seed is None else seed, len(prompts))
         hidden = False if self.parallel.rank else progress
-        with tempfile.TemporaryDirectory() as downloads, shown_steps(hidden, on_step) as shown:
-            sources = per_prompt_references(ref, len(prompts), Path(downloads))
+        with TemporaryFolder() as downloads, shown_steps(hidden, on_step) as shown:
+            sources = per_prompt_references(ref, len(prompts), downloads)
             return self.make(
                 *(texts, sources, cond_type, seeds, negatives, option, shown),
                 image_texts=prompts if self.cfg.use_t2i2v else None,
@@ -388,8 +388,8 @@ class VideoPipeline(Stages):
             UserError: no such id, a hub that refuses, or see :meth:`save_pretrained`.
         """
         hub.check_repo(repo)
-        with tempfile.TemporaryDirectory() as work:
-            folder = self.save_pretrained(Path(work) / "pipeline", repo, license)
+        with TemporaryFolder() as work:
+            folder = self.save_pretrained(work / "pipeline", repo, license)
             return hub.upload(folder, repo, private, token, commit_message)
 
     def to(self, *where: str | torch.device | torch.dtype) -> "VideoPipeline":

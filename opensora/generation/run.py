@@ -1,6 +1,5 @@
 """From a config to files: every prompt of a run, made, saved and recorded."""
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -32,6 +31,7 @@ from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from opensora.utils.main import doing
 from opensora.utils.progress import Bar
+from opensora.utils.temporary import TemporaryFolder
 
 logger = get_logger(__name__)
 
@@ -62,8 +62,8 @@ def generate(
         UserError: see :mod:`opensora.diffusion.prepared`.
     """
     processes = processes or Torchrun()
-    with tempfile.TemporaryDirectory() as downloads, ExitStack() as held:
-        requests = read_requests(cfg, Path(downloads))
+    with TemporaryFolder() as downloads, ExitStack() as held:
+        requests = read_requests(cfg, downloads)
         run = PreparedRun.of(cfg, device)
         cfg = run.cfg
         check_parallelism(cfg, run.models["model"], processes.world_size)

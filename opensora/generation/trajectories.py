@@ -3,7 +3,6 @@
 import hashlib
 import json
 import random
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from opensora.utils.logging import get_logger
 from opensora.utils.main import doing
 from opensora.utils.paths import own_command
 from opensora.utils.progress import Bar
+from opensora.utils.temporary import TemporaryFolder
 from opensora.utils.weights import files_hash
 from opensora.utils.weights_writing import save_safetensors
 
@@ -60,8 +60,8 @@ def write_trajectories(cfg: TrajectoryOptions, device: torch.device) -> Path:
     Raises:
         UserError: anything wrong with config, table or weights; a folder of trajectories made with something else.
     """
-    with tempfile.TemporaryDirectory() as downloads:
-        requests = read_requests(cfg, Path(downloads), lambda row, index: with_condition(cfg, row, index))
+    with TemporaryFolder() as downloads:
+        requests = read_requests(cfg, downloads, lambda row, index: with_condition(cfg, row, index))
         run = PreparedRun.of(cfg, device)
         run.plans(request.cond_type for request in requests)
         _check(cfg, run)

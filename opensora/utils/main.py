@@ -1,22 +1,26 @@
 """How a command ends: with one line for its user, whatever happens, and an exit status that tells the kind of end.
 
 2 is the user's mistake (or a place that cannot be read or written), 70 an error nobody foresaw, 74 a standard output
-that takes nothing more, 130 Ctrl-C, 141 a reader of the output that has gone.
+that takes nothing more, 130 Ctrl-C, 141 a reader of the output that has gone, 143 SIGTERM.
 """
 
 import errno
 import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from opensora.utils.errors import UserError
 
-MISTAKE, UNFORESEEN, OUTPUT_FULL, INTERRUPTED, NO_READER = 2, 70, 74, 130, 141
+MISTAKE, UNFORESEEN, OUTPUT_FULL, INTERRUPTED, NO_READER, TERMINATED = 2, 70, 74, 130, 141, 143
+LAUNCHED = "TORCHELASTIC_RUN_ID"  # set by torchrun
 DEBUG_FLAG = "--debug"
 # what the system says of a place that a user chose: not there, not allowed, not a folder, too long a name, full
 PLACES = (
@@ -37,6 +41,7 @@ def run_main(main: Callable[[list[str] | None], Any]) -> None:
     """
     debug = DEBUG_FLAG in sys.argv[1:]
     sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word != DEBUG_FLAG)]
+    _end_in_order_at_sigterm()
     try:
         try:
             main(None)
@@ -48,6 +53,25 @@ def run_main(main: Callable[[list[str] | None], Any]) -> None:
         if debug:
             traceback.print_exception(error)
         _end(*_ending(error, debug))
+
+
+def _end_in_order_at_sigterm() -> None:
+    """Let SIGTERM end this process as an error does, so that nothing unfinished stays; a second one ends it at once.
+
+    Not where torchrun has started it: a rank may wait in the system's code for others, and would never hear of it.
+    """
+    ours = os.getpid()
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or LAUNCHED in os.environ or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if os.getpid() != ours:  # a process that was forked from this one
+            os.kill(os.getpid(), number)
+        raise SystemExit(TERMINATED)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def _ending(error: Exception, debug: bool) -> tuple[str | None, int]:

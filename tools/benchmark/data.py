@@ -15,7 +15,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ import polars as pl
 
 from opensora.config import run_main
 from opensora.utils.files import write_text
+from opensora.utils.temporary import TemporaryFolder
 from opensora.utils.video import save_video
 from tools.arguments import Bounded
 from tools.data import table as table_tool
@@ -239,8 +239,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = args.part or PARTS
     report = Report(args.out)
     prepare(os.cpu_count() or 1)  # one thread, as in a pool of a process per core
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
+    with TemporaryFolder() as folder:
+        root = folder
         if {"stages", "workers"} & set(parts):
             print(f"making {args.seconds:g} s of {SIZE[1]}x{SIZE[0]} at {FPS} frames/s", flush=True)
             frames = pan(scenery(SIZE[0] + 80, SIZE[1] + 400, 1), SIZE, round(args.seconds * FPS), x=1.5)

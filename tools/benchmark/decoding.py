@@ -11,7 +11,6 @@ which other programs change least.
 import argparse
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import numpy as np
 from opensora.config import run_main
 from opensora.datasets.video_io import read_frames
 from opensora.utils.errors import UserError
+from opensora.utils.temporary import TemporaryFolder
 
 
 def make_clip(path: Path, frames: int, size: tuple[int, int], fps: int, key_every: int) -> None:
@@ -87,9 +87,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--size is HEIGHTxWIDTH, such as 360x640, and --frames at most seconds x fps")
     print(f"{total} frames of {args.size}, {args.frames} wanted, median of {args.repeats}")
     print(f"{'key frame every':>15} {'whole clip':>11} {'wanted only':>11} {'faster':>7}")
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryFolder() as folder:
         for key_every in (12, 48, 250):
-            clip = Path(folder) / f"{key_every}.mp4"
+            clip = folder / f"{key_every}.mp4"
             make_clip(clip, total, (int(height), int(width)), args.fps, key_every)
             whole, wanted = compare(clip, total, args.frames, args.repeats)
             print(f"{key_every:>15} {whole * 1e3:>8.0f} ms {wanted * 1e3:>8.0f} ms {whole / wanted:>6.1f}x")

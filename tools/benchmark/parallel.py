@@ -10,7 +10,6 @@ fitted to those: the share of peak speed that a device reaches, and the time tha
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -32,6 +31,7 @@ from opensora.config import run_main
 from opensora.config.options import PluginOptions
 from opensora.models.mmdit import MMDiTConfig, MMDiTModel
 from opensora.models.mmdit.flops import forward_flops
+from opensora.utils.temporary import TemporaryFolder
 from tools.benchmark.traffic import bytes_sent
 
 WAYS = {"ulysses": ("sp", "all_to_all"), "ring": ("sp", "ring_attn"), "tp": ("tp", "ring_attn")}
@@ -138,9 +138,9 @@ def _measure(rank: int, ranks: int, folder: str, way: str, image: int, text: int
 
 def measured_bytes(way: str, ranks: int, image: int, text: int) -> float:
     """Bytes that a rank sends in one forward of the small model in float32, the mean over ranks."""
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryFolder() as folder:
         multiprocessing.spawn(_measure, (ranks, folder, way, image, text), ranks)
-        return sum(int(path.read_text()) for path in Path(folder).glob("sent*")) / ranks
+        return sum(int(path.read_text()) for path in folder.glob("sent*")) / ranks
 
 
 def traffic_table(ranks: Sequence[int], image: int, text: int) -> str:

@@ -7,7 +7,6 @@ what the process grew by, how long each stage took, and the table of buckets.
 import argparse
 import gc
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -26,6 +25,7 @@ from opensora.datasets.buckets import BucketTable
 from opensora.datasets.dataset import VideoTextDataset
 from opensora.datasets.rows import write_shards
 from opensora.datasets.sampler import BucketBatchSampler
+from opensora.utils.temporary import TemporaryFolder
 
 # Lengths and batch sizes of the first training stage of Open-Sora 2.0.
 VIDEO_BATCHES = {5: 12, 37: 6, 69: 4, 101: 3}
@@ -63,8 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="memory and time of sorting a large table into buckets")
     parser.add_argument("--rows", type=int, default=1_000_000)
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "clips.parquet"
+    with TemporaryFolder() as folder:
+        path = folder / "clips.parquet"
         # In a process of its own, so that memory it leaves unused is not taken for memory that was there before.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             pool.submit(make_table, path, args.rows).result()

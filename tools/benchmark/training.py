@@ -15,7 +15,6 @@ import copy
 import json
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +48,7 @@ from opensora.training.weights.optimizer import create_optimizer
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
 from opensora.utils.sizes import gib
+from opensora.utils.temporary import TemporaryFolder
 from opensora.utils.video import save_image, save_video
 from tools.outputs import add_overwrite, check_new
 
@@ -286,8 +286,8 @@ def main(argv: list[str] | None = None) -> None:
         widths = [max(map(len, column)) for column in zip(*rows)]
         print("\n".join("  ".join(word.rjust(width) for word, width in zip(row, widths)) for row in rows))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(resolve(args, words, Path(folder)), args.warm_up, args.overhead)
+    with TemporaryFolder() as folder:
+        result = measure(resolve(args, words, folder), args.warm_up, args.overhead)
     for name, value in result.items():
         print(f"{name:>18}  {value if isinstance(value, str | int) else f'{value:.4g}'}")
     if args.out is not None:

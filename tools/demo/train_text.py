@@ -8,7 +8,6 @@ combinations that were not trained on are measured at the end. The folders are i
 import argparse
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,13 +24,16 @@ if __package__ in (None, ""):
 
 from opensora.config import run_main
 from opensora.models.text.embedder import HFEmbedder
+from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
+from opensora.utils.files import put_in_place, remove_unfinished_folders, temporary_path
 from opensora.utils.progress import Bar
 from tools.demo.captions import random_caption
 from tools.demo.text_tokenizers import train_clip_tokenizer, train_t5_tokenizer
 from tools.demo.wordings import VALUES, WORDS, Attributes, roughen, sample_attributes, unseen_caption, wide_caption
 from tools.demo.world import FPS, combinations, sample_scene
 
+SCRATCH = "text"  # of the folder that is being written
 T5_FOLDER, CLIP_FOLDER = "google/t5-demo", "openai/clip-demo"  # HFEmbedder tells CLIP by "openai" in the path
 T5_LENGTH, CLIP_LENGTH = 24, 77
 WIDTH = 64  # of both encoders' outputs
@@ -239,24 +241,32 @@ def train_text(out: Path, seed: int, steps: int, batch_size: int, count: int, ov
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 0])
     texts = [training_example(rng).text for _ in range(12_000)] + list(WORDS)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".text-", dir=out) as name:
-        scratch = Path(name)
-        start = time.perf_counter()
-        heads = {T5_FOLDER: train_t5(scratch / T5_FOLDER, texts, rng, steps, batch_size)}
-        heads[CLIP_FOLDER] = train_clip(scratch / CLIP_FOLDER, texts, rng, steps, batch_size)
-        print(f"trained in {time.perf_counter() - start:.0f} s")
-        for folder, length in ((T5_FOLDER, T5_LENGTH), (CLIP_FOLDER, CLIP_LENGTH)):
-            embedder = HFEmbedder(str(scratch / folder), max_length=length)
-            report(folder.split("/")[1].split("-")[0].upper(), embedder, heads[folder], seed, count)
-        for folder in (T5_FOLDER, CLIP_FOLDER):
-            target = out / folder
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if target.exists():
-                shutil.rmtree(target)
-            for file in (scratch / folder).iterdir():
-                file.chmod(0o644)  # safetensors writes for the owner only
-            (scratch / folder).replace(target)
+    with claimed(out):
+        remove_unfinished_folders(out, SCRATCH)
+        scratch = temporary_path(out / SCRATCH, "writing")
+        try:
+            scratch.mkdir()
+            _train_both(scratch, texts, rng, steps, batch_size, seed, count)
+            for folder in (T5_FOLDER, CLIP_FOLDER):
+                for file in (scratch / folder).iterdir():
+                    file.chmod(0o644)  # safetensors writes for the owner only
+                (out / folder).parent.mkdir(parents=True, exist_ok=True)
+                put_in_place(scratch / folder, out / folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _train_both(
+    scratch: Path, texts: list[str], rng: np.random.Generator, steps: int, batch_size: int, seed: int, count: int
+) -> None:
+    """Write the folders of both encoders, and say how good they are."""
+    start = time.perf_counter()
+    heads = {T5_FOLDER: train_t5(scratch / T5_FOLDER, texts, rng, steps, batch_size)}
+    heads[CLIP_FOLDER] = train_clip(scratch / CLIP_FOLDER, texts, rng, steps, batch_size)
+    print(f"trained in {time.perf_counter() - start:.0f} s")
+    for folder, length in ((T5_FOLDER, T5_LENGTH), (CLIP_FOLDER, CLIP_LENGTH)):
+        embedder = HFEmbedder(str(scratch / folder), max_length=length)
+        report(folder.split("/")[1].split("-")[0].upper(), embedder, heads[folder], seed, count)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from opensora.config import run_main
 from opensora.diffusion.pipeline import VideoPipeline
 from opensora.evaluation.quality import ssim
 from opensora.utils.files import write_text
+from opensora.utils.temporary import TemporaryFolder
 from opensora.utils.video import save_image
 from tools.evaluate import guard
 
@@ -88,8 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--update", action="store_true", help="keep everything as it is now")
     args = parser.parse_args(argv)
     os.chdir(guard.ROOT)  # where the demo's configs look for weights
-    with tempfile.TemporaryDirectory() as folder:
-        losses = guard.first_losses(Path(folder) / "demo")
+    with TemporaryFolder() as folder:
+        losses = guard.first_losses(folder / "demo")
     videos = guard.make_videos(VideoPipeline.from_config(guard.CONFIG))
     model, inputs = guard.demo_model()
     cost, time = guard.cost(model, inputs), {guard.processor(): round(guard.relative_time(model, inputs), 3)}

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -108,14 +107,28 @@ def test_nobody_reads(command, body):
     assert (status, lines) == (141, [])
 
 
-def test_interrupt(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT.format(body="print('on', flush=True); time.sleep(60)"))
-    words = [sys.executable, tmp_path / "script.py"]
-    with subprocess.Popen(
-        words, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+FOLDERS = """
+    from opensora.utils.temporary import TemporaryFolder
+    from opensora.utils.files import write_beside
+    with TemporaryFolder():
+        write_beside("out.txt", lambda path: (print("on", flush=True), time.sleep(60)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "end"), [(signal.SIGINT, (130, "interrupted\n")), (signal.SIGTERM, (143, ""))], ids=["SIGINT", "SIGTERM"]
+)
+def test_told_to_end(tmp_path, number, end):
+    """Nothing that was being written stays, and no temporary folder."""
+    (tmp_path / "script.py").write_text(SCRIPT.format(body=FOLDERS))
+    place = tmp_path / "place"
+    place.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(place)}
+    words, pipes = [sys.executable, tmp_path / "script.py"], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(words, env=environment, cwd=place, text=True, **pipes) as process:
         assert process.stdout.readline() == "begun\n"
-        time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "on\n"
+        process.send_signal(number)
         _, said = process.communicate(timeout=300)
-    assert (process.returncode, said) == (130, "interrupted\n")
+    assert (process.returncode, said) == end
+    assert not [*place.iterdir()]
