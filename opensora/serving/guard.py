@@ -1,11 +1,13 @@
 """Who may ask, from where, and how much at a time: looked at before anything reads a request."""
 
+import asyncio
 import base64
 import binascii
 import hmac
 import ipaddress
 import json
 from collections.abc import Collection
+from time import monotonic
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,10 +16,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from opensora.serving import wire
+from opensora.utils.waiting import LEAST_RATE, SLOW_SECONDS
 
 OPEN_PATHS = ("/health",)  # for whoever looks whether the server lives
 READING = ("GET", "HEAD", "OPTIONS")
 API = "/v1/"
+TOO_SLOW = "the body of the request comes too slowly"
 
 
 class Guard:
@@ -88,15 +92,24 @@ class Guard:
         return hmac.compare_digest(value.strip().encode(), str(self.key).encode())
 
     def _counted(self, receive: Receive) -> Receive:
-        """Like ``receive``, but for bodies that grow beyond what is taken."""
-        seen = 0
+        """Like ``receive``, but for bodies that grow beyond what is taken, or that drip."""
+        seen, began, is_whole = 0, monotonic(), False
 
         async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, is_whole
+            if is_whole:  # what comes now is the end of the connection
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), SLOW_SECONDS)
+            except TimeoutError:
+                raise HTTPException(408, TOO_SLOW) from None
             seen += len(message.get("body", b""))
             if seen > self.most:
                 raise HTTPException(413, self._too_large)
+            is_whole = not message.get("more_body", False)
+            seconds = monotonic() - began
+            if not is_whole and seconds > SLOW_SECONDS and seen < LEAST_RATE * seconds:
+                raise HTTPException(408, TOO_SLOW)
             return message
 
         return counted

@@ -9,6 +9,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from PIL import Image
@@ -16,6 +17,7 @@ from PIL import Image
 from opensora.serving.request import BadField
 from opensora.utils.errors import UserError
 from opensora.utils.media.kinds import MAX_PIXELS
+from opensora.utils.waiting import within
 
 PORTS = {"http": 80, "https": 443}
 REDIRECTS = 3
@@ -153,14 +155,14 @@ class Fetcher:
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             headers = {"User-Agent": "opensora", "Accept-Encoding": "identity"}
             connection.request("GET", target, headers=headers)
-            response = connection.getresponse()
+            response = within(max(deadline - time.monotonic(), 0.1), connection.getresponse)
             if response.status in (301, 302, 303, 307, 308):
                 return response.headers.get("Location") or ""
             if response.status != 200:
                 raise BadField(field, f"{field}: the address answers {response.status}")
             return self._read(field, response, deadline)
         finally:
-            connection.close()
+            connection.hang_up()
 
     def _address(self, field: str, parts: SplitResult) -> str:
         if parts.scheme not in self.ports or not parts.hostname:
@@ -174,7 +176,7 @@ class Fetcher:
 
     def _read(self, field: str, response: http.client.HTTPResponse, deadline: float) -> bytes:
         content = b""
-        while chunk := response.read(CHUNK):
+        while chunk := response.read1(CHUNK):
             content += chunk
             if len(content) > self.most:
                 raise BadField(field, f"{field}: more than {self.most / 2**20:g} MiB")
@@ -189,6 +191,12 @@ class _Pinned(http.client.HTTPConnection):
     def __init__(self, parts: SplitResult, address: str, port: int, timeout: float) -> None:
         super().__init__(str(parts.hostname), port, timeout=timeout)
         self._address, self._secure = address, parts.scheme == "https"
+
+    def hang_up(self) -> None:
+        """Close it, also under the hands of a thread that waits for an answer."""
+        with suppress(OSError, AttributeError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.close()
 
     def connect(self) -> None:
         """Connect to the address; with https, the certificate must be the host's."""

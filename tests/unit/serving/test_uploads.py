@@ -4,12 +4,15 @@ import io
 import socket
 import struct
 import threading
+import time
 import zlib
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from PIL import Image
 
+from opensora.serving import uploads
 from opensora.serving.request import BadField
 from opensora.serving.uploads import Fetcher, check_upload, is_public, read_data_url
 
@@ -38,6 +41,12 @@ class Site(BaseHTTPRequestHandler):
             self.send_header("Location", self.path[4:])
             self.end_headers()
             return
+        if self.path.startswith("/drip"):
+            with suppress(OSError):
+                for byte in (b"" if "head" in self.path else b"HTTP/1.0 200 OK\r\n\r\n", *[b"H"] * 100):
+                    self.wfile.write(byte)
+                    time.sleep(0.02)
+            return
         content = b"x" * 3000 if self.path == "/large" else f"{self.headers['Host']} {self.path}".encode()
         self.send_response(404 if self.path == "/gone" else 200)
         self.send_header("Content-Length", str(len(content)))
@@ -50,7 +59,7 @@ class Site(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def port():
-    server = HTTPServer(("127.0.0.1", 0), Site)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server.server_port
     server.shutdown()
@@ -88,6 +97,15 @@ def test_answers_that_are_refused(port, path, message):
     own = {"private.example": "10.0.0.1", "10.0.0.1": "10.0.0.1"}
     with pytest.raises(BadField, match=message):
         fetcher(port, **own)("ref", f"http://a.example{path}")
+
+
+@pytest.mark.parametrize("path", ["/drip", "/drip-head"])
+def test_an_answer_that_drips(port, path, monkeypatch):
+    monkeypatch.setattr(uploads, "SECONDS", 0.2)
+    began = time.monotonic()
+    with pytest.raises(BadField, match="too slow|cannot be fetched"):
+        fetcher(port)("ref", f"http://a.example{path}")
+    assert time.monotonic() - began < 1.5, "all of it takes 2 seconds"
 
 
 @pytest.mark.parametrize(
