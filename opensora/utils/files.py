@@ -5,11 +5,13 @@ While a file is written it is called ``.unfinished-*`` and lies beside its place
 """
 
 import errno
+import fcntl
 import json
 import os
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,19 +51,51 @@ class FileBeside:
         if self.path.is_symlink() and not is_there(self.path):
             raise UserError(f"{self.path} is a link that leads nowhere; delete it, or give another place")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=UNFINISHED, suffix=self.path.suffix, dir=self.path.parent)
-        os.close(handle)
-        self.temporary = Path(name)
+        try:
+            self._handle, self.temporary = _open_beside(self.path)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def put_in_place(self) -> Path:
         """Give the file its name, in place of one that has it."""
         self.temporary.chmod(0o666 & ~_umask())
         self.temporary.replace(self.path)
+        self._close()
         return self.path
 
     def discard(self) -> None:
         """Delete the temporary file, if it is still there."""
         self.temporary.unlink(missing_ok=True)
+        self._close()
+
+    def _close(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
+def _open_beside(path: Path) -> tuple[int | None, Path]:
+    """An empty temporary file beside ``path``, open and locked, and its name.
+
+    The name is the same every time, so that the next run writes over what a killed one has left; another one if
+    somebody is writing the same file now.
+    """
+    steady = path.with_name(f"{UNFINISHED}{zlib.crc32(os.fsencode(path.name)):08x}{path.suffix}")
+    try:
+        handle = os.open(steady, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        handle = os.open(steady, os.O_RDWR | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours, there = os.fstat(handle), steady.lstat()
+        if ours.st_ino == there.st_ino and ours.st_uid == os.geteuid():
+            os.ftruncate(handle, 0)
+            return handle, steady
+    except OSError:  # somebody's, gone meanwhile, or on a file system without locks
+        pass
+    os.close(handle)
+    handle, name = tempfile.mkstemp(prefix=UNFINISHED, suffix=path.suffix, dir=path.parent)
+    return handle, Path(name)
 
 
 def write_beside(path: str | Path, write: Callable[[Path], Any]) -> Path:

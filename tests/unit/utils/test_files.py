@@ -1,9 +1,12 @@
 """Files and folders that are whole or absent."""
 
+import os
+
 import pytest
 
 from opensora.utils.errors import UserError
 from opensora.utils.files import (
+    FileBeside,
     put_in_place,
     remove_unfinished_files,
     remove_unfinished_folders,
@@ -42,6 +45,32 @@ def test_a_full_disk_is_named_whatever_library_finds_it(tmp_path, error):
         write_beside(tmp_path / "a.txt", fail)
     assert (raised.value.errno, raised.value.filename) == (28, str(tmp_path / "a.txt"))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_program_was_writing_is_written_over(tmp_path):
+    child = os.fork()
+    if child == 0:
+        try:
+            FileBeside(tmp_path / "a.txt").temporary.write_text("half of something long")
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert len([*tmp_path.iterdir()]) == 1
+    write_text("new", tmp_path / "a.txt")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "new"
+
+
+def test_two_write_one_file_at_a_time(tmp_path):
+    one, other = FileBeside(tmp_path / "a.txt"), FileBeside(tmp_path / "a.txt")
+    assert one.temporary != other.temporary
+    for file, text in ((one, "one"), (other, "other")):
+        file.temporary.write_text(text)
+        assert file.put_in_place().read_text() == text
+    one, other = FileBeside(tmp_path / "a.txt"), FileBeside(tmp_path / "b.txt")
+    one.discard()
+    other.discard()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_errors_of_other_files_keep_their_names(tmp_path):
