@@ -65,6 +65,7 @@ setup(
         "protobuf>=4",
         "psutil>=5.9",
         "pyarrow>=15",
+        "PyYAML>=6",
         "safetensors>=0.4.5",
         "scikit-image>=0.22",
         "sentencepiece>=0.2",

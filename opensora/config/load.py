@@ -17,7 +17,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
+import yaml
 from mmengine.config import Config
+from mmengine.fileio.handlers import BaseFileHandler
+from mmengine.fileio.handlers.registry_utils import file_handlers
 
 from opensora.config.commands import RunOptions
 from opensora.config.help import help_text
@@ -179,9 +182,34 @@ def _read(path: Path) -> dict:
     """Content of a config file with its bases."""
     try:
         # plain python: an import in the file must not switch mmengine to its lazy mode
-        return Config.fromfile(path, lazy_import=False).to_dict()
+        with _plain_yaml():
+            return Config.fromfile(path, lazy_import=False).to_dict()
     except (Exception, SystemExit) as error:  # a config is a program: anything may go wrong in it
         raise UserError(f"{path}: cannot be read as a config: {type(error).__name__}: {error}") from error
+
+
+class _PlainYaml(BaseFileHandler):
+    """YAML without the tags that make Python objects, which would run whatever they name."""
+
+    def load_from_fileobj(self, file: Any, **options: Any) -> Any:
+        return yaml.safe_load(file)
+
+    def dump_to_fileobj(self, obj: Any, file: Any, **options: Any) -> None:
+        yaml.safe_dump(obj, file)
+
+    def dump_to_str(self, obj: Any, **options: Any) -> str:
+        return yaml.safe_dump(obj)
+
+
+@contextmanager
+def _plain_yaml() -> Iterator[None]:
+    """Within it, mmengine reads YAML as data alone."""
+    before = {ending: file_handlers[ending] for ending in ("yaml", "yml")}
+    file_handlers.update(dict.fromkeys(before, _PlainYaml()))
+    try:
+        yield
+    finally:
+        file_handlers.update(before)
 
 
 def import_own(modules: Sequence[str], where: str) -> None:

@@ -168,17 +168,17 @@ def _parse_any(text: str) -> Any:
     if word in ("none", "true", "false"):
         return {"none": None, "true": True, "false": False}[word]
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        return _literal(text)
+    except ValueError:
         return text
 
 
 def _parse_list(text: str, hint: Any) -> list | tuple:
     if text.startswith(("[", "(")):
         try:
-            value = ast.literal_eval(text)
+            value = _literal(text)
             return value if isinstance(value, list | tuple) else [value]
-        except (ValueError, SyntaxError):
+        except ValueError:
             text = text[1:].rstrip("])")
     args = [arg for arg in get_args(hint) if arg is not Ellipsis] or [Any]
     words = [word.strip() for word in text.split(",") if word.strip()]
@@ -187,9 +187,20 @@ def _parse_list(text: str, hint: Any) -> list | tuple:
 
 def _parse_dict(text: str) -> Any:
     try:
+        return _literal(text)
+    except ValueError:
+        try:
+            return json.loads(text)  # its error is a ValueError
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+
+
+def _literal(text: str) -> Any:
+    """The value of a Python literal; raises ValueError for all else: ``{{1}}``, what is nested too deeply."""
+    try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return json.loads(text)  # its error is a ValueError
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _as_int(value: int | float) -> int:

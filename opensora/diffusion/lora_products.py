@@ -48,7 +48,7 @@ def product_of(tensors: Mapping[str, Tensor]) -> Product | str | None:
     if not names:
         return None
     kind = "LoHa" if names[0] in LOHA else "LoKr"
-    groups = [LOHA[:2], LOHA[2:]]  # names of the parts of each of the two matrices
+    groups: list[tuple[str, ...]] = [LOHA[:2], LOHA[2:]]  # names of the parts of each of the two matrices
     if kind == "LoKr":
         groups = [(name,) if name in tensors else (f"{name}_a", f"{name}_b") for name in LOKR]
     due = [name for group in groups for name in group]

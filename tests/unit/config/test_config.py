@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from mmengine.fileio.handlers.registry_utils import file_handlers
 
 from opensora.config import config_to_text, load_config, parse_config
 from opensora.config.choices import CONDITIONS
@@ -262,6 +263,23 @@ def test_missing_file_names_the_nearest(write):
 def test_broken_files(write, text):
     with pytest.raises(UserError, match=r"toy.py: cannot be read"):
         parse_config([write(text)], InferenceOptions)
+
+
+def test_yaml_is_data(write, tmp_path):
+    """No tag of it makes an object, which would run code; mmengine is left as it was."""
+    before = dict(file_handlers)
+    path = write(f"seed: !!python/object/apply:pathlib.Path.mkdir [{tmp_path}/made]", "toy.yaml")
+    with pytest.raises(UserError, match=r"toy.yaml: cannot be read as a config: ConstructorError"):
+        parse_config([path], InferenceOptions)
+    assert not (tmp_path / "made").exists()
+    assert parse_config([write("seed: 7", "toy.yml")], InferenceOptions).seed == 7
+    assert file_handlers == before
+
+
+@pytest.mark.parametrize("text", ["{{1: 2}}", "{{...}}", "{[1]: 2}", "[" * 10_000])
+def test_literals_that_cannot_be(train, text):
+    with pytest.raises(UserError, match="--lora_config .*: expected dict or none"):
+        train("--lora_config", text)
 
 
 @pytest.mark.parametrize(
