@@ -6,12 +6,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from opensora.utils.claims import claimed
+from opensora.utils.claims import FOLDER_LOCK, claimed
 from opensora.utils.errors import UserError
-from opensora.utils.files import write_beside
+from opensora.utils.files import UNFINISHED, write_beside
 from opensora.utils.new_files import add_overwrite, check_new, check_place, check_text
 
-__all__ = ["add_overwrite", "check_new", "check_no_input", "check_place", "check_text", "write_new"]
+__all__ = ["add_overwrite", "check_new", "check_no_input", "check_place", "check_text", "is_new", "write_new"]
+
+
+def is_new(folder: Path) -> bool:
+    """Whether a folder is not there, or holds nothing but what a killed program left of a file and a lock."""
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return all(name == FOLDER_LOCK or name.startswith(UNFINISHED) for name in names)
 
 
 def check_no_input(path: Path, inputs: Iterable[Path], flag: str = "--out") -> None:

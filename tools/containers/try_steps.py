@@ -23,6 +23,7 @@ from opensora.config import run_main
 from opensora.utils.errors import UserError
 from tools.arguments import user_path
 from tools.containers.dockerfile import Instruction, health_command, last, read_dockerfile, variables
+from tools.outputs import is_new
 
 ROOT_ONLY = ("apt-get", "useradd")
 PLACES = ("/data", "/run/secrets", "/app")
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=user_path, required=True, help="new folder to work in; it stays")
     parser.add_argument("--build-arg", action="append", default=[], metavar="NAME=VALUE", help="as docker build has it")
     args = parser.parse_args(argv)
-    if args.folder.exists() and any(args.folder.iterdir()):
+    if not is_new(args.folder):
         raise UserError(f"--folder {args.folder} is not empty")
     given = dict(each.partition("=")[::2] for each in args.build_arg)
     trial = Trial(args.file, args.folder.absolute(), given)

@@ -19,7 +19,7 @@ from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
 from opensora.utils.video import save_image, save_video
 from tools.arguments import user_path
-from tools.outputs import check_place
+from tools.outputs import check_place, is_new
 
 Frames = np.ndarray
 
@@ -116,7 +116,7 @@ def make_footage(folder: Path, size: tuple[int, int] = (180, 320), fps: int = 24
         UserError: there is something in the folder already.
     """
     check_place(folder, "--out", folder=True)
-    if folder.exists() and any(folder.iterdir()):
+    if not is_new(folder):
         raise UserError(f"--out {folder} is not empty; choose a new folder")
     big = (size[0] * 2, size[1] * 2)
     tints = [(1.0, 0.8, 0.6), (0.6, 0.8, 1.0), (0.7, 1.0, 0.7), (1.0, 0.7, 0.9), (0.9, 0.9, 0.5)]

@@ -31,7 +31,7 @@ from opensora.utils.video import contact_sheet, read_video, to_uint8
 from tools.demo.analyse import psnr
 from tools.demo.scoring import ATTRIBUTES, SHEET_FRAMES, Verdict, format_table, judge, mark, shares
 from tools.demo.world import Combination
-from tools.outputs import check_place
+from tools.outputs import check_place, is_new
 
 Frames = NDArray[np.uint8]
 NEEDED = ("path", "color", "shape", "motion", "background")
@@ -116,7 +116,7 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
         if value < 1:
             raise UserError(f"{flag} is {value}; it must be at least 1")
     check_place(args.out, "--out", folder=True)
-    if args.out.exists() and any(args.out.iterdir()):
+    if not is_new(args.out):
         raise UserError(f"--out {args.out} exists and is not an empty folder; give a new one")
     table = read_table(args.data, args.num)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

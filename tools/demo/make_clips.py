@@ -18,14 +18,14 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.config import run_main
-from opensora.utils.claims import FOLDER_LOCK, claimed
+from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
 from opensora.utils.files import remove_unfinished_files, write_text
 from opensora.utils.progress import Bar
 from opensora.utils.video import save_video
 from tools.demo.captions import random_caption
 from tools.demo.world import FPS, NUM_FRAMES, SIZE, SPLITS, Scene, combinations, draw_clip, sample_scene
-from tools.outputs import add_overwrite, check_place, write_new
+from tools.outputs import add_overwrite, check_place, is_new, write_new
 
 CRF = 12  # of h264: low enough that compression is not what a model learns
 MOST_CLIPS = 10_000_000
@@ -61,16 +61,16 @@ def prepare_folder(out: Path, recipe: dict[str, object]) -> None:
         UserError: the folder holds something else; nothing is overwritten.
     """
     note = out / "recipe.json"
-    if any(path.name != FOLDER_LOCK for path in out.iterdir()):
+    if not is_new(out):
         try:
             found = json.loads(note.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise UserError(f"--out {out} exists and holds no clips of this tool; give a new or empty folder") from None
         if found != recipe:
             raise UserError(f"--out {out} holds clips of another recipe, {found}; give a new folder for {recipe}")
+    write_text(json.dumps(recipe, indent=2) + "\n", note)  # first: it tells what all else is
     (out / "clips").mkdir(parents=True, exist_ok=True)
-    remove_unfinished_files(out / "clips")
-    write_text(json.dumps(recipe, indent=2) + "\n", note)
+    remove_unfinished_files(out)
 
 
 def make_clips(
