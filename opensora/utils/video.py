@@ -3,7 +3,9 @@ use, Pillow the only image one."""
 
 import math
 import numbers
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from opensora.utils.errors import UserError
-from opensora.utils.files import FileBeside, write_beside, write_text
+from opensora.utils.files import REFUSED, FileBeside, write_beside, write_text
 from opensora.utils.media.frames import read_clip as read_video
 from opensora.utils.media.kinds import kind_of
 from opensora.utils.media.pictures import read_picture as read_image
@@ -150,9 +152,10 @@ class VideoWriter:
             self._container = _open_to_write(self._file.temporary, named=self.path)
             self._stream = self._video_stream(self._container, *frames.shape[1:3])
         assert self._stream is not None
-        for frame in frames:
-            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            self._container.mux(self._stream.encode(to_bt709(rgb, self._convert)))
+        with self._named():
+            for frame in frames:
+                rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                self._container.mux(self._stream.encode(to_bt709(rgb, self._convert)))
 
     def _video_stream(self, container: OutputContainer, height: int, width: int) -> VideoStream:
         stream = container.add_stream("libx264", rate=Fraction(self.fps).limit_denominator(65535))
@@ -167,14 +170,29 @@ class VideoWriter:
         """Finish the video and give it its name; returns that."""
         assert self._container is not None, "no frames"
         assert self._stream is not None
-        self._container.mux(self._stream.encode())
-        self._close()
+        with self._named():
+            self._container.mux(self._stream.encode())
+            self._close()
         return self._file.put_in_place()
 
     def discard(self) -> None:
         """Leave nothing of it."""
-        self._close()
-        self._file.discard()
+        try:
+            with suppress(OSError, av.FFmpegError):  # what is left to write has no room either
+                self._close()
+        finally:
+            self._file.discard()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors of a disk that takes nothing more are about the file, not about its temporary name."""
+        try:
+            yield
+        except (OSError, av.FFmpegError) as error:
+            number = getattr(error, "errno", None)
+            if number not in REFUSED:
+                raise
+            raise OSError(number, os.strerror(number), str(self.path)) from error
 
     def _close(self) -> None:
         container, self._container = self._container, None

@@ -1,5 +1,8 @@
 """Media files: written whole, read back as they were."""
 
+from pathlib import Path
+
+import av
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ from PIL import Image
 
 from opensora.utils import video
 from opensora.utils.errors import UserError
+from opensora.utils.video import VideoWriter
 
 
 @pytest.fixture
@@ -115,3 +119,17 @@ def test_contact_sheet(tmp_path, moving_square):
     sheet = video.read_image(path)
     assert sheet.shape[1] >= 4 * 128
     assert sheet.shape[0] >= 2 * 96
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+def test_a_full_disk_leaves_nothing_and_is_named(tmp_path, moving_square, monkeypatch):
+    """Closing a file that cannot be finished fails as well."""
+    writer = VideoWriter(tmp_path / "a.mp4", 8)
+    unfinished = writer._file.temporary
+    monkeypatch.setattr(video, "_open_to_write", lambda path, named: av.open("/dev/full", "w", format="matroska"))
+    writer.write(moving_square)
+    with pytest.raises(OSError, match="No space left") as raised:
+        writer.put_in_place()
+    writer.discard()
+    assert raised.value.filename == str(tmp_path / "a.mp4")
+    assert not unfinished.exists()
