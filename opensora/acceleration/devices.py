@@ -53,6 +53,8 @@ def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "meta":
+            raise RuntimeError("nothing can be computed there")
     except RuntimeError as error:
         raise UserError(f"unknown device {name!r}; valid: cpu, cuda, cuda:N") from error
     if device.type != "cuda":

@@ -111,6 +111,8 @@ def check_value(value: Any, option: Option, path: str, where: str) -> Any:
             value = coerce(value, option.hint)
         except ValueError:
             raise UserError(f"{where}: {path} = {value!r}: expected {describe(option.hint)}") from None
+        if isinstance(value, str) and "\0" in value:
+            raise UserError(f"{where}: {path} = {value!r}: a text cannot hold a zero byte")
         check_bounds(value, option.metadata, f"{where}: {path}")
         return value
     if isinstance(value, Options):

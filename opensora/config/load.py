@@ -7,9 +7,11 @@ nearest right key.
 
 import copy
 import dataclasses
+import errno
 import importlib
 import json
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -185,6 +187,8 @@ def _read(path: Path) -> dict:
         with _plain_yaml():
             return Config.fromfile(path, lazy_import=False).to_dict()
     except (Exception, SystemExit) as error:  # a config is a program: anything may go wrong in it
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # mmengine makes copies there
+            raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from error
         raise UserError(f"{path}: cannot be read as a config: {type(error).__name__}: {error}") from error
 
 

@@ -87,6 +87,9 @@ class BucketTable:
             for length in lengths
             for ratio, size in ratios.items()
         ]
+        if not self.buckets:
+            named = ", ".join(map(str, buckets))
+            raise UserError(f"bucket_config: {named} without a length: {{num_frames: (probability, batch_size)}}")
         self._ids = {(b.resolution, b.num_frames, b.ratio): i for i, b in enumerate(self.buckets)}
 
     def assign(self, table: pd.DataFrame, strides: np.ndarray, seed: int) -> np.ndarray:

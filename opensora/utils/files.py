@@ -25,7 +25,9 @@ NAME_BYTES = 255  # longest name that file systems take
 
 
 def check_name(path: str | Path) -> None:
-    """Raise a UserError if the last part of a path is longer than file systems allow."""
+    """Raise a UserError if the last part of a path is longer than file systems allow, or can be no name at all."""
+    if "\0" in os.fspath(path):
+        raise UserError(f"{str(path)!r}: a name cannot hold a zero byte")
     length = len(os.fsencode(Path(path).name))
     if length > NAME_BYTES:
         raise UserError(f"{path}: the name has {length} bytes, file systems take {NAME_BYTES}; choose a shorter one")

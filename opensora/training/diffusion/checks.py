@@ -120,6 +120,8 @@ def _input_options(cfg: TrainOptions, multiple: int) -> InputOptions:
 
 def _check_conditions(cfg: TrainOptions, model: DiffusionModel) -> None:
     weights = cfg.condition_config
+    if weights and not sum(weights.values()):
+        raise UserError("condition_config: all weights are 0; give one above that, or none to train on text only")
     for name in weights or {}:
         if name not in CONDITIONS:
             raise UserError(f"condition_config: unknown condition {name!r}; valid: {CONDITIONS.listing}")

@@ -139,7 +139,7 @@ def test_bucket_probabilities():
     assert shares == pytest.approx([0.75, 0.125], abs=0.03)
 
 
-@pytest.mark.parametrize("bad", [{17: 2}, {17: (1.0,)}, {17: (2.0, 2)}, {0: (1.0, 2)}, {17: (1.0, 0)}])
+@pytest.mark.parametrize("bad", [{}, {17: 2}, {17: (1.0,)}, {17: (2.0, 2)}, {0: (1.0, 2)}, {17: (1.0, 0)}])
 def test_malformed_buckets_are_named(bad):
     with pytest.raises(UserError, match="64px"):
         BucketTable({"64px": bad})

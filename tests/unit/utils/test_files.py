@@ -47,6 +47,11 @@ def test_a_full_disk_is_named_whatever_library_finds_it(tmp_path, error):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_name_with_a_zero_byte(tmp_path):
+    with pytest.raises(UserError, match="zero byte"):
+        write_text("a", tmp_path / "a\0b")
+
+
 def test_what_a_killed_program_was_writing_is_written_over(tmp_path):
     child = os.fork()
     if child == 0:
