@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.attack.server import AT_WEIGHTS, GIB, KILLED, ROOT, Order, Outcome
 
@@ -77,24 +78,39 @@ class Server:
         )
         assert self._answer() == {"ready": True}
 
-    def _answer(self) -> dict:
+    def _answer(self) -> Any:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, f"the server has ended with status {self.process.wait()}"
         return json.loads(line)
 
+    def _ask(self, question: Mapping[str, Any]) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
     def run(self, order: Order) -> Outcome:
         """Run one order."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(asdict(order)) + "\n")
-        self.process.stdin.flush()
-        return Outcome(**self._answer())
+        return self.run_at_once(order)[0]
+
+    def run_at_once(self, *orders: Order) -> list[Outcome]:
+        """Run orders, all at the same time."""
+        return [Outcome(**found) for found in self._ask({"orders": [asdict(order) for order in orders]})]
+
+    def mount(self, place: Path, options: str = "", flags: int = 0) -> str:
+        """See :func:`tests.attack.server.mount`."""
+        return self._ask({"mount": str(place), "options": options, "flags": flags})
+
+    def seen(self, place: Path) -> Path:
+        """A place as the process sees it, which has mounts of its own."""
+        return Path(f"/proc/{self.process.pid}/root{place}")
 
     def close(self) -> None:
         """End the process."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(60)
+        self.process.wait(120)
 
 
 def attack(server: Server, case: Case, good: Path, place: Path) -> Result:
@@ -110,7 +126,7 @@ def attack(server: Server, case: Case, good: Path, place: Path) -> Result:
     if case.make is not None:
         case.make(good, own)
     places = {"{good}": good, "{case}": own, "{demo}": ROOT / "assets" / "demo"}
-    words = [_filled(word, places) for word in case.words]
+    words = [filled(word, places) for word in case.words]
     before, shared = snapshot(own), signature(good)
     outcome = server.run(Order(case.script, words, str(folder), str(temporary), SECONDS, not case.late))
     said = (place / "work.err").read_text(errors="replace")
@@ -128,7 +144,8 @@ def attack(server: Server, case: Case, good: Path, place: Path) -> Result:
     return result
 
 
-def _filled(word: str, places: Mapping[str, Path]) -> str:
+def filled(word: str, places: Mapping[str, Path]) -> str:
+    """A word of a command line with the places that it names."""
     for name, path in places.items():
         word = word.replace(name, str(path))
     return word

@@ -1,0 +1,108 @@
+"""A run of every command that comes to its end in seconds: what it is given, and where it writes."""
+
+from typing import NamedTuple
+
+from tests.attack.cases import commands
+
+
+class Work(NamedTuple):
+    """A run.
+
+    Attributes:
+        name: of the command.
+        script: see :class:`tests.attack.server.Order`.
+        words: its command line, with places as in :class:`tests.attack.runner.Case`; it writes below its folder.
+        again: words more that let it replace what it made before.
+        copies: good inputs that lie in its folder, since it writes beside them.
+    """
+
+    name: str
+    script: str
+    words: tuple[str, ...]
+    again: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
+
+
+def _convert(name: str, *words: str, script: str = "") -> Work:
+    return Work(f"convert {name}", f"tools/convert/{script or name}.py", words, ("--overwrite",))
+
+
+INFER, ADAPTER, OVERWRITE = "{good}/infer.py", "{good}/lora", ("--overwrite", "True")
+MMDIT, T5 = "{demo}/mmdit.safetensors", "{demo}/google/t5-demo"
+WORKERS = ("--dataset.num_workers", "1")
+WORKS = (
+    Work("generate", commands.INFERENCE.script, (*commands.INFERENCE.words, "--save-latents", "True"), OVERWRITE),
+    Work(
+        "generate table",
+        commands.INFERENCE.script,
+        (*commands.FROM_TABLE.words, "--dataset.data-path", "{good}/prompts.csv"),
+        OVERWRITE,
+    ),
+    Work(
+        "decode",
+        commands.DECODE.script,
+        (INFER, "sample.latents.safetensors"),
+        OVERWRITE,
+        ("sample.latents.safetensors",),
+    ),
+    Work("train", commands.TRAIN.script, (*commands.TRAIN.words, "--exp-name", "e", "--num_workers", "1")),
+    Work("cache", commands.CACHE.script, (*commands.CACHE.words, "--model.from_pretrained", "none"), OVERWRITE),
+    Work("train-vae", commands.VAE_TRAIN.script, (*commands.VAE_TRAIN.words, "--exp-name", "e", "--num_workers", "1")),
+    Work("reconstruct", commands.VAE_INFERENCE.script, (*commands.VAE_INFERENCE.words, "--num_workers", "1")),
+    Work("vae-stats", commands.VAE_STATS.script, (*commands.VAE_STATS.words, "--num_workers", "1")),
+    Work(
+        "trajectories",
+        "scripts/diffusion/trajectories.py",
+        (INFER, "--dataset.data-path", "{good}/clips.csv", "--save-dir", "out"),
+        OVERWRITE,
+    ),
+    Work("meta", commands.META.script, ("--input", "{good}/clips.csv", "--output", "out.csv", "--num_workers", "1")),
+    Work("shard", "scripts/cnv/shard.py", ("clips.parquet", "2"), ("--overwrite",), copies=("clips.parquet",)),
+    Work("data run", "tools/data/run.py", (*commands.DATA.words, "--workers", "1")),
+    Work("data export", "tools/data/export.py", ("made",), ("--overwrite",), ("made",)),
+    Work("data sheet", "tools/data/sheet.py", ("made",), ("--overwrite",), ("made",)),
+    Work("data stats", "tools/data/stats.py", ("made",), ("--overwrite",), ("made",)),
+    Work("data status", "tools/data/status.py", ("{good}/made",)),
+    Work("data table", "tools/data/table.py", ("{good}/clips.csv", "--out", "out.parquet"), ("--overwrite",)),
+    Work("data footage", "tools/data/sample_footage.py", ("--out", "out")),
+    _convert("mmdit", MMDIT, "out.safetensors", "--qkv", "fused"),
+    _convert("checkpoint", "{good}/checkpoint", "out.safetensors"),
+    _convert("quantize", MMDIT, "out.safetensors", "int8"),
+    _convert("quantize t5", T5, "out", "int8", script="quantize"),
+    _convert("to_diffusers", "{demo}/vae.safetensors", "out"),
+    _convert("lora", "convert", ADAPTER, "out.safetensors", "--to", "kohya"),
+    _convert("lora peft", "convert", ADAPTER, "out", "--to", "peft", script="lora"),
+    _convert("lora merge", "merge", MMDIT, ADAPTER, "out.safetensors", "--from-rope", "half-split", script="lora"),
+    Work("demo picture", "tools/demo/draw_picture.py", ("--out", "out.png"), ("--overwrite",)),
+    Work("demo clips", "tools/demo/make_clips.py", ("--num", "2", "--seed", "0", "--out", "out", "--workers", "1")),
+    Work("demo evaluate", "tools/demo/evaluate.py", (INFER, "--out", "out", "--num_seen", "2", "--i2v", "2")),
+    Work(
+        "demo evaluate vae",
+        "tools/demo/evaluate_vae.py",
+        (INFER, "--data", "{good}/demo/clips.csv", "--out", "out", "--num", "2"),
+    ),
+    Work(
+        "demo text",
+        "tools/demo/train_text.py",
+        ("--out", "out", "--steps", "1", "--num-test", "2"),
+        ("--overwrite",),
+    ),
+    Work("evaluate videos", "tools/evaluate/videos.py", ("{good}/footage", "--out", "out"), ("--overwrite",)),
+    Work(
+        "evaluate compare",
+        "tools/evaluate/compare.py",
+        ("{good}/footage", "{good}/footage", "--out", "out"),
+        ("--overwrite",),
+    ),
+    Work(
+        "benchmark decoding",
+        "tools/benchmark/decoding.py",
+        ("--size", "32x32", "--seconds", "1", "--frames", "5", "--repeats", "1"),
+    ),
+    Work(
+        "benchmark data",
+        "tools/benchmark/data.py",
+        ("--part", "table", "--seconds", "1", "--repeats", "1", "--out", "out.json"),
+    ),
+    Work("benchmark tables", "tools/benchmark/tables.py", ("--rows", "1000")),
+)
