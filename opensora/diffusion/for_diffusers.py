@@ -103,15 +103,14 @@ class OpenSoraPipeline(DiffusionPipeline):
             **{"transformer": transformer, "vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2},
             **{"image_transformer": image_transformer, "image_vae": image_vae},
         }
-        given = {name: part for name, part in parts.items() if part is not None}
-        if not all(isinstance(part, Part) for part in given.values()):
+        given = {name: part for name, part in parts.items() if isinstance(part, Part)}
+        if any(part is not None and name not in given for name, part in parts.items()):
             raise UserError("the parts of this pipeline come from its folder; give none of your own")
-        names = {folder: key for key, folder in FOLDERS.items()}
-        modules: dict[str, nn.Module] = {names[name]: part.module for name, part in given.items()}
-        run = _prepared(transformer.folder, next(modules["model"].parameters()).dtype)
+        modules = {key: given[folder].module for key, folder in FOLDERS.items() if folder in given}
+        run = _prepared(given["transformer"].folder, next(modules["model"].parameters()).dtype)
         self.video = VideoPipeline(modules, run.cfg, run.device, run.dtype, None, run.distilled, run.plain)
-        self.register_modules(
-            **{name: None if part is None else part.module for name, part in parts.items()},
+        self.register_modules(  # type: ignore[attr-defined]
+            **{name: given[name].module if name in given else None for name in parts},
             tokenizer=tokenizer,
             tokenizer_2=tokenizer_2,
         )
@@ -198,7 +197,7 @@ class OpenSoraPipeline(DiffusionPipeline):
         """
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
-        sizes = {"height": height, "width": width, "num_frames": num_frames}
+        sizes: dict[str, Any] = {"height": height, "width": width, "num_frames": num_frames}
 
         def on_step(step: int, total: int, latents: torch.Tensor) -> None:
             if callback_on_step_end is not None:
