@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -244,16 +245,16 @@ def names_of(seen: Iterable[str]) -> set[str]:
 def faults(work: Work) -> Iterator[tuple[str, Callable[[Bench], Problems]]]:
     """Every fault, by name."""
     for room in ROOM:
-        yield f"full disk, {room} KiB left", lambda bench, room=room: full_disk(bench, work, room)
-    yield "full disk from the start", lambda bench: empty_full_disk(bench, work, 0)
-    yield "full disk soon", lambda bench: empty_full_disk(bench, work, 12)
-    yield "full temporary folder", lambda bench: full_temporary_folder(bench, work)
-    yield "read-only disk", lambda bench: read_only(bench, work)
-    yield "little shared memory", lambda bench: little_shared_memory(bench, work)
+        yield f"full disk, {room} KiB left", partial(full_disk, work=work, room=room)
+    yield "full disk from the start", partial(empty_full_disk, work=work, room=0)
+    yield "full disk soon", partial(empty_full_disk, work=work, room=12)
+    yield "full temporary folder", partial(full_temporary_folder, work=work)
+    yield "read-only disk", partial(read_only, work=work)
+    yield "little shared memory", partial(little_shared_memory, work=work)
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         for moment in (0, 1):
-            yield f"{number.name} at {moment}", lambda bench, n=number, m=moment: ended(bench, work, n, m)
-    yield "two at once", lambda bench: two_at_once(bench, work)
+            yield f"{number.name} at {moment}", partial(ended, work=work, number=number, moment=moment)
+    yield "two at once", partial(two_at_once, work=work)
 
 
 def main(pattern: str = "") -> None:

@@ -221,7 +221,7 @@ def kill_before_names(number: int, moment: int) -> None:
     files.FileBeside.put_in_place = before(files.FileBeside.put_in_place)  # type: ignore[method-assign]
     for module in [each for name, each in sys.modules.items() if name.startswith(("opensora", "tools"))]:
         if getattr(module, "put_in_place", None) is files.put_in_place:
-            module.put_in_place = before(files.put_in_place)
+            vars(module)["put_in_place"] = before(files.put_in_place)
 
 
 def _call(order: Order) -> Callable[[Any], Any]:
