@@ -1,11 +1,12 @@
-"""Where the time and the memory of a video go: seconds per stage and step, peak memory, forwards, TFLOP/s.
+"""Measure where time and memory go: seconds per stage and step, peak memory, forward passes, TFLOP/s.
 
     opensora benchmark demo --out benchmark.json
     opensora benchmark 256px --random-weights --num_steps 3
 
-Further ``--key value`` are those of ``opensora generate``; a picture condition gets a grey picture. With
-``--random-weights`` no file is read: models and text encoders of the config's sizes start from random weights.
-Afterwards the sampler is timed beside the plain loop with three forwards per step, at toy size on the CPU.
+All keys of `opensora generate` are taken as well; image conditions get a grey picture. With
+--random-weights no file is read: models and text encoders of the config's sizes start from random
+weights. Afterwards the sampler is timed against the plain loop of three forward passes per step, at
+toy size on the CPU.
 """
 
 import argparse
@@ -19,17 +20,22 @@ from opensora.config.commands import InferenceOptions
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
 from opensora.utils.new_files import add_overwrite, check_new
+from opensora.utils.terminal import HelpFormatter
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read the command line, measure, print and save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="inference config, which may also be given without the flag")
-    parser.add_argument("--random-weights", action="store_true", help="read no weight files")
-    parser.add_argument("--full-steps", type=int, default=50, help="extrapolate to so many (default: %(default)s)")
-    parser.add_argument("--comparison", type=int, default=5, help="runs of the comparison; 0: none (default: 5)")
-    parser.add_argument("--out", type=Path, help="file for all figures, as JSON")
-    add_overwrite(parser)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    measured = parser.add_argument_group("what is measured")
+    measured.add_argument("--config", help="inference config, which may also be given without the flag")
+    measured.add_argument("--random-weights", action="store_true", help="read no weight files")
+    measured.add_argument(
+        "--full-steps", type=int, default=50, help="extrapolate to this many steps (default: %(default)s)"
+    )
+    measured.add_argument("--comparison", type=int, default=5, help="runs of the comparison; 0: none (default: 5)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, help="file for all figures, as JSON")
+    add_overwrite(output)
     args, others = parser.parse_known_args(argv)
     if args.out:
         check_new(args.out, args.overwrite)

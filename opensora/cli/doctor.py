@@ -1,4 +1,4 @@
-"""See whether this machine has what the package needs, and what more it could use; then make a small video."""
+"""Check what is installed and what is missing, required and optional, then generate a small video."""
 
 import argparse
 import importlib.util
@@ -10,6 +10,7 @@ from opensora.cli import findings
 from opensora.cli.findings import Finding
 from opensora.utils.errors import first_line
 from opensora.utils.temporary import TemporaryFolder
+from opensora.utils.terminal import HelpFormatter
 
 MARKS = {"ok": "ok", "note": "--", "missing": "!!"}
 FAILED = 1  # exit status
@@ -22,8 +23,9 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         SystemExit: status 1 if something is missing that the package cannot do without, or the demo fails.
     """
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--no-demo", "--no_demo", action="store_true", help="make no video")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    checks = parser.add_argument_group("checks")
+    checks.add_argument("--no-demo", "--no_demo", action="store_true", help="skip the video")
     args = parser.parse_args(argv)
     torch_is_there = importlib.util.find_spec("torch") is not None
     needed = [

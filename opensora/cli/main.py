@@ -22,31 +22,40 @@ class Command(NamedTuple):
 
     Attributes:
         module: whose ``main(argv)`` runs it.
+        purpose: heading of ``opensora --help``.
         help: one line.
         ranks: whether several processes may run it together.
     """
 
     module: str
+    purpose: str
     help: str
     ranks: bool = False
 
 
+SAMPLING, TRAINING, AUTOENCODERS, DATA, MACHINE = "videos", "training", "video autoencoders", "data", "this machine"
 COMMANDS = {
-    "generate": Command("opensora.cli.generate", "make videos from prompts, pictures and clips", ranks=True),
-    "decode": Command("opensora.cli.decode", "turn kept latents into videos"),
-    "train": Command("opensora.cli.train", "train the diffusion model", ranks=True),
-    "train-vae": Command("opensora.cli.train_vae", "train a video autoencoder", ranks=True),
-    "cache": Command("opensora.cli.cache", "compute latents and text embeddings beforehand"),
-    "trajectories": Command(
-        "opensora.cli.trajectories", "sample a teacher's trajectories for a student of few steps", ranks=True
+    "generate": Command(
+        "opensora.cli.generate", SAMPLING, "generate videos from prompts, pictures and clips", ranks=True
     ),
-    "meta": Command("opensora.cli.meta", "add length, size and frame rate of every clip to a table"),
-    "shard": Command("opensora.cli.shard", "split a parquet table into shards"),
-    "reconstruct": Command("opensora.cli.reconstruct", "reconstruct clips and measure how well"),
-    "vae-stats": Command("opensora.cli.vae_stats", "latent statistics per channel, to paste into a config"),
-    "serve": Command("opensora.serving.command", "serve a page in the browser, and the videos API of OpenAI"),
-    "benchmark": Command("opensora.cli.benchmark", "seconds per stage and step, peak memory and TFLOP/s of a video"),
-    "doctor": Command("opensora.cli.doctor", "see whether this machine has what is needed, and make a small video"),
+    "decode": Command("opensora.cli.decode", SAMPLING, "decode saved latents to videos"),
+    "serve": Command("opensora.serving.command", SAMPLING, "serve a web page and OpenAI's videos API"),
+    "train": Command("opensora.cli.train", TRAINING, "train the diffusion model", ranks=True),
+    "cache": Command("opensora.cli.cache", TRAINING, "precompute latents and text embeddings"),
+    "trajectories": Command(
+        "opensora.cli.trajectories", TRAINING, "sample a teacher's trajectories for few-step distillation", ranks=True
+    ),
+    "train-vae": Command("opensora.cli.train_vae", AUTOENCODERS, "train a video autoencoder", ranks=True),
+    "reconstruct": Command("opensora.cli.reconstruct", AUTOENCODERS, "reconstruct clips and measure the quality"),
+    "vae-stats": Command(
+        "opensora.cli.vae_stats", AUTOENCODERS, "compute latent statistics per channel, to paste into a config"
+    ),
+    "meta": Command("opensora.cli.meta", DATA, "add the length, size and frame rate of every clip to a table"),
+    "shard": Command("opensora.cli.shard", DATA, "split a parquet table into shards"),
+    "benchmark": Command(
+        "opensora.cli.benchmark", MACHINE, "measure seconds per stage and step, peak memory and TFLOP/s"
+    ),
+    "doctor": Command("opensora.cli.doctor", MACHINE, "check the installation, and generate a small video"),
 }
 
 
@@ -140,16 +149,19 @@ def help_text() -> str:
     """What ``opensora --help`` prints."""
     width = max(map(len, COMMANDS))
     ranks = ", ".join(name for name, command in COMMANDS.items() if command.ranks)
+    groups: dict[str, list[str]] = {}
+    for name, command in COMMANDS.items():
+        groups.setdefault(command.purpose, []).append(f"  {name:<{width}}  {command.help}")
     return "\n".join(
         [
             f"usage: {PROGRAM} COMMAND ...",
             "",
             "Train and run text- and image-to-video diffusion models.",
+            *(line for purpose, lines in groups.items() for line in ("", f"{purpose}:", *lines)),
             "",
-            *(f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()),
-            "",
-            f"{PROGRAM} COMMAND --help lists what a command takes; {PROGRAM} --version prints the version.",
-            f"--nproc N runs {ranks} in N processes; on several machines: torchrun ... -m {PROGRAM} COMMAND ...",
-            f"{DEBUG_FLAG} shows the traceback of an error that nobody foresaw.",
+            f"{PROGRAM} COMMAND --help lists the options of a command; {PROGRAM} --version prints the version.",
+            "--nproc N starts N processes on this machine; across machines: torchrun ... -m opensora COMMAND ...",
+            f"  ({ranks})",
+            f"{DEBUG_FLAG} shows the traceback of an unexpected error.",
         ]
     )

@@ -38,6 +38,7 @@ from opensora.config.options import (
     opt,
     section,
 )
+from opensora.config.topics import Topic
 from opensora.utils.sizes import parse_bytes
 
 DType = Literal["bf16", "fp16", "fp32", "half", "bfloat16", "float16", "float32", "float64"]
@@ -51,10 +52,10 @@ Buckets = dict[str, dict[int, Any]] | None
 class RunOptions(Options):
     """Keys of every script."""
 
-    device: str | None = opt(None, "cpu or cuda; none takes cuda where there is one")
+    device: str | None = opt(None, "cpu or cuda; default: cuda if available", topic=Topic.GENERAL)
     dtype: DType = opt("bf16", "precision of the models")
-    seed: int = opt(1024, "seed of everything random except a sample's noise", least=0, most=MAX_SEED)
-    imports: list[str] | None = opt(None, "modules of your own to import first, for what they register")
+    seed: int = opt(1024, "random seed of everything except the sampling noise", least=0, most=MAX_SEED)
+    imports: list[str] | None = opt(None, "your own modules to import first, for the classes they register")
     config_path: str = "config"  # where the values come from, for messages
 
 
@@ -62,11 +63,13 @@ class RunOptions(Options):
 class LoaderOptions(Options):
     """Keys of every script that reads clips in buckets."""
 
-    dataset: DatasetOptions | None = component("dataset", "clips", "clips and texts")
+    dataset: DatasetOptions | None = component("dataset", "clips", "training clips and captions", topic=Topic.DATA)
     bucket_config: Buckets = opt(None, "{resolution: {frames: (probability, batch size)}}")
     batch_size: int | None = opt(None, "samples per step", "samples", least=1, no_effect=BUCKETS_SAY)
-    num_workers: int = opt(4, "processes that read data", least=0, most=MANY_WORKERS)
-    prefetch_factor: int | None = opt(None, "batches each of them reads ahead", "batches", least=1, most=MANY_WORKERS)
+    num_workers: int = opt(4, "data loading processes", least=0, most=MANY_WORKERS)
+    prefetch_factor: int | None = opt(
+        None, "batches that each data loading process prefetches", "batches", least=1, most=MANY_WORKERS
+    )
     num_bucket_build_workers: int = opt(
         1, "processes that sort clips into buckets", least=1, no_effect="one process sorts a million rows in seconds"
     )
@@ -74,7 +77,7 @@ class LoaderOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceOptions(RunOptions):
-    """Make videos from prompts, pictures and clips."""
+    """Generate videos from prompts, images and clips."""
 
     configs: ClassVar[str] = "diffusion/inference"
     aliases: ClassVar[dict[str, str]] = {
@@ -92,84 +95,109 @@ class InferenceOptions(RunOptions):
     }
 
     seed: int = opt(
-        1024, "seed of everything random except a sample's noise", least=0, most=MAX_SEED, none_is_default=True
+        1024, "random seed of everything except the sampling noise", least=0, most=MAX_SEED, none_is_default=True
     )
-    prompt: str | None = opt(None, "text of the video", verbatim=True)
+    prompt: str | None = opt(None, "text prompt", verbatim=True, topic=Topic.PROMPTS)
     next_prompts: list[str] | None = opt(
-        None, "texts of the windows after the first of a long video; the last one stays"
+        None, "prompts of the further windows of a long video; the last one applies to the rest"
     )
     seconds: float | None = opt(
         None,
-        "length at fps_save, to the nearest that the autoencoder makes, instead of num_frames",
+        "length at fps_save, rounded to one that the autoencoder supports; replaces num_frames",
         "s",
         above=0,
         most=3600,
+        topic=Topic.SAMPLING,
     )
     ref: str | None = opt(
         None,
-        "picture or clip to start from, several separated by ;, for cond_type frames with their places: a.png@64",
+        "reference image or clip; separate several with ;, with places for cond_type frames: a.png@64",
         reads="references",
+        topic=Topic.PROMPTS,
     )
     mask: str | None = opt(
-        None, "for cond_type region: picture or clip that is white where the reference is kept", reads="file"
+        None, "for cond_type region: image or clip that is white where the reference is kept", reads="file"
     )
-    cond_type: str = opt("t2v", "what the references fix", choices=CONDITIONS)
-    save_dir: str = opt("samples", "folder for the results")
+    cond_type: str = opt("t2v", "which frames the references condition", choices=CONDITIONS)
+    save_dir: str = opt("samples", "output folder", topic=Topic.OUTPUT)
     dataset: DatasetOptions | None = component(
-        "dataset", "prompts", "table of prompts, instead of prompt", {"type": "text"}
+        "dataset", "prompts", "table of prompts, in place of prompt", {"type": "text"}, topic=Topic.PROMPTS
     )
-    start_index: int = opt(0, "first row of the table", least=0, most=MANY_ROWS)
-    end_index: int | None = opt(None, "row after the last one", least=-MANY_ROWS, most=MANY_ROWS)
+    start_index: int = opt(0, "start of the row range", least=0, most=MANY_ROWS)
+    end_index: int | None = opt(None, "end of the row range (exclusive)", least=-MANY_ROWS, most=MANY_ROWS)
     num_samples: int | None = opt(
-        None, "rows from start_index, if there is no end_index", "rows", least=1, most=MANY_ROWS
+        None, "number of rows from start_index, unless end_index is set", "rows", least=1, most=MANY_ROWS
     )
-    batch_size: int = opt(1, "prompts sampled at a time", "prompts", least=1, most=1024)
-    num_workers: int = opt(4, "processes that read data", least=0, most=MANY_WORKERS, no_effect=PROMPTS)
+    batch_size: int = opt(1, "prompts per batch", "prompts", least=1, most=1024)
+    num_workers: int = opt(4, "data loading processes", least=0, most=MANY_WORKERS, no_effect=PROMPTS)
     prefetch_factor: int | None = opt(
-        None, "batches each of them reads ahead", "batches", least=1, most=MANY_WORKERS, no_effect=PROMPTS
+        None,
+        "batches that each data loading process prefetches",
+        "batches",
+        least=1,
+        most=MANY_WORKERS,
+        no_effect=PROMPTS,
     )
-    sampling_option: SamplingOption = section(SamplingOption, "size, length and guidance", {}, fill=True)
+    sampling_option: SamplingOption = section(
+        SamplingOption, "size, length and guidance", {}, fill=True, topic=Topic.SAMPLING
+    )
     num_sample: int = opt(1, "videos per prompt", "videos", least=1, most=100_000)
-    fps_save: int = opt(16, "frame rate of the file, also told to the model", "frames/s", above=0, most=1000)
-    motion_score: str | None = opt(None, "amount of motion told to the model: a number, or dynamic")
-    refine_prompt: bool = opt(False, "let a language model write the prompt out")
-    refine_model: str | None = opt(None, "folder or hub id of a local language model for that", reads="file")
-    refine_base_url: str | None = opt(None, "OpenAI-compatible endpoint for that")
-    refine_api_model: str | None = opt(None, "name of the model at the endpoint")
-    model: ModelOptions | None = component("model", "diffusion", "video diffusion model")
+    fps_save: int = opt(16, "frame rate; also appended to the prompt", "frames/s", above=0, most=1000)
+    motion_score: str | None = opt(
+        None,
+        "motion score appended to the prompt: a number, or dynamic (a language model decides)",
+        topic=Topic.PROMPTS,
+    )
+    refine_prompt: bool = opt(False, "expand the prompt with a language model")
+    refine_model: str | None = opt(None, "local language model for refine_prompt: folder or hub id", reads="file")
+    refine_base_url: str | None = opt(None, "OpenAI-compatible endpoint for refine_prompt")
+    refine_api_model: str | None = opt(None, "model name at refine_base_url")
+    model: ModelOptions | None = component("model", "diffusion", "video diffusion model", topic=Topic.MODELS)
     ae: ModelOptions | None = component("model", "autoencoder", "video autoencoder")
-    t5: ModelOptions | None = component("model", "text", "encoder of the text tokens")
-    clip: ModelOptions | None = component("model", "text", "encoder of the pooled text vector")
-    patch_size: int = opt(2, "latent pixels per token side", "latent px", least=1, most=MAX_PATCH)
-    use_t2i2v: bool = opt(False, "make a picture from the prompt first, then a video from it")
-    img_resolution: str = opt("768px", "pixel count of that picture, by name")
+    t5: ModelOptions | None = component("model", "text", "T5 text encoder (token embeddings)")
+    clip: ModelOptions | None = component("model", "text", "CLIP text encoder (pooled embedding)")
+    patch_size: int = opt(2, "patch size of the latents", "latent px", least=1, most=MAX_PATCH)
+    use_t2i2v: bool = opt(
+        False, "generate an image from the prompt first, then a video that starts from it", topic=Topic.T2I2V
+    )
+    img_resolution: str = opt("768px", "resolution of that image, by name")
     img_flux: ModelOptions | None = component("model", "diffusion", "image diffusion model")
     img_flux_ae: ModelOptions | None = component("model", "image autoencoder", "image autoencoder")
     offload: bool | Literal["blocks", "disk"] = opt(
-        False, "have models on the device only while they work: whole, by blocks, or blocks from the disk"
+        False,
+        "keep models on the device only while in use: whole, by blocks, or blocks read from disk",
+        topic=Topic.SPEED,
     )
-    gpu_memory: str | None = opt(None, "memory of the GPU to stay within, such as 16GB; none takes what is free")
-    compile: bool = opt(False, "compile the diffusion model's blocks: faster steps, after a slow first one")
-    precompute: bool = opt(True, "compute modulation and the like once per sample for all steps (same numbers)")
-    save_prefix: str = opt("", "start of every file name")
+    gpu_memory: str | None = opt(None, "GPU memory limit, such as 16GB; default: what is free")
+    compile: bool = opt(False, "torch.compile the diffusion model's blocks; the first step is slow")
+    precompute: bool = opt(True, "precompute modulation once per sample for all steps (same results)")
+    save_prefix: str = opt("", "prefix of every file name", topic=Topic.OUTPUT)
     prompt_as_path: bool = opt(False, "name files after their prompts (VBench)")
-    skip_existing: bool = opt(False, "leave out what is already there")
-    overwrite: bool = opt(False, "replace what is already there")
-    save_latents: bool = opt(False, "keep latents beside the videos")
-    wait: bool = opt(False, "wait while another process writes to the same place, instead of refusing")
-    dry_run: bool = opt(False, "check everything and print the plan, without loading weights")
-    plugin: str | None = opt(None, "parallelism of the diffusion model: hybrid, or none")
-    plugin_config: PluginOptions = section(PluginOptions, "its settings", {}, open=True)
+    skip_existing: bool = opt(False, "skip videos that already exist")
+    overwrite: bool = opt(False, "overwrite existing files")
+    save_latents: bool = opt(False, "save latents next to the videos")
+    wait: bool = opt(False, "if another process writes to the same place, wait instead of failing")
+    dry_run: bool = opt(False, "check everything and print the plan, without loading weights", topic=Topic.GENERAL)
+    plugin: str | None = opt(None, "parallelism of the diffusion model: hybrid, or none", topic=Topic.DEVICES)
+    plugin_config: PluginOptions = section(PluginOptions, "settings of the plugin", {}, open=True)
     plugin_ae: str | None = opt(None, "parallelism of the autoencoder: hybrid, or none")
     plugin_config_ae: PluginOptions = section(
-        PluginOptions, "its settings", {}, open=True, no_effect="tiles are divided over all ranks that share a video"
+        PluginOptions,
+        "settings of plugin_ae",
+        {},
+        open=True,
+        no_effect="tiles are divided over all ranks that share a video",
     )
-    grad_clip: float = opt(0.0, "gradient norm limit", least=0, no_effect="sampling computes no gradients")
+    grad_clip: float = opt(
+        0.0, "gradient clipping: maximum norm", least=0, no_effect="sampling computes no gradients", topic=Topic.GENERAL
+    )
     pretrained_lora_path: list[str] | str | None = opt(
-        None, "LoRA adapters to load: folder or file, or PATH@strength", reads="adapters"
+        None, "LoRA adapters to load: folder or file, or PATH@strength", reads="adapters", topic=Topic.LORA
     )
-    merge_lora: bool = opt(True, "add adapters to the weights; false keeps them beside (slower, exact in bf16)")
-    lora_partial: bool = opt(False, "use what fits of an adapter that fits the model only in part")
+    merge_lora: bool = opt(
+        True, "merge adapters into the weights; false applies them separately (slower, exact in bf16)"
+    )
+    lora_partial: bool = opt(False, "apply the matching part of an adapter that fits the model only partly")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -178,40 +206,45 @@ class InferenceOptions(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(InferenceOptions):
-    """Serve a config: a page in the browser, and the videos API of OpenAI. Requests replace what the config says of a
-    video; keys that choose prompts and file names are refused."""
+    """Serve a config: a web page and OpenAI's videos API. Requests override the config's settings of a video; keys
+    that choose prompts and file names are refused."""
 
-    host: str = opt("127.0.0.1", "address to listen at; another than this machine's own wants an api_key")
-    port: int = opt(8000, "port to listen at; 0 takes a free one", least=0, most=65_535)
+    host: str = opt("127.0.0.1", "address to listen on; anything but localhost requires an api_key", topic=Topic.SERVER)
+    port: int = opt(8000, "port to listen on; 0 picks a free one", least=0, most=65_535)
     data_dir: str = opt("serving", "folder for jobs, uploads and results")
-    api_key: str | None = opt(None, "key that clients must send", verbatim=True)
-    api_key_file: str | None = opt(None, "file with that key; it is not in lists of processes then")
-    model_name: str | None = opt(None, "what answers call the model; none takes the config's name")
+    api_key: str | None = opt(None, "API key that clients must send", verbatim=True)
+    api_key_file: str | None = opt(None, "file that holds the API key, which keeps it out of process lists")
+    model_name: str | None = opt(None, "model name in responses; default: the config's name")
     page: bool = opt(True, "serve the page, at /")
-    examples: str | None = opt(None, "table of prompts that the page offers; none takes some of the repository's")
-    worker_processes: int = opt(1, "processes that make each video together, see plugin", least=1, most=MANY_PROCESSES)
-    lora_dir: str | None = opt(None, "folder of LoRA adapters that requests may name")
-    allow_urls: bool = opt(False, "fetch references from public addresses, never from private ones")
-    max_queue: int = opt(256, "jobs that wait at most", "jobs", least=1, most=10**6)
-    max_upload: float = opt(32.0, "largest request", "MiB", above=0, most=2**20)
-    max_work: float | None = opt(
-        None, "pixels x frames x steps of a video; none is ten times the config's own", "pixels", least=1
+    examples: str | None = opt(None, "table of example prompts on the page; default: some from the repository")
+    worker_processes: int = opt(
+        1, "processes that generate each video together, see plugin", least=1, most=MANY_PROCESSES, topic=Topic.DEVICES
     )
-    max_prompt: int = opt(4000, "longest prompt", "letters", least=1, most=100_000)
-    max_disk: float = opt(20.0, "room for uploads and results; nothing is taken beyond it", "GiB", above=0)
-    keep_hours: float = opt(168.0, "results are deleted after this", "hours", above=0)
+    lora_dir: str | None = opt(None, "folder of LoRA adapters that requests may name", topic=Topic.SERVER)
+    allow_urls: bool = opt(False, "fetch references from public addresses, never from private ones", topic=Topic.LIMITS)
+    max_queue: int = opt(256, "maximum number of queued jobs", "jobs", least=1, most=10**6)
+    max_upload: float = opt(32.0, "maximum request size", "MiB", above=0, most=2**20)
+    max_work: float | None = opt(
+        None, "maximum pixels x frames x steps of a video; default: ten times the config's", "pixels", least=1
+    )
+    max_prompt: int = opt(4000, "maximum prompt length", "letters", least=1, most=100_000)
+    max_disk: float = opt(20.0, "disk space for uploads and results; requests beyond it are refused", "GiB", above=0)
+    keep_hours: float = opt(168.0, "results are deleted after this long", "hours", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryOptions(InferenceOptions):
-    """Sample trajectories of a teacher beforehand, for a student of few steps to train on (into save_dir)."""
+    """Sample a teacher's trajectories into save_dir, for few-step distillation."""
 
     configs: ClassVar[str] = "diffusion/trajectories"
 
     condition_config: dict[str, float] | None = opt(
-        None, "{condition type: weight}: references from the clips of column path; none goes by the table", least=0
+        None,
+        "{condition type: weight}: references from the clips of column path; none: as the table says",
+        least=0,
+        topic=Topic.PROMPTS,
     )
-    keep_every: int = opt(1, "distance of the states to keep", "steps", least=1)
+    keep_every: int = opt(1, "keep every N-th state", "steps", least=1, topic=Topic.OUTPUT)
     shard_size: int = opt(64, "trajectories per file", "samples", least=1)
 
 
@@ -219,45 +252,59 @@ class TrajectoryOptions(InferenceOptions):
 class LoopOptions(Options):
     """Keys of both training scripts."""
 
-    outputs: str = opt("./outputs", "folder of the experiments")
-    exp_name: str | None = opt(None, "name of the experiment's folder; none makes one of time and config name")
-    wait: bool = opt(False, "wait while another process writes to the same place, instead of refusing")
-    load: str | None = opt(None, "checkpoint or experiment folder to go on from, or latest (below outputs)")
-    load_changed: bool = opt(False, "let --load latest and --resume go on with another table or config")
-    resume: Literal["auto"] | None = opt(None, "auto: go on from the newest checkpoint of exp_name, or start it")
-    start_epoch: int | None = opt(None, "epoch to go on at, instead of the checkpoint's", least=0)
-    start_step: int | None = opt(None, "step to go on at, instead of the checkpoint's", "steps", least=0)
-    epochs: int | None = opt(None, "passes over the data at most; none is 1000 without max_steps", least=1)
-    max_steps: int | None = opt(None, "where to stop, if epochs do not end before", "optimizer steps", least=1)
-    accumulation_steps: int = opt(1, "batches per optimizer step", "batches", least=1)
+    outputs: str = opt("./outputs", "root folder of the experiments", topic=Topic.RESUME)
+    exp_name: str | None = opt(None, "experiment name (its folder); default: time and config name")
+    wait: bool = opt(False, "if another process writes to the same place, wait instead of failing")
+    load: str | None = opt(None, "checkpoint or experiment folder to resume from, or latest (newest below outputs)")
+    load_changed: bool = opt(False, "let --load latest and --resume continue with a different table or config")
+    resume: Literal["auto"] | None = opt(None, "auto: resume from the newest checkpoint of exp_name, or start it")
+    start_epoch: int | None = opt(None, "epoch to resume at, instead of the checkpoint's", least=0)
+    start_step: int | None = opt(None, "step to resume at, instead of the checkpoint's", "steps", least=0)
+    epochs: int | None = opt(
+        None, "maximum passes over the data; default without max_steps: 1000", least=1, topic=Topic.OPTIMIZER
+    )
+    max_steps: int | None = opt(None, "maximum number of steps, unless epochs end before", "optimizer steps", least=1)
+    accumulation_steps: int = opt(1, "gradient accumulation: batches per optimizer step", "batches", least=1)
     optim: OptimOptions = section(OptimOptions, "optimizer", {}, open=True)
-    lr: float | None = opt(None, "learning rate, also sets optim.lr", least=0, also="optim.lr")
+    lr: float | None = opt(None, "learning rate", least=0, also="optim.lr")
     initial_lr: float | None = opt(None, "learning rate at the start of warm-up", least=0)
     update_warmup_steps: bool = opt(
-        False, "build the schedule anew when going on", no_effect="it always follows from the config and the step"
+        False, "rebuild the schedule on resume", no_effect="it always follows from the config and the step"
     )
-    grad_clip: float = opt(0.0, "gradient norm limit (0 is none)", least=0)
-    ema_decay: float | None = opt(None, "decay of the averaged weights; none keeps no average", least=0, below=1)
+    grad_clip: float = opt(0.0, "gradient clipping: maximum norm (0: off)", least=0)
+    ema_decay: float | None = opt(None, "EMA decay of the weights; none: no EMA", least=0, below=1)
     plugin: str | None = opt(
-        "zero2", "parallelism: zero1, zero2, hybrid, torch_ddp (ColossalAI), ddp, fsdp2 (torch), none"
+        "zero2",
+        "parallelism: zero1, zero2, hybrid, torch_ddp (ColossalAI), ddp, fsdp2 (torch), none",
+        topic=Topic.DEVICES,
     )
-    plugin_config: PluginOptions = section(PluginOptions, "its settings", {}, open=True)
+    plugin_config: PluginOptions = section(PluginOptions, "settings of the plugin", {}, open=True)
     pin_memory_cache_pre_alloc_numels: list[int] | None = opt(
         None,
         "pinned buffers to allocate",
         "elements",
         least=0,
         no_effect="torch keeps and reuses pinned buffers itself",
+        topic=Topic.SPEED,
     )
-    log_every: int = opt(1, "distance of log lines", "optimizer steps", least=1)
-    ckpt_every: int = opt(0, "distance of checkpoints (0: only at the end)", "optimizer steps", least=0)
-    keep_n_latest: int = opt(-1, "checkpoints to keep (-1: all)", least=-1)
-    ckpt_shard_size_gb: float = opt(4.0, "weights above this size are saved in several files of it", "GiB", above=0)
-    trackers: list[str] = opt(["tensorboard"], "where curves, samples and the config go", choices=TRACKERS)
-    wandb: bool = opt(False, "log to Weights & Biases, too")
-    wandb_project: str = opt("Open-Sora", "its project, and that of other trackers")
+    log_every: int = opt(1, "log interval", "optimizer steps", least=1, topic=Topic.REPORTS)
+    ckpt_every: int = opt(0, "checkpoint interval (0: only at the end)", "optimizer steps", least=0, topic=Topic.RESUME)
+    keep_n_latest: int = opt(-1, "number of checkpoints to keep (-1: all)", least=-1)
+    ckpt_shard_size_gb: float = opt(4.0, "shard size: larger weights are saved in several files", "GiB", above=0)
+    trackers: list[str] = opt(
+        ["tensorboard"],
+        "experiment trackers, for curves, samples and the config",
+        choices=TRACKERS,
+        topic=Topic.REPORTS,
+    )
+    wandb: bool = opt(False, "also log to Weights & Biases")
+    wandb_project: str = opt("Open-Sora", "project name at Weights & Biases and other trackers")
     max_skipped_steps: int = opt(
-        20, "steps in a row without a finite loss and gradient that end the run", "steps", least=1
+        20,
+        "consecutive steps with a non-finite loss or gradient after which the run stops",
+        "steps",
+        least=1,
+        topic=Topic.OPTIMIZER,
     )
 
 
@@ -268,76 +315,87 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
     configs: ClassVar[str] = "diffusion/train"
     aliases: ClassVar[dict[str, str]] = {"ckpt_path": "model.from_pretrained"}
 
-    model: ModelOptions | None = component("model", "diffusion", "diffusion model")
+    model: ModelOptions | None = component("model", "diffusion", "diffusion model", topic=Topic.MODELS)
     ae: ModelOptions | None = component("model", "autoencoder", "autoencoder, if latents are not cached")
-    t5: ModelOptions | None = component("model", "text", "encoder of the text tokens, if not cached")
-    clip: ModelOptions | None = component("model", "text", "encoder of the pooled text vector, if not cached")
-    compile: bool = opt(False, "compile the model's blocks: faster steps, after a slow first one")
-    training_method: str = opt("flow_matching", "what is minimised", choices=METHODS)
+    t5: ModelOptions | None = component("model", "text", "T5 text encoder (token embeddings), if not cached")
+    clip: ModelOptions | None = component("model", "text", "CLIP text encoder (pooled embedding), if not cached")
+    compile: bool = opt(False, "torch.compile the model's blocks; the first step is slow", topic=Topic.SPEED)
+    training_method: str = opt("flow_matching", "training objective", choices=METHODS, topic=Topic.OBJECTIVE)
     training_method_config: dict[str, Any] | None = opt(None, "settings of the training method")
-    cached_video: bool = opt(False, "clips come as latents, from cache_dir")
-    cached_text: bool = opt(False, "texts come as embeddings, from cache_dir")
-    cache_dir: str | None = opt(None, "folder that scripts/diffusion/cache.py writes")
-    is_causal_vae: bool = opt(False, "first frame has a latent of its own", no_effect=AE_KNOWS)
-    patch_size: int = opt(2, "latent pixels per token side", "latent px", least=1, most=MAX_PATCH)
-    condition_config: dict[str, float] | None = opt(None, "{condition type: weight}; none trains on text only", least=0)
-    dropout_ratio: DropoutOptions | None = section(DropoutOptions, "share of samples that train without their text")
-    guidance: float = opt(4.0, "guidance scale told to models with guidance_embed", least=0)
-    sigma_min: float = opt(1e-5, "noise that remains at the end of the path", least=0, below=1)
-    time_sampling: TimeSamplingOptions = section(TimeSamplingOptions, "diffusion times that are drawn", {})
-    loss_weighting: LossWeightingOptions = section(LossWeightingOptions, "weights of samples in the loss", {})
-    no_i2v_ref_loss: bool = opt(False, "leave given first and last frames out of the loss")
-    grad_checkpoint: bool = opt(True, "recompute blocks in backward")
-    grad_ckpt_buffer_size: int = opt(
-        0, "host memory for inputs of recomputed blocks (0: on the device)", "bytes", least=0
+    cached_video: bool = opt(False, "read latents from cache_dir instead of clips", topic=Topic.DATA)
+    cached_text: bool = opt(False, "read text embeddings from cache_dir instead of captions")
+    cache_dir: str | None = opt(None, "cache folder, written by opensora cache")
+    is_causal_vae: bool = opt(False, "first frame has a latent of its own", no_effect=AE_KNOWS, topic=Topic.MODELS)
+    patch_size: int = opt(2, "patch size of the latents", "latent px", least=1, most=MAX_PATCH)
+    condition_config: dict[str, float] | None = opt(
+        None, "{condition type: weight}; none: text only", least=0, topic=Topic.OBJECTIVE
     )
-    lora_config: dict[str, Any] | None = opt(None, "PEFT LoraConfig; none trains all weights")
+    dropout_ratio: DropoutOptions | None = section(DropoutOptions, "text dropout, for classifier-free guidance")
+    guidance: float = opt(4.0, "guidance scale given to models with guidance_embed", least=0)
+    sigma_min: float = opt(1e-5, "noise level that remains at the end of the path", least=0, below=1)
+    time_sampling: TimeSamplingOptions = section(TimeSamplingOptions, "distribution of the diffusion times", {})
+    loss_weighting: LossWeightingOptions = section(LossWeightingOptions, "loss weighting of samples", {})
+    no_i2v_ref_loss: bool = opt(False, "exclude given first and last frames from the loss")
+    grad_checkpoint: bool = opt(
+        True, "gradient checkpointing: recompute blocks in the backward pass", topic=Topic.SPEED
+    )
+    grad_ckpt_buffer_size: int = opt(0, "host memory for checkpointed activations (0: on the device)", "bytes", least=0)
+    lora_config: dict[str, Any] | None = opt(
+        None, "arguments of PEFT's LoraConfig; none: train all weights", topic=Topic.LORA
+    )
     lora_dtype: Literal["fp32", "bf16"] = opt(
-        "fp32", "precision in which adapters compute; bf16 is faster, and fp32 copies are kept"
+        "fp32", "compute precision of the adapters; bf16 is faster, with fp32 master copies"
     )
     weights_memory: str | None = opt(
         None,
-        "device memory for frozen weights under adapters, such as 6GB: blocks beyond it come and go",
+        "device memory for frozen weights, such as 6GB; the other blocks are streamed from the host",
+        topic=Topic.SPEED,
     )
-    lora_checkpoint: str | None = opt(None, "adapter to start from: folder or file", reads="file")
-    freeze_layers: list[str] | str | None = opt(None, "what not to train, by name: txt_in, double_blocks.*.txt_mlp")
+    lora_checkpoint: str | None = opt(None, "adapter to start from: folder or file", reads="file", topic=Topic.LORA)
+    freeze_layers: list[str] | str | None = opt(
+        None, "layers to freeze, by name: txt_in, double_blocks.*.txt_mlp", topic=Topic.OBJECTIVE
+    )
     validation: ValidationOptions | None = section(
-        ValidationOptions, "loss on held-out rows; none does without", fill=True
+        ValidationOptions, "validation loss on held-out rows; none: off", fill=True, topic=Topic.REPORTS
     )
     samples: TrainSampleOptions | None = section(
-        TrainSampleOptions, "videos of fixed prompts on the way; none makes none", fill=True
+        TrainSampleOptions, "sample videos of fixed prompts during training; none: off", fill=True
     )
-    warmup_steps: int | None = opt(None, "linear warm-up", "optimizer steps", least=0)
+    warmup_steps: int | None = opt(None, "linear warm-up", "optimizer steps", least=0, topic=Topic.OPTIMIZER)
     use_cosine_scheduler: bool = opt(False, "cosine decay to zero after warm-up and plateau")
-    flat_share: float = opt(0.0, "share of the run on the plateau before the decay (not of wsd)", least=0, below=1)
-    lr_schedule: str | None = opt(
-        None, "decay after warm-up and plateau; none goes by use_cosine_scheduler", choices=SCHEDULES
+    flat_share: float = opt(
+        0.0, "share of the run at a constant learning rate before the decay (not of wsd)", least=0, below=1
     )
-    lr_decay_share: float = opt(0.2, "share of the run, at its end, in which wsd decays", above=0, most=1)
-    lr_final_share: float = opt(0.0, "share of the learning rate that the decay ends at", least=0, most=1)
+    lr_schedule: str | None = opt(
+        None, "learning-rate schedule after warm-up; default: as use_cosine_scheduler says", choices=SCHEDULES
+    )
+    lr_decay_share: float = opt(0.2, "final share of the run in which wsd decays", above=0, most=1)
+    lr_final_share: float = opt(0.0, "final learning rate, as a share of the peak", least=0, most=1)
     keep_encoded: bool = opt(
-        False, "keep latents and text embeddings in host memory, read each clip once (small datasets)"
+        False,
+        "keep latents and text embeddings in host memory, so each clip is read once (small datasets)",
+        topic=Topic.DATA,
     )
     keep_encoded_memory: str = opt(
-        "8GB", "host memory of each process for them; what comes when it is filled is encoded every time"
+        "8GB", "host memory limit of keep_encoded, per process; further clips are encoded every time"
     )
     encode_memory: str | None = opt(
-        None,
-        "memory for encoding clips, such as 12GB: as many of a batch at once as fit in, one at least; none is 8GB of a "
-        "GPU, and 8 clips on a CPU",
+        None, "memory for encoding clips, such as 12GB; default: 8GB of a GPU, 8 clips on a CPU", topic=Topic.SPEED
     )
     warmup_ae: bool = opt(False, "run the autoencoder on every bucket shape first")
-    async_io: bool = opt(False, "write checkpoints while training goes on")
-    load_master_weights: bool = opt(False, "go on from the fp32 weights of a checkpoint")
-    save_master_weights: bool = opt(False, "write the fp32 weights into checkpoints")
-    record_time: bool = opt(False, "log seconds per stage")
-    record_barrier: bool = opt(False, "ranks wait for each other before each stage's time is taken")
-    nsys: bool = opt(False, "let Nsight Systems record some steps")
-    nsys_warmup_steps: int = opt(2, "steps before the record", "steps", least=0)
-    nsys_num_steps: int = opt(2, "steps in the record", "steps", least=1)
-    dry_run: bool = opt(False, "check the config and print memory, arithmetic and time, without loading anything")
+    async_io: bool = opt(False, "write checkpoints in the background", topic=Topic.RESUME)
+    load_master_weights: bool = opt(False, "resume from the fp32 master weights of a checkpoint")
+    save_master_weights: bool = opt(False, "save the fp32 master weights in checkpoints")
+    record_time: bool = opt(False, "log seconds per stage", topic=Topic.PROFILING)
+    record_barrier: bool = opt(False, "synchronise ranks before each stage is timed")
+    nsys: bool = opt(False, "profile some steps with Nsight Systems")
+    nsys_warmup_steps: int = opt(2, "steps before profiling", "steps", least=0)
+    nsys_num_steps: int = opt(2, "steps to profile", "steps", least=1)
+    dry_run: bool = opt(
+        False, "check the config and print memory, compute and time, without loading anything", topic=Topic.GENERAL
+    )
     dry_run_ranks: int | None = opt(
-        None, "processes that dry_run plans for; none is those that torchrun started", least=1, most=MANY_PROCESSES
+        None, "processes that dry_run plans for; default: those that torchrun started", least=1, most=MANY_PROCESSES
     )
 
     def __post_init__(self) -> None:
@@ -348,17 +406,15 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions(TrainOptions):
-    """Compute latents and text embeddings of a training config beforehand."""
+    """Precompute latents and text embeddings for a training config."""
 
-    batch_size: int | None = opt(
-        None, "clips of one size encoded at a time; none goes by encode_memory", "clips", least=1
-    )
-    cache_parts: Literal["both", "video", "text"] = opt("both", "what to compute")
+    batch_size: int | None = opt(None, "clips per encoding batch; default: as encode_memory allows", "clips", least=1)
+    cache_parts: Literal["both", "video", "text"] = opt("both", "what to compute", topic=Topic.OUTPUT)
     cache_part: str | None = opt(
-        None, "write every so many-th file, such as 3/16 (counted from 0), beside writers of the others; none is all"
+        None, "write one part of the files, such as 3/16 (counted from 0), for several writers; default: all"
     )
     cache_shard_size: int = opt(64, "clips, or texts, per file", "samples", least=1)
-    overwrite: bool = opt(False, "replace a cache that was made with something else")
+    overwrite: bool = opt(False, "overwrite a cache that was made with other settings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,64 +424,83 @@ class VaeTrainOptions(LoopOptions, LoaderOptions, RunOptions):
     configs: ClassVar[str] = "vae/train"
     aliases: ClassVar[dict[str, str]] = {"ckpt_path": "model.from_pretrained"}
 
-    model: ModelOptions | None = component("model", "autoencoder", "autoencoder")
-    grad_checkpoint: bool = opt(False, "recompute blocks in backward")
-    vae_loss_config: VaeLossOptions | None = section(VaeLossOptions, "reconstruction loss")
-    discriminator: ModelOptions | None = component("model", "discriminator", "discriminator; none trains without")
+    model: ModelOptions | None = component("model", "autoencoder", "autoencoder", topic=Topic.MODELS)
+    grad_checkpoint: bool = opt(
+        False, "gradient checkpointing: recompute blocks in the backward pass", topic=Topic.SPEED
+    )
+    vae_loss_config: VaeLossOptions | None = section(VaeLossOptions, "reconstruction loss", topic=Topic.OBJECTIVE)
+    discriminator: ModelOptions | None = component("model", "discriminator", "discriminator; none: off")
     gen_loss_config: GeneratorLossOptions | None = section(GeneratorLossOptions, "adversarial loss of the autoencoder")
     disc_loss_config: DiscriminatorLossOptions | None = section(DiscriminatorLossOptions, "loss of the discriminator")
-    optim_discriminator: OptimOptions | None = section(OptimOptions, "optimizer of the discriminator", open=True)
-    disc_lr: float | None = opt(None, "also sets optim_discriminator.lr", least=0, also="optim_discriminator.lr")
+    optim_discriminator: OptimOptions | None = section(
+        OptimOptions, "optimizer of the discriminator", open=True, topic=Topic.OPTIMIZER
+    )
+    disc_lr: float | None = opt(None, "learning rate of the discriminator", least=0, also="optim_discriminator.lr")
     lr_scheduler: SchedulerOptions | None = section(SchedulerOptions, "learning-rate schedule")
     disc_lr_scheduler: SchedulerOptions | None = section(
         SchedulerOptions, "learning-rate schedule of the discriminator"
     )
-    mixed_strategy: Literal["mixed_video_image", "mixed_video_random"] | None = opt(None, "how lengths are mixed")
-    mixed_image_ratio: float = opt(0.0, "share of single frames in mixed_video_image", least=0, most=1)
-    image_steps: int = opt(0, "training on single frames before video", "optimizer steps", least=0)
-    image_bucket_config: Buckets = opt(None, "buckets of that training")
-    image_lr: float | None = opt(None, "learning rate of that training; none takes optim.lr", least=0)
-    restart_disc: bool = opt(False, "start the discriminator anew when going on")
-    load_optimizer: bool = opt(True, "go on with the optimizer's state")
-    latent_noise: float = opt(
-        0.0, "noise on latents before they are decoded, drawn up to this", "standard deviations", least=0, most=10
+    mixed_strategy: Literal["mixed_video_image", "mixed_video_random"] | None = opt(
+        None, "how images and lengths are mixed", topic=Topic.DATA
     )
-    freeze_layers: str | None = opt(None, "parts not to train, separated by commas: encoder, decoder, ..., or all")
-    profile: bool = opt(False, "record a torch profile of some steps")
-    wandb_expr_name: str | None = opt(None, "name of the run at Weights & Biases; none takes exp_name")
+    mixed_image_ratio: float = opt(0.0, "share of single frames in mixed_video_image", least=0, most=1)
+    image_steps: int = opt(0, "steps on single frames before video", "optimizer steps", least=0)
+    image_bucket_config: Buckets = opt(None, "buckets during image_steps")
+    image_lr: float | None = opt(
+        None, "learning rate during image_steps; default: optim.lr", least=0, topic=Topic.OPTIMIZER
+    )
+    restart_disc: bool = opt(False, "reinitialise the discriminator on resume", topic=Topic.RESUME)
+    load_optimizer: bool = opt(True, "restore the optimizer state on resume")
+    latent_noise: float = opt(
+        0.0,
+        "noise on latents before they are decoded, drawn up to this",
+        "standard deviations",
+        least=0,
+        most=10,
+        topic=Topic.OBJECTIVE,
+    )
+    freeze_layers: str | None = opt(None, "parts to freeze, separated by commas: encoder, decoder, ..., or all")
+    profile: bool = opt(False, "profile some steps with torch.profiler", topic=Topic.PROFILING)
+    wandb_expr_name: str | None = opt(None, "run name at Weights & Biases; default: exp_name", topic=Topic.REPORTS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class VaeInferenceOptions(LoaderOptions, RunOptions):
-    """Encode and decode clips, and save both."""
+    """Reconstruct clips with an autoencoder, and measure how well."""
 
     configs: ClassVar[str] = "vae/inference"
     aliases: ClassVar[dict[str, str]] = {"ckpt_path": "model.from_pretrained"}
 
-    model: ModelOptions | None = component("model", "autoencoder", "autoencoder")
+    model: ModelOptions | None = component("model", "autoencoder", "autoencoder", topic=Topic.MODELS)
     dtype: DType = opt("fp32", "precision of the model")
-    save_dir: str = opt("samples", "folder for the results")
-    wait: bool = opt(False, "wait while another process writes to the same place, instead of refusing")
-    eval_setting: str | None = opt(None, "frames x side (17x256) or frames x height x width, instead of bucket_config")
+    save_dir: str = opt("samples", "output folder", topic=Topic.OUTPUT)
+    wait: bool = opt(False, "if another process writes to the same place, wait instead of failing")
+    eval_setting: str | None = opt(
+        None, "frames x side (17x256) or frames x height x width, instead of bucket_config", topic=Topic.DATA
+    )
     fps: int = opt(16, "frame rate of the clips", "frames/s", least=1, most=1000)
     frame_interval: int = opt(
-        1, "distance of sampled frames; files play at fps // frame_interval", "frames", least=1, most=MANY_FRAMES
+        1, "stride of sampled frames; files play at fps // frame_interval", "frames", least=1, most=MANY_FRAMES
     )
-    lpips: LpipsOptions | None = section(LpipsOptions, "weights of LPIPS; none leaves this measure out")
-    max_clips: int | None = opt(None, "clips to reconstruct; none takes all", "clips", least=1)
-    sheet_clips: int = opt(8, "clips on the picture of originals and reconstructions", "clips", least=0)
-    verbose: int = opt(1, "amount of log output (0, 1, 2)", least=0)
+    lpips: LpipsOptions | None = section(LpipsOptions, "LPIPS weights; none: no LPIPS", topic=Topic.MODELS)
+    max_clips: int | None = opt(None, "maximum number of clips; default: all", "clips", least=1, topic=Topic.DATA)
+    sheet_clips: int = opt(
+        8, "clips on the contact sheet of originals and reconstructions", "clips", least=0, topic=Topic.OUTPUT
+    )
+    verbose: int = opt(1, "amount of log output (0, 1, 2)", least=0, topic=Topic.GENERAL)
 
 
 @dataclass(frozen=True, kw_only=True)
 class VaeStatsOptions(LoaderOptions, RunOptions):
-    """Mean and standard deviation of latents."""
+    """Compute the mean and standard deviation of latents."""
 
     configs: ClassVar[str] = "vae/inference"
     aliases: ClassVar[dict[str, str]] = {"ckpt_path": "model.from_pretrained"}
 
-    model: ModelOptions | None = component("model", "autoencoder", "autoencoder")
+    model: ModelOptions | None = component("model", "autoencoder", "autoencoder", topic=Topic.MODELS)
     dtype: DType = opt("fp32", "precision of the model")
-    eval_setting: str | None = opt(None, "frames x side (17x256) or frames x height x width, instead of bucket_config")
-    max_batches: int | None = opt(None, "batches to look at; none takes the whole dataset", "batches", least=1)
-    verbose: int = opt(1, "amount of log output (0, 1, 2)", least=0)
+    eval_setting: str | None = opt(
+        None, "frames x side (17x256) or frames x height x width, instead of bucket_config", topic=Topic.DATA
+    )
+    max_batches: int | None = opt(None, "maximum number of batches; default: the whole dataset", "batches", least=1)
+    verbose: int = opt(1, "amount of log output (0, 1, 2)", least=0, topic=Topic.GENERAL)

@@ -50,7 +50,8 @@ def opt(default: Any, help: str, unit: str = "", **extra: Any) -> Any:
             default, and says so; ``also="optim.lr"`` sets that key too;
             ``reads="file"`` marks a text (or a list of them) that is the path of something to read, which a config may
             give relative to its own folder (``"references"``, ``"adapters"``: several in one text);
-            ``no_effect=REASON`` marks a key that configs of Open-Sora 2.0 hold and that nothing needs any more.
+            ``no_effect=REASON`` marks a key that configs of Open-Sora 2.0 hold and that nothing needs any more;
+            ``topic=Topic.DATA`` is the heading of ``--help`` for this key and those after it.
     """
     metadata = {"help": help, "unit": unit, "default": default, **extra}
     if "group" in extra and default is not None:
@@ -68,7 +69,7 @@ def section(group: type, help: str, default: dict | None = None, **extra: Any) -
     return opt(default, help, group=group, **extra)
 
 
-def component(registry: str, role: str, help: str, default: dict | None = None) -> Any:
+def component(registry: str, role: str, help: str, default: dict | None = None, **extra: Any) -> Any:
     """A section with ``type``, a name of a registry; its keys are those of that type's option group.
 
     Args:
@@ -76,8 +77,9 @@ def component(registry: str, role: str, help: str, default: dict | None = None) 
         role: which of the shipped types may stand here; a user's own may always.
         help: one line for ``--help``.
         default: content if there is none.
+        extra: as for :func:`opt`.
     """
-    metadata = {"help": help, "unit": "", "default": default, "registry": registry, "role": role}
+    metadata = {"help": help, "unit": "", "default": default, "registry": registry, "role": role, **extra}
     return field(default=None, metadata=metadata)
 
 
@@ -175,7 +177,7 @@ class DatasetOptions(Component):
 
     main_key: ClassVar[str] = "data_path"
 
-    data_path: str | None = opt(None, "csv or parquet table", reads="file")
+    data_path: str | None = opt(None, "CSV or parquet table", reads="file")
 
 
 def check_group(group: Any, base: type[Options], owner: str) -> None:
@@ -227,46 +229,52 @@ class SamplingOption(Options):
     )
     resolution: str | None = opt(None, "pixel count by name: 256px, 512px, 768px, 1024px, ...")
     aspect_ratio: str | None = opt(None, "width:height: 16:9, 9:16, 1:1, 2.39:1, ...")
-    num_frames: int = opt(1, "length; 1 makes an image", "frames", least=1, most=MANY_FRAMES)
+    num_frames: int = opt(1, "number of frames; 1 generates an image", "frames", least=1, most=MANY_FRAMES)
     window: int | None = opt(
         None,
-        "longest video made at once; longer ones are made in windows of so many frames",
+        "window length; longer videos are generated in overlapping windows",
         "frames",
         least=1,
         most=MANY_FRAMES,
     )
     overlap: int | None = opt(
         None,
-        "frames that windows have in common; none is 33, or 1 in short windows",
+        "overlap of consecutive windows; default: 33, or 1 in short windows",
         "frames",
         least=1,
         most=MANY_FRAMES,
     )
-    num_steps: int = opt(50, "solver steps from noise to sample", "steps", least=1, most=MANY_STEPS)
-    solver: str = opt("euler", "how steps are made", choices=SOLVERS)
-    step_cache: str | None = opt(None, "reuse of the transformer's work between steps, by name; none runs all of it")
+    num_steps: int = opt(50, "sampling steps", "steps", least=1, most=MANY_STEPS)
+    solver: str = opt("euler", "ODE solver", choices=SOLVERS)
+    step_cache: str | None = opt(None, "step cache that reuses transformer outputs between steps, by name; none: off")
     step_cache_threshold: float | None = opt(
         None,
-        "change up to which it is reused: approximate; 0 is none, without step_cache it is for first_block",
+        "threshold of the step cache (approximate); 0: off; without step_cache, of first_block",
         least=0,
         most=10,
     )
-    guidance: float = opt(4.0, "text guidance scale (1 is none)", least=-1000, most=1000)
+    guidance: float = opt(4.0, "classifier-free guidance scale for the text (1: off)", least=-1000, most=1000)
     text_osci: bool = opt(False, "text guidance on every other step only, after the first ten")
-    guidance_img: float | None = opt(None, "image guidance scale (1 is none)", least=-1000, most=1000)
+    guidance_img: float | None = opt(
+        None, "classifier-free guidance scale for the image (1: off)", least=-1000, most=1000
+    )
     image_osci: bool = opt(False, "image guidance on every other step only, after the first ten")
     scale_temporal_osci: bool = opt(False, "image guidance grows along the frames, less so on later steps")
     keep_given: bool = opt(
-        False, "set what is given anew at every step, for models that were not trained on the condition (approximate)"
+        False, "reset given frames at every step, for models not trained on the condition (approximate)"
     )
-    seed: int | None = opt(None, "seed of the sample's noise; none draws one", most=MAX_SEED)  # least: check_seed
-    shift: bool = opt(True, "move the time schedule towards noise for large samples")
-    method: Literal["i2v", "distill"] = opt("i2v", "guidance by several forwards (i2v), or as an input of the model")
+    seed: int | None = opt(
+        None, "seed of the sampling noise; default: derived from --seed and the row", most=MAX_SEED
+    )  # least: check_seed
+    shift: bool = opt(True, "shift the time schedule towards noise for large samples")
+    method: Literal["i2v", "distill"] = opt(
+        "i2v", "guidance by several forward passes (i2v), or as a model input (distill)"
+    )
     temporal_reduction: int = opt(
         1, "frames per latent frame of the autoencoder", "frames", least=1, no_effect=AE_KNOWS
     )
     is_causal_vae: bool = opt(False, "first frame has a latent of its own (lengths 4k+1)")
-    flow_shift: float | None = opt(None, "shift of the schedule in place of the one that sizes give", above=0)
+    flow_shift: float | None = opt(None, "shift of the time schedule; default: computed from the size", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,19 +283,19 @@ class OptimOptions(Options):
 
     cls: str = opt("HybridAdam", "optimizer: HybridAdam, AdamW, Adam, AdamW8bit, Muon")
     lr: float = opt(1e-5, "learning rate", least=0)
-    eps: float = opt(1e-8, "term added to the denominator", least=0)
+    eps: float = opt(1e-8, "epsilon added to the denominator", least=0)
     weight_decay: float = opt(0.0, "decoupled weight decay", least=0)
     betas: tuple[float, float] = opt((0.9, 0.999), "decay of the moments", least=0, below=1)
-    adamw_mode: bool | None = opt(None, "AdamW rather than Adam with L2; none goes by cls")
+    adamw_mode: bool | None = opt(None, "decoupled weight decay (AdamW) rather than L2; default: by cls")
     momentum: float | None = opt(None, "momentum of Muon (0.95)", least=0, below=1)
     groups: dict[str, dict[str, Any]] | None = opt(
-        None, "{pattern of parameter names: {lr, weight_decay}}: what trains with settings of its own"
+        None, "{pattern of parameter names: {lr, weight_decay}}: parameter groups with their own settings"
     )
     states: Literal["device", "host"] = opt(
-        "device", "where its states wait, and fp32 copies of bf16 weights: host memory leaves room on the device"
+        "device", "where optimizer states and fp32 master weights are kept; host saves device memory"
     )
     in_backward: bool = opt(
-        False, "update each weight in the backward pass, once its gradient is there, and free that (gradient release)"
+        False, "gradient release: update each weight during the backward pass and free its gradient"
     )
 
 
@@ -296,11 +304,13 @@ class SchedulerOptions(Options):
     """Learning-rate schedule."""
 
     warmup_steps: int | None = opt(None, "linear warm-up", "optimizer steps", least=0)
-    name: str | None = opt(None, "decay after warm-up and plateau; none goes by cosine", choices=SCHEDULES)
+    name: str | None = opt(None, "schedule after warm-up; default: as cosine says", choices=SCHEDULES)
     cosine: bool = opt(False, "cosine decay to zero after warm-up and plateau")
-    flat_share: float = opt(0.0, "share of the run on the plateau before the decay (not of wsd)", least=0, below=1)
-    decay_share: float = opt(0.2, "share of the run, at its end, in which wsd decays", above=0, most=1)
-    final_share: float = opt(0.0, "share of the learning rate that the decay ends at", least=0, most=1)
+    flat_share: float = opt(
+        0.0, "share of the run at a constant learning rate before the decay (not of wsd)", least=0, below=1
+    )
+    decay_share: float = opt(0.2, "final share of the run in which wsd decays", above=0, most=1)
+    final_share: float = opt(0.0, "final learning rate, as a share of the peak", least=0, most=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,20 +321,20 @@ class PluginOptions(Options):
     pp_size: int = opt(1, "pipeline-parallel group", "ranks", least=1, most=MANY_PROCESSES)
     sp_size: int = opt(1, "sequence-parallel group", "ranks", least=1, most=MANY_PROCESSES)
     branch_size: int = opt(
-        1, "group that shares the guidance branches of a sampling step", "ranks", least=1, most=MANY_PROCESSES
+        1, "ranks that share the guidance branches of a sampling step", "ranks", least=1, most=MANY_PROCESSES
     )
     shard_size: int | None = opt(
         None,
-        "neighbours that fsdp2 divides weights over, averaging between such groups (HSDP); none: all",
+        "ranks that fsdp2 shards weights over, averaging between such groups (HSDP); none: all",
         "ranks",
         least=2,
         most=MANY_PROCESSES,
     )
     whole_gradients: bool = opt(
-        False, "fsdp2 keeps gradients of accumulated batches whole and exchanges them once a step (4 bytes a weight)"
+        False, "fsdp2: keep accumulated gradients unsharded, reduce them once a step (4 bytes a weight)"
     )
     sequence_parallelism_mode: str | None = opt(
-        None, "how tokens are exchanged: all_to_all, ring_attn; none or auto takes the first where the heads allow it"
+        None, "how tokens are exchanged: all_to_all, ring_attn; none or auto: the first where the heads allow it"
     )
     enable_sequence_parallelism: bool = opt(
         False, "split tokens over the sequence-parallel group", no_effect="sp_size above 1 does it"
@@ -344,7 +354,7 @@ class PluginOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class DropoutOptions(Options):
-    """Share of samples that train without their text."""
+    """Text dropout, for classifier-free guidance."""
 
     t5: float = opt(0.0, "probability of an empty T5 text", least=0, most=1)
     clip: float = opt(0.0, "probability of an empty CLIP text", least=0, most=1)
@@ -355,22 +365,20 @@ class TimeSamplingOptions(Options):
     """Diffusion times that training draws; 1 is noise."""
 
     name: str = opt("logit_normal", "density of the times before the shift", choices=TIME_SAMPLINGS)
-    mean: float = opt(0.0, "of logit_normal: where it lies; above 0 towards noise", least=-10, most=10)
+    mean: float = opt(0.0, "of logit_normal: mean of the logit; above 0 shifts towards noise", least=-10, most=10)
     width: float = opt(1.0, "of logit_normal: standard deviation of the logit", above=0, most=10)
     mode_scale: float = opt(
         1.29, "of mode: above 0 middle times are drawn more often, below 0 the ends", least=-1, most=1.75
     )
-    shift: bool = opt(True, "move the times towards noise for large samples, as in sampling")
-    flow_shift: float | None = opt(None, "shift in place of the one that sizes give", above=0)
+    shift: bool = opt(True, "shift the times towards noise for large samples, as in sampling")
+    flow_shift: float | None = opt(None, "shift of the times; default: computed from the size", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeightingOptions(Options):
     """Weights of samples in the loss; they are multiplied and not normalised."""
 
-    time: str | None = opt(
-        None, "weight over the diffusion time, by name; none weighs all alike", choices=LOSS_WEIGHTINGS
-    )
+    time: str | None = opt(None, "weight over the diffusion time, by name; none: uniform", choices=LOSS_WEIGHTINGS)
     gamma: float = opt(5.0, "of min_snr: signal-to-noise ratio that weights are cut at", above=0, most=1000)
     conditions: dict[str, float] | None = opt(None, "{condition type: weight}; those not named weigh 1", least=0)
 
@@ -381,7 +389,7 @@ class LpipsOptions(Options):
 
     heads: str | None = opt(None, "file or hub path of its linear heads (lin0.model.1.weight ...)", reads="file")
     backbone: str | None = opt(None, "file or hub path of VGG16 (features.0.weight ...)", reads="file")
-    random: bool = opt(False, "random weights instead, for trials")
+    random: bool = opt(False, "random weights instead, to try a config")
     cache_dir: str | None = opt(None, "folder of hub downloads")
 
 
@@ -390,30 +398,30 @@ class ValidationOptions(Options):
     """Loss on held-out rows, at fixed times and noise, so that it only changes with the model."""
 
     data_path: str | None = opt(None, "csv or parquet table of rows that training does not see", reads="file")
-    every: int = opt(500, "distance of validations", "optimizer steps", least=1)
+    every: int = opt(500, "validation interval", "optimizer steps", least=1)
     max_rows: int = opt(64, "rows to take, from the start of the table", "rows", least=1)
     timesteps: list[float] = opt(
         [0.1, 0.3, 0.5, 0.7, 0.9], "diffusion times of every row, in (0, 1); 1 is noise", above=0, below=1
     )
     bins: int | None = opt(
-        None, "equal parts of the time, in each of which each row has a time, instead of timesteps", least=1, most=100
+        None, "equal bins of the diffusion time, with one time per row in each; replaces timesteps", least=1, most=100
     )
-    seed: int = opt(0, "seed of its noise and conditions", least=0, most=MAX_SEED)
+    seed: int = opt(0, "seed of the validation noise and conditions", least=0, most=MAX_SEED)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSampleOptions(Options):
-    """Videos of fixed prompts on the way, in the experiment's folder `samples` and beside the curves."""
+    """Sample videos of fixed prompts during training, in the experiment's folder `samples` and beside the curves."""
 
-    prompts: list[str] = opt([], "one video each")
+    prompts: list[str] = opt([], "prompts, one video each")
     refs: list[str] | None = opt(
-        None, "pictures or clips, one per prompt, for a cond_type other than t2v", reads="references"
+        None, "reference images or clips, one per prompt, unless cond_type is t2v", reads="references"
     )
-    cond_type: str = opt("t2v", "what the references fix", choices=CONDITIONS)
-    every: int = opt(1000, "distance of samples", "optimizer steps", least=1)
+    cond_type: str = opt("t2v", "which frames the references condition", choices=CONDITIONS)
+    every: int = opt(1000, "sampling interval", "optimizer steps", least=1)
     seed: int = opt(42, "seed of the starting noise", least=0, most=MAX_SEED)
-    fps: int = opt(24, "frame rate of the files, also told to the model", "frames/s", above=0, most=1000)
-    use_ema: bool = opt(True, "take the averaged weights where there are some")
+    fps: int = opt(24, "frame rate; also appended to the prompt", "frames/s", above=0, most=1000)
+    use_ema: bool = opt(True, "use the EMA weights if there are any")
     sampling_option: SamplingOption = section(SamplingOption, "size, length and guidance", {}, fill=True)
 
 
@@ -433,7 +441,7 @@ class VaeLossOptions(Options):
 class GeneratorLossOptions(Options):
     """Adversarial loss of the autoencoder."""
 
-    gen_start: int = opt(0, "first step with this loss", "optimizer steps", least=0)
+    gen_start: int = opt(0, "step at which this loss starts", "optimizer steps", least=0)
     disc_factor: float = opt(1.0, "constant factor", least=0)
     disc_weight: float = opt(0.5, "weight on top of the adaptive one", least=0)
 
@@ -442,6 +450,6 @@ class GeneratorLossOptions(Options):
 class DiscriminatorLossOptions(Options):
     """Loss of the discriminator."""
 
-    disc_start: int = opt(0, "first step with this loss", "optimizer steps", least=0)
+    disc_start: int = opt(0, "step at which this loss starts", "optimizer steps", least=0)
     disc_factor: float = opt(1.0, "constant factor", least=0)
     disc_loss_type: Literal["hinge", "vanilla", "wgan-gp"] = opt("hinge", "form of the loss")

@@ -8,9 +8,9 @@ from opensora.utils.errors import UserError
 from opensora.utils.files import NAME_BYTES
 
 
-def add_overwrite(parser: argparse.ArgumentParser) -> None:
+def add_overwrite(parser: argparse._ActionsContainer) -> None:
     """The flag that lets a tool replace what is there."""
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
 
 
 def check_place(path: Path, flag: str, folder: bool = False) -> None:

@@ -206,7 +206,7 @@ def test_imports_on_the_command_line(sampling, tiny_config, folder, write_config
     assert "4 by midpoint" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         script("diffusion/inference.py", config, "--imports=my_package", "--help")
-    help_text = capsys.readouterr().out
+    help_text = " ".join(capsys.readouterr().out.split())
     assert "--ae.patch" in help_text
     assert "euler, heun, ab2, renoise, midpoint" in help_text
 

@@ -83,6 +83,19 @@ def test_help_names_every_command(words, capsys):
     )
 
 
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_is_grouped_and_narrow(name, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(sys, "argv", ["opensora"])
+    with pytest.raises(SystemExit) as end:
+        dispatch([*([name] if name else []), "--help"])
+    assert not end.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    headings = [line for line in lines if re.fullmatch(r"[a-zA-Z][\w ,]*:", line)]
+    assert set(headings) - {"options:", "short for:"}, "keys stand under headings that say what they are for"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

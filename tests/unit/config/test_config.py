@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -14,20 +15,26 @@ from mmengine.fileio.handlers.registry_utils import file_handlers
 from opensora.config import config_to_text, load_config, parse_config
 from opensora.config.choices import CONDITIONS
 from opensora.config.commands import (
+    CacheOptions,
     InferenceOptions,
+    ServeOptions,
     TrainOptions,
+    TrajectoryOptions,
     VaeInferenceOptions,
     VaeStatsOptions,
     VaeTrainOptions,
 )
+from opensora.config.help import topics_of
 from opensora.config.keys import group_options, walk_options
-from opensora.config.options import PluginOptions, SamplingOption
+from opensora.config.options import Options, PluginOptions, SamplingOption
+from opensora.config.topics import Topic
 from opensora.diffusion.conditions import get_spans
 from opensora.utils.errors import UserError
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = sorted((ROOT / "configs/diffusion/inference").glob("*.py"))
 SCRIPTS = (InferenceOptions, TrainOptions, VaeTrainOptions, VaeInferenceOptions, VaeStatsOptions)
+ALL_SCRIPTS = (*SCRIPTS, CacheOptions, ServeOptions, TrajectoryOptions)
 
 INFERENCE = """
 sampling_option = dict(resolution="256px", aspect_ratio="16:9", num_frames=129)
@@ -489,12 +496,17 @@ def test_config_to_text(infer):
 # ---------------------------------------------------------------------------------------------------------------- help
 
 
+def unwrapped(text: str) -> str:
+    """A help text with a line per key."""
+    return re.sub(r"\n {9,}", " ", text)
+
+
 @pytest.mark.parametrize("options", SCRIPTS)
 def test_help_lists_every_key(capsys, options):
     with pytest.raises(SystemExit) as status:
         parse_config(["--help"], options)
     assert not status.value.code
-    text = capsys.readouterr().out
+    text = unwrapped(capsys.readouterr().out)
     for dotted, option, _ in walk_options(options, None):
         assert re.search(rf"^  --{re.escape(dotted)} +{re.escape(option.metadata['help'])}", text, re.M), dotted
     for alias, target in options.aliases.items():
@@ -504,7 +516,7 @@ def test_help_lists_every_key(capsys, options):
 def test_help_knows_nested_keys_of_every_type(capsys):
     with pytest.raises(SystemExit):
         parse_config(["-h"], InferenceOptions)
-    text = capsys.readouterr().out
+    text = unwrapped(capsys.readouterr().out)
     for key in (
         "sampling_option.flow_shift",
         "model.hidden_size",
@@ -519,10 +531,42 @@ def test_help_knows_nested_keys_of_every_type(capsys):
 def test_help_with_a_config_shows_its_values(infer, capsys):
     with pytest.raises(SystemExit):
         infer("--help")
-    text = capsys.readouterr().out
+    text = unwrapped(capsys.readouterr().out)
     assert re.search(r"--model.hidden_size .*; 64\]", text)
     assert "ae.* with type dc_ae" not in text
-    assert "--variable  [3]" in text
+    assert re.search(r"^  --variable +\[3\]$", text, re.M)
+
+
+@pytest.mark.parametrize("options", ALL_SCRIPTS)
+@pytest.mark.parametrize(("columns", "most"), [("", 100), ("70", 70), ("300", 100)])
+def test_help_fits_the_terminal(capsys, monkeypatch, options, columns, most):
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit):
+        parse_config(["--help"], options)
+    lines = capsys.readouterr().out.splitlines()
+    assert most - 10 < max(map(len, lines)) <= most
+
+
+@pytest.mark.parametrize("options", ALL_SCRIPTS)
+def test_help_is_grouped_by_purpose(capsys, options):
+    with pytest.raises(SystemExit):
+        parse_config(["--help"], options)
+    lines = capsys.readouterr().out.splitlines()
+    headings = [line.removesuffix(":") for line in lines if line.removesuffix(":") in list(Topic)]
+    used = dict(topics_of(options))
+    assert used.keys() == group_options(options).keys()
+    assert headings == [topic for topic in Topic if topic in used.values()]
+    assert max(Counter(used.values()).values()) <= 20, "a heading over so many keys helps nobody"
+
+
+@pytest.mark.parametrize("options", ALL_SCRIPTS)
+def test_every_group_says_what_its_first_key_is_for(options):
+    groups = [base for base in options.__mro__ if issubclass(base, Options) and base is not Options]
+    for group in groups:
+        inherited = {name for base in group.__mro__[1:] for name in vars(base).get("__annotations__", ())}
+        own = [name for name in vars(group)["__annotations__"] if name not in inherited]
+        keys = [option for name, option in group_options(group).items() if name in own]
+        assert not keys or "topic" in keys[0].metadata, f"{group.__name__}.{keys[0].name}"
 
 
 @pytest.mark.parametrize("options", SCRIPTS)
@@ -563,7 +607,7 @@ def test_keys_of_old_configs_that_do_nothing_are_told(write, caplog, capsys):
     assert "--plugin_config.enable-sequence-parallelism has no effect: sp_size above 1 does it" in caplog.text
     with pytest.raises(SystemExit):
         parse_config([path, "--help"], TrainOptions)
-    assert "no effect: it always follows from the config and the step" in capsys.readouterr().out
+    assert "no effect: it always follows from the config and the step" in unwrapped(capsys.readouterr().out)
 
 
 # -------------------------------------------------------------------------------------------------------- exit status
