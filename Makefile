@@ -5,17 +5,20 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 SERVE_STAMP := $(VENV)/installed-serve
 DEV_STAMP := $(VENV)/installed-dev
+DOCS_VENV ?= .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/installed
 PORT ?= 8000
 
-.PHONY: help install demo serve pictures test lint types tests clean
+.PHONY: help install demo serve pictures docs test lint types tests clean
 
 help:
 	@echo "make demo     install, then generate a video and its contact sheet"
 	@echo "make serve    install, then serve the demo model: a page and an API at http://127.0.0.1:$(PORT)"
-	@echo "make pictures draw the README's pictures anew (docs/images)"
+	@echo "make pictures regenerate the pictures of README and docs (docs/images)"
+	@echo "make docs     the documentation as a site, in site/"
 	@echo "make test     install, then lint, type check and tests"
 	@echo "make install  the environment only ($(VENV))"
-	@echo "make clean    remove the environment"
+	@echo "make clean    remove the environments"
 
 install: $(STAMP)
 
@@ -42,8 +45,16 @@ demo: $(STAMP)
 serve: $(SERVE_STAMP)
 	$(BIN)/python scripts/serve.py configs/diffusion/inference/demo.py --port $(PORT)
 
-pictures: $(STAMP)
+pictures: $(DEV_STAMP)
 	$(BIN)/python tools/demo/pictures.py --overwrite
+
+$(DOCS_STAMP): requirements-docs.txt
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $(DOCS_STAMP)
+
+docs: $(DOCS_STAMP)
+	$(DOCS_VENV)/bin/mkdocs build --strict
 
 test: lint types tests
 
@@ -58,4 +69,4 @@ tests: $(DEV_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(DOCS_VENV)

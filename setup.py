@@ -97,6 +97,8 @@ setup(
         "chat": ["openai>=1.52"],
         # tools/evaluate; mmengine and scikit-image bring these (VBench's own versions: tools/evaluate/vbench.txt)
         "evaluate": ["opencv-python>=4.9", "scipy>=1.11"],
+        # the documentation as a site: make docs. Exact versions: requirements-docs.txt
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-shadcn>=0.12"],
         # a page and a server: exact versions in requirements-serve.txt
         "serve": [
             "fastapi>=0.115.2",

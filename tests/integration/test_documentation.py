@@ -50,9 +50,14 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
+def typed(page: str) -> list[str]:
+    """The lines of a page's commands; those that a backslash continues are one."""
+    return [line for block in blocks(page, "bash") for line in re.sub(r"\\\n *", "", block).splitlines()]
+
+
 def commands() -> list[str]:
     pages = (*PAGES, "docs/parallel.md")
-    lines = [line for page in pages for block in blocks(page, "bash") for line in block.splitlines()]
+    lines = [line for page in pages for line in typed(page)]
     return sorted({line for line in lines if "scripts/diffusion/inference.py" in line})
 
 
@@ -93,7 +98,7 @@ def test_commands_are_valid(command, monkeypatch):
 def installed_commands() -> list[str]:
     """Those of the command ``opensora`` that take a config."""
     pages = (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
-    lines = {line for page in pages for block in blocks(str(page), "bash") for line in block.splitlines()}
+    lines = {line.partition("    #")[0] for page in pages for line in typed(str(page))}
     return sorted(line for line in lines if line.startswith("opensora ") and line.split()[1] in OPTIONS)
 
 
@@ -107,7 +112,7 @@ def test_commands_of_the_installed_package_are_valid(command, tmp_path, monkeypa
 
 def other_commands() -> list[tuple[str, str]]:
     pages = ["README.md", "assets/demo/README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
-    lines = {line for page in pages for block in blocks(page, "bash") for line in block.splitlines()}
+    lines = {line for page in pages for line in typed(page)}
     return sorted((line, script) for line in lines for script in SCRIPTS if script in line.split())
 
 

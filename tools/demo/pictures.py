@@ -1,6 +1,7 @@
-"""Draw the pictures of the README and docs/inference.md from what the demo model makes: ``make pictures``.
+"""Make the pictures of the README and docs from what the demo model generates: ``make pictures``.
 
-Each is a contact sheet of videos that the commands beside it in the text make too.
+Contact sheets (PNG) and moving pictures (animated WebP) of videos that the commands beside them in the text make too,
+and a film of the page while it makes a video (needs playwright and Chromium).
 """
 
 import argparse
@@ -18,12 +19,17 @@ from opensora.config import run_main
 from opensora.diffusion.pipeline import VideoPipeline
 from opensora.utils.logging import setup_logging
 from opensora.utils.video import contact_sheet, read_image
+from tools.demo.moving import grid, save_animation
+from tools.demo.record_page import film
 from tools.outputs import add_overwrite, check_place, write_new
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "diffusion" / "inference" / "demo.py"
 PICTURE = ROOT / "assets" / "demo" / "blue_square.png"
 FRAMES, SCALE = 5, 2
+MOVING_SIDE = 12  # enlargement of all videos in a row together
+MILLISECONDS, LAST = 125, 800  # the demo has 8 frames a second; the last one stays a while
+PAGE = "page"
 Labelled = tuple[str, np.ndarray]
 
 
@@ -59,20 +65,61 @@ SHEETS: dict[str, Callable[[VideoPipeline], list[Labelled]]] = {
 }
 
 
+def demo(pipe: VideoPipeline) -> list[Labelled]:
+    """What ``make demo`` generates, and three other prompts."""
+    prompts = [
+        "a red circle moving right on a dark background",
+        "a blue square moving up on a light background",
+        "a green triangle moving left on a light background",
+        "a yellow square moving left on a dark background",
+    ]
+    return [(prompt.split(" on a ")[0], frames) for prompt, frames in zip(prompts, pipe(prompts, seed=42).frames)]
+
+
+def first_frame(pipe: VideoPipeline) -> list[Labelled]:
+    """A picture, and the videos that start from it under two prompts."""
+    videos = image_to_video(pipe)
+    still = np.broadcast_to(read_image(PICTURE), videos[0][1].shape)
+    return [("the picture", still), *((label.removeprefix("a blue square "), video) for label, video in videos)]
+
+
+MOVING: dict[str, Callable[[VideoPipeline], list[Labelled]]] = {"demo": demo, "first_frame": first_frame}
+
+
+def draw_moving(videos: list[Labelled], path: Path) -> None:
+    """Write labelled videos side by side, as an animated WebP."""
+    labels, frames = zip(*videos)
+    pictures = grid(frames, labels, len(videos), MOVING_SIDE // len(videos))
+    save_animation(pictures, path, [MILLISECONDS] * (len(pictures) - 1) + [LAST], quality=80)
+
+
+def draw_page(path: Path) -> None:
+    """Write the film of the page."""
+    pictures, durations = zip(*film(CONFIG))
+    save_animation(pictures, path, durations, quality=60)
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Make all sheets, or those that are named."""
+    """Make all pictures, or the one that is named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=list(SHEETS), help="make this one alone")
+    parser.add_argument("--only", choices=[*SHEETS, *MOVING, PAGE], help="make this one alone")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images", help="default: docs/images")
     add_overwrite(parser)
     args = parser.parse_args(argv)
     check_place(args.out, "--out", folder=True)
     setup_logging()
+    names = [args.only] if args.only else [*SHEETS, *MOVING, PAGE]
+    if PAGE in names:
+        print(write_new(args.out / f"{PAGE}.webp", draw_page, args.overwrite))
+    if names == [PAGE]:
+        return
     pipe = VideoPipeline.from_config(CONFIG)
-    for name in [args.only] if args.only else SHEETS:
+    for name in (name for name in names if name in SHEETS):
         labels, videos = zip(*SHEETS[name](pipe))
         draw = partial(contact_sheet, videos, frames=FRAMES, labels=labels, scale=SCALE)
         print(write_new(args.out / f"{name}.png", draw, args.overwrite))
+    for name in (name for name in names if name in MOVING):
+        print(write_new(args.out / f"{name}.webp", partial(draw_moving, MOVING[name](pipe)), args.overwrite))
 
 
 if __name__ == "__main__":

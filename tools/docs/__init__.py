@@ -1,0 +1,1 @@
+"""The documentation as pages of a site, and what keeps its links whole."""
