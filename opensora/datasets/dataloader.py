@@ -27,7 +27,7 @@ SHOWN = 5  # broken rows that a summary names
 
 
 class BrokenRows:
-    """Rows of a dataset that could not be read so far, and the end of patience with them.
+    """Unreadable rows so far, and the limit at which loading stops.
 
     Args:
         dataset: ``max_broken`` of its rows (one at least, unless it is 0) are tolerated.

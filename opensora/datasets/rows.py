@@ -171,7 +171,7 @@ def with_numbers(table: pd.DataFrame, path: str | Path, scores: Sequence[str] = 
     as float64 (NaN where a cell is empty).
 
     Raises:
-        UserError: names the first cell that is none, or cannot be.
+        UserError: names the first cell that is not a number, or out of range.
     """
     return table.assign(
         **{name: _numbers(table[name], name, path) for name in (*NUMBER_COLUMNS, *scores) if name in table}

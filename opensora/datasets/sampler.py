@@ -106,7 +106,7 @@ class BucketBatchSampler(Sampler[list[SampleKey]]):
         Args:
             epoch: from 0.
             start: micro-batch of this rank.
-            endless: go on with the next epochs instead of ending, so that loader workers need not start anew.
+            endless: continue with the next epochs instead of ending, so that loader workers need not be restarted.
         """
         self.epoch, self.start, self.endless = epoch, start, endless
 

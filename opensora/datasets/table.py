@@ -93,7 +93,7 @@ def _read_csv(path: Path, as_text: bool) -> pd.DataFrame:
 
 def _check_fields(path: Path) -> NoReturn:
     """Raise a ValueError that names the first row with more fields than the header."""
-    what = "its rows have more fields than its header; a text with commas must stand in quotes"
+    what = "its rows have more fields than its header; quote texts that contain commas"
     with path.open(newline="", encoding="utf-8", errors="replace") as file, suppress(csv.Error):
         rows = csv.reader(file)
         expected = len(next(rows, []))

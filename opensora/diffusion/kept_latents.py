@@ -1,4 +1,4 @@
-"""Latents of a long video on the disk, window by window: a killed run goes on behind the last finished one."""
+"""Latents of a long video on the disk, window by window: a killed run resumes after the last finished one."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Sampling of a video in windows, each of which goes on from the latents of the one before."""
+"""Sampling of a video in windows, each of which continues from the latents of the one before."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -86,7 +86,7 @@ def sample_windows(
     kept = [KeptLatents(folder, windows, (channels, *plan.latent_size[1:])) for folder in folders]
     done = _share_done(kept, axis)
     if done:
-        logger.info("going on behind window %d of %d", done, windows.count)
+        logger.info("resuming after window %d of %d", done, windows.count)
     for index in range(done, windows.count):
         given = None
         if index:

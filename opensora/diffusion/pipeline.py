@@ -154,8 +154,8 @@ class VideoPipeline(Stages):
             cond_type: what the references fix; None takes the config's.
             seed: of the starting noise, one for all prompts or one each; None takes the config's or draws one.
             neg: negative prompt, one for all or one each.
-            fps: frame rate told to the model; None takes the config's.
-            motion_score: amount of motion told to the model; None takes the config's.
+            fps: frame rate, appended to the prompt; default: the config's.
+            motion_score: motion score appended to the prompt; default: the config's.
             on_step: ``on_step(step, total, latents)`` after each step, with latents [B, C, T, h, w]; what it raises
                 stops the run. With ``use_t2i2v`` the steps of the picture count too.
             negative_prompt: ``neg``, as diffusers calls it.

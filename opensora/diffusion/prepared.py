@@ -205,11 +205,11 @@ def in_frames(cfg: InferenceOptions, spec: LatentSpec) -> InferenceOptions:
 
 
 def check_goes_on(model: nn.Module, plan: SamplePlan) -> None:
-    """Raise a UserError if a video is to be made in windows by a model that cannot go on from latents."""
+    """Raise a UserError if a video is to be made in windows by a model that cannot continue from latents."""
     if plan.windows is not None and not _config(model).cond_embed:
         raise UserError(
-            f"num_frames={plan.length} is longer than sampling_option.window={plan.num_frames}, and this model takes "
-            "nothing to go on from (model.cond_embed is False): fewer frames, or --window none to make all at once"
+            f"num_frames={plan.length} is longer than sampling_option.window={plan.num_frames}, and this model "
+            "cannot continue from latents (model.cond_embed is False): use fewer frames, or --window none"
         )
 
 

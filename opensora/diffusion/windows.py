@@ -1,4 +1,4 @@
-"""Videos longer than a model makes at once, in windows: which latents each of them makes, and what it goes on from."""
+"""Videos longer than a model makes at once, in windows: the latents of each, and what it continues from."""
 
 import random
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from opensora.diffusion.conditions import get_spans
 from opensora.models.autoencoder import LatentSpec
 from opensora.utils.errors import UserError
 
-CLIP = "v2v_head"  # what a window goes on by where it is long enough
+CLIP = "v2v_head"  # condition by which a window continues, if it is long enough
 
 
 @dataclass(frozen=True)

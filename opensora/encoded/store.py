@@ -60,7 +60,7 @@ class CacheInfo:
         plan: hash of the rows, sizes and texts that the cache is to hold.
         clips: how many those are.
         shard_size: clips, or texts, per file.
-        config: command that writes the cache anew.
+        config: command that rewrites the cache.
     """
 
     video: dict[str, Any] | None
@@ -112,7 +112,7 @@ class Cache:
         self.folder = Path(folder)
         self.info = CacheInfo.read(self.folder)
         if not (self.folder / "index.parquet").is_file():
-            raise UserError(f"the cache {self.folder} is not finished; go on with: {self.info.config}")
+            raise UserError(f"the cache {self.folder} is not finished; resume with: {self.info.config}")
         try:
             there = pq.read_schema(self.folder / "index.parquet").names
             names = [*INDEX_COLUMNS, *([SIZE_COLUMN] if SIZE_COLUMN in there else [])]
@@ -168,7 +168,7 @@ class Cache:
             return {key: self._open[path].get_tensor(name) for key, name in names.items() if name in found}
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"{path}: damaged or missing ({error}); delete it and go on with: {self.info.config}"
+                f"{path}: damaged or missing ({error}); delete it and resume with: {self.info.config}"
             ) from error
 
 

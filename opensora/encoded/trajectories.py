@@ -49,7 +49,7 @@ class TrajectoryInfo:
         plan: hash of the texts, conditions and seeds.
         count: trajectories.
         shard_size: trajectories per file.
-        config: command that goes on writing them.
+        config: command that resumes writing them.
     """
 
     models: dict[str, Any]
@@ -110,7 +110,7 @@ class TrajectoryDataset(ClipDataset):
         self.info = TrajectoryInfo.read(self.folder)
         index = self.folder / INDEX
         if not index.is_file():
-            raise UserError(f"the trajectories in {self.folder} are not finished; go on with: {self.info.config}")
+            raise UserError(f"the trajectories in {self.folder} are not finished; resume with: {self.info.config}")
         try:
             table = pd.read_parquet(index)
         except (pa.ArrowException, ValueError, OSError) as error:
@@ -155,7 +155,7 @@ class TrajectoryDataset(ClipDataset):
             return {key: self._open[path].get_tensor(name) for key, name in names.items() if name in found}
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"{path}: damaged or missing ({error}); delete it and {self.folder / INDEX}, and go on with: "
+                f"{path}: damaged or missing ({error}); delete it and {self.folder / INDEX}, and resume with: "
                 f"{self.info.config}"
             ) from error
 

@@ -151,7 +151,7 @@ def _window_lines(plan: SamplePlan) -> list[str]:
     first = plan.forwards - (windows.count - 1) * after.forwards
     return [
         f"windows      {windows.count} of {plan.num_frames} frames: {first} forwards for the first, {after.forwards} "
-        f"for each further one, which goes on from {shared}"
+        f"for each further one, which continues from {shared}"
     ]
 
 

@@ -1,7 +1,7 @@
 """A language model that writes prompts out and judges how much motion they hold.
 
 Either any server that speaks the OpenAI chat protocol, or a local Hugging Face causal language model. What fails is
-logged and leaves the prompt as it was: a video never fails for want of a nicer text.
+logged and falls back to the original prompt.
 """
 
 import dataclasses
@@ -145,9 +145,9 @@ class LocalModel:
 
 
 def refine_requests(requests: Sequence[Request], cfg: InferenceOptions, ask: Ask) -> list[Request]:
-    """Requests with their texts written out (``refine_prompt``) and motion scores filled in (``dynamic``).
+    """Requests with their prompts expanded (``refine_prompt``) and motion scores filled in (``dynamic``).
 
-    Each prompt is asked about once, however many videos are made of it; texts that the table has written out stay.
+    Each prompt is refined once, however many videos it has; texts already refined in the table stay.
     """
     return [_refine_one(request, cfg, ask) for request in requests]
 

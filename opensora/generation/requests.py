@@ -35,8 +35,8 @@ class Request:
         refs: the same as local files, and behind them the mask.
         cond_type: condition; ``t2v`` where there are no references.
         neg: negative prompt.
-        fps: frames per second of the file, also told to the model.
-        motion_score: amount of motion told to the model, None to say nothing.
+        fps: frame rate; also appended to the prompt.
+        motion_score: motion score appended to the prompt, None for none.
         seed: seed of the noise of the first video, None to draw one.
         refined: prompt as a language model wrote it out, if asked to, or as the table has it.
         image_text: the same for the picture made first (``use_t2i2v``).

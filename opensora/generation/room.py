@@ -118,7 +118,7 @@ def check_room(run: PreparedRun, requests: Sequence[Request]) -> None:
     """Compare what a run needs with the memory and the disk that are there; the log says what will be short.
 
     Raises:
-        UserError: it is hopeless: more than the machine's memory on a CPU, or latents that the disk has no room for.
+        UserError: it cannot work: more than the machine's memory on a CPU, or latents that the disk has no room for.
     """
     plans = run.plans(request.cond_type for request in requests)
     check_fit(run, plans)

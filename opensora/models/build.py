@@ -143,7 +143,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def check_capacity(model: nn.Module, device: torch.device, asked_for: str | None) -> None:
-    """Refuse a model that is hopeless without a GPU, unless the CPU was asked for by name.
+    """Refuse a model too large for a CPU, unless the CPU was asked for by name.
 
     Raises:
         UserError: says what to use instead.

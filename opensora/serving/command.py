@@ -1,4 +1,4 @@
-"""``serve CONFIG [--key value ...]``: the page and the server, until it is told to stop."""
+"""``serve CONFIG [--key value ...]``: the web page and the server, until it is stopped."""
 
 import ipaddress
 import os
@@ -22,7 +22,7 @@ LEAST_KEY = 8  # letters
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Serve until the process is told to stop.
+    """Serve until the process is stopped.
 
     Raises:
         UserError: anything wrong with config, weights, key or place; found before the server listens.

@@ -1,4 +1,4 @@
-"""What a server tells Prometheus. Counts are those of the database, so that they go on after a restart."""
+"""What a server tells Prometheus. Counts are those of the database, so that they continue after a restart."""
 
 from collections.abc import Iterator
 

@@ -1,6 +1,6 @@
 """Latents as small pictures while they are made: the linear map to RGB that fits an autoencoder best.
 
-The map is found by least squares, from what the autoencoder makes of clips drawn on the spot, and then from every video
+The map is found by least squares, from what the autoencoder makes of generated clips, and then from every video
 that is made, so that it needs no table of autoencoders and gets better with use.
 """
 

@@ -40,7 +40,7 @@ def make_service(cfg: ServeOptions, environment: Mapping[str, str], works: bool 
 
 
 def serve(cfg: ServeOptions, listening: socket.socket, environment: Mapping[str, str]) -> None:
-    """Serve on a socket until the process is told to stop."""
+    """Serve on a socket until the process is stopped."""
     import uvicorn
 
     from opensora.serving.http import create_app

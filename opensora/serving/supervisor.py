@@ -1,4 +1,4 @@
-"""Keeps one worker running: starts it, starts it anew when it ends, and says what to do with what it was making."""
+"""Keeps one worker running: starts it, restarts it when it ends, and decides what happens to its jobs."""
 
 import os
 import sqlite3

@@ -26,7 +26,7 @@ WORDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "motion": ("Motion score", "运动幅度"),
         "motion_hint": ("1 is still, 15 is violent", "1 静止，15 剧烈"),
         "unsaid": ("not said", "不指定"),
-        "refine": ("Let a language model write the prompt out", "用语言模型润色提示词"),
+        "refine": ("Expand the prompt with a language model", "用语言模型润色提示词"),
         "negative": ("Negative prompt", "负面提示词"),
         "negative_hint": ("What the video shall not be", "不希望出现的内容"),
         "lora": ("LoRA", "LoRA"),

@@ -1,6 +1,6 @@
 """The worker: the one process (or group of ranks) that owns the device and makes the jobs, one after another.
 
-``python -m opensora.serving.worker SETTINGS`` is started by the server, which starts it anew when it ends. It keeps its
+``python -m opensora.serving.worker SETTINGS`` is started by the server, which restarts it when it ends. It keeps its
 models loaded. What a job runs into is written into the job in the words of the command line; after anything but a
 user's mistake (out of memory, above all) the worker ends as well, so that the next job finds a device in order.
 """

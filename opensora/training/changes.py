@@ -1,4 +1,4 @@
-"""Whether a run that goes on is still the same: what decides its result, against the config of its checkpoint."""
+"""Whether a resumed run is still the same: what decides its result, against the config of its checkpoint."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ ASIDE = (
     *("grad_ckpt_settings", "attn_backend", "norm_backend", "rope_backend", "shardformer", "load_original_video"),
     *("states", "in_backward"),
 )
-START = ("model.from_pretrained", "discriminator.from_pretrained")  # a run that goes on has its own weights
+START = ("model.from_pretrained", "discriminator.from_pretrained")  # a resumed run has its own weights
 
 
 def check_unchanged(cfg: LoopOptions, checkpoint: Path, asked: str) -> None:
@@ -34,7 +34,7 @@ def check_unchanged(cfg: LoopOptions, checkpoint: Path, asked: str) -> None:
 
     Args:
         cfg: resolved config.
-        checkpoint: to go on from; ``config.txt`` beside it is its run's.
+        checkpoint: to resume from; ``config.txt`` beside it is its run's.
         asked: flag that chose it, for messages.
 
     Raises:
@@ -49,8 +49,8 @@ def check_unchanged(cfg: LoopOptions, checkpoint: Path, asked: str) -> None:
     changes = [f"{key} was {_short(old)}, is {_short(new)}" for key, old, new in _changes(cfg, before, "")]
     if changes:
         raise UserError(
-            f"{asked}: {checkpoint} was trained otherwise: {shorten(changes)}. --load-changed True goes on from it all "
-            "the same; --load PATH goes on from another one"
+            f"{asked}: {checkpoint} was trained with other settings: {shorten(changes)}. --load-changed True resumes "
+            "anyway; --load PATH resumes from another one"
         )
 
 

@@ -27,10 +27,10 @@ def experiment_name(config_path: str) -> str:
 
 
 def experiment_folder(cfg: TrainOptions | VaeTrainOptions, resume_from: Path | None) -> Path:
-    """Where a run's results go; one that is resumed without ``exp_name`` goes on where its checkpoint is.
+    """Where a run's results go; one that is resumed without ``exp_name`` continues where its checkpoint is.
 
     Raises:
-        UserError: the folder holds another run's checkpoints and this run does not go on from one of them.
+        UserError: the folder holds another run's checkpoints and this run does not resume from one of them.
     """
     if cfg.exp_name is None and resume_from is not None:
         return resume_from.resolve().parent
@@ -53,7 +53,7 @@ def newest_of_experiment(cfg: TrainOptions | VaeTrainOptions) -> Path | None:
 def _check_free(folder: Path, resume_from: Path | None) -> None:
     occupied = folder.is_dir() and any(folder.glob("epoch*-global_step*"))
     if occupied and (resume_from is None or resume_from.resolve().parent != folder.resolve()):
-        raise UserError(f"{folder} already holds checkpoints: give another --exp-name, or go on with --load {folder}")
+        raise UserError(f"{folder} already holds checkpoints: give another --exp-name, or resume with --load {folder}")
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def claimed_experiment(
             held.enter_context(claimed(folder, wait=cfg.wait, advice=advice))
             _check_free(folder, resume_from)  # again: the other one may have written what we waited for
             if cfg.resume and newest_of_experiment(cfg) not in (None, resume_from):
-                raise UserError(f"{folder}: another process has gone on meanwhile; start again to go on from there")
+                raise UserError(f"{folder}: another process has resumed it meanwhile; start again to resume from there")
             return folder
 
         yield from_rank_zero(take, parallel.device, parallel.rank, parallel.world_size)
@@ -82,7 +82,7 @@ def claimed_experiment(
 def create_experiment(cfg: TrainOptions | VaeTrainOptions, resume_from: Path | None, folder: Path) -> None:
     """Write ``config.txt`` into the run's folder and start ``log.txt``.
 
-    A ``config.txt`` that says something else is kept as ``config_to_stepN.txt``, N being where the run goes on (0 for
+    A ``config.txt`` that says something else is kept as ``config_to_stepN.txt``, N being where the run resumes (0 for
     one that begins).
     """
     folder.mkdir(parents=True, exist_ok=True)

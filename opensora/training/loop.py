@@ -147,7 +147,7 @@ class TrainLoop:
                         path = self.save(last=done or ends)
                         if ends and not done:
                             if self.lead.engine.ranks.first:
-                                logger.warning("ended by SIGTERM after step %d; go on with --load %s", step, path)
+                                logger.warning("ended by SIGTERM after step %d; resume with --load %s", step, path)
                             raise SystemExit(EXIT_STATUS)
         finally:
             self.writer.wait()
@@ -233,7 +233,7 @@ class TrainLoop:
         if self._skipped_in_a_row >= self.settings.max_skipped_steps:
             raise UserError(
                 f"step {self.states.global_step}: {self._skipped_in_a_row} steps in a row had no finite loss and "
-                f"gradient; the last batch held {names}. Lower lr, look at these rows, or go on from an older "
+                f"gradient; the last batch held {names}. Lower lr, look at these rows, or resume from an older "
                 "checkpoint with --load"
             )
 

@@ -64,7 +64,7 @@ def _asked(cfg: TrainOptions | VaeTrainOptions) -> str:
 
 
 def find_resume(cfg: TrainOptions | VaeTrainOptions) -> Path | None:
-    """The checkpoint that a run goes on from, None if it starts anew.
+    """The checkpoint that a run resumes from, None if it starts from scratch.
 
     Raises:
         UserError: none is where the config says, or it is of a run with another table or config.
@@ -86,7 +86,7 @@ class Run:
         cfg: resolved config.
         device, dtype: where and in what models work.
         parallel: all processes.
-        resume: checkpoint to go on from.
+        resume: checkpoint to resume from.
     """
 
     cfg: TrainOptions | VaeTrainOptions

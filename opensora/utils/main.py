@@ -1,6 +1,6 @@
 """How a command ends: with one line for its user, whatever happens, and an exit status that tells the kind of end.
 
-2 is the user's mistake (or a place that cannot be read or written), 70 an error nobody foresaw, 74 a standard output
+2 is the user's mistake (or a place that cannot be read or written), 70 an unexpected error, 74 a standard output
 that takes nothing more, 130 Ctrl-C, 141 a reader of the output that has gone, 143 SIGTERM.
 """
 
@@ -33,7 +33,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 def run_main(main: Callable[[list[str] | None], Any]) -> None:
     """Run a script's ``main``; no traceback reaches the user.
 
-    An error nobody foresaw becomes a line that says what was being done (see :func:`doing`) and where its traceback
+    An unexpected error becomes a line that says what was being done (see :func:`doing`) and where its traceback
     lies; the word ``--debug`` on the command line shows it instead.
 
     Raises:
@@ -148,7 +148,7 @@ def _keep_traceback(error: Exception) -> Path | str:
 
 @contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Within it, errors that nobody foresees remember what was being done, for the last line of the command.
+    """Within it, unexpected errors remember what was being done, for the last line of the command.
 
     Args:
         what: in words, with the file or row, e.g. ``"clips.csv, row 7"``.

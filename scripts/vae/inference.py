@@ -1,7 +1,7 @@
 """Reconstruct clips and measure how well: ``python scripts/vae/inference.py CONFIG [--key value ...]``.
 
 Clips come from a table or a folder (``--dataset.data_path``); results go to ``--save_dir``, and a run that was stopped
-goes on where it was. ``--help`` lists the keys.
+resumes where it was. ``--help`` lists the keys.
 """
 
 import sys

@@ -155,7 +155,7 @@ def test_resume_auto_starts_goes_on_and_ends(diffusion, tmp_path, capsys):
     assert said == ["no checkpoint yet", "after step 1", "after step 2", "complete at step 2", "after step 2"]
     with pytest.raises(UserError, match="--resume auto needs --exp-name"):
         Trainer(parse_config([diffusion, "--resume", "auto"], TrainOptions))
-    with pytest.raises(UserError, match=r"--resume auto: .*queued/epoch1-global_step3 was trained otherwise: optim.lr"):
+    with pytest.raises(UserError, match="--resume auto: .*queued/epoch1-global_step3 was trained .*: optim.lr"):
         Trainer(parse_config([*words, "--max-steps", "4", "--lr", "0.5"], TrainOptions))
 
 
@@ -193,7 +193,7 @@ def test_the_latest_run_is_gone_on_with_only_as_it_was(diffusion, tmp_path, tabl
         (["--optim.betas", "0.9,0.99"], "optim.betas was"),
         (["--dropout_ratio.t5", "0.1"], "dropout_ratio.t5 was 0.3, is 0.1"),
     ):
-        with pytest.raises(UserError, match=f"--load latest: .*one/epoch0-global_step1 was trained otherwise: {named}"):
+        with pytest.raises(UserError, match=f"--load latest: .*one/epoch0-global_step1 .* other settings: {named}"):
             Trainer(parse_config([diffusion, "--load", "latest", *changed], TrainOptions))
         for told in (["--load", "latest", "--load-changed", "True"], ["--load", str(folder)]):
             Trainer(parse_config([diffusion, *told, *changed], TrainOptions))

@@ -85,7 +85,7 @@ def test_sigterm_saves_and_ends(config, tmp_path):
     folder = tmp_path / "outputs" / "terminated"
     assert run([config, "--exp-name", "terminated"], folder / "log.txt", signal.SIGTERM, 3) == 143
     log = (folder / "log.txt").read_text()
-    step, path = re.search(r"ended by SIGTERM after step (\d+); go on with --load (\S+)", log).groups()
+    step, path = re.search(r"ended by SIGTERM after step (\d+); resume with --load (\S+)", log).groups()
     assert load_states(Path(path)).global_step == int(step) >= 3
     assert run([config, "--load", path], folder / "log.txt") == 0
     assert load_states(list_checkpoints(folder)[-1]).global_step == 9

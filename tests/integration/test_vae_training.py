@@ -139,7 +139,7 @@ def test_a_discriminator_can_join_or_start_anew(train, tmp_path):
     plain = train("dc_ae", "plain", discriminator=None, optim_discriminator=None)
     joined = train("dc_ae", load=str(plain), max_steps=4)
     assert (joined / JUDGE).is_file()
-    assert "the discriminator starts anew" in (joined.parent / "log.txt").read_text()
+    assert "the discriminator is reinitialised" in (joined.parent / "log.txt").read_text()
     kept, anew = (
         train(
             "dc_ae",
@@ -179,7 +179,7 @@ def test_frozen_parts_can_join(dtype, train):
     """The discriminator alone at first, or the decoder alone, then everything."""
     judge = train("dc_ae", "judge", freeze_layers="all", dtype=dtype)
     both = train("dc_ae", load=str(judge), max_steps=4, dtype=dtype)
-    assert "so their optimizer starts anew" in (both.parent / "log.txt").read_text()
+    assert "so their optimizer starts from scratch" in (both.parent / "log.txt").read_text()
     assert not same(weights(judge, AUTOENCODER), weights(both, AUTOENCODER))
     decoder = train("dc_ae", "decoder", freeze_layers="encoder", dtype=dtype)
     with pytest.raises(UserError, match="set optim.cls and freeze_layers"):

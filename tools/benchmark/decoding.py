@@ -2,7 +2,7 @@
 
 ``python tools/benchmark/decoding.py [--size 360x640] [--seconds 10] [--frames 33] [--repeats 15]``
 
-Clips are made on the spot: moving texture with noise, h264, with a key frame every 12, 48 or 250 frames (250 is
+Clips are generated: moving texture with noise, h264, with a key frame every 12, 48 or 250 frames (250 is
 x264's default; footage with cuts has more). Both ways decode on one thread, as loader workers do, and read the same
 windows; the ratio is that of the medians. Times are processor time, which on an idle machine is what a clock shows and
 which other programs change least.

@@ -1,6 +1,6 @@
 """Raw footage to a training table: ``python tools/data/run.py CONFIG --input DIR --output DIR [--key value ...]``.
 
-May be stopped at any moment and started again: it goes on where it was. ``--dry-run`` shows what would be done,
+May be stopped at any moment and started again: it resumes where it was. ``--dry-run`` shows what would be done,
 ``--retry-errors`` does failed rows again, ``--help`` lists all keys.
 """
 

@@ -76,7 +76,7 @@ def summary(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def draw_funnel(steps: Sequence[FunnelStep], path: Path) -> None:
-    """One bar per stage: rows that went on, failed, and dropped by reason."""
+    """One bar per stage: rows that passed, failed, and dropped by reason."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 0.5 * len(steps) + 1.2), layout="constrained")

@@ -54,7 +54,7 @@ class TextNotes:
 
     def unknown(self, text: str, words: Sequence[str]) -> None:
         """A text has words that the tokenizer has no tokens for."""
-        self._say("unknown", text, "texts have words that are not known and not told to the model", shorten(words))
+        self._say("unknown", text, "texts have words that the tokenizer does not know and drops", shorten(words))
 
     def _say(self, kind: str, text: str, what: str, detail: str) -> None:
         told = self._told[kind]

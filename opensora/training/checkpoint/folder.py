@@ -152,6 +152,6 @@ def load_weights(checkpoint: Path, name: str = "model") -> dict[str, Tensor]:
     """
     file = checkpoint / (f"{name}.safetensors" if name in ("ema", "master") else f"{name}/model.safetensors")
     if not is_stored(file):
-        hint = "; its run kept no average: go on with --ema-decay None, or start anew from it with --ckpt-path"
+        hint = "; its run kept no EMA: resume with --ema-decay None, or start a new run from it with --ckpt-path"
         raise UserError(f"{checkpoint}: has no {file.relative_to(checkpoint)}{hint if name == 'ema' else ''}")
     return load_state_dict(file)

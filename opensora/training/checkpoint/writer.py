@@ -1,4 +1,4 @@
-"""Saving while a run goes on: in the foreground or beside training, keeping the newest, surviving a full disk."""
+"""Saving during a run: in the foreground or beside training, keeping the newest, surviving a full disk."""
 
 import shutil
 import threading
@@ -36,7 +36,7 @@ class CheckpointWriter:
 
     Ranks write different files, beside the checkpoint's place, into a folder that is renamed once all have succeeded:
     a checkpoint is whole or absent, whichever rank failed. One that cannot be written (a full disk) is logged and the
-    run goes on: the last good one is still there, and the next may succeed. Only the run's last checkpoint must
+    run continues: the last good one is still there, and the next may succeed. Only the run's last checkpoint must
     succeed.
 
     Args:
@@ -159,7 +159,7 @@ class CheckpointWriter:
         if self._error is not None and self.ranks.first:
             free = shutil.disk_usage(self.folder).free / 2**30
             logger.error(
-                "no checkpoint was written: %s (%.1f GiB free); the run goes on, the checkpoints before are untouched",
+                "no checkpoint was written: %s (%.1f GiB free); the run continues, earlier checkpoints are untouched",
                 self._error,
                 free,
             )

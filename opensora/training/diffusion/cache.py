@@ -73,7 +73,7 @@ def check_cache(cfg: TrainOptions, dataset: ClipSource, ae: Autoencoder | None =
         ae: the config's autoencoder, without weights will do; built, if it is not given.
 
     Raises:
-        UserError: says what differs, or what is not cached, and how to write the cache anew.
+        UserError: says what differs, or what is not cached, and how to rewrite the cache.
     """
     if isinstance(dataset, TrajectoryDataset):
         _check_trajectories(cfg, dataset)

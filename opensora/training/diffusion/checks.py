@@ -227,7 +227,7 @@ def check_resources(
         model: its diffusion model, on the meta device.
         ae: its autoencoder, likewise.
         device: where it will train.
-        resume: checkpoint to go on from.
+        resume: checkpoint to resume from.
 
     Raises:
         UserError: says what to download, which key to change, or what to use instead.

@@ -85,7 +85,7 @@ class Trainer:
         """Train to the end; returns the experiment folder.
 
         Raises:
-            UserError: the run cannot go on, see :class:`opensora.training.loop.TrainLoop`.
+            UserError: the run cannot be resumed, see :class:`opensora.training.loop.TrainLoop`.
             SystemExit: status 143, after SIGTERM and a checkpoint.
         """
         with self.start.claimed_folder() as folder:
@@ -142,7 +142,7 @@ class Trainer:
         logger.info("autoencoder warmed up on %d shapes", len(shapes))
 
     def _model(self, stack: ExitStack) -> TrainedWeights:
-        """The model, its trained part marked, with the weights of the checkpoint to go on from."""
+        """The model, its trained part marked, with the weights of the checkpoint to resume from."""
         cfg, start = self.cfg, self.start
         model = self._whole_model("meta" if self._is_divided_empty else None).train()
         adapter = None

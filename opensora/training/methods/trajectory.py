@@ -7,7 +7,7 @@ guidance is contained. Halving the steps again and again, each student the next 
 Plain Euler steps sample the student.
 
 States come from trajectories that were sampled beforehand (``dataset.type = "trajectories"``), or are made on the fly
-from clips: the state at the start of a segment is a clip with noise, from which the teacher goes on to its end.
+from clips: the state at the start of a segment is a clip with noise, from which the teacher continues to its end.
 """
 
 # ruff: noqa: RUF009 - opt() makes dataclass fields
@@ -37,7 +37,7 @@ SAME = 1e-6  # positions that are closer than this are one
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryDistillationOptions(TeacherOptions):
-    """Of `training_method_config`; the scales of sampled trajectories stand in their folder."""
+    """Of `training_method_config`; the scales of sampled trajectories are recorded in their folder."""
 
     num_steps: int = opt(4, "steps of the student", "steps", least=1, most=1000)
     positions: list[float] | None = opt(

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: progress bar, log file, curves."""
+"""What a run shows while it trains: progress bar, log file, curves."""
 
 import resource
 from collections.abc import Iterator, Mapping, Sequence
@@ -152,7 +152,7 @@ class MetricLog:
     Args:
         folder: experiment folder; TensorBoard files go to ``tensorboard`` in it.
         total_steps: optimizer steps of the whole run.
-        start_step: where the run goes on.
+        start_step: where the run resumes.
         log_every: optimizer steps between log entries.
         trackers: where curves go; None is TensorBoard alone.
         peak_flops: what the device could do per second; with a :class:`Rate` named ``tflops``, ``mfu`` is the share

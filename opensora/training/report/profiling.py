@@ -11,7 +11,7 @@ class NsightWindow:
     """Switches the CUDA profiler on and off.
 
     Args:
-        first: the step after which it goes on.
+        first: the step after which it continues.
         last: the step after which it goes off.
     """
 

@@ -18,7 +18,7 @@ class SwanLabTracker(Tracker):
     """An experiment at SwanLab, or in a local folder with ``SWANLAB_MODE=local`` or ``offline``.
 
     Args:
-        run: the name of its folder makes the experiment's id, so a resumed run goes on in the same curves.
+        run: the name of its folder makes the experiment's id, so a resumed run continues the same curves.
 
     Raises:
         UserError: the package is not installed, or refuses to start.

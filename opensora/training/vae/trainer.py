@@ -64,14 +64,14 @@ class VAETrainer:
         """Go on at another place in the data, if ``start_epoch`` or ``start_step`` say so."""
         epoch, step = self.cfg.start_epoch, self.cfg.start_step
         if len(self.stages) > 1 and (epoch, step) != (None, None):
-            raise UserError("start_epoch and start_step: not with image_steps, whose stages read the data anew")
+            raise UserError("start_epoch and start_step: not with image_steps, whose stages restart the data")
         self.start.states.start_at(epoch, step, epoch_length)
 
     def run(self) -> Path:
         """Train to the end; returns the experiment folder.
 
         Raises:
-            UserError: the run cannot go on, see :class:`opensora.training.loop.TrainLoop`.
+            UserError: the run cannot be resumed, see :class:`opensora.training.loop.TrainLoop`.
             SystemExit: status 143, after SIGTERM and a checkpoint.
         """
         with self.start.claimed_folder() as folder:
@@ -98,7 +98,7 @@ class VAETrainer:
                     self._run_stage(stage, folder, log, hooks)
 
     def _build_model(self) -> TrainedWeights:
-        """The autoencoder, its trained part marked, with the weights of the checkpoint to go on from."""
+        """The autoencoder, its trained part marked, with the weights of the checkpoint to resume from."""
         cfg, resume = self.cfg, self.start.resume
         assert cfg.model is not None
         torch.manual_seed(cfg.seed)
@@ -118,7 +118,7 @@ class VAETrainer:
         return TrainedWeights(model, masters)
 
     def _build_discriminator(self) -> Role:
-        """The discriminator in training, as the checkpoint has it unless it is to start anew."""
+        """The discriminator in training, as the checkpoint has it unless it is to be reinitialised."""
         cfg, start = self.cfg, self.start
         assert cfg.discriminator is not None
         assert cfg.optim_discriminator is not None
@@ -131,8 +131,8 @@ class VAETrainer:
             states.discriminator_since = states.global_step
             if start.resume is not None:
                 reason = "restart_disc" if cfg.restart_disc else f"there is none in {start.resume}"
-                logger.warning("the discriminator starts anew: %s", reason)
-        since = states.discriminator_since  # its schedule is counted from there, also when the run goes on again
+                logger.warning("the discriminator is reinitialised: %s", reason)
+        since = states.discriminator_since  # its schedule is counted from there, also when the run is resumed again
 
         def schedule(optimizer: Optimizer) -> Schedule:
             options = cfg.disc_lr_scheduler or SchedulerOptions()

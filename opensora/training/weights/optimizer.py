@@ -159,7 +159,7 @@ def check_package(name: str) -> None:
 
 
 def check_same_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, source: str) -> None:
-    """Whether an optimizer can go on from a saved state.
+    """Whether an optimizer can resume from a saved state.
 
     Args:
         saved: state dict of an earlier run's.
@@ -183,16 +183,16 @@ def check_same_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, source:
 
 
 def load_optimizer(engine: Engine, checkpoint: Path, name: str = "optimizer") -> None:
-    """Have an engine's optimizer go on from a checkpoint, where it is called ``name``.
+    """Have an engine's optimizer resume from a checkpoint, where it is called ``name``.
 
-    It starts anew, and the log says so, if the checkpoint's run had none because all weights were frozen.
+    It starts from scratch, and the log says so, if the checkpoint's run had none because all weights were frozen.
 
     Raises:
         UserError: see `check_same_optimizer`.
     """
     saved = load_part(checkpoint, name)
     if not saved:
-        logger.warning("%s: all weights were frozen in that run, so their optimizer starts anew", checkpoint)
+        logger.warning("%s: all weights were frozen in that run, so their optimizer starts from scratch", checkpoint)
         return
     check_same_optimizer(saved, engine.optimizer, f"--load {checkpoint}")
     engine.load_state_dict(saved)

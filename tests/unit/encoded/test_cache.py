@@ -182,7 +182,7 @@ def test_a_stopped_writer_goes_on(written, tmp_path, monkeypatch):
     monkeypatch.setattr(CacheWriter, "_encode", encode)
     with pytest.raises(KeyboardInterrupt):
         writer.run()
-    with pytest.raises(UserError, match="not finished; go on with: python scripts/diffusion/cache.py"):
+    with pytest.raises(UserError, match="not finished; resume with: python scripts/diffusion/cache.py"):
         build_dataset(config(written, cache_dir=str(folder), cached_video=True))
     assert [p.name for p in (folder / "video").iterdir()] == ["00000.safetensors"]
     monkeypatch.setattr(CacheWriter, "_encode", real)

@@ -62,7 +62,7 @@ def test_the_plan_of_a_dry_run(run_tiny, capsys, caplog):
     run_tiny(*LONG, "--dry-run", "True")
     told = "".join(capsys.readouterr()) + caplog.text
     assert "25 frames of 32 x 32" in told
-    assert "3 of 9 frames: 2 forwards for the first, 3 for each further one, which goes on from the last latent" in told
+    assert "3 of 9 frames: 2 forwards for the first, 3 for each further one, which continues from the last" in told
     assert "8 forwards per sample" in told
 
 

@@ -78,7 +78,7 @@ def test_they_are_what_sampling_makes_and_survive_a_kill(config, tmp_path, monke
         again = load_config(config, TrajectoryOptions, {"save_dir": str(tmp_path / "again")})
         with pytest.raises(KeyboardInterrupt):
             write_trajectories(again, CPU)
-    with pytest.raises(UserError, match="are not finished; go on with: python scripts/diffusion/trajectories.py"):
+    with pytest.raises(UserError, match="are not finished; resume with: python scripts/diffusion/trajectories.py"):
         TrajectoryDataset(TrajectoriesConfig(type="trajectories", data_path=str(tmp_path / "again")))
     before = trajectory_shard(tmp_path / "again", 0).stat().st_mtime_ns
     resumed = contents(write_trajectories(again, CPU))

@@ -113,7 +113,7 @@ def test_lost_tokens_and_unknown_words_are_said_once_per_text(encoders, caplog):
         t5.tokenize(["a красный circle 😀", "a red circle", LONG])
         encoders["clip"].tokenize(["a красный circle 😀"])
     first, second = [record.message for record in caplog.records]
-    assert "T5: texts have words that are not known and not told to the model: красный, 😀 (" in first
+    assert "T5: texts have words that the tokenizer does not know and drops: красный, 😀 (" in first
     tokens = len(t5.tokenizer(LONG)["input_ids"])
     assert f"T5: texts are cut to 24 tokens: the last {tokens - 24} of {tokens} tokens are lost" in second
 

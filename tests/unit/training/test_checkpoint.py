@@ -321,7 +321,7 @@ def test_a_folder_without_its_states_is_no_checkpoint(tmp_path):
 def test_a_run_without_an_average_is_told_so(tmp_path):
     without = CheckpointContent(RunningStates(0, 1, 1, 1), {"w": torch.ones(2)}, {})
     saved = CheckpointWriter(tmp_path).save(without, last=True)
-    with pytest.raises(UserError, match="has no ema.safetensors; its run kept no average: .*--ema-decay None"):
+    with pytest.raises(UserError, match="has no ema.safetensors; its run kept no EMA: .*--ema-decay None"):
         load_weights(saved, "ema")
 
 

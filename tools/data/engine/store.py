@@ -56,7 +56,7 @@ class StageStore:
         description = json.loads(json.dumps(self.stage.description(), default=str))
         if others:
             changes = ", ".join(_differences(_read_note(others[-1]), description)) or "which ones is not known"
-            logger.warning("%s: other settings than before (%s), it runs anew", self.stage.name, changes)
+            logger.warning("%s: other settings than before (%s), it runs again", self.stage.name, changes)
         write_text(json.dumps(description, indent=2, ensure_ascii=False), note)
 
     def shards(self) -> list[Path]:
@@ -73,7 +73,7 @@ class StageStore:
                     raise ValueError("other columns than the stage writes")
             except DAMAGED as error:
                 reason = first_line(error)
-                raise UserError(f"{path} is damaged ({reason}); delete it and run again: it is made anew") from error
+                raise UserError(f"{path} is damaged ({reason}); delete it and run again: it is regenerated") from error
             parts.append(part.with_columns(pl.lit(number).alias("_shard")))
         if not parts:
             return pl.DataFrame(schema=self.schema)

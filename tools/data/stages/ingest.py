@@ -1,4 +1,4 @@
-"""Find raw files, look into their headers, drop what is hopeless."""
+"""Find raw files, look into their headers, drop unusable ones."""
 
 import hashlib
 from dataclasses import dataclass

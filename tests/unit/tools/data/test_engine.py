@@ -384,7 +384,7 @@ def test_a_damaged_note_of_settings_costs_nothing(tmp_path, content, caplog):
     assert chain(tmp_path).run(numbers(1)).equals(first)
     with caplog.at_level("WARNING", logger="opensora"):
         chain(tmp_path, factor=3).run(numbers(1))
-    assert "double: other settings than before (which ones is not known), it runs anew" in caplog.text
+    assert "double: other settings than before (which ones is not known), it runs again" in caplog.text
 
 
 class Writer(Stage):
