@@ -309,6 +309,7 @@ def filled(clip: Tensor, kept: Tensor) -> Tensor:
         clip: in [-1, 1].
         kept: bool ``[1 or T, H, W]``.
     """
+    kept = kept.to(clip.device)
     weight = kept.to(clip).expand(clip.shape[1:])
     colour = (clip * weight).sum((1, 2, 3), keepdim=True) / weight.sum().clamp_min(1)
     return torch.where(kept, clip, colour)

@@ -1,7 +1,8 @@
 """References of a condition: pictures and clips, read from files or the web, checked early, fitted to the video."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,11 @@ def check_references(
     condition = get_condition(cond_type)
     if isinstance(condition, FreeCondition):
         assert plan is not None, cond_type
-        condition.locate([_known(source) for source in sources], spec, plan.length, plan.num_frames)
+        known = [_known(source) for source in sources[:1]]
+        for source in sources[1:]:
+            with _of_mask(condition):
+                known.append(_known(source))
+        condition.locate(known, spec, plan.length, plan.num_frames)
         if isinstance(condition, Region):
             _check_mask(sources, spec)
         return
@@ -128,6 +133,15 @@ def check_references(
         source = _unplaced(sources[span.reference], cond_type)
         needed = span.pixel_frames(spec.is_causal, spec.compression[0])
         _check_length(source, cond_type, needed, _length(source)[0])
+
+
+@contextmanager
+def _of_mask(condition: FreeCondition) -> Iterator[None]:
+    """Says of what goes wrong with the second reference of a region that it is the mask."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"mask: {error}" if isinstance(condition, Region) else str(error)) from None
 
 
 def given_frames(sources: Sequence[Source], plan: SamplePlan) -> list[tuple[str, int, int]]:

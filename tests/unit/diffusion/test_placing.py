@@ -160,6 +160,7 @@ def test_what_is_black_in_a_mask_is_not_seen(pipe, conditions):
     for wrong, message in (
         (mask * 0, "all black"),
         (mask[:16], "is 32 x 16 pixels, the given frames 32 x 32: draw the mask on a frame of the reference"),
+        ("gone.png", r"mask: image not found: gone\.png"),
         (moving[:9], "too short: the given frames has 9 frames, the video 17"),
     ):
         with pytest.raises(UserError, match=message):
