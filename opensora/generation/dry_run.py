@@ -157,7 +157,8 @@ def _window_lines(plan: SamplePlan) -> list[str]:
 
 def _given_lines(plans: Sequence[SamplePlan], jobs: Sequence[Job]) -> list[str]:
     """Which frames references give, where each prompt says it."""
-    by_type, lines = {plan.cond_type: plan for plan in plans}, {}
+    by_type = {plan.cond_type: plan for plan in plans}
+    lines: dict[str, None] = {}  # each once, in order
     for job in jobs:
         given = given_frames(job.request.refs, by_type[job.request.cond_type])
         texts = [f"{name} is frame {a}" if a == b else f"{name} is frames {a} to {b}" for name, a, b in given]

@@ -247,8 +247,9 @@ class Run:
         Args:
             optim: its learning rates hold whatever the checkpoint says; None leaves the optimizer's.
         """
-        for group in optimizer.param_groups if optim is not None else ():
-            group["lr"] = group["initial_lr"] = base_lr(group, optim)
+        if optim is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] = base_lr(group, optim)
         return create_schedule(
             optimizer,
             options,
