@@ -182,7 +182,7 @@ def test_frozen_parts_can_join(dtype, train):
     assert "so their optimizer starts from scratch" in (both.parent / "log.txt").read_text()
     assert not same(weights(judge, AUTOENCODER), weights(both, AUTOENCODER))
     decoder = train("dc_ae", "decoder", freeze_layers="encoder", dtype=dtype)
-    with pytest.raises(UserError, match="set optim.cls and freeze_layers"):
+    with pytest.raises(UserError, match="set optim.cls, optim.groups and freeze_layers"):
         train("dc_ae", load=str(decoder), max_steps=4, dtype=dtype)
     everything = train("dc_ae", load=str(decoder), max_steps=4, dtype=dtype, load_optimizer=False)
     before, after = weights(decoder, AUTOENCODER), weights(everything, AUTOENCODER)

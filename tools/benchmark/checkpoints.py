@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 tools/benchmark/checkpoints.py --megabytes 512
 
 import argparse
 import os
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,9 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
 
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from opensora.acceleration.parallel_context import ParallelContext, launch
 from opensora.acceleration.plugins import create_context
 from opensora.acceleration.sharding import Gathered
+from opensora.config import run_main
 from opensora.training.checkpoint.content import CheckpointContent
 from opensora.training.checkpoint.folder import RunningStates
 from opensora.training.checkpoint.writer import CheckpointWriter
@@ -90,4 +95,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

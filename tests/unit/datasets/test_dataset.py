@@ -82,7 +82,7 @@ def test_captions_are_taken_letter_by_letter(tmp_path, clips):
     numbers = VideoTextDataset(str(tmp_path / "b.parquet"), fps_max=999)
     assert numbers.caption(SampleKey(3, 17, 64, 64, 0), numbers.row(3)) == "3"
     (tmp_path / "c.csv").write_text(header + "".join(row.replace(",17", " and more,x,17") for row in rows[:2]))
-    with pytest.raises(UserError, match="rows have more fields than its header; a text with commas"):
+    with pytest.raises(UserError, match="rows have more fields than its header; quote texts that contain commas"):
         read_table(tmp_path / "c.csv")
 
 
