@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 pytest.importorskip("playwright", reason="needs requirements-dev.txt")
 from playwright.sync_api import Page, expect, sync_playwright
 
+from opensora.diffusion import stages
 from opensora.serving.jobs import CANCELLED, COMPLETED
 from tests.helpers.serving import until
 
@@ -19,6 +21,24 @@ PATIENCE = 300_000  # milliseconds
 FIRST_PAINT = (
     "() => { const v = document.querySelector('.os-frame video'); return v && v.readyState > 2 && v.videoWidth }"
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def paced():
+    """Steps take a tenth of a second and more, so that a person, or a browser, sees what goes on between them."""
+    solve = stages.solve
+
+    def slowly(solver, velocity, x, steps, on_step=None):
+        def told(*step):
+            time.sleep(0.1)
+            if on_step is not None:
+                on_step(*step)
+
+        return solve(solver, velocity, x, steps, told)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "solve", slowly)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +95,7 @@ def own_jobs(service):
 
 def test_a_prompt_becomes_a_video_that_plays_and_is_kept(page, demo_server):
     service, _ = demo_server
-    ask(page, "a red circle moving right", 60)
+    ask(page, "a red circle moving right", 40)
     expect(page.locator("#stage .os-bar")).to_be_visible()
     page.wait_for_selector("#stage .os-frame img[src*=preview]")
     status(page, of="completed").wait_for()
@@ -85,7 +105,7 @@ def test_a_prompt_becomes_a_video_that_plays_and_is_kept(page, demo_server):
     expect(card).to_contain_text("a red circle moving right")
     job = own_jobs(service)[0]
     assert job.request["prompt"] == "a red circle moving right"
-    assert job.facts["num_inference_steps"] == 60
+    assert job.facts["num_inference_steps"] == 40
     for link, start in ((0, b"ftyp"), (1, b"id")):
         with page.expect_download() as download:
             page.locator("#stage .os-gets a").nth(link).click()
@@ -138,7 +158,7 @@ def test_one_is_stopped(page, demo_server):
 
 def test_a_reload_in_the_middle_finds_the_job(page, demo_server):
     service, _ = demo_server
-    ask(page, "a circle to come back to", 60)
+    ask(page, "a circle to come back to", 40)
     status(page, of="in_progress").wait_for()
     open_page(page)
     expect(page.locator("#stage .os-prompt")).to_have_text("a circle to come back to")
