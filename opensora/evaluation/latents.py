@@ -71,7 +71,8 @@ def latent_statistics(cfg: VaeStatsOptions) -> str:
         cfg: resolved config (``VaeStatsOptions``).
 
     Returns:
-        Lines with the mean and standard deviation per channel and the config keys of the autoencoder.
+        Lines with the mean and standard deviation per channel, that of the posterior's noise if there is one, and the
+        config keys of the autoencoder.
 
     Raises:
         UserError: anything wrong with config, table or weights.
@@ -96,8 +97,14 @@ def latent_statistics(cfg: VaeStatsOptions) -> str:
         logger.warning("%s", sampler.notice)
     model = as_autoencoder(build_ready(cfg.model, device, dtype))
     torch.manual_seed(cfg.seed)  # of the posterior's noise, which a diffusion model is trained with as well
-    moments = RunningMoments()
+    moments, noise = RunningMoments(), RunningMoments()
     batches = min(len(loader), cfg.max_batches or len(loader))
     for batch in Bar(islice(loader, batches), total=batches, unit="batch", disable=cfg.verbose == 0):
-        moments.add(model.denormalize(model.encode(batch["video"].to(device, dtype))))
-    return f"mean = {listed(moments.mean)}\nstd = {listed(moments.std)}\n{model.scale_text(moments)}"
+        video = batch["video"].to(device, dtype)
+        raw = model.denormalize(model.encode(video))
+        moments.add(raw)
+        noise.add(raw - model.denormalize(model.encode(video, sample_posterior=False)))
+    lines = [f"mean = {listed(moments.mean)}", f"std = {listed(moments.std)}"]
+    if bool((noise.std > 0).all()):
+        lines.append(f"noise = {listed(noise.std)}")
+    return "\n".join([*lines, model.scale_text(moments)])
