@@ -27,7 +27,7 @@ ae = dict(
     layers_per_block=1,
     latent_channels=8,
     norm_num_groups=4,
-    scale_factor=[1.4637, 0.9089, 1.3564, 1.2396, 0.8232, 0.6065, 1.3039, 1.4524],
+    scale_factor=[0.9306, 1.5383, 0.6065, 0.4682, 1.6611, 1.8778, 0.4981, 1.0471],
     shift_factor=[0.0384, 0.0350, -0.0204, -0.0257, -0.0317, -0.0576, 0.0036, -0.0117],
 )
 t5 = dict(type="text_embedder", from_pretrained="assets/demo/google/t5-demo", max_length=24)

@@ -5,11 +5,14 @@ A caption always names colour, shape and motion, mostly the background, now and 
 
 import numpy as np
 
+from tools.demo import synonyms
 from tools.demo.world import DIRECTIONS, Combination, Scene
 
 SMALL, LARGE = 12.0, 14.0  # px: a radius below the first may be called small, above the second large
 
-PLAIN_SHARE = 0.45  # captions in the plain wording
+CHINESE_SHARE = 0.1  # captions in Chinese
+EVERYDAY_SHARE = 0.2  # captions in everyday words
+PLAIN_SHARE = 0.45  # of the others, captions in the plain wording
 BACKGROUND_SHARE = 0.75  # captions that name the background
 PERIOD_SHARE = 0.4
 CAPITAL_SHARE = 0.4
@@ -43,11 +46,29 @@ def plain_caption(combination: Combination, background: str | None = None) -> st
 
 def random_caption(scene: Scene, rng: np.random.Generator) -> str:
     """One of many captions of a scene, at most 16 words."""
+    return caption_and_background(scene, rng)[0]
+
+
+def caption_and_background(scene: Scene, rng: np.random.Generator) -> tuple[str, str | None]:
+    """One of many captions of a scene, and the background if it names that."""
     background = scene.background if rng.random() < BACKGROUND_SHARE else None
+    combination, kind = Combination(scene.color, scene.shape, scene.motion), rng.random()
+    if kind < CHINESE_SHARE:
+        return synonyms.chinese(combination, background, rng) + "。" * bool(rng.random() < PERIOD_SHARE), background
+    if kind < CHINESE_SHARE + EVERYDAY_SHARE:
+        return _finished(synonyms.english(combination, background, rng), rng), background
+    return _usual_caption(scene, background, rng), background
+
+
+def _usual_caption(scene: Scene, background: str | None, rng: np.random.Generator) -> str:
     if rng.random() < PLAIN_SHARE:
         text = plain_caption(Combination(scene.color, scene.shape, scene.motion), background)
     else:
         text = _varied(scene, background, rng)
+    return _finished(text, rng)
+
+
+def _finished(text: str, rng: np.random.Generator) -> str:
     if rng.random() < CAPITAL_SHARE:
         text = text[0].upper() + text[1:]
     return text + "." * bool(rng.random() < PERIOD_SHARE)

@@ -29,7 +29,7 @@ from tools.outputs import add_overwrite, check_place, is_new, write_new
 
 CRF = 12  # of h264: low enough that compression is not what a model learns
 MOST_CLIPS = 10_000_000
-RECIPE_VERSION = 1  # of world and captions: raise it when the same seed no longer gives the same clip
+RECIPE_VERSION = 2  # of world and captions: raise it when the same seed no longer gives the same clip
 COLUMNS = (
     *("path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps"),
     *("shape", "color", "motion", "background"),

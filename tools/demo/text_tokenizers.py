@@ -15,9 +15,9 @@ from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 from tokenizers.trainers import BpeTrainer
 
-T5_VOCABULARY = 1000
+T5_VOCABULARY = 1200
 T5_EXTRA_IDS = 0  # the demo needs none of T5's sentinel tokens
-CLIP_MERGES = 400
+CLIP_MERGES = 600
 START, END = "<|startoftext|>", "<|endoftext|>"
 # CLIP's split into words: contractions, letters, single digits, runs of anything else.
 CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
@@ -42,7 +42,7 @@ def train_t5_tokenizer(texts: Iterable[str], folder: Path) -> int:
         model_type="unigram",
         vocab_size=T5_VOCABULARY,
         hard_vocab_limit=False,
-        required_chars=string.digits + string.ascii_lowercase + string.punctuation,
+        required_chars=string.digits + string.ascii_lowercase + string.punctuation + _other_letters(texts),
         normalization_rule_name="nmt_nfkc_cf",
         pad_id=0,
         eos_id=1,
@@ -62,6 +62,11 @@ def train_t5_tokenizer(texts: Iterable[str], folder: Path) -> int:
     }
     _write_json(folder / "tokenizer_config.json", config)
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size() + T5_EXTRA_IDS
+
+
+def _other_letters(texts: Iterable[str]) -> str:
+    """Letters beyond ASCII; the trainer would leave out the rarest."""
+    return "".join(sorted({letter for text in texts for letter in text if letter.isalpha() and not letter.isascii()}))
 
 
 def train_clip_tokenizer(texts: Iterable[str], folder: Path) -> int:

@@ -28,7 +28,7 @@ from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
 from opensora.utils.files import put_in_place, remove_unfinished_folders, temporary_path
 from opensora.utils.progress import Bar
-from tools.demo.captions import random_caption
+from tools.demo.captions import caption_and_background
 from tools.demo.text_tokenizers import train_clip_tokenizer, train_t5_tokenizer
 from tools.demo.wordings import VALUES, WORDS, Attributes, roughen, sample_attributes, unseen_caption, wide_caption
 from tools.demo.world import FPS, combinations, sample_scene
@@ -52,8 +52,7 @@ def clip_caption(rng: np.random.Generator, split: str) -> Example:
     """A caption as the clips have it, with the suffix that training adds."""
     choices = combinations(split)
     scene = sample_scene(rng, choices[int(rng.integers(len(choices)))])
-    text = random_caption(scene, rng)
-    named = scene.background if f"{scene.background} background" in text.lower() else None
+    text, named = caption_and_background(scene, rng)
     return Example(f"{text} {FPS} FPS.", Attributes(scene.color, scene.shape, scene.motion, named))
 
 

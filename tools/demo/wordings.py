@@ -78,33 +78,33 @@ UNSEEN_STILL: Choices = (
 
 # General English for the tokenizers' vocabularies and as harmless additions during training.
 _WORD_LIST = """
-    about above across after again air all along always an and animal another any are around as away back ball be
-    beautiful because become been before begin behind being below beside best better between bird black boat body
-    book both box bright brown but by camera can car cat center centre child city clear close cloud cold color
-    colour come corner could country cut day deep do does dog door draw during each early earth edge end enough even
-    every eye face far fast few field film find fire first fish five flower fly follow food for forest four from
-    full game garden get girl give glass go gold good grass gray great grey ground group grow hand happy hard has
-    have he head hear heart heavy height help her here hill his hold home horse hot house how if in into is island
-    it its jump keep kind know lake land last late leaf leave length lens life like line live long look lot make man
-    many map middle mirror moment moon more morning most mountain mouth much music my near never new next nice night
-    no noise north not nothing now number ocean of off often old once only open or orange other our out outside over
-    page paint paper park part people person photo picture piece pink place plain plane plant play point pretty
-    quick quiet rain reach road robot rock roll room rose round run sand say scene school screen sea second see she
-    ship short show side sign silver simple sing sit six sky sleep slow smooth snow so soft some something song soon
-    sound south space speed spin star start stay steady step stone stop storm story street strong summer sun surface
-    sweet swim table take tall ten than that their them then there these they thick thin think this three through
-    time to today together town train tree turn two under until us very video view voice wait walk wall want warm
-    was watch water wave way we weather well were west wet what wheel when where which while white who why wide wild
-    will wind window winter wish with woman wonder wood word work world would write year yet you young your advance
-    advances advancing animated appear appears appearing approach approaches balanced bounce bounces bouncing
-    briefly calm calmly careful carefully change changes changing circling clearly clip clips continue continues
-    continuing cross crossing dance dances dancing distance drag drawing drive drives driving easily empty entire
-    enters entering escape exactly exit fade fades fading fill filled final finally flies flying form forms frame
-    frames gentle gently gradually happen hover hovers hovering hurry image images jumps jumping lean leaves leaving
-    lines lying march marches marching mere minimal movement movie nearly neat ordinary pass passes passing pause
-    perfect pictures position press pulls pulled pulling push pushes pushing quickly quietly rapidly reaches
-    reaching render rendered return returns ride rolls rotate rush rushes rushing sails seems seen shows showing
-    shown simply single slightly slowly smoothly solid somewhat spread steadily steps straight strictly sudden
+    about above across after again air all along always an and animal another any are around as away back be
+    beautiful because become been before begin behind being below beside best better between bird boat body book
+    both brown but by camera can car cat center centre child city clear close cloud cold color colour come
+    corner could country cut day deep do does dog door draw during each early earth edge end enough even every
+    eye face far few field film find fire first fish five flower fly follow food for forest four from full game
+    garden get girl give glass go good grass gray great grey ground group grow hand happy hard has have he head
+    hear heart heavy height help her here hill his hold home horse hot house how if in into is island it its
+    jump keep kind know lake land last late leaf leave length lens life like line live long look lot make man
+    many map middle mirror moment moon more morning most mountain mouth much music my near never new next nice
+    night no noise north not nothing now number ocean of off often old once only open or other our out outside
+    over page paint paper park part people person photo picture piece place plain plane plant play point pretty
+    quick quiet rain reach road robot rock roll room rose round run sand say scene school screen sea second see
+    she ship short show side sign silver simple sing sit six sky sleep smooth snow so soft some something song
+    soon sound south space speed spin star start stay steady step stone stop storm story street strong summer
+    sun surface sweet swim table take tall ten than that their them then there these they thick thin think this
+    three through time to today together town train tree turn two under until us very video view voice wait walk
+    wall want warm was watch water wave way we weather well were west wet what wheel when where which while who
+    why wide wild will wind window winter wish with woman wonder wood word work world would write year yet you
+    young your advance advances advancing animated appear appears appearing approach approaches balanced bounce
+    bounces bouncing briefly calm calmly careful carefully change changes changing circling clearly clip clips
+    continue continues continuing cross crossing dance dances dancing distance drag drawing drive drives driving
+    easily empty entire enters entering escape exactly exit fade fades fading fill filled final finally flies
+    flying form forms frame frames gradually happen hover hovers hovering hurry image images jumps jumping lean
+    leaves leaving lines lying march marches marching mere minimal movement movie nearly neat ordinary pass
+    passes passing pause perfect pictures position press pulls pulled pulling push pushes pushing quietly
+    rapidly reaches reaching render rendered return returns ride rolls rotate rush rushes rushing sails seems
+    seen shows showing shown simply single slightly solid somewhat spread steps straight strictly sudden
     suddenly surely swims swimming swings tells thing tiny toward towards travel traveling turning turns uniform
     usual usually vertical vertically horizontal horizontally videos visible walks watching wholly wonderful
 """

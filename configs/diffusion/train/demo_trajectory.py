@@ -1,6 +1,7 @@
 # The small model in four steps (or 8, 2, 1: training_method_config.num_steps) instead of thirty with guidance, from
 # trajectories that scripts/diffusion/trajectories.py made with configs/diffusion/trajectories/demo.py. On a CPU.
 _base_ = ["demo_cpu.py"]
+time_sampling = None  # the method has times of its own
 
 model = dict(from_pretrained="assets/demo/mmdit.safetensors")
 dataset = dict(_delete_=True, type="trajectories", data_path="outputs/demo_trajectories")

@@ -28,6 +28,14 @@ def same_weights(ours, theirs):
         assert all(torch.equal(value, after[key]) for key, value in before.items()), name
 
 
+def same_frames(found, expected):
+    """Weights are used where they lie in a file, and products of numbers at another alignment round differently (about
+    1e-7): that turns a pixel in ten thousand that lies between two levels."""
+    off = np.abs(found.astype(int) - expected)
+    assert off.max() <= 1
+    assert np.mean(off > 0) < 1e-3
+
+
 @pytest.fixture(scope="module")
 def pipe():
     return VideoPipeline.from_pretrained("demo", device="cpu")
@@ -56,7 +64,7 @@ def test_what_is_written(folder):
         "opensora",
     )
     assert 'VideoPipeline.from_pretrained("org/demo")' in card.text
-    assert '"num_steps": 30' in card.text
+    assert '"num_steps": 50' in card.text
     assert "/root" not in (folder / "config.json").read_text()
 
 
@@ -65,9 +73,9 @@ def test_it_loads_as_it_was(pipe, folder, frames):
     same_weights(pipe.models, again.models)
     sampled = again("a red circle moving right", decode=False, **CALL)
     assert sampled.frames == []
-    np.testing.assert_array_equal(again.decode(sampled.latents, sampled.plan)[0], frames)
+    same_frames(again.decode(sampled.latents, sampled.plan)[0], frames)
     cfg = load_config(str(folder), InferenceOptions)
-    assert (cfg.sampling_option.num_steps, cfg.fps_save, cfg.cond_type) == (30, 8, "t2v")
+    assert (cfg.sampling_option.num_steps, cfg.fps_save, cfg.cond_type) == (50, 8, "t2v")
 
 
 def test_a_folder_with_something_is_refused(pipe, folder, tmp_path):
@@ -122,7 +130,7 @@ def test_diffusers_makes_the_same_frames(theirs, frames, pipe):
         num_inference_steps=2,
         callback_on_step_end=lambda pipe, step, left, given: steps.append((step, left, given["latents"].shape[0])),
     )
-    np.testing.assert_array_equal(np.stack([np.asarray(frame) for frame in made.frames[0]]), frames)
+    same_frames(np.stack([np.asarray(frame) for frame in made.frames[0]]), frames)
     assert steps == [(0, 1, 1), (1, 0, 1)]
 
 

@@ -10,8 +10,10 @@ import pytest
 from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
 from opensora.utils.video import read_video
-from tools.demo.captions import plain_caption, random_caption
+from tools.demo import synonyms
+from tools.demo.captions import caption_and_background, plain_caption, random_caption
 from tools.demo.make_clips import COLUMNS, make_clips, make_scene
+from tools.demo.wordings import WORDS
 from tools.demo.world import (
     BACKGROUNDS,
     COLORS,
@@ -70,24 +72,63 @@ def test_masks_have_the_area_of_their_shape():
         draw_mask("star", (32, 32), 12)
 
 
+def words_of(text: str) -> set[str]:
+    return set(text.lower().rstrip(".。").replace(",", "").split())
+
+
 def test_captions_name_what_the_scene_shows():
-    texts = []
-    for i in range(300):
-        scene, text = make_scene(i, 7, "train")
-        words = text.lower().rstrip(".").replace(",", "").split()
-        assert scene.color in words
-        assert scene.shape in words
+    texts, named = [], []
+    for i in range(400):
+        scene, _ = make_scene(i, 7, "train")
+        text, background = caption_and_background(scene, np.random.default_rng(i))
+        texts.append(text.lower().rstrip("."))
+        named.append(background is not None)
+        if not text.isascii():
+            continue
+        words = words_of(text)
+        color, shape = (
+            {word, *" ".join(others[word]).split()}
+            for word, others in ((scene.color, synonyms.COLORS), (scene.shape, synonyms.SHAPES))
+        )
+        assert color & words
+        assert shape & words
         assert len(words) <= 16
         if scene.motion == "still":
-            assert {"still", "place", "not", "motionless"} & set(words)
+            assert {"still", "place", "not", "motionless"} & words
         else:
             assert any(word.startswith(scene.motion) for word in words)
         other = next(name for name in BACKGROUNDS if name != scene.background)
-        assert other not in words
-        texts.append(text.lower().rstrip("."))
-    named = np.mean(["background" in text for text in texts])
-    assert 0.65 < named < 0.85
-    assert len(set(texts)) > 150
+        assert f"{other} background" not in text.lower()
+        assert ("background" in text.lower()) == (background is not None)
+    assert 0.65 < np.mean(named) < 0.85
+    assert len(set(texts)) > 200
+    assert 0.05 < np.mean([not text.isascii() for text in texts]) < 0.15
+
+
+def test_other_words_are_of_one_thing_only():
+    for table in (
+        synonyms.COLORS,
+        synonyms.SHAPES,
+        synonyms.BACKGROUNDS,
+        synonyms.CHINESE_COLORS,
+        synonyms.CHINESE_SHAPES,
+    ):
+        for one, other in pairs(table, 2):
+            assert not set(table[one]) & set(table[other])
+    assert not {
+        word for table in (synonyms.COLORS, synonyms.SHAPES) for words in table.values() for word in words
+    } & set(WORDS)
+
+
+def test_chinese_says_all_of_it():
+    rng = np.random.default_rng(1)
+    for combination in combinations("all"):
+        text = synonyms.chinese(combination, "dark", rng)
+        assert any(word in text for word in synonyms.CHINESE_COLORS[combination.color])
+        assert any(word in text for word in (*synonyms.CHINESE_SHAPES[combination.shape], combination.shape))
+        assert any(word in text for word in synonyms.CHINESE_BACKGROUNDS["dark"])
+        acts = synonyms.CHINESE_STILL if combination.motion == "still" else synonyms.CHINESE_TOWARDS[combination.motion]
+        assert any(word in text for word in acts)
 
 
 def test_plain_captions():
