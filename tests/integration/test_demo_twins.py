@@ -90,7 +90,7 @@ def test_plan_of_a_twin(run_twin, capsys, tmp_path, name):
     assert run_twin(name, "--prompt", "raining, sea", "--dry-run", "True") == []
     plan = capsys.readouterr().out
     assert ("picture      96 x 96 first" in plan) == name.startswith("t2i2v")
-    assert "0.1M t5" in plan
+    assert "0.2M t5" in plan
     assert ("img_flux: random, no from_pretrained" in plan) == (name.startswith("t2i2v") or name.startswith("high"))
     assert list(tmp_path.iterdir()) == []
 

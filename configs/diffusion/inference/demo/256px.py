@@ -3,6 +3,9 @@ _base_ = ["../demo.py"]
 
 sampling_option = dict(
     num_steps=20,
+    solver="euler",
+    guidance=3.5,
+    guidance_img=1.5,
     text_osci=True,
     image_osci=True,
     scale_temporal_osci=True,
