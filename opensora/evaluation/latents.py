@@ -100,10 +100,10 @@ def latent_statistics(cfg: VaeStatsOptions) -> str:
     moments, noise = RunningMoments(), RunningMoments()
     batches = min(len(loader), cfg.max_batches or len(loader))
     for batch in Bar(islice(loader, batches), total=batches, unit="batch", disable=cfg.verbose == 0):
-        video = batch["video"].to(device, dtype)
-        raw = model.denormalize(model.encode(video))
-        moments.add(raw)
-        noise.add(raw - model.denormalize(model.encode(video, sample_posterior=False)))
+        stored = model.encode_stored(batch["video"].to(device, dtype))
+        drawn, mean = (model.denormalize(model.from_stored(stored, None, sample)) for sample in (True, False))
+        moments.add(drawn)
+        noise.add(drawn - mean)
     lines = [f"mean = {listed(moments.mean)}", f"std = {listed(moments.std)}"]
     if bool((noise.std > 0).all()):
         lines.append(f"noise = {listed(noise.std)}")

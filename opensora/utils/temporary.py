@@ -7,8 +7,9 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from opensora.utils.claims import FOLDER_LOCK
+
 PREFIX = "opensora-"
-LOCK = ".opensora.lock"
 
 
 class TemporaryFolder:
@@ -25,7 +26,7 @@ class TemporaryFolder:
         self._lock = os.open(whole / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         with suppress(OSError):  # a file system without locks
             fcntl.flock(self._lock, fcntl.LOCK_EX)
-            (whole / "lock").rename(whole / LOCK)  # locked before others can see it
+            (whole / "lock").rename(whole / FOLDER_LOCK)  # locked before others can see it
         self.path = whole / "files"
         self.path.mkdir()
 
@@ -39,7 +40,7 @@ class TemporaryFolder:
 
 def remove_forgotten(parent: Path) -> None:
     """Delete the folders of `TemporaryFolder` whose programs have ended."""
-    for lock in parent.glob(f"{PREFIX}*/{LOCK}"):
+    for lock in parent.glob(f"{PREFIX}*/{FOLDER_LOCK}"):
         with suppress(OSError):  # another user's
             handle = os.open(lock, os.O_RDWR)
             try:

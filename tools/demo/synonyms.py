@@ -69,10 +69,8 @@ def english(combination: Combination, background: str | None, rng: np.random.Gen
     act = "standing still"
     if motion != "still":
         manner = str(rng.choice(MANNERS)) if rng.random() < 0.4 else ""
-        words = [str(rng.choice(MOVING)), *(("",) if not manner else (manner,)), motion]
-        if manner and rng.random() < 0.5:
-            words = [words[0], motion, manner]
-        act = " ".join(words)
+        act = str(rng.choice(MOVING))
+        act += f" {motion} {manner}" if manner and rng.random() < 0.5 else f" {manner} {motion}"
     subject = f"{rng.choice(['a', 'a', 'the', ''])} {_other(COLORS, color, rng)} {_other(SHAPES, shape, rng)}"
     behind = f" on a {_other(BACKGROUNDS, background, rng)} background" if background else ""
     text = " ".join(f"{subject} {act}{behind}".split())

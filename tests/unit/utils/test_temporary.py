@@ -5,7 +5,8 @@ import tempfile
 
 import pytest
 
-from opensora.utils.temporary import LOCK, TemporaryFolder
+from opensora.utils.claims import FOLDER_LOCK
+from opensora.utils.temporary import TemporaryFolder
 
 
 @pytest.fixture(autouse=True)
@@ -38,5 +39,5 @@ def test_what_a_killed_program_left_goes(place):
         assert not left[0].exists()
         assert first.is_dir(), "a living program's stays"
         assert second.is_dir()
-        assert (first.parent / LOCK).is_file()
+        assert (first.parent / FOLDER_LOCK).is_file()
     assert [path.name for path in place.iterdir()] == ["opensora-of-others"]
