@@ -116,6 +116,8 @@ class InputEncoder:
         """
         batch = self._with_kept(batch)
         x_0 = self._clips(batch, generator)
+        types: Sequence[str] | None
+        cond: Tensor | None
         if self._window is not None and x_0.shape[2] > self._window:
             types, x_0, cond = continued(x_0, self._window, generator)
         else:
