@@ -45,6 +45,7 @@ from opensora.models.build import build_on_meta
 from opensora.models.diffusion import DiffusionModel
 from opensora.models.quantization.linear import QuantizedLinear
 from opensora.utils import hub
+from opensora.utils.download import naming_addresses
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from opensora.utils.temporary import TemporaryFolder
@@ -191,7 +192,7 @@ class VideoPipeline(Stages):
         seed = one_of("seed", seed, "generator", seeds_of(generator))
         seeds = self._seeds(option.seed if seed is None else seed, len(prompts))
         hidden = False if self.parallel.rank else progress
-        with TemporaryFolder() as downloads, shown_steps(hidden, on_step) as shown:
+        with TemporaryFolder() as downloads, naming_addresses(downloads), shown_steps(hidden, on_step) as shown:
             sources = per_prompt_references(ref, len(prompts), downloads)
             return self.make(
                 *(texts, sources, cond_type, seeds, negatives, option, shown),

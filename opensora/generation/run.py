@@ -27,6 +27,7 @@ from opensora.generation.requests import Request, read_requests, where_of_ref
 from opensora.generation.room import check_room
 from opensora.generation.sample_files import SampleFiles
 from opensora.generation.writer import SampleWriter
+from opensora.utils.download import naming_addresses
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from opensora.utils.main import doing
@@ -62,7 +63,7 @@ def generate(
         UserError: see :mod:`opensora.diffusion.prepared`.
     """
     processes = processes or Torchrun()
-    with TemporaryFolder() as downloads, ExitStack() as held:
+    with TemporaryFolder() as downloads, naming_addresses(downloads), ExitStack() as held:
         requests = read_requests(cfg, downloads)
         run = PreparedRun.of(cfg, device)
         cfg = run.cfg

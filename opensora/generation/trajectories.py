@@ -28,6 +28,7 @@ from opensora.encoded.trajectories import DESCRIPTION, INDEX, TEXT, TrajectoryIn
 from opensora.generation.jobs import job_seed
 from opensora.generation.requests import Request, Row, read_requests
 from opensora.utils.claims import TakenError, claimed
+from opensora.utils.download import naming_addresses
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
 from opensora.utils.logging import get_logger
@@ -60,7 +61,7 @@ def write_trajectories(cfg: TrajectoryOptions, device: torch.device) -> Path:
     Raises:
         UserError: anything wrong with config, table or weights; a folder of trajectories made with something else.
     """
-    with TemporaryFolder() as downloads:
+    with TemporaryFolder() as downloads, naming_addresses(downloads):
         requests = read_requests(cfg, downloads, lambda row, index: with_condition(cfg, row, index))
         run = PreparedRun.of(cfg, device)
         run.plans(request.cond_type for request in requests)

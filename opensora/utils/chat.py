@@ -5,6 +5,7 @@ import importlib.util
 import json
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from opensora.utils.waiting import within
 
 AGAIN = (408, 409, 429)  # statuses of requests that may succeed later, besides those from 500
 MOST_BYTES = 1 << 22  # of an answer
+FIRST_SHARE = 0.75  # of the time of one answer, that all questions together have until a server has answered once
 
 
 class Answer(NamedTuple):
@@ -63,9 +65,13 @@ class ChatClient:
         base_url: address before ``/chat/completions``; None takes OpenAI's own.
         key: API key, empty if the server wants none.
         model: its name there.
-        timeout: seconds until an answer must be there, to the last byte.
+        timeout: seconds until an answer must be there, to the last byte. A server that has never answered is given up
+            after `FIRST_SHARE` of it, however often and however many questions are asked.
         attempts: how often to ask before giving up what may succeed later.
         pause: seconds before the second attempt; doubles for each further one.
+
+    Attributes:
+        has_answered: it has, once at least.
 
     Raises:
         UserError: the package ``openai`` is not installed.
@@ -79,6 +85,8 @@ class ChatClient:
 
         self.model, self.timeout, self.attempts, self.pause = model, timeout, attempts, pause
         self.client = openai.OpenAI(base_url=base_url, api_key=key or "none", max_retries=0, timeout=timeout)
+        self.has_answered = False
+        self._asked_first: float | None = None
         self._errors = (openai.APIError, OSError, ValueError)
 
     def ask(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Answer:
@@ -92,25 +100,37 @@ class ChatClient:
             openai.APIError, OSError, ValueError: all attempts failed; the last one's error.
         """
         for attempt in range(self.attempts):
+            seconds = self._seconds_left()
             try:
-                return _read_answer(within(self.timeout, lambda: self._post(messages, options)))
+                answer = _read_answer(within(seconds, partial(self._post, messages, options, seconds)))
+                self.has_answered = True
+                return answer
             except self._errors as error:
                 status = getattr(error, "status_code", None)
                 final = status is not None and status < 500 and status not in AGAIN
-                if final or attempt == self.attempts - 1:
+                pause = self.pause * 2**attempt
+                if final or attempt == self.attempts - 1 or self._seconds_left() <= pause:
                     raise
-                time.sleep(self.pause * 2**attempt)
+                time.sleep(pause)
         raise AssertionError("at least one attempt is made")
 
-    def _post(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> bytes:
-        deadline = time.monotonic() + self.timeout
+    def _seconds_left(self) -> float:
+        """For an attempt, or the pause before it."""
+        if self.has_answered:
+            return self.timeout
+        if self._asked_first is None:
+            self._asked_first = time.monotonic()
+        return max(0.0, self._asked_first + FIRST_SHARE * self.timeout - time.monotonic())
+
+    def _post(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], seconds: float) -> bytes:
+        deadline = time.monotonic() + seconds
         content = b""
         create: Any = self.client.chat.completions.with_streaming_response.create
         with create(model=self.model, messages=messages, **options) as response:
             for chunk in response.iter_bytes():
                 content += chunk
                 if time.monotonic() > deadline:  # a server that sends a byte now and then is never idle
-                    raise TimeoutError(f"no whole answer in {self.timeout:g} seconds")
+                    raise TimeoutError(f"no whole answer in {seconds:g} seconds")
                 if len(content) > MOST_BYTES:
                     raise ValueError(f"an answer of more than {MOST_BYTES} bytes")
         return content

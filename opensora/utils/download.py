@@ -4,6 +4,8 @@ import mimetypes
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,6 +16,7 @@ from opensora.utils.waiting import within
 MAX_BYTES = 256 * 2**20
 MAX_SECONDS = 60.0
 CHUNK = 2**16
+NOTE = ".address"  # of a file beside a download: where it comes from
 
 
 def is_url(text: str) -> bool:
@@ -45,13 +48,18 @@ def fetch(
     try:
         with within(max_seconds - idle, lambda: urllib.request.urlopen(request, timeout=idle)) as response:
             suffix = Path(urlsplit(url).path).suffix or mimetypes.guess_extension(response.headers.get_content_type())
-            if int(response.headers.get("Content-Length") or 0) > max_bytes:
+            length = int(response.headers.get("Content-Length") or 0)
+            if length > max_bytes:
                 raise UserError(f"{url}: larger than {max_bytes / 2**20:.0f} MiB")
 
             def write(path: Path) -> None:
-                _copy(response, path, url, max_bytes, start + max_seconds - idle)
+                size = _copy(response, path, url, max_bytes, start + max_seconds - idle)
+                if size < length:
+                    raise UserError(f"{url}: the download ended after {size} of {length} bytes")
 
-            return write_beside(Path(folder) / f"{name}{suffix or ''}", write)
+            found = write_beside(Path(folder) / f"{name}{suffix or ''}", write)
+            found.with_name(f"{name}{NOTE}").write_text(url, encoding="utf-8")
+            return found
     except (OSError, urllib.error.URLError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -59,7 +67,7 @@ def fetch(
         raise UserError(f"cannot download {url}: {reason}") from error
 
 
-def _copy(response, path: Path, url: str, max_bytes: int, deadline: float) -> None:
+def _copy(response, path: Path, url: str, max_bytes: int, deadline: float) -> int:
     size = 0
     with path.open("wb") as file:
         while chunk := response.read1(CHUNK):  # what is there, without waiting for all of it
@@ -69,3 +77,19 @@ def _copy(response, path: Path, url: str, max_bytes: int, deadline: float) -> No
             if time.monotonic() > deadline:
                 raise UserError(f"{url}: the download took too long")
             file.write(chunk)
+    return size
+
+
+@contextmanager
+def naming_addresses(folder: Path) -> Iterator[None]:
+    """Within it, messages name files that were fetched into ``folder`` by their addresses."""
+    try:
+        yield
+    except UserError as error:
+        said = str(error)
+        for note in folder.glob(f"*{NOTE}"):
+            for path in folder.glob(f"{note.stem}.*"):
+                said = said.replace(str(path), note.read_text(encoding="utf-8"))
+        if said == str(error):
+            raise
+        raise type(error)(said) from error

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from opensora.utils.errors import UserError
@@ -64,7 +65,8 @@ def in_time(chunks: Iterator[bytes]) -> Iterator[bytes]:
 @contextmanager
 def no_slow_hub(is_asked: bool = True) -> Iterator[None]:
     """Within it, libraries that ask the Hugging Face hub give up a server that drips: no head of an answer in time, or
-    less than `LEAST_RATE`. Their own limits are for single reads of a socket, to which every byte gives new time.
+    less than `LEAST_RATE`. Their own limits are for single reads of a socket, to which every byte gives new time. They
+    ask for many files, and again; a server that was given up once is not asked any more.
 
     Args:
         is_asked: False where they are told to take local files only: then there is nothing to do.
@@ -76,13 +78,18 @@ def no_slow_hub(is_asked: bool = True) -> Iterator[None]:
         yield
         return
     plain, before = client.send, vars(client).get("send")
+    given_up: dict[str, UserError] = {}
 
     def send(request: Any, *, stream: bool = False, **options: Any) -> Any:
+        host = str(request.url.host)
+        if host in given_up:
+            raise given_up[host]
         try:
             answer = within(HEAD_SECONDS, lambda: plain(request, stream=True, **options))
         except TimeoutError as error:
-            raise UserError(f"{request.url.host}: {error}") from None
-        answer.stream = _watched(answer.stream)
+            given_up[host] = UserError(f"{host}: {error}")
+            raise given_up[host] from None
+        answer.stream = _watched(answer.stream, partial(given_up.__setitem__, host))
         if not stream:
             answer.read()
         return answer
@@ -96,15 +103,19 @@ def no_slow_hub(is_asked: bool = True) -> Iterator[None]:
             client.send = before
 
 
-def _watched(stream: Any) -> Any:
-    """A stream of a library's own kind that gives up."""
+def _watched(stream: Any, give_up: Callable[[UserError], None]) -> Any:
+    """A stream of a library's own kind that gives up, and tells so."""
 
     class Watched(type(stream)):  # type: ignore[misc]
         def __init__(self) -> None:
             pass
 
         def __iter__(self) -> Iterator[bytes]:
-            yield from in_time(iter(stream))
+            try:
+                yield from in_time(iter(stream))
+            except UserError as error:
+                give_up(error)
+                raise
 
         def close(self) -> None:
             stream.close()

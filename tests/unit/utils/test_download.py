@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from opensora.utils.download import fetch, is_url
+from opensora.utils.download import fetch, is_url, naming_addresses
 from opensora.utils.errors import UserError
 from opensora.utils.video import read_image
 
@@ -34,9 +34,13 @@ def address():
                 return
             self.send_response(200)
             self.send_header("Content-Type", "image/png")
+            if self.path == "/cut.png":
+                self.send_header("Content-Length", "99")
             self.end_headers()
             try:
-                if self.path == "/endless":
+                if self.path == "/cut.png":
+                    pass
+                elif self.path == "/endless":
                     for _ in range(100):
                         self.wfile.write(bytes(2**16))
                 elif self.path == "/dripping":
@@ -76,6 +80,7 @@ def test_picture(address, tmp_path, name):
         ("slow", {"max_seconds": 0.1}, "took too long|timed out"),
         ("dripping", {"max_seconds": 0.4}, "took too long|timed out"),
         ("dripping%20head", {"max_seconds": 0.4}, "no answer within|timed out"),
+        ("cut.png", {}, "cut.png: the download ended after 0 of 99 bytes"),
         ("gone", {}, "cannot download .*Not Found"),
     ],
 )
@@ -85,6 +90,12 @@ def test_limits(address, tmp_path, name, limits, message):
         fetch(f"{address}/{name}", tmp_path, **limits)
     assert time.monotonic() - began < 3, "a dripping server takes 4 s"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_download_is_named_by_its_address(address, tmp_path):
+    path = fetch(f"{address}/a.png", tmp_path, name="1f")
+    with pytest.raises(UserError, match=f"^{address}/a.png: too small$"), naming_addresses(tmp_path):
+        raise UserError(f"{path}: too small")
 
 
 def test_nobody_there(tmp_path):

@@ -1,47 +1,23 @@
 """Servers that send a byte now and then hold nobody up."""
 
 import itertools
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from opensora.utils import hub, waiting
 from opensora.utils.chat import ChatClient
 from opensora.utils.errors import UserError
+from tests.helpers.dripping import dripping as dripping_server
 
 
 @pytest.fixture
 def dripping(monkeypatch):
-    """Address of a server that drips whatever it sends: the head of ``/head...``, the body of all else."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            whole = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\nETag: abc\r\nX-Repo-Commit: abc\r\n\r\n"
-            if self.command == "HEAD" or "head" not in self.path:
-                self.wfile.write(whole)
-                whole = b"" if self.command == "HEAD" else b" " * 200
-            try:
-                for byte in whole:
-                    self.wfile.write(bytes([byte]))
-                    time.sleep(0.02)
-            except OSError:
-                pass  # the client hung up
-
-        do_HEAD = do_POST = do_GET
-
-        def log_message(self, *arguments):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    """Address of a server that drips, see :mod:`tests.helpers.dripping`."""
     for name in ("HEAD_SECONDS", "SLOW_SECONDS"):
         monkeypatch.setattr(waiting, name, 0.2)
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with dripping_server() as address:
+        yield address
 
 
 def test_within():
@@ -70,6 +46,17 @@ def test_a_download_from_the_hub(dripping, tmp_path, monkeypatch, inside, said):
     assert file_download
     with pytest.raises(UserError, match=said):
         hub.download("org/name", inside, True, str(tmp_path))
+
+
+def test_a_hub_that_was_given_up_is_not_asked_again(dripping):
+    from huggingface_hub import get_session
+
+    with waiting.no_slow_hub():
+        for path in ("head/a", "head/b", "b"):
+            began = time.monotonic()
+            with pytest.raises(UserError, match="no answer within"):
+                get_session().get(f"{dripping}/{path}")
+    assert time.monotonic() - began < 0.1
 
 
 def test_is_the_hub_there(dripping, monkeypatch):

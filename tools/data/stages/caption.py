@@ -12,12 +12,12 @@ import polars as pl
 from PIL import Image
 
 from opensora.config.options import Options, opt
-from opensora.utils.chat import Answer, ChatClient, content_of, data_url, require_openai
+from opensora.utils.chat import FIRST_SHARE, Answer, ChatClient, content_of, data_url, require_openai
 from opensora.utils.errors import UserError, first_line, shorten
 from opensora.utils.hub import local_model, only_local
 from opensora.utils.logging import get_logger
 from opensora.utils.media.pictures import read_picture
-from opensora.utils.waiting import no_slow_hub
+from opensora.utils.waiting import no_slow_hub, within
 from tools.data.engine.stage import LARGEST_SIDE, SMALLEST_SIDE, Row, Stage, Worker, shrink
 
 logger = get_logger(__name__)
@@ -201,11 +201,11 @@ class Endpoint:
         self.chat = ChatClient(url, key or "", settings.model, settings.timeout, settings.attempts)
         address = self.chat.client.base_url
         try:
-            self.chat.client.models.list()
-        except openai.APIConnectionError as error:
+            within(settings.timeout * FIRST_SHARE, self.chat.client.models.list)
+        except (openai.APIConnectionError, TimeoutError) as error:
             raise UserError(
-                f"caption endpoint {address}: {error} Is the server running and --caption.base_url right? "
-                "What was done before stays done: run again when it answers"
+                f"caption endpoint {address}: {first_line(error).rstrip('.')}. Is the server running and "
+                "--caption.base_url right? What was done before stays done: run again when it answers"
             ) from error
         except openai.AuthenticationError as error:
             raise UserError(f"caption endpoint {address} refuses OPENAI_API_KEY: {first_line(error)}") from error
