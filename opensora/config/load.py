@@ -34,6 +34,7 @@ from opensora.config.values import coerce, describe, is_switch, parse_text
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from opensora.utils.paths import is_at_hand, is_file
+from opensora.utils.temporary import kept_together
 
 logger = get_logger(__name__)
 
@@ -184,10 +185,10 @@ def _read(path: Path) -> dict:
     """Content of a config file with its bases."""
     try:
         # plain python: an import in the file must not switch mmengine to its lazy mode
-        with _plain_yaml():
+        with _plain_yaml(), kept_together():  # mmengine makes copies
             return Config.fromfile(path, lazy_import=False).to_dict()
     except (Exception, SystemExit) as error:  # a config is a program: anything may go wrong in it
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # mmengine makes copies there
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from error
         raise UserError(f"{path}: cannot be read as a config: {type(error).__name__}: {error}") from error
 

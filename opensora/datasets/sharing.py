@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from opensora.utils.logging import get_logger
 from opensora.utils.sizes import size_text
+from opensora.utils.temporary import keep_sockets
 
 SHARED = Path("/dev/shm")
 logger = get_logger(__name__)
@@ -92,6 +93,8 @@ class SharingLoader(DataLoader):
         super().__init__(dataset, collate_fn=collate, num_workers=num_workers, **options)
 
     def __iter__(self) -> Any:
+        if self.num_workers:
+            keep_sockets()  # through which its processes hand over what lies in shared memory
         return self._received(super().__iter__())
 
     @staticmethod

@@ -7,11 +7,11 @@ torchrun --nproc-per-node 2 tools/benchmark/checkpoints.py --megabytes 512
 import argparse
 import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,8 @@ from opensora.config import run_main
 from opensora.training.checkpoint.content import CheckpointContent
 from opensora.training.checkpoint.folder import RunningStates
 from opensora.training.checkpoint.writer import CheckpointWriter
+from opensora.utils.temporary import TemporaryFolder
+from tools.arguments import Bounded, user_path
 
 SIDE = 1024  # of the matrices, of 4 MiB each
 
@@ -71,16 +73,17 @@ def measure(folder: Path, megabytes: int, repeats: int, context: ParallelContext
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=512, help="size of the checkpoint")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where to write; none takes a temporary one")
+    number: dict[str, Any] = {"type": int, "action": Bounded, "least": 1}
+    parser.add_argument("--megabytes", **number, most=10**6, default=512, help="size of the checkpoint")
+    parser.add_argument("--repeats", **number, most=1000, default=3, help="checkpoints of each kind, after the first")
+    parser.add_argument("--folder", type=user_path, help="where to write; none takes a temporary one")
     args = parser.parse_args(argv)
     device, ranks = torch.device("cpu"), int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1:
         launch(device)
     context = create_context("fsdp2", None, device) if ranks > 1 else ParallelContext(device=device)
-    with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-        shared: list[str] = [scratch]
+    with TemporaryFolder(args.folder) as scratch:
+        shared = [str(scratch)]
         if ranks > 1:
             dist.broadcast_object_list(shared)
         found = measure(Path(shared[0]), args.megabytes, args.repeats, context)

@@ -1,12 +1,14 @@
 """Temporary folders go with their programs, or with the next one."""
 
+import multiprocessing.util
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
 from opensora.utils.claims import FOLDER_LOCK
-from opensora.utils.temporary import TemporaryFolder
+from opensora.utils.temporary import TemporaryFolder, keep_sockets, remove_forgotten
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +23,16 @@ def test_gone_with_its_context(place):
         assert not [*folder.iterdir()]
         (folder / "a").touch()
     assert not [*place.iterdir()]
+
+
+def test_a_forked_process_lets_it_be():
+    folder = TemporaryFolder()
+    child = os.fork()
+    if child == 0:
+        del folder
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert folder.path.is_dir()
 
 
 def test_what_a_killed_program_left_goes(place):
@@ -41,3 +53,26 @@ def test_what_a_killed_program_left_goes(place):
         assert second.is_dir()
         assert (first.parent / FOLDER_LOCK).is_file()
     assert [path.name for path in place.iterdir()] == ["opensora-of-others"]
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_sockets_of_multiprocessing(killed, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with tempfile.TemporaryDirectory() as short:  # as names of sockets have to be
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)
+        child = os.fork()
+        if child == 0:
+            try:
+                keep_sockets()
+                assert multiprocessing.util.get_temp_dir().startswith(f"{short}/opensora-")
+                assert tempfile.gettempdir() == short
+                if not killed:
+                    multiprocessing.util._exit_function()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert len([*Path(short).iterdir()]) == killed
+        remove_forgotten(Path(short))
+        assert not [*Path(short).iterdir()]

@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from opensora.utils.errors import UserError
+from opensora.utils.temporary import keep_sockets
 from tools.data.engine.decode import PixelWorker
 from tools.data.engine.process import prepare
 from tools.data.engine.stage import PixelStage, Row, Stage
@@ -168,6 +169,7 @@ def make_pool(stages: Sequence[Stage], workers: int, sharing: int | None = None)
     # nothing forks safely and fast. Where there is none (Windows), every worker imports for itself.
     kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context: Any = multiprocessing.get_context(kind)
+    keep_sockets()
     if kind == "forkserver":
         context.set_forkserver_preload([__name__])
     return ProcessPoolExecutor(workers, context, _start, (list(stages), sharing or workers))
