@@ -42,6 +42,8 @@ def run_main(main: Callable[[list[str] | None], Any]) -> None:
     debug = DEBUG_FLAG in sys.argv[1:]
     sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word != DEBUG_FLAG)]
     _end_in_order_at_sigterm()
+    if not debug:
+        threading.excepthook = _tell_of_thread
     try:
         try:
             main(None)
@@ -53,6 +55,13 @@ def run_main(main: Callable[[list[str] | None], Any]) -> None:
         if debug:
             traceback.print_exception(error)
         _end(*_ending(error, debug))
+
+
+def _tell_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """A line about a library's thread that has ended with an error; what waits for it finds out by itself."""
+    if isinstance(failed.exc_value, Exception) and sys.stderr is not None:
+        name = failed.thread.name if failed.thread is not None else "a thread"
+        print(f"warning: {name} has ended: {told_of(failed.exc_value)}", file=sys.stderr, flush=True)
 
 
 def _end_in_order_at_sigterm() -> None:

@@ -107,6 +107,19 @@ def test_nobody_reads(command, body):
     assert (status, lines) == (141, [])
 
 
+def test_an_error_in_a_thread_is_one_line(command):
+    body = """
+    import threading
+    def fail():
+        raise OSError(28, "No space left on device")
+    thread = threading.Thread(target=fail, name="writer")
+    thread.start()
+    thread.join()
+"""
+    status, _, lines = command(body)
+    assert (status, lines) == (0, ["warning: writer has ended: No space left on device"])
+
+
 FOLDERS = """
     from opensora.utils.temporary import TemporaryFolder
     from opensora.utils.files import write_beside
