@@ -15,11 +15,10 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.config import run_main
-from opensora.utils.errors import UserError
-from opensora.utils.files import write_text
+from opensora.utils.files import write_beside, write_text
 from opensora.utils.video import save_image, save_video
 from tools.arguments import user_path
-from tools.outputs import check_place, is_new
+from tools.outputs import new_folder
 
 Frames = np.ndarray
 
@@ -115,9 +114,11 @@ def make_footage(folder: Path, size: tuple[int, int] = (180, 320), fps: int = 24
     Raises:
         UserError: there is something in the folder already.
     """
-    check_place(folder, "--out", folder=True)
-    if not is_new(folder):
-        raise UserError(f"--out {folder} is not empty; choose a new folder")
+    with new_folder(folder, "sample_footage"):
+        return _draw_all(folder, size, fps)
+
+
+def _draw_all(folder: Path, size: tuple[int, int], fps: int) -> list[Path]:
     big = (size[0] * 2, size[1] * 2)
     tints = [(1.0, 0.8, 0.6), (0.6, 0.8, 1.0), (0.7, 1.0, 0.7), (1.0, 0.7, 0.9), (0.9, 0.9, 0.5)]
     pictures = [scenery(*big, seed, tints[seed % len(tints)]) for seed in range(12)]
@@ -137,8 +138,8 @@ def make_footage(folder: Path, size: tuple[int, int] = (180, 320), fps: int = 24
     paths = [save_video(frames, folder / f"{name}.mp4", fps, crf=16) for name, frames in takes.items()]
     paths.append(save_video(takes["pan right"], folder / "again" / "smaller file.mp4", fps, crf=30))
     paths.append(save_image(pictures[10], folder / "picture.png"))
-    broken = folder / "broken.mp4"
-    broken.write_bytes(paths[0].read_bytes()[:2000])
+    start = paths[0].read_bytes()[:2000]
+    broken = write_beside(folder / "broken.mp4", lambda path: path.write_bytes(start))
     lines = [f"{path.relative_to(folder)},a rough pattern of soft and hard patches" for path in paths]
     write_text("\n".join(["path,text", *lines, ""]), folder / "captions.csv")
     return [*paths, broken]

@@ -31,7 +31,7 @@ from tools.demo.analyse import psnr
 from tools.demo.captions import plain_caption
 from tools.demo.scoring import ATTRIBUTES, Verdict, format_table, judge, shares, verdict_sheet
 from tools.demo.world import BACKGROUNDS, HELD_OUT, Combination, combinations, draw_frame, sample_scene
-from tools.outputs import check_place, is_new
+from tools.outputs import new_folder
 
 Frames = NDArray[np.uint8]
 
@@ -175,9 +175,11 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     ):
         if value < least:
             raise UserError(f"{flag} is {value}; it must be at least {least}")
-    check_place(args.out, "--out", folder=True)
-    if not is_new(args.out):
-        raise UserError(f"--out {args.out} exists and is not an empty folder; give a new one")
+    with new_folder(args.out, "evaluate"):
+        _measure(args, overrides)
+
+
+def _measure(args: argparse.Namespace, overrides: list[str]) -> None:
     pipe = VideoPipeline.from_config(parse_config([args.config, *overrides], InferenceOptions))
     cases = plan_cases(args.num_seen, args.i2v, args.seed)
     seconds = generate(pipe, cases, args.eval_batch)

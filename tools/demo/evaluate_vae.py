@@ -31,7 +31,7 @@ from opensora.utils.video import contact_sheet, read_video, to_uint8
 from tools.demo.analyse import psnr
 from tools.demo.scoring import ATTRIBUTES, SHEET_FRAMES, Verdict, format_table, judge, mark, shares
 from tools.demo.world import Combination
-from tools.outputs import check_place, is_new
+from tools.outputs import new_folder
 
 Frames = NDArray[np.uint8]
 NEEDED = ("path", "color", "shape", "motion", "background")
@@ -115,9 +115,11 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     for flag, value in (("--num", args.num), ("--eval_batch", args.eval_batch)):
         if value < 1:
             raise UserError(f"{flag} is {value}; it must be at least 1")
-    check_place(args.out, "--out", folder=True)
-    if not is_new(args.out):
-        raise UserError(f"--out {args.out} exists and is not an empty folder; give a new one")
+    with new_folder(args.out, "evaluate_vae"):
+        _measure(args, overrides)
+
+
+def _measure(args: argparse.Namespace, overrides: list[str]) -> None:
     table = read_table(args.data, args.num)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_autoencoder(args.config, overrides, device)
