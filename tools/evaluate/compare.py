@@ -32,7 +32,7 @@ from tools.arguments import Bounded, user_path
 from tools.evaluate.page import document, picture_data, strip
 from tools.evaluate.pairs import Pair, compare, make_pairs, measure_pairs
 from tools.evaluate.samples import list_samples
-from tools.outputs import add_overwrite, check_new, check_place, write_new
+from tools.outputs import add_overwrite, check_new, check_no_input, check_place, write_new
 
 SEED = 42  # of the first prompt of a table that has none; the others count up
 SHOWN = 8  # pairs on the page: those that differ most
@@ -58,7 +58,7 @@ def seeded_table(prompts: Path, samples: int, out: Path) -> Path:
     """The prompts with a seed and a name each, so that both settings make the same videos.
 
     Raises:
-        UserError: no table, or no column ``text``.
+        UserError: no table, no column ``text``, or the folder is of other prompts.
     """
     table = read_table(prompts, as_text=True)
     require_columns(table, ["text"], prompts)
@@ -66,9 +66,12 @@ def seeded_table(prompts: Path, samples: int, out: Path) -> Path:
     for index, row in enumerate(table.to_dict("records")):
         seed = int(row["seed"]) if row.get("seed") else SEED + index * samples
         rows += [{**row, "seed": seed + k, "name": f"{index:04d}-{k}"} for k in range(samples)]
-    path = out / "prompts.csv"
-    write_new(path, partial(write_table, pd.DataFrame(rows)), overwrite=True)
-    return path
+    path, seeded = out / "prompts.csv", pd.DataFrame(rows)
+    check_no_input(path, [prompts])
+    made = [name for name in ("a", "b") if (out / name).is_dir()]
+    if made and path.is_file() and not read_table(path, as_text=True).equals(seeded.astype(str)):
+        raise UserError(f"{path} holds other prompts, whose samples are in {shorten(made)}; give another --out")
+    return write_new(path, partial(write_table, seeded), overwrite=True)
 
 
 def make_side(words: str, side: str, table: Path, out: Path) -> Path:

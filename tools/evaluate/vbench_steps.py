@@ -29,6 +29,7 @@ from opensora.evaluation.vbench.suite import (
     read_entries,
     read_suite,
 )
+from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError, shorten
 from opensora.utils.files import write_text
 from tools.evaluate.vbench_results import table
@@ -40,6 +41,7 @@ __all__ = ["generate", "link_videos", "make_environment", "prepare", "score", "s
 HERE = Path(__file__).parent
 DETECTRON = "git+https://github.com/facebookresearch/detectron2.git"
 REFINED = "refined.json"
+REFINING = ".refining.csv"  # prompts that the language model is asked for now
 SAVE_EVERY = 20  # prompts, while a language model writes them out
 
 
@@ -99,8 +101,13 @@ def prepare(args: argparse.Namespace) -> None:
         raise UserError("--images: only VBench-I2V (--suite i2v) starts from pictures")
     if args.augmented and args.refine:
         raise UserError("--augmented and --refine both write prompts out; give one")
-    settings = _settings(args, path, len(prompts))
-    _claim(args.work, settings)
+    with claimed(args.work, advice="wait for it or give another --work"):
+        (args.work / REFINING).unlink(missing_ok=True)  # of a run that was killed
+        _claim(args.work, _settings(args, path, len(prompts)))
+        _write_prepared(args, entries, prompts)
+
+
+def _write_prepared(args: argparse.Namespace, entries: list[dict[str, Any]], prompts: list[Prompt]) -> None:
     refined = _augmented(args.augmented, entries) if args.augmented else {}
     if args.refine:
         refined = _refine(args, prompts)
@@ -129,7 +136,13 @@ def _settings(args: argparse.Namespace, path: Path, count: int) -> dict[str, Any
 def _claim(work: Path, settings: Mapping[str, Any]) -> None:
     """Keep the settings of an evaluation; videos of other ones must not be mixed with it."""
     path = work / "settings.json"
-    if path.is_file() and (found := json.loads(path.read_text("utf-8"))) != settings:
+    try:
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else settings
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged; delete it, or give another --work")
+    if found != settings:
         differing = [key for key in settings if found.get(key) != settings[key]]
         raise UserError(f"{work} was prepared with another {', '.join(differing)}; give another --work")
     write_text(json.dumps(settings, indent=2) + "\n", path)
@@ -162,7 +175,7 @@ def _refine(args: argparse.Namespace, prompts: list[Prompt]) -> dict[str, dict[s
     left = [prompt for prompt in prompts if prompt.text not in known]
     images = args.images.absolute() if args.images else None
     for first in range(0, len(left), SAVE_EVERY):
-        batch = args.work / ".refining.csv"
+        batch = args.work / REFINING
         write_table(prompt_table(left[first : first + SAVE_EVERY], 1, args.seed, images), batch)
         table = parse_config(
             [args.refine, "--refine-prompt", "True", "--dataset.data-path", str(batch)], InferenceOptions

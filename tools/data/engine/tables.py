@@ -1,6 +1,7 @@
 """Tables on disk: CSV, parquet or JSON lines, by their ending."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from opensora.utils.errors import UserError, first_line
+from opensora.utils.files import nameless_error
 
 FORMATS = (".csv", ".parquet")
 READ_FORMATS = (*FORMATS, ".jsonl")
@@ -73,7 +75,8 @@ def fill_table(table: pl.DataFrame, path: Path) -> None:
     """Write a table as the ending of ``path`` says; in a CSV, lists are JSON text.
 
     Raises:
-        UserError: the system refuses (a full disk, ...).
+        UserError: it cannot be written there.
+        OSError: the disk takes nothing more.
     """
     try:
         if path.suffix.lower() == ".csv":
@@ -81,6 +84,9 @@ def fill_table(table: pl.DataFrame, path: Path) -> None:
         else:
             table.write_parquet(path)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        number = nameless_error(error)
+        if number is not None:
+            raise OSError(number, os.strerror(number)) from error
         raise UserError(f"{path.parent}: cannot write a table there ({first_line(error)})") from error
 
 

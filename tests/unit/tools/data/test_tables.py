@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 
 import polars as pl
 import pytest
@@ -9,7 +10,9 @@ import pytest
 from opensora.utils.errors import UserError
 from opensora.utils.video import read_image, save_image, save_video
 from tools.data import export, sheet, stats, status, table
+from tools.data.engine.tables import fill_table
 from tools.data.sample_footage import texture
+from tools.outputs import write_new
 
 
 @pytest.fixture
@@ -20,6 +23,16 @@ def files(tmp_path):
     )
     pl.DataFrame({"path": ["b", "d"], "n": [7, 8], "score": [0.5, 0.1]}).write_parquet(tmp_path / "two.parquet")
     return tmp_path
+
+
+def test_a_disk_that_takes_nothing_more_is_named_with_the_table(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise pl.exceptions.ComputeError("parquet: underlying IO error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(pl.DataFrame, "write_parquet", full)
+    with pytest.raises(UserError, match=r"^--out .*out\.parquet: No space left on device$"):
+        write_new(tmp_path / "out.parquet", partial(fill_table, pl.DataFrame({"a": [1]})))
+    assert not [*tmp_path.iterdir()]
 
 
 def change(files, *words, inputs=("one.csv",)) -> pl.DataFrame:

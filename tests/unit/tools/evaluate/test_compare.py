@@ -110,3 +110,18 @@ def test_win_rates():
     assert sure.p < 0.001
     many = win_rate([("0", 1.0)] * 50 + [("1", 0.0)] * 50)  # a hundred votes on two pairs say little
     assert many.p == 1
+
+
+def test_prompts_of_samples_that_are_there_stay(tmp_path):
+    for name, text in (("p.csv", "rain"), ("other.csv", "snow")):
+        (tmp_path / name).write_text(f"text\n{text}\n")
+    out = tmp_path / "out"
+    made = seeded_table(tmp_path / "p.csv", 1, out)
+    (out / "a").mkdir()
+    before = made.read_bytes()
+    seeded_table(tmp_path / "p.csv", 1, out)  # the same again
+    with pytest.raises(UserError, match="holds other prompts, whose samples are in a; give another --out"):
+        seeded_table(tmp_path / "other.csv", 1, out)
+    with pytest.raises(UserError, match="is the input"):
+        seeded_table(made, 1, out)
+    assert made.read_bytes() == before

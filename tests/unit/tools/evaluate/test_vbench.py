@@ -60,6 +60,9 @@ def test_prepared_files(work):
     main(["prepare", "--work", str(work), "--info", str(work.parent / "info.json")])  # again does no harm
     with pytest.raises(UserError, match="prepared with another seed"):
         main(["prepare", "--work", str(work), "--info", str(work.parent / "info.json"), "--seed", "7"])
+    (work / "settings.json").write_text("[")
+    with pytest.raises(UserError, match="settings.json is damaged"):
+        main(["prepare", "--work", str(work), "--info", str(work.parent / "info.json")])
 
 
 def test_from_videos_to_a_table(work, capsys, monkeypatch):
