@@ -5,6 +5,7 @@ The folder is laid out as diffusers has it (``model_index.json``, a sub-folder f
 :mod:`opensora.diffusion.for_diffusers`; ``config.json`` is what opensora goes by.
 """
 
+import glob
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -21,8 +22,9 @@ from opensora.diffusion.stages import Stages
 from opensora.models.quantization.kinds import METADATA as QUANTIZED
 from opensora.models.quantization.loading import kind_of_module
 from opensora.models.text import HFEmbedder
+from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
-from opensora.utils.files import put_in_place, temporary_path, write_json, write_text
+from opensora.utils.files import put_in_place, remove_unfinished_folders, temporary_path, write_json, write_text
 from opensora.utils.weights import WEIGHT_SUFFIXES
 from opensora.utils.weights_writing import save_safetensors
 
@@ -70,21 +72,22 @@ def save_pipeline(
     _check_whole(pipe)
     check_place(folder, overwrite)
     sections = {key: getattr(pipe.cfg, key) for key in FOLDERS if key in pipe.models}
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    writing = temporary_path(folder.absolute(), "writing")
-    shutil.rmtree(writing, ignore_errors=True)
-    try:
-        for key in sections:
-            _save_part(pipe, key, writing)
-        config = _config(pipe, sections)
-        write_json(config, writing / CONFIG)
-        write_json(_index(sections), writing / INDEX)
-        write_text(_code(PIPELINE_CLASS), writing / f"{CODE}.py")
-        parameters = {FOLDERS[key]: sum(each.numel() for each in pipe.models[key].parameters()) for key in sections}
-        write_text(pipeline_card(config, parameters, name or folder.name, license), writing / "README.md")
-        put_in_place(writing, folder)
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
+    with claimed(folder.absolute(), is_folder=False, advice="name another folder, or wait for it"):
+        check_place(folder, overwrite)  # another process may have put it there meanwhile
+        remove_unfinished_folders(folder.absolute().parent, glob.escape(folder.absolute().name))
+        writing = temporary_path(folder.absolute(), "writing")
+        try:
+            for key in sections:
+                _save_part(pipe, key, writing)
+            config = _config(pipe, sections)
+            write_json(config, writing / CONFIG)
+            write_json(_index(sections), writing / INDEX)
+            write_text(_code(PIPELINE_CLASS), writing / f"{CODE}.py")
+            parameters = {FOLDERS[key]: sum(each.numel() for each in pipe.models[key].parameters()) for key in sections}
+            write_text(pipeline_card(config, parameters, name or folder.name, license), writing / "README.md")
+            put_in_place(writing, folder)
+        finally:
+            shutil.rmtree(writing, ignore_errors=True)
     return folder
 
 

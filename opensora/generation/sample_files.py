@@ -43,4 +43,6 @@ class SampleFiles:
 
     def put_in_place(self, sample: int) -> Path:
         """Finish the file of a sample and give it its name; returns that."""
-        return self._files.pop(sample).put_in_place()
+        path = self._files[sample].put_in_place()
+        del self._files[sample]  # only now: what has no room is discarded
+        return path

@@ -5,9 +5,9 @@ if the source had been quantised while loading. A tensor is read at a time.
 """
 
 import argparse
-import shutil
 import sys
 from collections.abc import Iterable
+from operator import methodcaller
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -23,7 +23,9 @@ from opensora.models.quantization.loading import Quantization, quantize_tensors
 from opensora.models.text import files as text
 from opensora.models.text.files import check_encoder, encoder_kind
 from opensora.models.text.quantized import stored_weights
+from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
+from opensora.utils.files import write_beside
 from opensora.utils.weights import WEIGHT_SUFFIXES, WeightFiles, open_weights
 from opensora.utils.weights_writing import save_safetensors
 from tools.arguments import user_path
@@ -66,10 +68,15 @@ def write_t5(args: argparse.Namespace) -> None:
         raise UserError(f"output {args.output} is a file; name a folder")
     if args.output.resolve() == args.source.resolve():
         raise UserError(f"output {args.output} is the source; name another folder")
-    args.output.mkdir(parents=True, exist_ok=True)
+    with claimed(args.output, advice="choose another name, or wait for it"):
+        _write_folder(args)
+
+
+def _write_folder(args: argparse.Namespace) -> None:
     for file in sorted(args.source.iterdir()):
         if file.is_file() and not file.name.endswith((*WEIGHT_SUFFIXES, ".index.json")):
-            shutil.copyfile(file, args.output / file.name)
+            content = file.read_bytes()
+            write_beside(args.output / file.name, methodcaller("write_bytes", content))
     weights = stored_weights(args.source)
     decoder = [key for key in weights.shapes if key.startswith(("decoder.", "lm_head."))]
     write(weights, args.output / T5_FILE, text.quantization(), args, decoder)
