@@ -1,5 +1,6 @@
 """Every command on a machine that is at fault: a full disk, one that cannot be written to, little shared memory, an end
-in the middle of writing, another of its kind at once. ``python -m tests.attack.faults [PATTERN]`` runs all, as root.
+in the middle of writing, another of its kind at once, a server that sends a byte now and then.
+``python -m tests.attack.faults [PATTERN]`` runs all, as root.
 
 It ends, in time and with one line, or works; what it made before is whole; nothing unfinished is left, at the latest
 after the next run.
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 from PIL import Image
@@ -25,14 +27,19 @@ from opensora.utils.video import read_video
 from tests.attack.inputs import DEMO, copy_writable, run_commands, write_inputs
 from tests.attack.runner import LEFTOVER, MESSAGE, MISTAKE, Server, differences, filled, snapshot
 from tests.attack.server import KILLED, READ_ONLY, REMOUNT, Order, Outcome
-from tests.attack.works import WORKS, Work
+from tests.attack.works import DRIPPED, WORKS, Work
+from tests.helpers.dripping import dripping as drip
 
 PATIENCE = 60.0
+SLOW = 15.0  # more, of machines that do much else as well
 ROOM = (0, 8, 64)  # KiB that are left on a full disk
 PLENTY = "size=256m"
 OUTPUT_FULL = 74  # of opensora.utils.main
 SHARED = "size=64k"
 ENDED = (0, MISTAKE, OUTPUT_FULL)
+FILLING = "filling"
+MEANT = ("broken.mp4",)  # a clip of tools/data/sample_footage.py that is half of one
+MOMENTS = {signal.SIGKILL: 4, signal.SIGTERM: 2, signal.SIGINT: 1}  # of all changes that a work makes
 Problems = list[str]
 
 
@@ -45,12 +52,16 @@ class Bench:
         good: inputs that all of them share.
         place: its folders, made anew for every work.
         ends: how works have ended, for who watches.
+        drip: address of the server that drips.
+        alone: by work, the names that it leaves when nothing is at fault, and how many changes it makes for that.
     """
 
     server: Server
     good: Path
     place: Path
     ends: list[str] = field(default_factory=list)
+    drip: str = ""
+    alone: dict[str, tuple[set[str], int]] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -61,6 +72,22 @@ class Bench:
     def temporary(self) -> Path:
         """Its folder for temporary files."""
         return self.place / "tmp"
+
+    def undisturbed(self, work: Work) -> tuple[set[str], int]:
+        """See ``alone``; the work is run once for that."""
+        if work.name not in self.alone:
+            self.fresh(work)
+            outcome = self.run(work)
+            assert not outcome.status, self.said()
+            changes = len((self.place / "said0.changes").read_bytes())
+            self.alone[work.name] = names_of(self.seen()), changes
+        return self.alone[work.name]
+
+    def fill(self, place: Path, room: int) -> None:
+        """Leave ``room`` KiB on the disk that is mounted at a folder."""
+        (self.server.seen(place) / FILLING).write_bytes(bytes(4096))  # a disk of size 0 would be one without end
+        used = int(shutil.disk_usage(self.server.seen(place)).used)
+        self.mount(place, f"size={used + room * 1024}", REMOUNT)
 
     def fresh(self, work: Work, disk: str = "") -> None:
         """Empty folders with the copies that a work takes; with ``disk``, its folder is one of its own."""
@@ -77,14 +104,14 @@ class Bench:
         wrong = self.server.mount(place, options, flags)
         assert not wrong, f"{place}: {wrong}"
 
-    def order(self, work: Work, again: bool = False, number: int = 0, **more: int) -> Order:
+    def order(self, work: Work, again: bool = False, number: int = 0, **more: Any) -> Order:
         """To run a work."""
-        places = {"{good}": self.good, "{demo}": DEMO}
+        places = {"{good}": self.good, "{demo}": DEMO, "{drip}": more.get("hub", "")}
         words = [filled(word, places) for word in (*work.words, *(work.again if again else ()))]
         streams = str(self.place / f"said{number}")
         return Order(work.script, words, str(self.folder), str(self.temporary), PATIENCE, False, streams, **more)
 
-    def run(self, work: Work, again: bool = False, **more: int) -> Outcome:
+    def run(self, work: Work, again: bool = False, **more: Any) -> Outcome:
         """Run a work."""
         return self.server.run(self.order(work, again, **more))
 
@@ -118,7 +145,8 @@ class Bench:
         problems = [f"lost: {Path(name).name}" for name in before.keys() - after.keys()]
         root = self.server.seen(self.folder)
         for name in differences(before, after):
-            if name in after and Path(name).is_file() and (wrong := broken(Path(name))):
+            whole = Path(name).name not in MEANT
+            if whole and name in after and Path(name).is_file() and (wrong := broken(Path(name))):
                 problems.append(f"broken: {Path(name).relative_to(root)}: {wrong}")
         return problems + ([] if done else self.unfinished())
 
@@ -129,7 +157,8 @@ class Bench:
 
     def temporaries(self) -> Problems:
         """What is left of temporary files."""
-        return [f"left in the temporary folder: {path.name}" for path in self.temporary.iterdir()]
+        left = sorted(path.name for path in self.temporary.iterdir() if path.name != FILLING)
+        return [f"left in the temporary folder: {name}" for name in left]
 
 
 def broken(path: Path) -> str:
@@ -159,8 +188,7 @@ def full_disk(bench: Bench, work: Work, room: int) -> Problems:
     if first.status:
         return bench.ending(first, (0,))
     before = bench.seen()
-    used = int(shutil.disk_usage(bench.server.seen(bench.folder)).used)
-    bench.mount(bench.folder, f"size={used + room * 1024}", REMOUNT)
+    bench.fill(bench.folder, room)
     outcome = bench.run(work, again=True)
     return [*bench.ending(outcome), *bench.state(before, False), *bench.temporaries()]
 
@@ -168,8 +196,7 @@ def full_disk(bench: Bench, work: Work, room: int) -> Problems:
 def empty_full_disk(bench: Bench, work: Work, room: int) -> Problems:
     """A first run on a disk that is full."""
     bench.fresh(work, PLENTY)
-    used = int(shutil.disk_usage(bench.server.seen(bench.folder)).used)
-    bench.mount(bench.folder, f"size={used + room * 1024}", REMOUNT)
+    bench.fill(bench.folder, room)
     before = bench.seen()
     outcome = bench.run(work)
     return [*bench.ending(outcome), *bench.state(before, False), *bench.temporaries()]
@@ -179,7 +206,7 @@ def full_temporary_folder(bench: Bench, work: Work) -> Problems:
     """The folder for temporary files is on a full disk."""
     bench.fresh(work)
     bench.mount(bench.temporary, "size=4k")
-    (bench.server.seen(bench.temporary) / "filling").write_bytes(bytes(4096))
+    bench.fill(bench.temporary, 0)
     before = bench.seen()
     outcome = bench.run(work)
     return [*bench.ending(outcome), *bench.state(before, False)]
@@ -210,23 +237,26 @@ def little_shared_memory(bench: Bench, work: Work) -> Problems:
         bench.server.mount(Path("/dev/shm"))
 
 
-def ended(bench: Bench, work: Work, number: int, moment: int) -> Problems:
-    """A signal in the moment before something gets its name; then another run."""
+def ended(bench: Bench, work: Work, number: int, moment: float) -> Problems:
+    """A signal before one of the changes that a work makes, by its place among them from 0 to 1; then another run,
+    after which all is there."""
+    names, changes = bench.undisturbed(work)
+    if not changes:
+        return []
     bench.fresh(work)
-    first = bench.run(work, killed=number, moment=moment)
+    first = bench.run(work, killed=number, moment=round(moment * (changes - 1)))
     problems = bench.ending(first, (0, MISTAKE, 128 + number))
-    if number == signal.SIGTERM:
+    if number != signal.SIGKILL:
         problems += [*bench.unfinished(), *bench.temporaries()]
     if first.status:
         problems += bench.ending(bench.run(work, again=True), (0,))
-    return [*problems, *bench.unfinished(), *bench.temporaries()]
+    missing = [f"missing: {name}" for name in sorted(names - names_of(bench.seen()))]
+    return [*problems, *missing, *bench.state({}, True), *bench.unfinished(), *bench.temporaries()]
 
 
 def two_at_once(bench: Bench, work: Work) -> Problems:
     """Two of a command in one folder: both work, or the second says who is there; nothing is damaged."""
-    bench.fresh(work)
-    assert not bench.run(work).status, bench.said()
-    alone = names_of(bench.seen())
+    alone, _ = bench.undisturbed(work)
     bench.fresh(work)
     before = bench.seen()
     outcomes = bench.server.run_at_once(bench.order(work, number=0), bench.order(work, number=1))
@@ -235,6 +265,16 @@ def two_at_once(bench: Bench, work: Work) -> Problems:
         problems.append(f"none of them works: {bench.said(0)[-200:]} {bench.said(1)[-200:]}")
     missing = alone - names_of(bench.seen())
     return [*problems, *(f"missing: {name}" for name in missing), *bench.state(before, False), *bench.temporaries()]
+
+
+def dripping(bench: Bench, work: Work, part: str) -> Problems:
+    """What a work asks others for comes a byte now and then, from the head of an answer on or from its body."""
+    bench.fresh(work)
+    address = f"{bench.drip}/{part}"
+    environment = {"OPENAI_BASE_URL": f"{address}/v1", "OPENAI_API_KEY": "none", "HF_HOME": str(bench.folder / "hub")}
+    outcome = bench.run(work, hub=address, environment=environment)
+    late = [f"took {outcome.seconds:.0f} s"] if outcome.seconds > PATIENCE + SLOW else []
+    return [*bench.ending(outcome), *late, *bench.unfinished(), *bench.temporaries()]
 
 
 def names_of(seen: Iterable[str]) -> set[str]:
@@ -251,33 +291,52 @@ def faults(work: Work) -> Iterator[tuple[str, Callable[[Bench], Problems]]]:
     yield "full temporary folder", partial(full_temporary_folder, work=work)
     yield "read-only disk", partial(read_only, work=work)
     yield "little shared memory", partial(little_shared_memory, work=work)
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
-        for moment in (0, 1):
-            yield f"{number.name} at {moment}", partial(ended, work=work, number=number, moment=moment)
+    for number, count in MOMENTS.items():
+        for moment in range(count):
+            place = (moment + 0.5) / count
+            yield f"{number.name} at {place:.0%}", partial(ended, work=work, number=number, moment=place)
     yield "two at once", partial(two_at_once, work=work)
+
+
+def all_faults() -> Iterator[tuple[str, Callable[[Bench], Problems]]]:
+    """Every fault of every work, by name."""
+    for work in WORKS:
+        for label, fault in faults(work):
+            yield f"{work.name}: {label}", fault
+    for work in DRIPPED:
+        for part in ("head", "body"):
+            yield f"{work.name}: dripping {part}", partial(dripping, work=work, part=part)
+
+
+def make_more(good: Path, server: Server) -> None:
+    """Inputs of works that the other tests have no use for."""
+    (good / "vbench.json").write_text(json.dumps([{"prompt_en": "a", "dimension": ["scene"]}]))
+    words = [str(DEMO / "vae.safetensors"), "diffusers", "--norm-groups", "4"]
+    order = Order("tools/convert/to_diffusers.py", words, str(good), str(good.parent), 600.0, False)
+    assert not server.run(order).status, good.with_name("good.err").read_text()
 
 
 def main(pattern: str = "") -> None:
     """Run all that a pattern matches, print what does not hold."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, drip(pause=0.5, size=10**6) as address:
         server, good = Server(), Path(folder) / "good"
         good.mkdir()
         write_inputs(good)
         run_commands(good, server)
+        make_more(good, server)
         bench, started, bad, count = Bench(server, good, Path(folder) / "place"), time.monotonic(), 0, 0
-        for work in WORKS:
-            for label, fault in faults(work):
-                name = f"{work.name}: {label}"
-                if not re.search(pattern, name):
-                    continue
-                began = time.monotonic()
-                bench.ends.clear()
-                problems = fault(bench)
-                bench.server.mount(bench.folder)
-                bench.server.mount(bench.temporary)
-                bad, count = bad + bool(problems), count + 1
-                told = "".join(f"\n    {each}" for each in (*(f"({end})" for end in bench.ends), *problems))
-                print(f"{name} ({time.monotonic() - began:.1f} s){told}", flush=True)
+        bench.drip = address
+        for name, fault in all_faults():
+            if not re.search(pattern, name):
+                continue
+            began = time.monotonic()
+            bench.ends.clear()
+            problems = fault(bench)
+            bench.server.mount(bench.folder)
+            bench.server.mount(bench.temporary)
+            bad, count = bad + bool(problems), count + 1
+            told = "".join(f"\n    {each}" for each in (*(f"({end})" for end in bench.ends), *problems))
+            print(f"{name} ({time.monotonic() - began:.1f} s){told}", flush=True)
         server.close()
     print(f"{count} faults, {bad} do not hold, {time.monotonic() - started:.0f} s")
 

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +32,8 @@ GIB = 2**30
 ADDRESSES = 24 * GIB  # of one process
 NEW_MOUNTS, RECURSIVE, PRIVATE, DETACH = 0x20000, 0x4000, 1 << 18, 2  # of unshare(2), mount(2) and umount2(2)
 READ_ONLY, REMOUNT = 1, 32
+CHANGES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")  # of sys.audit
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 BUSY = 4  # how many times as slow as a machine of its own the one of the tests may be
 IMPORTED = (
     *("torch", "numpy", "pandas", "pyarrow.parquet", "safetensors.torch", "av", "PIL.Image", "polars", "peft"),
@@ -56,8 +58,10 @@ class Order:
         seconds: after which it is killed.
         stop_at_weights: end it with ``AT_WEIGHTS`` instead of letting it read weights.
         streams: start of the names of its streams; else ``folder``.
-        killed: the signal that it gets in the moment before a file or folder that it has written gets its name.
-        moment: which of these moments it is, from 0.
+        killed: the signal that it gets in the moment before it changes something in its folders, 0 for none.
+        moment: which of its changes that is, from 0. Their number is written to ``<streams>.changes``.
+        hub: address that stands for the Hugging Face hub; none: there is no network.
+        environment: variables that it has besides.
     """
 
     script: str
@@ -69,6 +73,8 @@ class Order:
     streams: str = ""
     killed: int = 0
     moment: int = 0
+    hub: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -187,8 +193,10 @@ def prepare(order: Order) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if order.stop_at_weights:
         watch_weights()
-    if order.killed:
-        kill_before_names(order.killed, order.moment)
+    os.environ.update(order.environment)
+    if order.hub:
+        reach_hub(order.hub)
+    watch_changes(order, f"{streams}.changes")
 
 
 def watch_weights() -> None:
@@ -204,24 +212,34 @@ def watch_weights() -> None:
     embedder._load_model = end
 
 
-def kill_before_names(number: int, moment: int) -> None:
-    """Have this process get a signal in the moment before something that it has written gets its name."""
-    from opensora.utils import files
+def watch_changes(order: Order, count: str) -> None:
+    """Count what this process changes in its folders, and have it get its signal before one of these changes."""
+    ours, left = os.getpid(), itertools.count(order.moment, -1)
+    places = (Path(order.folder), Path(order.temporary))
+    os.truncate(handle := os.open(count, os.O_RDWR | os.O_CREAT, 0o644), 0)
 
-    left = itertools.count(moment, -1)
+    def look(event: str, given: tuple[Any, ...]) -> None:
+        if event not in CHANGES or os.getpid() != ours or (event == "open" and not (given[2] or 0) & WRITING):
+            return
+        path = given[1] if event == "os.rename" else given[0]  # its new name
+        if not isinstance(path, str | bytes | os.PathLike):  # an open file, by its number
+            return
+        place = Path(os.fsdecode(path)).absolute()
+        if not any(place.is_relative_to(folder) for folder in places):
+            return
+        os.write(handle, b".")
+        if next(left) == 0 and order.killed:
+            os.kill(ours, order.killed)
 
-    def before(put: Callable) -> Callable:
-        def killed(*arguments: Any) -> Any:
-            if next(left) == 0:
-                os.kill(os.getpid(), number)
-            return put(*arguments)
+    sys.addaudithook(look)
 
-        return killed
 
-    files.FileBeside.put_in_place = before(files.FileBeside.put_in_place)  # type: ignore[method-assign]
-    for module in [each for name, each in sys.modules.items() if name.startswith(("opensora", "tools"))]:
-        if getattr(module, "put_in_place", None) is files.put_in_place:
-            vars(module)["put_in_place"] = before(files.put_in_place)
+def reach_hub(address: str) -> None:
+    """Let an address stand for the Hugging Face hub; its library has read its environment already."""
+    from huggingface_hub import constants
+
+    constants.ENDPOINT, constants.HF_HUB_OFFLINE = address, False
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = address + "/{repo_id}/resolve/{revision}/{filename}"
 
 
 def _call(order: Order) -> Callable[[Any], Any]:

@@ -48,7 +48,7 @@ def test_a_disk_that_cannot_be_written_to(bench, name):
 @pytest.mark.parametrize("name", QUICKEST)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_an_end_in_the_middle(bench, name, number):
-    assert faults.ended(bench, work_of(name), number, 0) == []
+    assert faults.ended(bench, work_of(name), number, 0.5) == []
 
 
 @pytest.mark.parametrize("name", QUICKEST)

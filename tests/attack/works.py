@@ -56,7 +56,13 @@ WORKS = (
         (INFER, "--dataset.data-path", "{good}/clips.csv", "--save-dir", "out"),
         OVERWRITE,
     ),
-    Work("meta", commands.META.script, ("--input", "{good}/clips.csv", "--output", "out.csv", "--num_workers", "1")),
+    Work("serve", "tests/attack/served.py", (INFER, "--data-dir", "data")),
+    Work(
+        "meta",
+        commands.META.script,
+        ("--input", "{good}/clips.csv", "--output", "out.csv", "--num_workers", "1"),
+        ("--overwrite",),
+    ),
     Work("shard", "scripts/cnv/shard.py", ("clips.parquet", "2"), ("--overwrite",), copies=("clips.parquet",)),
     Work("data run", "tools/data/run.py", (*commands.DATA.words, "--workers", "1")),
     Work("data export", "tools/data/export.py", ("made",), ("--overwrite",), ("made",)),
@@ -69,7 +75,9 @@ WORKS = (
     _convert("checkpoint", "{good}/checkpoint", "out.safetensors"),
     _convert("quantize", MMDIT, "out.safetensors", "int8"),
     _convert("quantize t5", T5, "out", "int8", script="quantize"),
-    _convert("to_diffusers", "{demo}/vae.safetensors", "out"),
+    _convert("to_diffusers", "{demo}/vae.safetensors", "out", "--norm-groups", "4"),
+    _convert("to_diffusers pipeline", INFER, "out", "--pipeline", script="to_diffusers"),
+    _convert("from_diffusers", "{good}/diffusers", "out.safetensors"),
     _convert("lora", "convert", ADAPTER, "out.safetensors", "--to", "kohya"),
     _convert("lora peft", "convert", ADAPTER, "out", "--to", "peft", script="lora"),
     _convert("lora merge", "merge", MMDIT, ADAPTER, "out.safetensors", "--from-rope", "half-split", script="lora"),
@@ -103,6 +111,74 @@ WORKS = (
         "benchmark data",
         "tools/benchmark/data.py",
         ("--part", "table", "--seconds", "1", "--repeats", "1", "--out", "out.json"),
+        ("--overwrite",),
+    ),
+    Work(
+        "evaluate compare configs",
+        "tools/evaluate/compare.py",
+        (INFER, f"{INFER} --num_steps 2", "--prompts", "{good}/prompts.csv", "--out", "out"),
+        ("--overwrite",),
+    ),
+    Work(
+        "vbench prepare",
+        "tools/evaluate/vbench.py",
+        ("prepare", "--work", "out", "--info", "{good}/vbench.json"),
+    ),
+    Work(
+        "benchmark",
+        "tools/benchmark/inference.py",
+        ("--config", INFER, "--comparison", "0", "--full-steps", "2", "--out", "out.json"),
+        ("--overwrite",),
+    ),
+    Work(
+        "benchmark training",
+        "tools/benchmark/training.py",
+        ("{good}/train.py", "--steps", "1", "--warm-up", "1", "--out", "out.json"),
+        ("--overwrite",),
+    ),
+    Work(
+        "benchmark checkpoints",
+        "tools/benchmark/checkpoints.py",
+        ("--megabytes", "1", "--repeats", "1", "--folder", "."),
     ),
     Work("benchmark tables", "tools/benchmark/tables.py", ("--rows", "1000")),
+)
+
+# of a server at {drip}, which is the hub and the language model as well
+I2V = ("--cond_type", "i2v_head", "--ref", "{drip}/a.png")
+REPO, FILE = "org/name", "org/name/weights.safetensors"
+CAPTION = ("--stages", "ingest,frames,caption", "--workers", "0")
+DRIPPED = (
+    Work("generate: a reference", commands.INFERENCE.script, (*commands.INFERENCE.words, *I2V)),
+    Work("generate: refine", commands.INFERENCE.script, (*commands.INFERENCE.words, "--refine-prompt", "True")),
+    Work(
+        "generate: local refine",
+        commands.INFERENCE.script,
+        (*commands.INFERENCE.words, "--refine-prompt", "True", "--refine-model", REPO),
+    ),
+    Work("generate: a config", commands.INFERENCE.script, (REPO, "--prompt", "a")),
+    *(
+        Work(f"{name}: {key}", command.script, (*command.words, f"--{key}.from_pretrained={value}"))
+        for name, command, key, value in (
+            ("generate", commands.INFERENCE, "model", FILE),
+            ("generate", commands.INFERENCE, "t5", REPO),
+            ("decode", commands.DECODE, "ae", FILE),
+            ("train", commands.TRAIN, "clip", REPO),
+            ("train", commands.TRAIN, "model", FILE),
+            ("cache", commands.CACHE, "t5", REPO),
+            ("train-vae", commands.VAE_TRAIN, "model", FILE),
+            ("reconstruct", commands.VAE_INFERENCE, "model", FILE),
+            ("vae-stats", commands.VAE_STATS, "model", FILE),
+            ("serve", commands.Command("tests/attack/served.py", (INFER, "--data-dir", "data")), "t5", REPO),
+        )
+    ),
+    Work("data caption", "tools/data/run.py", (*commands.DATA.words, *CAPTION)),
+    Work("data local caption", "tools/data/run.py", (*commands.DATA.words, *CAPTION, "--caption.local", REPO)),
+    Work(
+        "data clip",
+        "tools/data/run.py",
+        (*commands.DATA.words, "--stages", "ingest,frames,aesthetic", "--workers", "0"),
+    ),
+    _convert("quantize", FILE, "out.safetensors", "int8"),
+    _convert("from_diffusers", REPO, "out.safetensors"),
 )
