@@ -7,6 +7,8 @@ from fractions import Fraction
 import av
 import av.filter
 
+from opensora.utils.media.decoded import decoded
+
 BOTTOM_FIRST = (3, 4)  # FFmpeg's numbers of field orders
 Stamp = tuple[int | None, Fraction | None]
 
@@ -42,7 +44,7 @@ def progressive(container: "av.container.InputContainer", stream: "av.VideoStrea
     """Decoded frames in order, those that are flagged interlaced deinterlaced (as at their first field), the others as
     they are."""
     worker: _Deinterlacer | None = None
-    for frame in container.decode(stream):
+    for frame in decoded(container, stream):
         if worker is not None and worker.kind != (frame.width, frame.height, frame.format.name):
             yield from worker.push(None)
             worker = None

@@ -4,12 +4,14 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 from numpy.typing import NDArray
 
 from opensora.utils.errors import UserError
+from opensora.utils.media.decoded import decoded
 from opensora.utils.media.fields import progressive
 from opensora.utils.media.kinds import DECODE_ERRORS, decoding, open_clip, video_stream
 from opensora.utils.media.pixels import FrameConverter, OnHdr
@@ -21,6 +23,7 @@ UNDECODABLE = "{path}: cannot be decoded ({reason})"
 TIMED_FORMATS = {"mov", "mp4", "matroska", "webm"}  # containers that store when each frame is shown
 TABLE_FORMATS = {"mov", "mp4"}  # whose header has it of all frames
 JUMPING_FORMATS = {"mpegts", "mpeg"}  # recordings of streams, whose clocks jump
+LENGTH_SLACK = 1.5  # frames by which a header's length may be off
 
 
 def check_bytes(count: int, frame: NDArray[np.uint8]) -> None:
@@ -180,24 +183,38 @@ class _Search:
 def _is_constant(stream: "av.VideoStream", fps: float | None = None) -> bool:
     """Whether the header says one rate throughout, which is that of the table where it names one."""
     known = fps is None or not fps > 0 or same_rate(stream.average_rate, fps)
-    return same_rate(stream.average_rate, stream.base_rate) and known
+    return same_rate(stream.average_rate, stream.base_rate) and known and _is_filled(stream)
+
+
+def _is_filled(stream: "av.VideoStream") -> bool:
+    """Whether a header's frames take the time that it names, where it names both: an edit list that cuts some out, or
+    puts a pause between them, changes the time alone."""
+    if not (stream.frames and stream.duration and stream.time_base and stream.average_rate):
+        return True
+    return abs(float(stream.duration * stream.time_base * stream.average_rate) - stream.frames) <= LENGTH_SLACK
 
 
 def is_constant(container: "av.container.InputContainer") -> bool:
     """Whether the order of the frames is all that there is to know: the header tells when each of them is shown, and
     that this is for the same time; or times may jump."""
-    formats = set(container.format.name.split(","))
-    return bool(formats & JUMPING_FORMATS) or (_is_constant(video_stream(container)) and bool(formats & TABLE_FORMATS))
+    has_table = bool(TABLE_FORMATS & set(container.format.name.split(",")))
+    return is_ordered(container) or (has_table and _is_constant(video_stream(container)))
+
+
+def is_ordered(container: "av.container.InputContainer") -> bool:
+    """Whether the times of frames may jump, so that their order is all that can be believed."""
+    return bool(JUMPING_FORMATS & set(container.format.name.split(",")))
 
 
 def _needed(
     container: "av.container.InputContainer", stream: "av.VideoStream", lookup: "_Nearest"
 ) -> Iterator["av.VideoFrame"]:
     """Decoded frames but those that are neither wanted nor referred to (half of them, with B-frames)."""
-    context = stream.codec_context
-    for packet in container.demux(stream):
+
+    def leave_out(context: Any, packet: "av.Packet") -> None:
         context.skip_frame = "DEFAULT" if packet.pts is None or lookup(packet.pts) else "NONREF"
-        yield from packet.decode()
+
+    return decoded(container, stream, leave_out)
 
 
 class _Nearest:

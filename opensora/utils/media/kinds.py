@@ -144,7 +144,11 @@ def _problem(container: "av.container.InputContainer") -> str:
 
 
 def video_stream(container: "av.container.InputContainer") -> "av.VideoStream":
-    """The first video of an open clip."""
+    """The video of an open clip; of several, the one that FFmpeg and players take: the main one, by its flags, its
+    frames and its bit rate."""
+    best = container.streams.best("video")
+    if isinstance(best, av.VideoStream) and not _is_cover(best):
+        return best
     return next(stream for stream in container.streams.video if not _is_cover(stream))
 
 

@@ -84,7 +84,7 @@ def plan_for(frame: "av.VideoFrame", aspect: float | None = None) -> _Plan:
     return _Plan(
         width,
         frame.height,
-        "rgb48le" if mapped else "rgba" if _has_alpha(frame) else "rgb24",
+        "rgb48le" if mapped else "rgba" if has_alpha(frame) else "rgb24",
         _matrix(frame, mapped),
         Interpolation.BICUBIC if width != frame.width else None,
         orientation_of(frame),
@@ -111,7 +111,8 @@ def _matrix(frame: "av.VideoFrame", wide: bool) -> Colorspace | None:
     return Colorspace.ITU709 if frame.width >= 1280 or frame.height > 576 else None
 
 
-def _has_alpha(frame: "av.VideoFrame") -> bool:
+def has_alpha(frame: "av.VideoFrame") -> bool:
+    """Whether parts of a frame may be transparent."""
     return frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
 
 

@@ -8,7 +8,8 @@ import av
 
 from opensora.utils.errors import UserError
 from opensora.utils.media import hdr
-from opensora.utils.media.frames import is_constant, is_timed
+from opensora.utils.media.decoded import decoded
+from opensora.utils.media.frames import LENGTH_SLACK, is_constant, is_ordered, is_timed
 from opensora.utils.media.kinds import DECODE_ERRORS, Kind, decoding, is_picture, open_clip, open_picture, video_stream
 from opensora.utils.media.pictures import is_lying
 from opensora.utils.media.pixels import plan_for
@@ -75,7 +76,7 @@ def _probe_clip(path: str | Path) -> MediaInfo:
     with open_clip(path) as container:
         stream = video_stream(container)
         stream.thread_type = "NONE"
-        first = next(container.decode(stream), None)
+        first = next(decoded(container, stream), None)
         if first is None:
             raise UserError(f"{path}: not one frame can be decoded")
         plan = plan_for(first, float(stream.sample_aspect_ratio or 1))
@@ -101,9 +102,10 @@ def _count(
     by_packets = is_timed(container) and stream.codec_context.name not in HIDDEN_FRAMES
     with open_clip(path) as other:
         times = scan(other) if by_packets else _decode_all(other)
-    if isinstance(times, int):
-        return times, None
-    return (len(times.stamps), times) if times is not None else (0, None)
+        ordered = is_ordered(other)
+    if times is None or isinstance(times, int):
+        return times or 0, None
+    return len(times.stamps), None if ordered else times
 
 
 def _decode_all(container: "av.container.InputContainer") -> Timeline | int:
@@ -126,7 +128,7 @@ def _header_holds(container: "av.container.InputContainer", stream: "av.VideoStr
     if not stream.frames or not stream.duration or not stream.time_base or rate <= 0:
         return False
     per_frame = 1 / (rate * float(stream.time_base))
-    if abs(stream.duration / per_frame - stream.frames) > 1.5:
+    if abs(stream.duration / per_frame - stream.frames) > LENGTH_SLACK:
         return False
     end = (stream.start_time or 0) + stream.duration
     try:
@@ -134,4 +136,4 @@ def _header_holds(container: "av.container.InputContainer", stream: "av.VideoStr
         ends = [p.pts + (p.duration or 0) for p in container.demux(stream) if p.pts is not None and p.size]
     except DECODE_ERRORS:
         return False  # the file ends before its header says: the packets that are there get counted
-    return end - max(ends, default=0) < 1.5 * per_frame
+    return end - max(ends, default=0) < LENGTH_SLACK * per_frame

@@ -100,3 +100,25 @@ def edited(source: Path, target: Path, start: int, length: int) -> Path:
     data[at + 16 : at + 20] = (first + start * tick).to_bytes(4, "big")
     target.write_bytes(data)
     return target
+
+
+def see_through(count: int = 6) -> tuple[np.ndarray, np.ndarray]:
+    """A :func:`scene` with a hole and a veil (uint8 [T, H, W, 4]), and what it is on white (uint8 [T, H, W, 3])."""
+    rgb = scene(count)
+    alpha = np.full((*rgb.shape[:3], 1), 255, np.uint8)
+    alpha[:, 30:60, 40:120] = 0
+    alpha[:, 60:70] = 128
+    white = np.round(rgb * (alpha / 255.0) + 255 * (1 - alpha / 255.0)).astype(np.uint8)
+    return np.concatenate([rgb, alpha], axis=-1), white
+
+
+def write_see_through(path: Path, frames: np.ndarray, codec: str, pixels: str, **options: str) -> Path:
+    """Encode frames with transparency."""
+    with av.open(str(path), "w") as target:
+        stream = target.add_stream(codec, rate=24)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
+        stream.options = options
+        for picture in frames:
+            target.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgba").reformat(format=pixels)))
+        target.mux(stream.encode())
+    return path

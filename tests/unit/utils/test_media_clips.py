@@ -19,7 +19,17 @@ from opensora.utils.media import kinds
 from opensora.utils.media.frames import read_clip, read_frames
 from opensora.utils.media.kinds import is_picture, kind_of
 from opensora.utils.media.probe import probe
-from tests.unit.utils.media_files import HEIGHT, WIDTH, edited, numbered, numbers_of, scene, write_clip
+from tests.unit.utils.media_files import (
+    HEIGHT,
+    WIDTH,
+    edited,
+    numbered,
+    numbers_of,
+    scene,
+    see_through,
+    write_clip,
+    write_see_through,
+)
 
 CASES = Path(__file__).parents[4] / "shared" / "cases"
 needs_cases = pytest.mark.skipif(not CASES.is_dir(), reason="the shared cases are not there")
@@ -123,6 +133,24 @@ def test_clips_are_turned_as_players_turn_them(tmp_path, degrees, mirrored, upsi
     np.testing.assert_array_equal(read_frames(path, [2, 7]), expected[[2, 7]])
 
 
+@pytest.mark.parametrize(
+    ("ending", "codec", "pixels", "options"),
+    [
+        ("webm", "libvpx-vp9", "yuva420p", {"b": "3M", "auto-alt-ref": "0"}),
+        ("webm", "libvpx", "yuva420p", {"b": "3M", "auto-alt-ref": "0"}),
+        ("mov", "prores_ks", "yuva444p10le", {"profile": "4444"}),
+        ("mov", "qtrle", "argb", {}),
+        ("apng", "apng", "rgba", {}),
+    ],
+)
+def test_transparency_of_clips_is_laid_on_white(tmp_path, ending, codec, pixels, options):
+    frames, white = see_through()
+    path = write_see_through(tmp_path / f"a.{ending}", frames, codec, pixels, **options)
+    whole, _ = read_clip(path)
+    assert np.abs(whole.astype(int) - white).mean() < 6  # 26 without
+    np.testing.assert_array_equal(read_frames(path, [0, 4], 24.0), whole[[0, 4]])
+
+
 def test_pixels_that_are_not_square_are_made_so(tmp_path):
     path = write_clip(tmp_path / "a.mkv", scene(), tags={"sample_aspect_ratio": Fraction(16, 15)})
     info = probe(path)
@@ -219,6 +247,65 @@ def test_edit_lists_are_followed(tmp_path, start, length):
     assert numbers_of(read_frames(path, [0, 3, len(shown) - 1], info.fps), 40) == [shown[0], shown[3], shown[-1]]
     with pytest.raises(UserError, match=f"frame {len(shown)}"):
         read_frames(path, [0, len(shown)], info.fps)
+
+
+def paused(source: Path, target: Path, entries: list[tuple[float, int]]) -> Path:
+    """A copy of an mp4 with an edit list of (seconds, first frame, -1 for a pause) in place of the one it has."""
+    data = bytearray(source.read_bytes())
+    at = data.index(b"elst")
+    first, size = int.from_bytes(data[at + 16 : at + 20], "big"), int.from_bytes(data[at - 4 : at], "big")
+    rows = [(round(seconds * 1000), frame if frame < 0 else first + frame * 512) for seconds, frame in entries]
+    new = bytearray((16 + 12 * len(rows)).to_bytes(4, "big") + b"elst" + bytes(4) + len(rows).to_bytes(4, "big"))
+    for length, place in rows:
+        new += length.to_bytes(4, "big") + (place & 2**32 - 1).to_bytes(4, "big") + b"\0\1\0\0"
+    data[at - 4 : at - 4 + size] = new
+    for box in (b"edts", b"trak", b"moov"):
+        start = data.index(box) - 4
+        longer = int.from_bytes(data[start : start + 4], "big") + len(new) - size
+        data[start : start + 4] = longer.to_bytes(4, "big")
+    target.write_bytes(data)
+    return target
+
+
+def test_pauses_and_jumps_of_an_edit_list(tmp_path):
+    source = write_clip(tmp_path / "a.mp4", numbered(40), options={"crf": "5", "g": "12", "bf": "2"})
+    cut = paused(source, tmp_path / "cut.mp4", [(10 / 24, 0), (10 / 24, 20)])
+    assert set(numbers_of(read_clip(cut)[0], 40)) <= {*range(11), *range(20, 31)}
+    late = paused(source, tmp_path / "late.mp4", [(1.0, -1), (40 / 24, 0)])
+    assert (probe(late).num_frames, probe(late).fps, probe(late).variable_rate) == (40, 24.0, False)
+    for entries in ([(10 / 24, 0), (0.5, -1), (10 / 24, 20)], [(10 / 24, 20), (10 / 24, 0)], [(10 / 24, 0)] * 2):
+        path = paused(source, tmp_path / "paused.mp4", entries)
+        info, (whole, rate) = probe(path), read_clip(path)
+        assert (len(whole), rate) == (info.num_frames, pytest.approx(info.fps, abs=1e-3))
+        for window in ([0, 9, 14], [12, 13], [len(whole) - 1]):
+            np.testing.assert_array_equal(read_frames(path, window, info.fps), whole[window])
+
+
+def test_recordings_that_were_joined_keep_their_rate(tmp_path):
+    parts = [write_clip(tmp_path / f"{i}.ts", numbered(48)[24 * i : 24 * i + 24], options={"crf": "5"}) for i in (0, 1)]
+    (tmp_path / "a.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    info, (whole, rate) = probe(tmp_path / "a.ts"), read_clip(tmp_path / "a.ts")
+    assert (info.num_frames, info.fps, rate, info.variable_rate) == (48, 24.0, 24.0, False)
+    assert numbers_of(whole, 48) == list(range(48))
+    assert numbers_of(read_frames(tmp_path / "a.ts", [3, 30, 47], info.fps), 48) == [3, 30, 47]
+
+
+def test_of_several_videos_it_is_the_film(tmp_path):
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as target:  # whose thumbnail is a track like any other
+        small, film = target.add_stream("mjpeg", rate=1), target.add_stream("libx264", rate=24)
+        small.height, small.width, small.pix_fmt = 64, 64, "yuvj420p"
+        film.height, film.width, film.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        black = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+        target.mux([*small.encode(black.reformat(format="yuvj420p")), *small.encode()])
+        for picture in scene():
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            target.mux(film.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU601)))
+        target.mux(film.encode())
+    info, (whole, _) = probe(path), read_clip(path)
+    assert (info.num_frames, info.codec) == (12, "h264")
+    assert np.abs(whole.astype(int) - scene()).mean() < 4
+    np.testing.assert_array_equal(read_frames(path, [2, 9], info.fps), whole[[2, 9]])
 
 
 def test_the_picture_on_a_cover_is_no_clip(tmp_path):

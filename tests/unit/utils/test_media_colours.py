@@ -101,6 +101,16 @@ def test_wide_gamut_of_standard_range_is_brought_to_bt709(tmp_path, transfer):
     assert np.abs(bars(path) - BARS).max() < 6
 
 
+def test_colours_that_the_file_alone_names_are_honoured(tmp_path):
+    """ProRes has names of its own, which are empty here."""
+    path = hdr_clip(tmp_path / "a.mov", hdr.PQ, "prores_ks", "yuv422p10le")
+    with av.open(str(path)) as container:
+        assert int(next(container.decode(video=0)).color_trc) == 2
+    assert probe(path).hdr == "PQ"
+    assert 225 < read_clip(path)[0][0, 8:16, 4:12].mean() <= 240
+    np.testing.assert_array_equal(read_frames(path, [0, 2], 24.0), read_clip(path)[0][[0, 2]])
+
+
 def test_brighter_light_stays_brighter_up_to_the_peak():
     nits = np.array([0.0, 0.1, 1, 10, 50, 100, 203, 400, 700, 1000, 4000])
     signal = np.round(hdr.nits_to_pq(nits) * 65535).astype(np.uint16)

@@ -11,11 +11,12 @@ import numpy as np
 
 from opensora.utils.errors import UserError
 from opensora.utils.media.fields import progressive
-from opensora.utils.media.frames import converter_for
+from opensora.utils.media.frames import converter_for, is_ordered
 from opensora.utils.media.hdr import needs_mapping
 from opensora.utils.media.kinds import DECODE_ERRORS, is_picture, open_clip, reason, video_stream
 from opensora.utils.media.orientation import Orientation, orientation_of
 from opensora.utils.media.pictures import read_picture
+from opensora.utils.media.pixels import has_alpha
 from opensora.utils.media.probe import probe
 from tools.data.engine.stage import Analyser, ClipInfo, Picture, PixelStage, Row
 
@@ -60,7 +61,7 @@ def check_file(path: Path) -> None:
 
 def decode(container: Any, name: str = "") -> Iterator[tuple[float, Any]]:
     """Whole frames (interlaced ones are deinterlaced) with their times in seconds; the first one is at 0. A damaged
-    tail ends the clip early.
+    tail ends the clip early. In recordings of streams, whose clocks jump, the order of frames tells their times.
 
     Raises:
         UserError: not one frame can be decoded.
@@ -69,6 +70,7 @@ def decode(container: Any, name: str = "") -> Iterator[tuple[float, Any]]:
     rate = float(stream.average_rate or stream.base_rate or 25)
     first: float | None = None
     previous = -1.0
+    ordered = is_ordered(container)
     frames = progressive(container, stream)
     while True:
         try:
@@ -81,6 +83,8 @@ def decode(container: Any, name: str = "") -> Iterator[tuple[float, Any]]:
             if first is None:
                 raise UserError(f"no frames in {name}")
             return
+        if ordered:
+            frame.pts = None
         time = float(frame.pts * frame.time_base) if frame.pts is not None and frame.time_base else None
         if first is None:
             first = time or 0.0
@@ -113,8 +117,8 @@ class Shown:
     """A frame as a filter graph takes it, and what is still to be done to it.
 
     Args:
-        frame: as stored; or, where a graph cannot show it rightly (high dynamic range, other colours), as RGB that is
-            upright and of square pixels.
+        frame: as stored; or, where a graph cannot show it rightly (high dynamic range, other colours, transparency),
+            as RGB that is upright and of square pixels.
         upright: how it is turned.
         aspect: width of a pixel by its height.
         matrix: of its colours, by FFmpeg's name; empty for RGB.
@@ -136,14 +140,14 @@ class Shower:
     def __call__(self, frame: Any) -> Shown:
         """One frame."""
         matrix = matrix_of(frame)
-        if is_mapped(frame) or not matrix:
+        if is_mapped(frame) or not matrix or has_alpha(frame):
             rgb = np.ascontiguousarray(self.convert(frame))
             return Shown(av.VideoFrame.from_ndarray(rgb, format="rgb24"))
         return Shown(frame, orientation_of(frame), self.aspect, matrix)
 
     def picture(self, frame: Any) -> Picture:
         """One frame for the pixel stages."""
-        if is_mapped(frame) or self.aspect != 1.0:
+        if is_mapped(frame) or has_alpha(frame) or self.aspect != 1.0:
             rgb = np.ascontiguousarray(self.convert(frame))
             return Picture(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), lambda: rgb)
         brightness = np.ascontiguousarray(orientation_of(frame).apply(luma(frame)))
@@ -163,11 +167,6 @@ def matrix_of(frame: Any) -> str:
     if int(frame.colorspace) == UNKNOWN_MATRIX:
         return "bt709" if frame.width >= 1280 or frame.height > 576 else "bt601"
     return MATRICES.get(int(frame.colorspace), "")
-
-
-def frame_rate(stream: Any) -> float:
-    """Average frames per second, 0 if the file does not say."""
-    return float(stream.average_rate or stream.guessed_rate or stream.base_rate or 0)
 
 
 def _image_picture(path: str | Path) -> Picture:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +18,13 @@ from PIL import Image
 from opensora.config.options import Options, opt
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_beside
+from opensora.utils.media.decoded import Decoder
 from opensora.utils.media.kinds import video_stream
 from opensora.utils.media.orientation import Orientation
 from opensora.utils.media.pictures import read_picture
 from opensora.utils.media.pixels import tag_bt709
-from tools.data.engine.decode import Shower, Shown, clip_info, decode, frame_rate, luma, open_video
+from opensora.utils.media.timing import same_rate
+from tools.data.engine.decode import Shower, Shown, clip_info, decode, luma, open_video
 from tools.data.engine.stage import (
     LARGEST_SIDE,
     SMALLEST_SIDE,
@@ -46,6 +49,7 @@ THIN = 0.1  # of a side: borders that need none like them at the opposite side
 ALIKE, ALL_ALIKE = 0.5, 0.8  # of the larger of two opposite borders: how much the smaller one must be; all around
 MIN_LEFT = 0.3  # of a side: a border that would leave less is a dark picture
 SHORT_SHOT, SHORT_REST = "shot too short", "rest of a shot too short"
+SLOWEST = Fraction(1, 1001)  # frames per second
 TOLERANCE = 0.25  # of a frame: how far time stamps may be off
 
 Preset = Literal[
@@ -88,7 +92,7 @@ class Cut(Stage):
     settings: CutOptions
 
     name = "cut"
-    version = 3
+    version = 4
     reads = ("path", "kind", "source_id", "scenes")
     identity = ("source_id", "scenes")
     adds = CLIP_COLUMNS
@@ -125,11 +129,11 @@ class Cut(Stage):
         clips = [(self.clip_id(row["source_id"], *span), *span) for span in spans]
         targets = [self._target(clip_id, ".mp4") for clip_id, _, _ in clips]
         if not all(target.is_file() for target in targets):
-            boxes = find_borders(path, spans, self.settings)
+            boxes, fps = find_borders(path, spans, self.settings), clip_info(path).fps
             with open_video(path) as container:
                 frames = _Pushback(decode(container, path.name))
                 for target, (start, end), box in zip(targets, spans, boxes):
-                    encode = _Encoder(container, start, end, box, self.settings)
+                    encode = _Encoder(container, fps, start, end, box, self.settings)
                     write_beside(target, lambda temporary: encode(frames, temporary))  # noqa: B023
         return [self._row(*clip, target) for clip, target in zip(clips, targets)]
 
@@ -274,7 +278,7 @@ def find_borders(path: Path, spans: list[tuple[float, float]], settings: CutOpti
     boxes: list[Box | None] = []
     with open_video(path) as container:
         stream = video_stream(container)
-        shower = Shower(stream)
+        shower, decoder = Shower(stream), Decoder(stream)
         origin = float((stream.start_time or 0) * (stream.time_base or 0))
         for start, end in spans:
             times = [origin + start + share * (end - start) for share in BORDER_SAMPLES]
@@ -282,7 +286,9 @@ def find_borders(path: Path, spans: list[tuple[float, float]], settings: CutOpti
             box: Box | None = None
             for firsts in ([origin + start] * len(times), times):
                 images += [
-                    i for t, first in zip(times, firsts) if (i := _frame_at(container, shower, t, first)) is not None
+                    image
+                    for time, first in zip(times, firsts)
+                    if (image := _frame_at(container, decoder, shower, time, first)) is not None
                 ]
                 box = _common_box(images, settings.border_level)
                 if box is None:
@@ -300,12 +306,13 @@ def _common_box(images: list[np.ndarray], level: int) -> Box | None:
     return None if box[2:] == same[0].shape[::-1] else box
 
 
-def _frame_at(container: Any, shower: Shower, time: float, first: float) -> np.ndarray | None:
+def _frame_at(container: Any, decoder: Decoder, shower: Shower, time: float, first: float) -> np.ndarray | None:
     """Luma of the first frame from the key frame before ``time`` on that is shown at ``first`` or later."""
     stream = video_stream(container)
     try:
         container.seek(int(time / (stream.time_base or 1)), stream=stream)
-        for frame in container.decode(stream):
+        decoder.context.flush_buffers()
+        for frame in chain.from_iterable(map(decoder, container.demux(stream))):
             if frame.time is None or frame.time >= first - 1e-3:
                 return luma(shower(frame).frame).copy()
     except (av.FFmpegError, ValueError):
@@ -328,12 +335,15 @@ class _Pushback:
 
 
 class _Encoder:
-    """Encodes the frames of one span at a constant rate."""
+    """Encodes the frames of one span at a constant rate: the header's, or the mean rate ``fps`` where it is another."""
 
-    def __init__(self, container: Any, start: float, end: float, box: Box | None, settings: CutOptions) -> None:
+    def __init__(
+        self, container: Any, fps: float, start: float, end: float, box: Box | None, settings: CutOptions
+    ) -> None:
         self.source = video_stream(container)
         self.shower = Shower(self.source)
-        rate = self.source.average_rate or Fraction(frame_rate(self.source) or 25).limit_denominator(1001)
+        header = self.source.average_rate
+        rate = header if header and same_rate(header, fps) else max(Fraction(fps).limit_denominator(1001), SLOWEST)
         # Phones record at about 30: the average of such a file may be 30.1, which is no reason to halve it.
         self.stride = max(math.ceil(float(rate) / settings.max_fps - RATE_SLACK), 1)
         self.rate = Fraction(rate).limit_denominator(1001) / self.stride

@@ -11,7 +11,15 @@ from PIL import Image
 
 from opensora.utils.media.probe import probe
 from opensora.utils.video import read_image, read_video
-from tests.unit.utils.media_files import edited, numbered, numbers_of, scene, write_clip
+from tests.unit.utils.media_files import (
+    edited,
+    numbered,
+    numbers_of,
+    scene,
+    see_through,
+    write_clip,
+    write_see_through,
+)
 from tools.data.engine.decode import clip_frames, clip_info
 from tools.data.engine.pipeline import Pipeline
 from tools.data.engine.runners import LocalRunner
@@ -193,6 +201,37 @@ def test_interlaced_clips_have_no_combs(tmp_path):
     made = read_video(row["file"])[0].astype(int)
     assert np.abs(made[12] - woven[12]).max() > 60, "the combs are gone"
     assert not probe(row["file"]).interlaced
+
+
+@pytest.mark.parametrize(("codec", "pixels", "ending"), [("prores_ks", "yuva444p10le", "mov"), ("png", "rgba", "mov")])
+def test_transparency_is_laid_on_white(tmp_path, codec, pixels, ending):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    source = write_see_through(raw / f"a.{ending}", see_through()[0], codec, pixels)
+    (row,) = cut_all(raw).values()
+    assert difference(row["file"], source) < 3  # 26 without
+    _, picture = next(clip_frames(source))
+    assert picture.luma[45, 80] > 250
+
+
+def test_animations_keep_their_rate(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    pictures = [Image.fromarray(frame) for frame in numbered(5)]
+    pictures[0].save(raw / "a.webp", save_all=True, append_images=pictures[1:], duration=100, lossless=True)
+    (row,) = cut_all(raw).values()
+    assert (row["num_frames"], row["fps"]) == (5, 10.0)
+    assert numbers_of(read_video(row["file"])[0], 5) == [0, 1, 2, 3, 4]
+
+
+def test_recordings_that_were_joined_are_whole(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    parts = [write_clip(tmp_path / f"{i}.ts", numbered(48)[24 * i : 24 * i + 24], options=LOSSY) for i in (0, 1)]
+    (raw / "a.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    (row,) = cut_all(raw).values()
+    assert (row["num_frames"], row["fps"], row["source_seconds"]) == (48, 24.0, 2.0)
+    assert numbers_of(read_video(row["file"])[0], 48) == list(range(48))
 
 
 def test_what_an_edit_list_cuts_off_is_not_there(tmp_path):
