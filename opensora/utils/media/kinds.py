@@ -34,8 +34,24 @@ CLIP_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".ts", ".mpg", 
 HEAD_BYTES = 16
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "AVIF", "JPEG2000")
 
-# Demuxers that take a text for a film, or lead to other files and to the network.
-NO_CLIP = {"tty", "image2", "image2pipe", "hls", "dash", "concat", "sdp", "rtp", "rtsp", "sap", "imf", "lavfi"}
+# Demuxers that take a text (or a picture in a PDF: mjpeg) for a film, or lead to other files and to the network.
+NO_CLIP = {
+    "mjpeg",
+    "ico",
+    "fits",
+    "tty",
+    "image2",
+    "image2pipe",
+    "hls",
+    "dash",
+    "concat",
+    "sdp",
+    "rtp",
+    "rtsp",
+    "sap",
+    "imf",
+    "lavfi",
+}
 UNREADABLE = "not a readable video: {path} ({reason})"
 MAX_PIXELS = 2**26  # of a frame; 8192x8192
 DECODE_ERRORS = (av.FFmpegError, OSError, ValueError, IndexError, EOFError)  # what PyAV raises for damaged files

@@ -8,8 +8,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from opensora.utils.errors import UserError
+from opensora.utils.media.hdr import needs_mapping
 from opensora.utils.media.kinds import open_picture
 from opensora.utils.media.pixels import on_white
+from opensora.utils.media.profiles import in_srgb, mapped, named_colours
 from opensora.utils.paths import is_file
 
 EXIF_ORIENTATION = 0x112
@@ -32,17 +34,21 @@ def read_picture(path: str | Path) -> NDArray[np.uint8]:
         raise UserError(f"image not found: {path}")
     with open_picture(path) as image:
         image.load()
-        return picture_pixels(image)
+        transfer, primaries = named_colours(path)
+        if not needs_mapping(transfer, primaries):
+            return picture_pixels(image)
+        image.info.pop("icc_profile", None)  # the names count first
+        return mapped(picture_pixels(image), transfer, primaries)
 
 
 def picture_pixels(image: Image.Image) -> NDArray[np.uint8]:
-    """uint8 RGB [H, W, 3] of a picture: turned as its EXIF orientation says, transparency laid on white, of 16 bits the
-    upper 8.
+    """uint8 RGB [H, W, 3] of a picture: turned as its EXIF orientation says, in sRGB by its ICC profile, transparency
+    laid on white, of 16 bits the upper 8.
 
     Raises:
         ValueError: floating-point values.
     """
-    image = _upright(image)
+    image = in_srgb(_upright(image))
     if image.mode == "F":
         raise ValueError("floating-point values; save it with 8 or 16 bits")
     if image.mode in MODES_OF_16_BITS:  # which Pillow would cut off at 255

@@ -1,15 +1,23 @@
 """Pictures, from files and as a program holds them."""
 
+import io
+import struct
+import zlib
+
+import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from av.video.reformatter import Colorspace
+from PIL import Image, ImageCms
 
 from opensora.utils.errors import UserError
+from opensora.utils.media import hdr
 from opensora.utils.media.kinds import kind_of
 from opensora.utils.media.pictures import as_pixels, read_picture
 from opensora.utils.media.probe import probe
 from tests.unit.utils.media_files import scene
+from tests.unit.utils.test_media_colours import to_signal
 
 PICTURE = scene(1)[0]
 
@@ -79,6 +87,80 @@ def test_depths_and_modes(tmp_path, mode):
     error = np.abs(read_picture(path).astype(int) - wanted[..., None])
     assert error.mean() < (90 if mode == "1" else 2)  # one bit is dithered
     np.testing.assert_array_equal(as_pixels(image), read_picture(path))
+
+
+def display_p3() -> bytes:
+    """An ICC profile of Display P3's primaries, gamma 2.2."""
+
+    def numbers(*values: float) -> bytes:
+        return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+    white = (0.9642, 1.0, 0.8249)
+    columns = {b"r": (0.51512, 0.2412, -0.00105), b"g": (0.29198, 0.69225, 0.04189), b"b": (0.1571, 0.06657, 0.78407)}
+    tags = {b"desc": b"desc" + bytes(4) + struct.pack(">I", 2) + b"x\0" + bytes(78), b"cprt": b"text" + bytes(8)}
+    tags |= {b"wtpt": b"XYZ " + bytes(4) + numbers(*white)}
+    tags |= {name + b"XYZ": b"XYZ " + bytes(4) + numbers(*column) for name, column in columns.items()}
+    tags |= {name + b"TRC": b"curv" + bytes(4) + struct.pack(">IHH", 1, round(2.2 * 256), 0) for name in columns}
+    place, index, body = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for name, content in tags.items():
+        index += name + struct.pack(">II", place + len(body), len(content))
+        body += content
+    head = bytes(4) + b"\2\x10\0\0mntrRGB XYZ ".rjust(20, b"\0") + bytes(12) + b"acsp" + bytes(28) + numbers(*white)
+    whole = head.ljust(128, b"\0") + index + body
+    return struct.pack(">I", len(whole)) + whole[4:]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "TIFF"])
+def test_colours_are_those_of_the_icc_profile(tmp_path, name, mode):
+    if (name, mode) == ("JPEG", "RGBA"):
+        mode = "RGB"
+    profile, srgb = display_p3(), ImageCms.createProfile("sRGB")
+    image = Image.fromarray(PICTURE)
+    stored = ImageCms.profileToProfile(image, srgb, ImageCms.ImageCmsProfile(io.BytesIO(profile)), outputMode="RGB")
+    assert np.abs(np.asarray(stored).astype(int) - PICTURE).mean() > 8
+    expected = PICTURE.copy()
+    if mode == "RGBA":
+        stored.putalpha(255)
+        stored.paste((0, 0, 0, 0), (0, 0, 160, 20))
+        expected[:20] = 255
+    elif mode == "P" and name == "PNG":
+        stored = stored.convert("P", palette=Image.Palette.ADAPTIVE)
+    stored.save(tmp_path / "a", name, icc_profile=profile, **({"quality": 98} if name == "JPEG" else {}))
+    assert np.abs(read_picture(tmp_path / "a").astype(int) - expected).mean() < (3 if name == "JPEG" else 0.5)
+    image.save(tmp_path / "a", "PNG", icc_profile=b"junk" * 40)
+    np.testing.assert_array_equal(read_picture(tmp_path / "a"), PICTURE)
+    image.save(tmp_path / "a", "PNG", icc_profile=ImageCms.ImageCmsProfile(srgb).tobytes())
+    np.testing.assert_array_equal(read_picture(tmp_path / "a"), PICTURE)
+
+
+@pytest.mark.parametrize("transfer", [hdr.PQ, hdr.HLG, 1])
+def test_pictures_of_high_dynamic_range_and_wide_gamut_are_mapped(tmp_path, transfer):
+    Image.fromarray((to_signal(PICTURE, transfer) >> 8).astype(np.uint8)).save(tmp_path / "a.png")
+    data, chunk = (tmp_path / "a.png").read_bytes(), b"cICP" + bytes([hdr.BT2020, transfer, 0, 1])
+    named = data[:33] + struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+    (tmp_path / "a.png").write_bytes(named)
+    found = read_picture(tmp_path / "a.png").astype(int)
+    assert np.abs(found - PICTURE).mean() < 5  # 24 and more as it is stored
+    with av.open(str(tmp_path / "a.avif"), "w", format="avif") as target:
+        stream = target.add_stream("libsvtav1", rate=1)
+        stream.height, stream.width, stream.pix_fmt = *PICTURE.shape[:2], "yuv420p10le"
+        context = stream.codec_context
+        context.color_trc, context.color_primaries, context.colorspace, context.color_range = transfer, 9, 9, 1
+        frame = av.VideoFrame.from_ndarray(to_signal(PICTURE, transfer), format="rgb48le")
+        frame = frame.reformat(format="yuv420p10le", dst_colorspace=Colorspace.BT2020, dst_color_range=1)
+        target.mux([*stream.encode(frame), *stream.encode()])
+    assert np.abs(read_picture(tmp_path / "a.avif").astype(int) - PICTURE).mean() < 14
+
+
+def test_documents_with_pictures_in_them_are_no_clips(tmp_path):
+    image = Image.fromarray(PICTURE)
+    for name in ("PDF", "ICO"):
+        image.save(tmp_path / "a", name)
+        assert kind_of(tmp_path / "a") is None
+        for read in (probe, read_picture):
+            with pytest.raises(UserError, match=str(tmp_path / "a")):
+                read(tmp_path / "a")
 
 
 def test_damaged_pictures_are_read_or_refused_by_name(tmp_path):
