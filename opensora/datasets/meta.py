@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from opensora.datasets.table import check_table_name, locate, read_table, require_columns, row_number, write_table
+from opensora.datasets.table import (
+    as_written,
+    check_table_name,
+    locate,
+    read_table,
+    require_columns,
+    row_number,
+    write_table,
+)
 from opensora.datasets.video_io import BrokenMediaError
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -124,6 +132,8 @@ def write_meta(
     require_columns(table, ["path"], source)
     if table.empty:
         raise UserError(f"{source}: has no rows")
+    if source.suffix == target.suffix == ".csv":
+        table = as_written(table, source, META_COLUMNS)
     workers = (os.cpu_count() or 1) if num_workers is None else num_workers
     good, broken = add_media_columns(table, source.parent, workers, progress=True)
     if len(broken):

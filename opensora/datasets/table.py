@@ -17,7 +17,7 @@ from opensora.utils.paths import expand_home, is_file, is_there
 
 MEDIA_COLUMNS = ("path", "num_frames", "height", "width", "fps")
 TEXT_COLUMNS = ("path", "text")
-WHOLE_OR_EMPTY = r"-?\d{1,18}|"
+WHOLE = r"-?\d{1,18}"
 SHOWN_LETTERS = 60  # of a row that cannot be
 
 
@@ -41,6 +41,8 @@ def reading_table(path: str | Path, *kinds: type[Exception]) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read as a table (not text in UTF-8; save it as CSV in UTF-8)") from error
     except expected as error:
         raise UserError(f"{path}: cannot be read as a table ({first_line(error)})") from error
 
@@ -54,7 +56,8 @@ def read_table(path: str | Path, as_text: bool = False) -> pd.DataFrame:
 
     Args:
         path: of the table.
-        as_text: every cell as text, "" where it is empty; words such as ``none`` stay words, blank lines stay rows.
+        as_text: every cell as text, "" where it is empty; words such as ``none`` stay words, and blank lines rows,
+            but for those at the end.
 
     Raises:
         UserError: missing file, other format, a file that cannot be parsed, or two columns of one name.
@@ -74,24 +77,30 @@ def _read_csv(path: Path, as_text: bool) -> pd.DataFrame:
     words: dict[str, Any] = {"dtype": str, "keep_default_na": False}
     _check_names(pd.read_csv(path, header=None, nrows=1, **words).iloc[0])  # pandas renames the second of two
     try:
-        table = pd.read_csv(path, skip_blank_lines=False, **words) if as_text else pd.read_csv(path)
+        table = _without_tail(pd.read_csv(path, skip_blank_lines=False, **words)) if as_text else pd.read_csv(path)
     except pd.errors.ParserError:
-        _check_fields(path)
+        check_fields(path)
         raise
     if not isinstance(table.index, pd.RangeIndex):
-        _check_fields(path)
+        check_fields(path)
     holed = [] if as_text else [name for name in table if table[name].dtype == float and table[name].isna().any()]
     cells = pd.read_csv(path, usecols=holed, **words) if holed else pd.DataFrame()
     for name in holed:
-        if cells[name].str.fullmatch(WHOLE_OR_EMPTY).all() and cells[name].any():
-            table[name] = pd.array([int(cell) if cell else None for cell in cells[name]], "Int64")
+        there = table[name].notna()  # empty cells are none, and so are NA, null and the like
+        if there.any() and cells[name][there].str.strip().str.fullmatch(WHOLE).all():
+            table[name] = pd.array([int(cell) if is_one else None for cell, is_one in zip(cells[name], there)], "Int64")
     texts = [name for name in TEXT_COLUMNS if name in table and not as_text]
     if texts:  # pandas knows one set of words for "nothing" only, and in numbers NA and null are what they say
         table[texts] = pd.read_csv(path, usecols=texts, na_values=[""], **words)[texts]
     return table
 
 
-def _check_fields(path: Path) -> NoReturn:
+def _without_tail(table: pd.DataFrame) -> pd.DataFrame:
+    filled = (table != "").any(axis=1).to_numpy()
+    return table.iloc[: int(filled.nonzero()[0][-1]) + 1 if filled.any() else len(table)]
+
+
+def check_fields(path: Path) -> NoReturn:
     """Raise a ValueError that names the first row with more fields than the header."""
     what = "its rows have more fields than its header; quote texts that contain commas"
     with path.open(newline="", encoding="utf-8", errors="replace") as file, suppress(csv.Error):
@@ -109,6 +118,15 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     holed = [f.name for f in content.schema if pa.types.is_integer(f.type) and f.name in table]
     holed = [name for name in holed if table[name].dtype == float]  # so that there is room for nothing
     return table.assign(**{name: content[name].to_pandas(integer_object_nulls=True).astype("Int64") for name in holed})
+
+
+def as_written(table: pd.DataFrame, path: Path, but: Sequence[str]) -> pd.DataFrame:
+    """A table that was read from a CSV, its columns ``but`` some letter by letter: 007, 1.50 and NA as they stand
+    there."""
+    others = [name for name in table.columns if name not in (*but, *TEXT_COLUMNS)]
+    if not others:
+        return table
+    return table.assign(**pd.read_csv(path, usecols=others, dtype=str, keep_default_na=False))
 
 
 def _check_names(names: Iterable[Any]) -> None:
@@ -170,6 +188,8 @@ def require_columns(table: pd.DataFrame, columns: Sequence[str], path: str | Pat
         return
     near = {name: difflib.get_close_matches(name, map(str, table.columns), 1) for name in missing}
     named = ", ".join(f"'{name}'" + (f" (is '{match[0]}' meant?)" if match else "") for name, match in near.items())
+    if len(table.columns) == 1 and (other := [sign for sign in ";\t|" if sign in str(table.columns[0])]):
+        hint = f"Its columns are separated by {other[0]!r}; separate them by commas. {hint}"
     raise UserError(f"{path}: missing column {named}; found {', '.join(map(str, table.columns))}. {hint}".rstrip())
 
 

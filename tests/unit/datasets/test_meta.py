@@ -85,6 +85,14 @@ def test_parquet_other_folder_and_workers(folder, tmp_path_factory):
     assert table["num_frames"].tolist() == [17, 1] * 20
 
 
+def test_other_columns_stay_as_they_are_written(folder):
+    rows = ["a.mp4,007,1.50,NA,9007199254740993", "a.mp4,12,true,,null"]
+    (folder / "own.csv").write_text("\n".join(["path,id,share,note,number", *rows]) + "\n")
+    assert write_meta(folder / "own.csv", folder / "own_meta.csv", 0) == (2, 0)
+    lines = (folder / "own_meta.csv").read_text().splitlines()
+    assert [line.split(",")[:5] for line in lines[1:]] == [row.split(",") for row in rows]
+
+
 def test_mistakes_are_named(folder):
     pd.DataFrame({"path": ["gone.mp4"]}).to_csv(folder / "none.csv", index=False)
     with pytest.raises(UserError, match="none of its 1 files is readable"):

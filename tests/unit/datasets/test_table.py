@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from opensora.datasets.rows import read_numbers, write_shards
-from opensora.datasets.table import read_table, row_name, write_table
+from opensora.datasets.table import read_table, require_columns, row_name, write_table
 from opensora.utils.errors import UserError
 
 READERS = {
@@ -27,12 +27,21 @@ READERS = {
         ('text,seed\n"a, b",4\na red circle, moving right,5\n', "more fields.*row 3"),
         ("text,seed,text\na,1,b\n", "two columns are named 'text'"),
         ("", "cannot be read as a table"),
+        ("text\ncafé\n".encode("latin-1"), "not text in UTF-8"),
+        ("text,seed\na,1\n".encode("utf-16"), "not text in UTF-8"),
     ],
 )
 def test_mistakes_in_csv(tmp_path, content, message, as_text):
-    (tmp_path / "t.csv").write_text(content)
+    (tmp_path / "t.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=rf"t\.csv: .*{message}"):
         read_table(tmp_path / "t.csv", as_text)
+
+
+@pytest.mark.parametrize("sign", [";", "\t", "|"])
+def test_columns_that_are_not_separated_by_commas(tmp_path, sign):
+    (tmp_path / "t.csv").write_text(f"text{sign}seed\na{sign}1\n")
+    with pytest.raises(UserError, match=r"missing column 'text'.*separated by .*; separate them by commas"):
+        require_columns(read_table(tmp_path / "t.csv"), ["text"], tmp_path / "t.csv")
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -54,7 +63,7 @@ def test_cells_as_text(tmp_path):
     assert found["seed"].tolist() == ["12345678", "", "2.5"]
     assert found["text"].tolist() == ["none", "NA", ""]
     assert found["n"].tolist() == [str(2**60), "1", "0"]
-    (tmp_path / "t.csv").write_text("text\nnone\n\n007\n")
+    (tmp_path / "t.csv").write_text("text\nnone\n\n007\n\n\n")
     assert read_table(tmp_path / "t.csv", as_text=True)["text"].tolist() == ["none", "", "007"]
 
 
@@ -69,6 +78,8 @@ def test_whole_numbers_beside_empty_cells_keep_all_digits(tmp_path):
         assert (tmp_path / "again.csv").read_text().splitlines()[1].split(",")[:2] == ["a", str(large)]
         assert found["id"].isna().tolist() == [False, True]
     assert read_table(tmp_path / "t.csv")["share"].dtype == float
+    (tmp_path / "t.csv").write_text(f"id\n{large}\nNA\nnull\n")  # which are no numbers either
+    assert read_table(tmp_path / "t.csv")["id"].tolist() == [large, pd.NA, pd.NA]
 
 
 def test_rows_are_counted_as_spreadsheets_do():

@@ -15,6 +15,7 @@ FORMATS = (".csv", ".parquet")
 READ_FORMATS = (*FORMATS, ".jsonl")
 DAMAGED = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError)  # what reading one raises
 TEXTS = {"path": pl.String, "text": pl.String}  # a file may be called 007, and so may what it shows
+MORE_FIELDS = "found more fields"  # polars', which names no row
 TEXT_BYTES = 4096  # of a CSV, looked at
 TWICE = re.compile(r"(.+)_duplicated_\d+")  # what polars calls a column whose name came before
 
@@ -29,7 +30,7 @@ def read_table(path: Path, needs: Sequence[str] = ()) -> pl.DataFrame:
     Raises:
         UserError: missing, of another kind, damaged, two columns of one name, or without a column that it needs.
     """
-    from opensora.datasets.table import reading_table  # not above: it imports pandas, and --help reads this file
+    from opensora.datasets.table import check_fields, reading_table  # not above: pandas, and --help reads this file
 
     if path.suffix.lower() == ".jsonl" and path.is_file():
         try:
@@ -38,7 +39,12 @@ def read_table(path: Path, needs: Sequence[str] = ()) -> pl.DataFrame:
             raise UserError(f"{path}: cannot be read as JSON lines ({error})") from error
     else:
         with reading_table(path):
-            table = _read(path)
+            try:
+                table = _read(path)
+            except ValueError as error:
+                if MORE_FIELDS in str(error):
+                    check_fields(path)
+                raise
     absent = [name for name in needs if name not in table.columns]
     if absent:
         raise UserError(f"{path}: no column '{absent[0]}'; found {', '.join(table.columns)}")
