@@ -1,9 +1,10 @@
 """How a pipeline is called: diffusers' names for its arguments, and the bar that shows its steps."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -28,6 +29,32 @@ def one_of(name: str, value: Any, alias: str, other: Any) -> Any:
     if value is not None and other is not None:
         raise UserError(f"{name} and {alias} are the same argument: give one of them")
     return value if other is None else other
+
+
+def plain(value: Any) -> Any:
+    """A number, or a list of them, out of NumPy or torch; anything else as it is."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray | Tensor) else value
+
+
+def texts_of(value: Any, name: str = "prompt") -> list[str]:
+    """One text, or several, as a list.
+
+    Raises:
+        UserError: none, or something that is no text.
+    """
+    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else []
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{name}: give a text or a list of texts, not {value!r}")
+    return texts
+
+
+def per_prompt(value: Any, count: int, name: str) -> list[Any]:
+    """One value for all prompts, or one each, as a list."""
+    if not isinstance(value, list | tuple):
+        return [value] * count
+    if len(value) != count:
+        raise UserError(f"{len(value)} {name} for {count} prompts")
+    return list(value)
 
 
 def with_aliases(sampling: Mapping[str, Any], **aliases: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,17 @@ from opensora.config import load_config, naming_places
 from opensora.config.commands import InferenceOptions
 from opensora.config.keys import read_group
 from opensora.config.options import SamplingOption
-from opensora.diffusion.calling import Generators, condition_of, one_of, seeds_of, shown_steps, with_aliases
+from opensora.diffusion.calling import (
+    Generators,
+    condition_of,
+    one_of,
+    per_prompt,
+    plain,
+    seeds_of,
+    shown_steps,
+    texts_of,
+    with_aliases,
+)
 from opensora.diffusion.conditions import get_condition, get_spans, takes_references
 from opensora.diffusion.decode import DecodeMemoryError, Gathered
 from opensora.diffusion.distilled import as_distilled
@@ -40,7 +50,7 @@ from opensora.diffusion.step_cache import StepCache
 from opensora.diffusion.timing import as_stage, timed
 from opensora.diffusion.velocity import TextEmbeddings
 from opensora.diffusion.windows import Windows
-from opensora.diffusion.wording import check_motion_score, check_prompt, check_seed, final_text
+from opensora.diffusion.wording import check_fps, check_motion_score, check_prompt, check_seed, final_text
 from opensora.models.build import build_on_meta
 from opensora.models.diffusion import DiffusionModel
 from opensora.models.quantization.linear import QuantizedLinear
@@ -175,20 +185,22 @@ class VideoPipeline(Stages):
             UserError: impossible sizes or conditions, unreadable references, an argument under both of its names.
             DecodeMemoryError: decoding ran out of memory.
         """
-        prompts = [check_prompt(text, "prompt") for text in _texts_of(prompt)]
+        prompts = [check_prompt(text, "prompt") for text in texts_of(prompt)]
         neg = one_of("neg", neg, "negative_prompt", negative_prompt)
         ref = one_of("ref", ref, "image", image)
         cond_type = condition_of(cond_type, self.cfg.cond_type, image)
         sampling = with_aliases(sampling, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
         get_condition(cond_type)
-        if fps is not None and not 0 < fps <= 1000:
-            raise UserError(f"fps {fps:g} must be above 0 and at most 1000")
+        fps = self.cfg.fps_save if fps is None else check_fps(plain(fps))
+        if on_step is not None and not callable(on_step):
+            raise UserError(f"on_step: give a function of (step, total, latents), not {on_step!r}")
         option = self._option(sampling)
         score = check_motion_score(self.cfg.motion_score if motion_score is None else motion_score, "motion_score")
         if score == "dynamic":
             raise UserError("motion_score: give a number; 'dynamic' is worked out by the command line only")
-        texts = [final_text(text, fps or self.cfg.fps_save, score) for text in prompts]
-        negatives = [check_prompt(text, "neg") for text in _per_prompt(neg or "", len(prompts), "negative prompts")]
+        texts = [final_text(text, fps, score) for text in prompts]
+        neg = neg or "" if isinstance(neg, str | None) else texts_of(neg, "neg")
+        negatives = [check_prompt(text, "neg") for text in per_prompt(neg, len(prompts), "negative prompts")]
         seed = one_of("seed", seed, "generator", seeds_of(generator))
         seeds = self._seeds(option.seed if seed is None else seed, len(prompts))
         hidden = False if self.parallel.rank else progress
@@ -440,7 +452,12 @@ class VideoPipeline(Stages):
         option = self.cfg.sampling_option
         if not sampling:
             return option
-        option = read_group(SamplingOption, {**option.to_dict(), **sampling}, "sampling_option", "this call")
+        option = read_group(
+            SamplingOption,
+            {**option.to_dict(), **{key: plain(value) for key, value in sampling.items()}},
+            "sampling_option",
+            "this call",
+        )
         return option if self.distilled is None else as_distilled(option, self.distilled, sampling)
 
     def _plan(self, option: SamplingOption, cond_type: str, sources: Sequence[Sequence[Source] | None]) -> SamplePlan:
@@ -464,7 +481,7 @@ class VideoPipeline(Stages):
         if seed is None:
             drawn = [random.SystemRandom().getrandbits(32) for _ in range(count)]
             return collectives.broadcast_object(drawn, self.parallel.sample)
-        return [check_seed(value) for value in _per_prompt(seed, count, "seeds")]
+        return [check_seed(value) for value in per_prompt(plain(seed), count, "seeds")]
 
 
 def _in_window(
@@ -475,24 +492,3 @@ def _in_window(
         return given
     begin = index * windows.advance
     return given.within(begin, begin + windows.window)
-
-
-def _texts_of(prompt: Any) -> list[str]:
-    """The prompts of a call.
-
-    Raises:
-        UserError: none, or something that is no text.
-    """
-    texts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Iterable) else []
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"prompt: give a text or a list of texts, not {prompt!r}")
-    return texts
-
-
-def _per_prompt(value: Any, count: int, name: str) -> list[Any]:
-    """One value for all prompts, or one each, as a list."""
-    if isinstance(value, str | int):
-        return [value] * count
-    if len(value) != count:
-        raise UserError(f"{len(value)} {name} for {count} prompts")
-    return list(value)

@@ -8,13 +8,28 @@ from typing import Any
 from opensora.utils.errors import UserError
 
 MOST_LETTERS = 100_000  # encoders take a few thousand
+MOST_FPS = 1000
 
 
 def check_prompt(text: str, where: str) -> str:
-    """The text, unless it is too long for one; raises a UserError then."""
+    """The text, unless it is too long for one, or has bytes in it that are no letters; raises a UserError then."""
     if len(text) > MOST_LETTERS:
         raise UserError(f"{where}: a text of {len(text):,} letters; a prompt has at most {MOST_LETTERS:,}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: {text[error.start : error.end]!r} in the text is no letter (not UTF-8)") from None
     return text
+
+
+def check_fps(fps: Any, where: str = "") -> float:
+    """The frame rate, if it can be one; raises a UserError otherwise."""
+    before = f"{where}: " if where else ""
+    if not isinstance(fps, numbers.Real) or isinstance(fps, bool):
+        raise UserError(f"{before}fps {fps!r} is not a number")
+    if not 0 < fps <= MOST_FPS:
+        raise UserError(f"{before}fps {fps:g} must be above 0 and at most {MOST_FPS}")
+    return float(fps)
 
 
 def add_fps(text: str, fps: float) -> str:
@@ -60,8 +75,8 @@ def check_motion_score(score: Any, where: str) -> str | None:
 
 def check_seed(seed: float, where: str = "seed") -> int:
     """The seed as an integer from 0 to 2**63 - 1; raises a UserError otherwise."""
-    if not isinstance(seed, numbers.Real):
+    if not isinstance(seed, numbers.Real) or isinstance(seed, bool):
         raise UserError(f"{where}: seed {seed!r} is not a number")
     if not 0 <= seed < 2**63 or seed != int(seed):
-        raise UserError(f"{where}: seed {seed:g} must be a whole number from 0 to 2**63 - 1")
+        raise UserError(f"{where}: seed {seed} must be a whole number from 0 to 2**63 - 1")
     return int(seed)

@@ -13,7 +13,7 @@ from opensora.diffusion.conditions import get_condition, get_spans, takes_refere
 from opensora.diffusion.free import Region
 from opensora.diffusion.plan import starts_from_picture
 from opensora.diffusion.references import locate_references
-from opensora.diffusion.wording import check_motion_score, check_prompt, check_seed, final_text
+from opensora.diffusion.wording import check_fps, check_motion_score, check_prompt, check_seed, final_text
 from opensora.registry import DATASETS, build_module
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -148,9 +148,7 @@ def _request(
         refs += locate_references(mask, downloads, beside)
     except UserError as error:
         raise UserError(f"{where_of_ref(where)}: {error}") from None
-    fps = _number(cell("fps") or cfg.fps_save, "fps", where)
-    if not 0 < fps <= 1000:
-        raise UserError(f"{where}: fps {fps:g} must be above 0 and at most 1000")
+    fps = check_fps(_number(cell("fps") or cfg.fps_save, "fps", where), where)
     seed = _seed(cell("seed"), where) if cell("seed") else cfg.sampling_option.seed
     return Request(
         text=check_prompt(cell("text"), where),

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from opensora.utils.errors import UserError
+from opensora.utils.errors import UserError, first_line
 from opensora.utils.media.hdr import needs_mapping
 from opensora.utils.media.kinds import open_picture
 from opensora.utils.media.pixels import on_white
@@ -113,8 +113,11 @@ def as_pixels(value: Any, name: str = "the given pixels") -> NDArray[np.uint8]:
 def _array(value: Any, name: str) -> NDArray[Any]:
     """An array of an array or of a torch tensor (known by its methods: torch need not be imported for pictures)."""
     if hasattr(value, "detach") and hasattr(value, "cpu"):
-        value = value.detach().cpu()
-        value = (value.float() if value.is_floating_point() else value).numpy()
+        try:
+            value = value.detach().cpu()
+            value = (value.float() if value.is_floating_point() else value).numpy()
+        except (TypeError, ValueError, RuntimeError) as error:  # a sparse or quantised one, one without memory
+            raise UserError(f"{name}: a tensor without pixels ({first_line(error)}); {EXPECTED}") from error
     if not isinstance(value, np.ndarray):
         raise UserError(f"{name}: {type(value).__name__} is no picture; {EXPECTED}")
     return value
@@ -139,6 +142,8 @@ def _channels_last(array: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
     if array.ndim in (3, 4) and array.ndim - 1 in channels:
         return array
     first = [axis for axis in channels if axis < array.ndim - 2]
+    if first == [0, 1] and array.shape[0] == 1:  # a batch of one picture, rather than a gray clip of three frames
+        first = [1]
     if array.ndim not in (3, 4) or len(first) != 1:
         raise UserError(f"{name}: {array.dtype} {list(array.shape)}; {EXPECTED}")
     return np.moveaxis(array, first[0], -1)

@@ -63,6 +63,39 @@ def test_mistakes(pipe, both, said):
         pipe("a", **both)
 
 
+SMALL = {"num_steps": 1, "height": 32, "width": 32, "num_frames": 5}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"fps": "x"}, "fps 'x' is not a number"),
+        ({"fps": True}, "fps True is not a number"),
+        ({"seed": 1.5}, r"seed 1\.5 must be a whole number"),
+        ({"seed": True}, "seed True is not a number"),
+        ({"seed": 2**64}, "seed 18446744073709551616 must be"),
+        ({"seed": torch.tensor([1, 2])}, "2 seeds for 1 prompts"),
+        ({"neg": 3}, "neg: give a text"),
+        ({"neg": ["a", None]}, "neg: give a text"),
+        ({"on_step": 3}, "on_step: give a function"),
+        ({"prompt": "a\udcff"}, "prompt: .* is no letter"),
+        ({"num_steps": np.float32(2.5)}, "num_steps = 2.5: expected integer"),
+    ],
+)
+def test_what_is_of_another_kind_is_named(pipe, wrong, said):
+    with pytest.raises(UserError, match=said):
+        pipe(**{"prompt": "a", **SMALL, **wrong})
+
+
+def test_numbers_of_numpy_and_torch(pipe):
+    plain = pipe("a", seed=3, fps=8.0, guidance=2.0, **SMALL)
+    for seed in (np.int64(3), torch.tensor(3), np.array([3])):
+        sizes = {key: np.int64(value) for key, value in SMALL.items()}
+        assert torch.equal(
+            pipe("a", seed=seed, fps=np.float32(8), guidance=np.float64(2), **sizes).latents, plain.latents
+        )
+
+
 def test_a_generator_moves_on(pipe):
     generator = torch.Generator().manual_seed(7)
     seeds = [pipe("a", generator=generator, num_steps=1).seeds[0] for _ in range(3)]

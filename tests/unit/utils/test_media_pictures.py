@@ -194,6 +194,7 @@ LAYOUTS = {
     "[T, H, W, 3]": (scene(7), scene(7)),
     "[3, T, H, W]": (scene(7).transpose(3, 0, 1, 2), scene(7)),
     "[T, 3, H, W]": (scene(7).transpose(0, 3, 1, 2), scene(7)),
+    "[1, 3, H, W]": (scene(1).transpose(0, 3, 1, 2), scene(1)),
     "[T, H, W, 1]": (scene(7)[..., :1], scene(7)[..., :1].repeat(3, -1)),
 }
 
@@ -241,6 +242,8 @@ def test_transparency_of_arrays_is_laid_on_white():
         b"bytes",
         {"a": 1},
         object(),
+        torch.zeros(3, 8, 8, device="meta"),
+        torch.zeros(8, 8, 3).to_sparse(),
         torch.zeros(3, 8, 8).long(),
     ],
     ids=lambda value: type(value).__name__,
