@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from opensora.diffusion import lora_products
 from opensora.models.inspect import inspect
 from opensora.utils.errors import UserError, shorten
-from opensora.utils.weights import WEIGHT_SUFFIXES, open_weights
+from opensora.utils.weights import WEIGHT_SUFFIXES, all_finite, open_weights
 
 CONFIG_NAME = "adapter_config.json"
 ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -178,7 +177,7 @@ def read_lora(path: str | Path) -> LoraFile:
             raise UserError(f"{file}: {key} holds integers, not weights: a quantised adapter cannot be used")
         if role == "alpha" and value.numel() != 1:
             raise UserError(f"{file}: {key} must be one number")
-        if not bool(torch.isfinite(value).all()):
+        if value.is_floating_point() and not all_finite(value):
             raise UserError(
                 f"{file}: {key} is not finite (NaN or infinity): the adapter is damaged, use an earlier one"
             )

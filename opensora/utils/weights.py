@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ SAMPLED = 1 << 16  # bytes hashed at each place of a large file or tensor
 PLACES, TENSOR_PLACES = 64, 3
 OLD_PICKLE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch.save began before 1.6
 MOST_READ = 1 << 28
+# codes without sign from which on these types have no numbers, and how many are looked at together
+FP8_NOT_FINITE = MappingProxyType({torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C})
+FP8_PART = 1 << 22
 SMALL = 1 << 23  # files up to this many bytes are hashed whole
 
 
@@ -179,14 +183,27 @@ def check_finite(name: str, tensor: Tensor, where: object) -> None:
     Raises:
         UserError: names the tensor and the file.
     """
-    if not tensor.is_floating_point() or not tensor.numel() or tensor.itemsize == 1 or tensor.is_meta:
+    if not tensor.is_floating_point() or tensor.is_meta:
         return
-    least, most = torch.aminmax(tensor)  # both are NaN if any is
-    if not bool(torch.isfinite(least) & torch.isfinite(most)):
+    if not all_finite(tensor):
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise UserError(
             f"{where}: {name} is not finite (NaN or infinity): the weights are damaged, or too large for {dtype}"
         )
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no number of a floating-point tensor is NaN or infinity; also of fp8, which torch does not look into."""
+    if not tensor.numel():
+        return True
+    if tensor.itemsize > 1:
+        least, most = torch.aminmax(tensor)  # both are NaN if any is
+        return bool(torch.isfinite(least) & torch.isfinite(most))
+    parts = tensor.flatten().split(FP8_PART)
+    first = FP8_NOT_FINITE.get(tensor.dtype)
+    if first is None:
+        return all(all_finite(part.float()) for part in parts)
+    return all(int(part.view(torch.uint8).bitwise_and(0x7F).max()) < first for part in parts)
 
 
 def fingerprint(path: str | Path, cache_dir: str | None = None) -> str:

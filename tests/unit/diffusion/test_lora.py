@@ -440,6 +440,24 @@ def test_files_as_people_have_them(demo_model, tmp_path):
     assert len(alone) == 32
 
 
+@pytest.mark.skipif(not CASES.is_dir(), reason="the shared cases are not at hand")
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_of_fewer_bits(demo_model, tmp_path, kind):
+    (good,) = read_loras(str(CASES / "good"), demo_model)
+    state = load_file(CASES / "good/adapter_model.safetensors")
+    few = {key: value.to(kind) for key, value in state.items()}
+    few |= {f"{key.rsplit('.lora_', 1)[0]}.alpha": torch.tensor(16) for key in state}
+    save_file(few, tmp_path / "few.safetensors")
+    (found,) = read_loras(str(tmp_path / "few.safetensors"), demo_model)
+    for name, change in good.changes.items():
+        exact, near = change.up @ change.down, found.changes[name].up @ found.changes[name].down
+        assert (near - exact).norm() < 0.15 * exact.norm()  # fp8 has two or three bits of fraction
+    few[next(iter(state))].view(-1)[3] = float("nan")
+    save_file(few, tmp_path / "few.safetensors")
+    with pytest.raises(UserError, match="is not finite"):
+        read_loras(str(tmp_path / "few.safetensors"), demo_model)
+
+
 @pytest.fixture
 def demo_model():
     return build_on_meta(load_config(ROOT / "configs/diffusion/inference/demo.py", InferenceOptions, {}).model)

@@ -16,7 +16,15 @@ from opensora.config.options import ModelOptions
 from opensora.models.build import check_weights
 from opensora.utils import hub, weights_writing
 from opensora.utils.errors import UserError
-from opensora.utils.weights import files_hash, fingerprint, load_state_dict, open_weights, resolve_path
+from opensora.utils.weights import (
+    all_finite,
+    check_finite,
+    files_hash,
+    fingerprint,
+    load_state_dict,
+    open_weights,
+    resolve_path,
+)
 from opensora.utils.weights_loading import load_model
 from opensora.utils.weights_writing import save_safetensors
 
@@ -436,3 +444,17 @@ def test_hashes_in_caches_stay(tmp_path, size, known):
     """Caches that earlier versions made name their encoders by it."""
     (tmp_path / "w.bin").write_bytes(bytes(i % 251 for i in range(size)) * 4)
     assert files_hash(tmp_path) == known
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz"])
+def test_what_is_not_finite_is_seen_in_all_types(kind):
+    values = torch.tensor([[0.0, -224.0], [240.0, -0.0]]).to(getattr(torch, kind))
+    assert all_finite(values)
+    check_finite("a", values, "file")
+    for wrong in (float("nan"), float("inf"), float("-inf")):
+        bad = torch.tensor([[0.0, wrong], [240.0, -0.0]]).to(getattr(torch, kind))
+        if bool(bad.float().isfinite().all()):
+            continue  # a type without infinity, whose greatest number it becomes
+        assert not all_finite(bad)
+        with pytest.raises(UserError, match=f"a is not finite.*{kind}"):
+            check_finite("a", bad, "file")
