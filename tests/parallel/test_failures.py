@@ -29,7 +29,7 @@ def below(process):
 
 def test_one_process_fails(tmp_path):
     """It says why, and so does the end of torchrun's report, which names no other process."""
-    program = Program("torch.distributed.run", *TWO, FAILING, folder=tmp_path)
+    program = Program("torch.distributed.run", *FORKED, FAILING, folder=tmp_path)
     assert program.ended(WAITED) != 0
     lines = program.said.splitlines()
     assert lines.count("error: a mistake of one") == 1
