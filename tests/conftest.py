@@ -19,8 +19,10 @@ TOGETHER = {
     "server": ("tests/ui/", "tests/integration/test_serving.py"),
     "processes": (
         "tests/parallel/",
+        "tests/integration/test_serving_kills.py",
         "tests/integration/test_training_kill.py",
         "tests/integration/test_two_at_once.py",
+        "tests/unit/utils/test_logging.py",
     ),
 }
 

@@ -10,8 +10,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -22,6 +20,7 @@ from typing import Any
 
 from opensora.utils.video import read_video
 from tests.conftest import tiny_inference_config
+from tests.helpers.forks import Program
 
 ROOT = Path(__file__).parents[2]
 JOBS, STEPS = 3, 12
@@ -32,19 +31,16 @@ class Server:
     """A server in a process of its own, on one folder, that is killed and started again."""
 
     def __init__(self, folder: Path) -> None:
-        self.data, self.config, self.log = folder / "data", folder / "tiny.py", folder / "log"
+        self.folder, self.data, self.config = folder, folder / "data", folder / "tiny.py"
         self.config.write_text("\n".join(f"{key} = {value!r}" for key, value in tiny_inference_config().items()))
         with socket.create_server(("127.0.0.1", 0)) as place:
             self.port = place.getsockname()[1]
         self.process = self._started()
 
-    def _started(self) -> subprocess.Popen:
-        words = [str(self.config), "--port", str(self.port), "--data-dir", str(self.data), "--page", "False"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        with self.log.open("a") as log:
-            return subprocess.Popen(
-                [sys.executable, str(ROOT / "scripts" / "serve.py"), *words], env=environment, stdout=log, stderr=log
-            )
+    def _started(self) -> Program:
+        """Forked, to be quick; its workers are processes that import everything anew."""
+        words = [self.config, "--port", self.port, "--data-dir", self.data, "--page", False]
+        return Program(ROOT / "scripts" / "serve.py", *words, folder=self.folder)
 
     def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """What the server answers; waits for one that is just starting."""
@@ -55,8 +51,8 @@ class Server:
             data = answer.read()
         return data if path.endswith("content") else json.loads(data)
 
-    def wait(self, holds: Callable[[], Any]) -> Any:
-        """What ``holds`` gives, once it gives something."""
+    def wait(self, holds: Callable[[], Any], pause: float = 0.2) -> Any:
+        """What ``holds`` gives, once it gives something; asked again after so many seconds."""
         end = time.monotonic() + PATIENCE
         while True:
             try:
@@ -65,8 +61,8 @@ class Server:
             except (ConnectionError, urllib.error.URLError) as error:
                 if isinstance(error, urllib.error.HTTPError):
                     raise
-            assert time.monotonic() < end, self.log.read_text()[-3000:]
-            time.sleep(0.02)
+            assert time.monotonic() < end, self.process.said[-3000:]
+            time.sleep(pause)
 
     def kill_worker(self) -> None:
         """SIGKILL to the process that makes jobs."""
@@ -75,13 +71,12 @@ class Server:
     def kill_server(self) -> None:
         """SIGKILL to the server, which is then started again."""
         self.process.kill()
-        self.process.wait()
         self.process = self._started()
 
     def stop(self) -> None:
         """End it."""
-        self.process.terminate()
-        self.process.wait(PATIENCE)
+        self.process.process.terminate()
+        self.process.ended(PATIENCE)
 
     # ------------------------------------------------------------------------------------------------------------ jobs
 
@@ -99,7 +94,7 @@ class Server:
         whole."""
         self.wait(lambda: self.call("/health")["worker"] == "ready")
         ids = self.ask()
-        self.wait(lambda: "in_progress" in self.states(ids) or "completed" in self.states(ids))
+        self.wait(lambda: {"in_progress", "completed"} & {*self.states(ids)}, pause=0.02)
         time.sleep(delay)
         kill()
         self.wait(lambda: set(self.states(ids)) <= {"completed", "failed", "cancelled"})

@@ -9,6 +9,7 @@ from opensora.utils.video import read_image
 from tools.demo.analyse import analyse, psnr
 
 ROOT = Path(__file__).parents[2]
+STEPS = 16  # of 50: enough to see what is drawn
 
 
 @pytest.fixture(scope="module")
@@ -20,16 +21,17 @@ def pipe():
 
 
 def test_a_video_follows_its_prompt(pipe):
-    prompts = ["a red circle moving right on a dark background", "a purple square moving up on a light background"]
-    result = pipe(prompts, seed=42)
-    seen = [analyse(frames) for frames in result.frames]
-    assert [frames.shape for frames in result.frames] == [(17, 64, 64, 3)] * 2
-    assert [(s.color, s.motion, s.background) for s in seen] == [("red", "right", "dark"), ("purple", "up", "light")]
+    """In all its steps, and on a light background: `test_quality`."""
+    result = pipe("a red circle moving right on a dark background", seed=42, num_steps=STEPS)
+    (frames,) = result.frames
+    seen = analyse(frames)
+    assert frames.shape == (17, 64, 64, 3)
+    assert (seen.color, seen.motion, seen.background) == ("red", "right", "dark")
 
 
 def test_a_video_starts_from_its_picture(pipe):
     picture = ROOT / "assets" / "demo" / "blue_square.png"
-    result = pipe("a blue square moving up", ref=str(picture), cond_type="i2v_head", seed=42)
+    result = pipe("a blue square moving up", ref=str(picture), cond_type="i2v_head", seed=42, num_steps=STEPS)
     # The autoencoder itself reaches about 30 dB; a first frame that ignored the picture stays below 15.
     assert psnr(result.frames[0][:1], read_image(picture)[None]) > 22
     assert analyse(result.frames[0]).motion == "up"

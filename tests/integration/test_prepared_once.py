@@ -45,7 +45,8 @@ def built(monkeypatch) -> dict[str, Counter[str]]:
 )
 def test_a_model_is_built_once_without_weights_and_once_with(inference_main, tmp_path, built, config, meta):
     path = f"configs/diffusion/inference/{'' if config == 'demo.py' else 'demo/'}{config}"
-    words = [path, "--prompt", "raining, sea", "--num_steps", "1", "--num_sample", "1", "--save-dir", str(tmp_path)]
+    words = [path, "--prompt", "raining, sea", "--num_steps", "1", "--num_frames", "5", "--num_sample", "1"]
+    words += ["--save-dir", str(tmp_path)]
     once = Counter(("config", "resources"))
     assert inference_main([*words, "--dry-run", "True"]) == []
     assert built == {"meta": meta, "real": Counter(), "calls": once}
