@@ -239,7 +239,7 @@ class OpenSoraDecode:
         """Frames [T, H, W, 3], float32 in 0..1, and the frame rate."""
         result, fps = latents
         sink = _Frames(len(range(result.plan.length)[result.plan.kept_frames()]))
-        pipeline.pipe.decode_into(sink, result.latents, result.plan)
+        pipeline.pipe.decode_into(sink, result.latents, result.plan, result.kept)
         return sink.images(), fps
 
 

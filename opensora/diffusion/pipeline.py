@@ -34,6 +34,7 @@ from opensora.diffusion.decode import DecodeMemoryError, Gathered
 from opensora.diffusion.distilled import as_distilled
 from opensora.diffusion.fitting import check_fit
 from opensora.diffusion.free import PlacedLatents
+from opensora.diffusion.kept_pixels import KeptRegion
 from opensora.diffusion.loading import load_models, park_modulation
 from opensora.diffusion.long import kept_in, sample_windows, texts_of_windows
 from opensora.diffusion.lora_stack import LoadedLora, LoraStack
@@ -174,7 +175,7 @@ class VideoPipeline(Stages):
             generator: one for all prompts or one each, instead of ``seed``; a new one stands for its seed.
             num_inference_steps, guidance_scale: ``num_steps`` and ``guidance``, as diffusers calls them.
             progress: show a bar of the steps; None shows it in a terminal.
-            decode: False leaves frames out: ``decode(result.latents, result.plan)`` makes them later.
+            decode: False leaves frames out: ``decode(result.latents, result.plan, result.kept)`` makes them later.
             sampling: keys of the config's ``sampling_option`` for this call (``num_steps=20``, ``height=``,
                 ``width=``, ``num_frames=``).
 
@@ -270,6 +271,8 @@ class VideoPipeline(Stages):
             *positive, negative = embedded.chunks(len(texts))
             latents, reused = self._sample(plan, positive, negative, refs, seeds, on_step, folders)
         result = SampleResult(latents.float().cpu(), [], list(texts), list(seeds), timings, plan, images, reused)
+        kept = [KeptRegion.of(each) for each in refs]
+        result.kept = kept if any(kept) else []
         if decode:
             self._add_frames(result, latents, on_sampled)
         return result
@@ -280,7 +283,7 @@ class VideoPipeline(Stages):
         try:
             with timed(result.timings, "decode", self.device):
                 sink = gathered if on_sampled is None else on_sampled(result)
-                result.tiles = self.decode_into(sink, latents, result.plan)
+                result.tiles = self.decode_into(sink, latents, result.plan, result.kept)
         except DecodeMemoryError as error:
             error.result = result
             raise

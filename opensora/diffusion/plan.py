@@ -77,6 +77,11 @@ class SamplePlan:
         return (frames if self.windows is None else self.windows.latent_frames), rows, columns
 
     @property
+    def keeps_region(self) -> bool:
+        """Whether a part of the picture is kept of a reference, which is encoded and decoded as it is, too."""
+        return self.has_image and isinstance(get_condition(self.cond_type), Region)
+
+    @property
     def tokens(self) -> int:
         """Image tokens of a sample, or of a window of it."""
         return math.prod(self.latent_size) // self.patch_size**2

@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from opensora.diffusion.decode import FrameSink
+from opensora.diffusion.kept_pixels import KeptRegion
 from opensora.diffusion.plan import SamplePlan
 
 ImagesCallback = Callable[[list[np.ndarray]], None]
@@ -29,6 +30,7 @@ class SampleResult:
         reused: share of the transformer's evaluations in which the step cache left blocks out; empty without one that
             counts them.
         tiles: those that were decoded in, in words, where they are not the config's.
+        kept: what was kept of each sample's region, for decoding; empty where none has one.
     """
 
     latents: Tensor
@@ -40,6 +42,7 @@ class SampleResult:
     images: list[np.ndarray] = field(default_factory=list)
     reused: list[float] = field(default_factory=list)
     tiles: str = ""
+    kept: list[KeptRegion | None] = field(default_factory=list)
 
 
 SampledCallback = Callable[[SampleResult], FrameSink]

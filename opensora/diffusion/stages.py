@@ -17,13 +17,14 @@ from opensora.acceleration.streaming import BlockStream, streamed
 from opensora.config.commands import InferenceOptions
 from opensora.config.options import SamplingOption
 from opensora.diffusion.conditions import build_condition, head_condition, restore_references
-from opensora.diffusion.decode import FrameSink, Gathered, check_pixels, decode_into, room_to_work
+from opensora.diffusion.decode import FrameSink, Gathered, check_pixels, room_to_work
 from opensora.diffusion.distilled import Distilled
 from opensora.diffusion.encoding import embed_texts, encode_references
 from opensora.diffusion.finite import check_result, watched
 from opensora.diffusion.fitting import blocks_of, device_room, sampling_bytes, streams, text_bytes
 from opensora.diffusion.free import PlacedLatents
 from opensora.diffusion.guidance import Branch
+from opensora.diffusion.kept_pixels import KeptRegion, decode_keeping
 from opensora.diffusion.latents import get_noise, pack, prepare_ids, unpack
 from opensora.diffusion.offload import on_device
 from opensora.diffusion.plan import SamplePlan
@@ -237,18 +238,22 @@ class Stages:
             stream = stack.enter_context(self._placed(name, working))
             yield memo, stream.together if isinstance(stream, BlockStream) else None
 
-    def decode(self, latents: Tensor, plan: SamplePlan) -> list[np.ndarray]:
-        """Latents [B, C, T, h, w] to uint8 videos [num_frames, H, W, 3], see :func:`decode_into`."""
+    def decode(self, latents: Tensor, plan: SamplePlan, kept: Sequence[KeptRegion | None] = ()) -> list[np.ndarray]:
+        """Latents [B, C, T, h, w] to uint8 videos [num_frames, H, W, 3], see :meth:`decode_into`."""
         gathered = Gathered()
-        self.decode_into(gathered, latents, plan)
+        self.decode_into(gathered, latents, plan, kept)
         return gathered.videos()
 
-    def decode_into(self, sink: FrameSink, latents: Tensor, plan: SamplePlan) -> str:
-        """Decode latents, frames to ``sink`` as they are done; see :func:`opensora.diffusion.decode.decode_into`."""
+    def decode_into(
+        self, sink: FrameSink, latents: Tensor, plan: SamplePlan, kept: Sequence[KeptRegion | None] = ()
+    ) -> str:
+        """Decode latents, frames to ``sink`` as they are done; ``kept`` is what is kept of regions, per sample
+        (``SampleResult.kept``). See :func:`opensora.diffusion.kept_pixels.decode_keeping`."""
         with self._ready("ae") as ae:
             frames, room = plan.kept_frames(), self._room()
             window = None if plan.windows is None else plan.num_frames
-            return decode_into(sink, as_autoencoder(ae), latents, frames, self.device, self.dtype, room, window)
+            where = (frames, self.device, self.dtype, room, window)
+            return decode_keeping(sink, as_autoencoder(ae), latents, kept, *where)
 
     def _room(self) -> int | None:
         """Bytes for tiles to be chosen by, the same on all ranks that make a sample together."""

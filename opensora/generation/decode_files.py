@@ -9,7 +9,8 @@ from torch import Tensor
 
 from opensora.acceleration.devices import torch_dtype
 from opensora.config.commands import InferenceOptions
-from opensora.diffusion.decode import decode_into, room_to_work
+from opensora.diffusion.decode import room_to_work
+from opensora.diffusion.kept_pixels import KeptRegion, decode_keeping
 from opensora.generation import outputs
 from opensora.generation.sample_files import SampleFiles
 from opensora.models.autoencoder import as_autoencoder
@@ -58,7 +59,9 @@ def decode_files(
             with SampleFiles([(_stem_of(path), float(facts["fps"]))]) as frames_to:
                 room = room_to_work(device, limit)
                 window = int(facts["window"]) if "window" in facts else None
-                decode_into(frames_to, as_autoencoder(ae), latents[None], frames, device, dtype, room, window)
+                of_region = [read_kept(path)]
+                where = (frames, device, dtype, room, window)
+                decode_keeping(frames_to, as_autoencoder(ae), latents[None], of_region, *where)
                 made.append(frames_to.put_in_place(0))
         log(f"saved {made[-1]}")
     return made
@@ -97,3 +100,12 @@ def read_latents(path: str | Path) -> tuple[Tensor, dict[str, str]]:
     if not {"fps", "first_frame", "end_frame"} <= facts.keys() or latents.ndim != 4:
         raise UserError(f"{path}: not a file of latents that --save-latents True wrote")
     return latents, facts
+
+
+def read_kept(path: str | Path) -> KeptRegion | None:
+    """What was kept of a region, from a file that :func:`read_latents` has read; None where none was."""
+    with safe_open(path, "pt") as file:
+        names = file.keys()
+        if "kept_latents" not in names:
+            return None
+        return KeptRegion(file.get_tensor("kept_latents"), file.get_tensor("kept_cells"))

@@ -195,13 +195,14 @@ class Estimate:
             steps = self.plan.num_steps * (self.plan.windows.count if self.plan.windows is not None else 1)
             denoise = copied["model"] + max(forward * self.plan.forwards, coming * steps)
         found = {"text": TEXT_SECONDS + copied["t5"] + copied["clip"], "denoise": denoise, "decode": copied["ae"]}
+        twice = 2.0 if self.plan.keeps_region else 1.0
         if self.decoding is not None:
             tiling, size = self.ae.tiling, self.plan.latent_size
             more = fit.tiling.work(size) / tiling.work(size) if fit is not None and tiling is not None else 1.0
             more *= window_work(self.ae, self.plan.num_frames, self.plan.whole_latent) if self.plan.windows else 1.0
-            found["decode"] += more * card.network_seconds(self.decoding.flops, self.decoding.written)
+            found["decode"] += twice * more * card.network_seconds(self.decoding.flops, self.decoding.written)
         if self.encoding is not None:
-            found["references"] = card.network_seconds(self.encoding.flops, self.encoding.written)
+            found["references"] = twice * card.network_seconds(self.encoding.flops, self.encoding.written)
         return found
 
     def host(self, way: Way) -> float:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from opensora.config.commands import InferenceOptions
+from opensora.diffusion.kept_pixels import KeptRegion
 from opensora.diffusion.lora import as_list, split_lora
 from opensora.diffusion.lora_files import find_lora
 from opensora.diffusion.prepared import needed_sections
@@ -197,7 +198,15 @@ def remove_windows(stem: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def save_latents(latents: Tensor, stem: Path, text: str, fps: float, frames: slice, window: int | None = None) -> Path:
+def save_latents(
+    latents: Tensor,
+    stem: Path,
+    text: str,
+    fps: float,
+    frames: slice,
+    window: int | None = None,
+    kept: KeptRegion | None = None,
+) -> Path:
     """Keep the latents [C, T, h, w] of a sample, with what it takes to decode them alone.
 
     Args:
@@ -207,11 +216,15 @@ def save_latents(latents: Tensor, stem: Path, text: str, fps: float, frames: sli
         fps: frames per second of the video.
         frames: which frames of the decoded video to keep.
         window: frames of the windows that it was made in, if it was.
+        kept: what it keeps of a region, if it does.
     """
     path = _with_ending(stem, LATENTS_ENDING)
     facts = {"text": text, "fps": f"{fps:g}", "first_frame": str(frames.start), "end_frame": str(frames.stop)}
     facts |= {} if window is None else {"window": str(window)}
-    save_safetensors({"latents": latents.float().cpu()}, path, facts)
+    tensors = {"latents": latents.float().cpu()}
+    if kept is not None:
+        tensors |= {"kept_latents": kept.latents.contiguous(), "kept_cells": kept.cells.contiguous()}
+    save_safetensors(tensors, path, facts)
     return path
 
 

@@ -127,7 +127,8 @@ class SampleWriter:
         frames = result.plan.kept_frames()
         window = None if result.plan.windows is None else result.plan.num_frames
         latents, text = result.latents[index], result.texts[index]
-        return outputs.save_latents(latents, job.stem, text, job.request.fps, frames, window)
+        kept = result.kept[index] if result.kept else None
+        return outputs.save_latents(latents, job.stem, text, job.request.fps, frames, window, kept)
 
     def _notes(self, job: Job, result: SampleResult, index: int) -> None:
         """Write the ``.txt`` and the ``.json`` of a sample."""

@@ -90,6 +90,13 @@ def test_tiles_get_smaller_before_the_way_changes(released):
     assert "tiles of" in outlook.tiles
 
 
+def test_a_region_decodes_its_reference_too(released):
+    plans = [dataclasses.replace(released.plan, cond_type=each, has_image=True) for each in ("extend_right", "region")]
+    other, region = (Estimate(released.run, plan).seconds(released.own, H100, None) for plan in plans)
+    assert region["decode"] == pytest.approx(2 * other["decode"])
+    assert region["references"] == pytest.approx(2 * other["references"])
+
+
 def test_a_slower_card_takes_longer(released):
     seconds = [released.outlook(OFFLOAD, card).seconds["denoise"] for card in CARDS]
     rates = [card.tflops for card in CARDS]

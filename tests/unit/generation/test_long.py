@@ -49,8 +49,8 @@ def test_killed_and_run_again_it_is_the_same_file(run_tiny, monkeypatch):
 def test_kept_latents_are_decoded_as_they_were(run_tiny, tiny_config, monkeypatch):
     run_tiny(*LONG, "--save-latents", "True")
     cfg, seen = load_config(tiny_config, InferenceOptions, {"overwrite": True}), []
-    decode = decode_files.decode_into
-    monkeypatch.setattr(decode_files, "decode_into", lambda *given: seen.append(given) or decode(*given))
+    decode = decode_files.decode_keeping
+    monkeypatch.setattr(decode_files, "decode_keeping", lambda *given: seen.append(given) or decode(*given))
     latents = "samples/video_32px/prompt_0000.latents.safetensors"
     (made,) = decode_files.decode_files(cfg, [latents], torch.device("cpu"))
     assert read_video(made)[0].shape == (25, 32, 32, 3)

@@ -220,7 +220,7 @@ def test_out_of_memory_fails_the_job_and_ends_the_worker(service, worker, monkey
 def test_a_decoder_without_memory_fails_the_job_alone(service, worker, monkeypatch):
     job = ask(service)
 
-    def full(sink, latents, plan):
+    def full(sink, latents, plan, kept):
         raise DecodeMemoryError("not enough memory to decode, even in tiles", latents, slice(0, 5))
 
     monkeypatch.setattr(worker.pipe, "decode_into", full)
