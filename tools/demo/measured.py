@@ -46,7 +46,7 @@ class Measurement:
         self.folder, self.facts = folder, json.loads(json.dumps(facts, default=str))
         run = folder / RUN
         if run.is_file():
-            if json.loads(run.read_text(encoding="utf-8")) != self.facts:
+            if _read(run) != self.facts:
                 raise UserError(f"--out {folder} holds a measurement of something else, see {run}; give a new folder")
         elif not is_new(folder):
             raise UserError(f"--out {folder} exists and is not an empty folder; give a new one")
@@ -111,6 +111,13 @@ class Measurement:
         marked = [mark(clip, is_right) for clip, is_right in zip(clips, right)]
         path = self.folder / "sheet.png"
         return contact_sheet(marked, path, frames=frames, labels=labels, columns=columns, gap=6)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _plain(value: Any) -> Any:

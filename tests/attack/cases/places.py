@@ -147,6 +147,10 @@ PLACES = (
     Place(Command("tools/demo/draw_picture.py", ()), "--out", ".png", OUT_FILES),
     Place(Command("tools/demo/make_clips.py", ("--num", "1", "--seed", "0")), "--out", "", OUT_FOLDERS),
     Place(Command("tools/demo/evaluate.py", ("{good}/infer.py",)), "--out", "", OUT_FOLDERS),
+    *(
+        Place(Command(f"tools/demo/{name}.py", ("{good}/infer.py", "--resolution", "64px")), "--out", "", OUT_FOLDERS)
+        for name in ("evaluate_long", "evaluate_frames")
+    ),
     Place(Command("tools/demo/evaluate_vae.py", ("{good}/infer.py", "--out", "out")), "--data", ".csv", INPUTS),
     Place(
         Command("tools/demo/evaluate_vae.py", ("{good}/infer.py", "--data", "{good}/demo/clips.csv")),
