@@ -21,18 +21,21 @@ from opensora.diffusion.free import Anywhere, Region
 from opensora.diffusion.lora import read_loras
 from opensora.diffusion.plan import SamplePlan, make_plan, starts_from_picture
 from opensora.diffusion.prepared import PreparedRun, check_parallelism, check_takes_references
+from opensora.diffusion.windows import is_long
 from opensora.diffusion.wording import check_prompt
 from opensora.generation.jobs import Job as Sample
 from opensora.generation.refine import make_asker, wants_language_model
 from opensora.generation.requests import Request, read_requests
 from opensora.generation.run import check_requests
 from opensora.serving.jobs import Job
-from opensora.serving.request import BadField, GenerationRequest
+from opensora.serving.request import MOST_SEVERAL, SEVERAL, BadField, GenerationRequest
 from opensora.utils.errors import UserError
 from opensora.utils.paths import split_place
 
 OTHER_NAMES = ("opensora", "sora-2", "sora-2-pro")  # what clients call the one model as well
 FIRST, LAST, MASK = "first", "last", "mask"  # uploads of a job
+OTHERS = tuple(f"reference_{number}" for number in range(MOST_SEVERAL))
+GIVEN = (FIRST, LAST, *OTHERS)  # in the order of references
 WORK_FACTOR = 10  # a request may be so many times as much work as the config's own sample
 
 
@@ -161,7 +164,7 @@ class Desk:
 
         Args:
             asked: the request.
-            uploads: its pictures and clips, ``first``, ``last`` and ``mask``.
+            uploads: its pictures and clips, ``first``, ``last``, ``mask`` and ``reference_0``, ...
             seed: of the noise where the request has none; None draws one.
 
         Raises:
@@ -173,7 +176,13 @@ class Desk:
         plan = self.plan(cfg.sampling_option)
         if work_of(plan) > self.most_work:  # before references are read
             raise UserError(self._too_much(plan))
-        refs = self._placed([str(uploads[name]) for name in (FIRST, LAST) if name in uploads], asked, cond_type)
+        if asked.next_prompts and not is_long(cfg.sampling_option):
+            raise BadField(
+                "next_prompts",
+                f"next_prompts are of further windows, and num_frames={plan.length} is made at once "
+                f"(window={cfg.sampling_option.window}): ask for more frames, or leave them out",
+            )
+        refs = self._placed([str(uploads[name]) for name in GIVEN if name in uploads], asked, cond_type)
         mask = str(uploads[MASK]) if MASK in uploads else None
         cfg = dataclasses.replace(cfg, cond_type=cond_type, ref=";".join(refs) or None, mask=mask)
         (request,) = read_requests(cfg, Path())
@@ -200,8 +209,9 @@ class Desk:
     def _check_limits(self, asked: GenerationRequest) -> None:
         if asked.model not in (None, self.model_name, *OTHER_NAMES):
             raise UnknownModel("model", f"model {asked.model[:80]!r} is not served here; {self.model_name} is")
-        for name in ("prompt", "negative_prompt"):
-            length = len(getattr(asked, name))
+        texts = [("next_prompts", text) for text in asked.next_prompts or ()]
+        for name, text in (("prompt", asked.prompt), ("negative_prompt", asked.negative_prompt), *texts):
+            length = len(text)
             if length > self.cfg.max_prompt:
                 raise BadField(name, f"{name} has {length:,} letters; at most {self.cfg.max_prompt:,} are taken")
 
@@ -215,11 +225,14 @@ class Desk:
     def _cond_type(self, asked: GenerationRequest, uploads: Mapping[str, Path]) -> str:
         """Condition of a request: its own, or the one that its pictures say."""
         given = {(): "t2v", (FIRST,): "i2v_head", (LAST,): "i2v_tail", (FIRST, LAST): "i2v_loop"}
-        names = tuple(name for name in (FIRST, LAST) if name in uploads)
-        cond_type = asked.cond_type or ("region" if MASK in uploads else "frames" if asked.places else given[names])
+        names = tuple(name for name in GIVEN if name in uploads)
+        said = asked.cond_type or ("region" if MASK in uploads else "frames" if asked.places else given.get(names))
+        if said is None:
+            raise BadField(SEVERAL, f"{SEVERAL}: say which frames they are (places), or what they fix (cond_type)")
+        cond_type = said
         final = starts_from_picture(cond_type) if self.cfg.use_t2i2v and not names else cond_type
         takes_some = takes_references(final)
-        most = 2 if isinstance(get_condition(final), Anywhere) else max(len(get_spans(final)), 1)
+        most = len(GIVEN) if isinstance(get_condition(final), Anywhere) else max(len(get_spans(final)), 1)
         if MASK in uploads and not isinstance(get_condition(final), Region):
             raise BadField("mask", f"cond_type {cond_type} takes no mask; region keeps what is white in it")
         if names and not takes_some:
@@ -228,8 +241,10 @@ class Desk:
             raise BadField("input_reference", f"cond_type {cond_type} wants a picture or clip as input_reference")
         if isinstance(get_condition(final), Region) and MASK not in uploads:
             raise BadField("mask", "cond_type region wants a mask, white where the reference is kept")
-        if len(names) == 2 and most < 2:
-            raise BadField("last_reference", f"cond_type {cond_type} takes one reference; i2v_loop takes two")
+        if len(names) > most:
+            field = "last_reference" if names[most] == LAST else SEVERAL
+            taken = "one reference; i2v_loop takes two" if most == 1 else "two references"
+            raise BadField(field, f"cond_type {cond_type} takes {taken}; frames takes any, with places")
         return cond_type
 
     def _placed(self, refs: list[str], asked: GenerationRequest, cond_type: str) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
+from opensora.config.choices import CONDITIONS
 from opensora.config.options import SamplingOption
 from opensora.datasets.aspect import BASE_RATIOS
 from opensora.serving.desk import work_of
@@ -71,6 +72,23 @@ class Form:
             how: dict[str, Any] = dict(type="filepath", sources=["upload", "clipboard"], height=170, buttons=[])
             self.first = self.said(gr.Image(elem_id="first", **how), label="first", placeholder="drop")
             self.last = self.said(gr.Image(elem_id="last", **how), label="last", placeholder="drop")
+
+        with self.said(gr.Accordion(say("given", "en"), open=False, visible=takes), label="given"):
+            self._given()
+
+    def _given(self) -> None:
+        """Pictures and clips at any places, or kept in part."""
+        with gr.Row():
+            files: dict[str, Any] = dict(file_count="multiple", file_types=["image", "video"], height=170)
+            self.references = self.said(gr.File(elem_id="references", **files), label="references")
+            how: dict[str, Any] = dict(type="filepath", sources=["upload"], height=170, buttons=[], image_mode=None)
+            self.mask = self.said(gr.Image(elem_id="mask", **how), label="mask", placeholder="drop")
+        with gr.Row():
+            places = gr.Textbox(elem_id="places", lines=1)
+            self.places = self.said(places, label="places", placeholder="places_hint")
+            conditions = [("–", ""), *((name, name) for name in CONDITIONS if name != "t2v")]
+            fixes = gr.Dropdown(conditions, value="", elem_id="fixes")
+            self.fixes = self.said(fixes, label="fixes", info="fixes_hint")
 
     def _sizes(self) -> None:
         sizes, ratios = self.resolutions(), self.ratios()
@@ -138,6 +156,8 @@ class Form:
             self.motion = self.said(gr.Dropdown(scores, value=own), label="motion", info="motion_hint")
             can = self.desk.can_refine
             self.refine = self.said(gr.Checkbox(self.cfg.refine_prompt, interactive=can), label="refine")
+        further = gr.Textbox(elem_id="next_prompts", lines=2, visible=self.option.window is not None)
+        self.further = self.said(further, label="next_prompts", placeholder="next_prompts_hint")
         names = [("–", ""), *((name, name) for name in self.desk.loras)]
         with gr.Row():
             self.lora = self.said(gr.Dropdown(names, value="", interactive=len(names) > 1), label="lora")
@@ -159,11 +179,16 @@ class Form:
             "refine_prompt": self.refine,
             "lora": self.lora,
             "lora_strength": self.strength,
+            "references": self.references,
+            "mask": self.mask,
+            "places": self.places,
+            "cond_type": self.fixes,
+            "next_prompts": self.further,
         }
 
     def fields_of(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The form as fields of a request: what is empty, or the config's own, is left out."""
-        fields = {name: value for name, value in values.items() if value not in (None, "")}
+        fields = {name: value for name, value in values.items() if value not in (None, "", [])}
         own = self.resolutions()[0]
         if fields.get("resolution") == own:
             fields.pop("resolution")

@@ -16,10 +16,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from opensora.serving import views
+from opensora.serving.desk import FIRST, LAST, MASK, OTHERS
 from opensora.serving.form import Form
 from opensora.serving.jobs import Job
 from opensora.serving.looks import CSS, theme
-from opensora.serving.request import FILES
+from opensora.serving.request import FILES, MOST_SEVERAL, SEVERAL, numbered
 from opensora.serving.service import MIB, Service
 from opensora.serving.words import LANGUAGES, preferred, say
 from opensora.utils.errors import UserError
@@ -226,7 +227,12 @@ class Page(Form):
             gr.Error: it cannot be made; says why.
         """
         fields = self.fields_of(dict(zip(self.fields, values, strict=True)))
-        files = {name: Path(path).read_bytes() for name, path in zip(FILES, (first, last)) if path}
+        several = fields.pop(SEVERAL, [])
+        if len(several) > MOST_SEVERAL:
+            raise gr.Error(f"{SEVERAL}: {len(several)} are given; at most {MOST_SEVERAL} are taken")
+        paths = dict(zip(FILES, (first, last, fields.pop("mask", None))))
+        paths |= {numbered(number): path for number, path in enumerate(several)}
+        files = {name: Path(path).read_bytes() for name, path in paths.items() if path}
         try:
             job = self.service.create(fields, files, owner_of(request))
         except UserError as error:
@@ -258,11 +264,16 @@ class Page(Form):
             "lora": "",
             "lora_strength": 1.0,
             "refine_prompt": self.cfg.refine_prompt,
+            "places": "",
+            "cond_type": "",
             **{name: job.facts.get(name) for name in ("num_frames", "num_inference_steps", "guidance_scale", "seed")},
             **job.request,
         }
         folder, uploads = self.service.folders.of(id), job.request.get("uploads", ())
-        pictures = [str(folder / name) if name in uploads else None for name in ("first", "last")]
+        pictures = [str(folder / name) if name in uploads else None for name in (FIRST, LAST)]
+        asked["mask"] = str(folder / MASK) if MASK in uploads else None
+        asked[SEVERAL] = [str(folder / name) for name in OTHERS if name in uploads] or None
+        asked["next_prompts"] = "\n".join(job.request.get("next_prompts", ()))
         asked["seed"] = str(asked["seed"])  # it has more digits than a browser's numbers
         return [*(asked.get(name) for name in self.fields), *pictures]
 

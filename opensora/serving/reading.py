@@ -8,11 +8,11 @@ from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
-from opensora.serving.request import FILES, BadField
+from opensora.serving.request import FILES, MOST_SEVERAL, SEVERAL, BadField, numbered
 from opensora.utils.errors import UserError
 
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
-MOST_FILES, MOST_FIELDS = 4, 64
+MOST_FILES, MOST_FIELDS = len(FILES) + MOST_SEVERAL + 1, 64
 
 
 class WrongType(UserError):
@@ -65,15 +65,29 @@ async def _read_form(request: Request, most: int) -> tuple[dict[str, Any], dict[
         raise Broken(f"not a form: {str(error)[:200]}") from None
     async with request.form() as form:
         for name, value in form.multi_items():
-            if name in fields or name in files:
+            if name.removesuffix("[]") == SEVERAL:
+                await _add(fields, files, value)
+            elif name in fields or name in files:
                 raise BadField(name[:80], f"{name[:80]} is given twice")
-            if not isinstance(value, UploadFile):
+            elif not isinstance(value, UploadFile):
                 _put(fields, name, value)
             elif name in FILES:
                 files[name] = await value.read()
             else:
-                raise BadField(name[:80], f"{name[:80]} takes no file; {' and '.join(FILES)} do")
+                raise BadField(name[:80], f"{name[:80]} takes no file; {', '.join(FILES)} and {SEVERAL} do")
     return fields, files
+
+
+async def _add(fields: dict[str, Any], files: dict[str, bytes], value: UploadFile | str) -> None:
+    """One of several references: a file, or an address among ``fields``."""
+    texts = fields.setdefault(SEVERAL, [])
+    if not isinstance(texts, list):
+        raise BadField(SEVERAL, f"{SEVERAL} is given twice")
+    if isinstance(value, UploadFile):
+        files[numbered(len(texts))] = await value.read()
+        texts.append(None)  # its place in their order
+    else:
+        texts.append(value)
 
 
 def _put(fields: dict[str, Any], name: str, value: str) -> None:

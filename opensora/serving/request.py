@@ -18,6 +18,13 @@ from opensora.utils.nearest import nearest_key
 
 SIZE = re.compile(r"(\d{1,6})\s*[x*]\s*(\d{1,6})", re.IGNORECASE)
 FILES = ("input_reference", "last_reference", "mask")  # fields that hold a picture or a clip
+SEVERAL, MOST_SEVERAL = "references", 8  # the field that holds several of them, and how many
+MOST_PROMPTS = 256  # of further windows
+
+
+def numbered(number: int) -> str:
+    """How messages name one of several references, from 0."""
+    return f"{SEVERAL}[{number}]"
 
 
 class BadField(UserError):
@@ -68,6 +75,7 @@ class GenerationRequest(Options):
     places: str | None = opt(
         None, "frames of the video that the references are, for cond_type frames, such as 0;-1 or 0-32;96-128"
     )
+    next_prompts: tuple[str, ...] | None = opt(None, "texts of the further windows of a long video; the last one stays")
     lora: str | None = opt(None, "adapter, by its name in the server's lora_dir", verbatim=True)
     lora_strength: float = opt(1.0, "its strength", least=-10, most=10)
 
@@ -82,10 +90,13 @@ class GenerationRequest(Options):
         values = {}
         for name, value in fields.items():
             if name not in known:
-                near = nearest_key(name, [*known, *FILES])
-                hint = f"; did you mean {near}?" if near else f"; known: {', '.join([*known, *FILES])}"
+                every = [*known, *FILES, SEVERAL]
+                near = nearest_key(name, every)
+                hint = f"; did you mean {near}?" if near else f"; known: {', '.join(every)}"
                 raise BadField(name, f"{name} is not a known field{hint}")
-            if value is not None:
+            if name == "next_prompts":
+                values[name] = _prompts(name, value)
+            elif value is not None:
                 values[name] = _value(name, value, known[name].hint, known[name].metadata)
         request = as_group(cls, values)
         request._check()
@@ -139,6 +150,7 @@ class GenerationRequest(Options):
         own: dict[str, Any] = {"prompt": self.prompt}
         for name, value in (("fps_save", self.fps), ("motion_score", self.motion_score)):
             own |= {name: value} if value is not None else {}
+        own["next_prompts"] = list(self.next_prompts or ()) or None
         own["refine_prompt"] = cfg.refine_prompt if self.refine_prompt is None else self.refine_prompt
         return dataclasses.replace(cfg, sampling_option=dataclasses.replace(cfg.sampling_option, **changes), **own)
 
@@ -184,6 +196,18 @@ def _value(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any
     except UserError as error:
         raise BadField(name, str(error)) from None
     return value
+
+
+def _prompts(name: str, value: Any) -> tuple[str, ...] | None:
+    """Texts as a list, or in one text a line each."""
+    texts = [line for line in value.splitlines() if line.strip()] if isinstance(value, str) else value or ()
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise BadField(name, f"{name}={str(value)[:60]!r}: expected texts, as a list or a line each")
+    if len(texts) > MOST_PROMPTS:
+        raise BadField(name, f"{name}: {len(texts)} texts; at most {MOST_PROMPTS} are taken")
+    for text in texts:
+        _check_text(name, text)
+    return tuple(texts) or None
 
 
 def _check_text(name: str, text: str) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from opensora.config.commands import ServeOptions
-from opensora.serving.desk import FIRST, LAST, MASK, Desk
+from opensora.serving.desk import FIRST, LAST, MASK, OTHERS, Desk
 from opensora.serving.folders import Folders
 from opensora.serving.jobs import Job, JobStore, QueueFull, new_id
-from opensora.serving.request import FILES, GenerationRequest
+from opensora.serving.request import FILES, MOST_SEVERAL, SEVERAL, BadField, GenerationRequest, numbered
 from opensora.serving.supervisor import Supervisor
 from opensora.serving.uploads import Fetcher, check_upload, read_data_url
 from opensora.utils.download import is_url
@@ -23,6 +23,7 @@ MIB, GIB = 2**20, 2**30
 SWEEP = 60.0  # seconds between looks for what has expired
 LOOK = 5.0  # seconds for which a look at the disk is good
 PLACES = {FILES[0]: FIRST, FILES[1]: LAST, FILES[2]: MASK}
+PLACES |= {numbered(number): name for number, name in enumerate(OTHERS)}
 
 
 class NoRoom(UserError):
@@ -77,14 +78,15 @@ class Service:
 
         Args:
             fields: of the request, by name.
-            files: uploads by field: ``input_reference``, ``last_reference``, ``mask``.
+            files: uploads by field: ``input_reference``, ``last_reference``, ``mask``, ``references[0]``, ...
             owner: of the job, see :class:`opensora.serving.jobs.Job`.
 
         Raises:
             BadField, UserError: it cannot be made.
             QueueFull, NoRoom: not now.
         """
-        asked = GenerationRequest.read({name: value for name, value in fields.items() if name not in FILES})
+        plain = {name: value for name, value in fields.items() if name not in (*FILES, SEVERAL)}
+        asked = GenerationRequest.read(plain)
         self._check_room()
         contents = {field: check_upload(field, content) for field, content in self._contents(fields, files).items()}
         id = new_id()
@@ -102,8 +104,12 @@ class Service:
 
     def _contents(self, fields: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, bytes]:
         found = dict(files)
-        for field in FILES:
-            value = fields.get(field)
+        several = fields.get(SEVERAL) or []
+        if not isinstance(several, list) or len(several) > MOST_SEVERAL:
+            raise BadField(SEVERAL, f"{SEVERAL}: expected a list of at most {MOST_SEVERAL} pictures and clips")
+        given = {**fields, **{numbered(number): value for number, value in enumerate(several)}}
+        for field in PLACES:
+            value = given.get(field)
             if value in (None, ""):
                 continue
             if field in found:

@@ -43,8 +43,8 @@ def video(service: Service, job: Job) -> dict[str, Any]:
     }
 
 
-OPTIONAL = ("negative_prompt", "motion_score", "refine_prompt", "lora", "lora_strength", "flow_shift", "solver",
-            "image_guidance_scale")  # fmt: skip
+OPTIONAL = ("negative_prompt", "next_prompts", "motion_score", "refine_prompt", "lora", "lora_strength", "flow_shift",
+            "solver", "image_guidance_scale", "places")  # fmt: skip
 
 
 def deleted(job: Job) -> dict[str, Any]:

@@ -177,6 +177,7 @@ class Worker:
                 batch[0].cfg.sampling_option,
                 progress,
                 image_texts=[request.picture_text for request in requests] if pictures else None,
+                next_texts=[request.next_final_texts for request in requests],
             )
 
     def _save(self, job: Job, prepared: Prepared, result: SampleResult, index: int) -> None:

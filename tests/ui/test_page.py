@@ -5,6 +5,7 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("playwright", reason="needs requirements-dev.txt")
@@ -12,11 +13,13 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from opensora.diffusion import stages
 from opensora.serving.jobs import CANCELLED, COMPLETED
+from opensora.utils.video import read_image, save_image
 from tests.helpers.serving import until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 PICTURE = Path(__file__).parents[2] / "assets" / "demo" / "blue_square.png"
+HALF = np.repeat(np.uint8([[[0] * 3] * 32 + [[255] * 3] * 32]), 64, 0)
 PATIENCE = 300_000  # milliseconds
 FIRST_PAINT = (
     "() => { const v = document.querySelector('.os-frame video'); return v && v.readyState > 2 && v.videoWidth }"
@@ -142,6 +145,34 @@ def test_a_picture_is_the_first_frame(page, demo_server):
     assert job.facts["cond_type"] == "i2v_head"
     assert (service.folders.of(job.id) / "first").stat().st_size > 100
     page.get_by_label("Remove Image").first.click()
+
+
+def test_pictures_at_places_and_a_kept_part(page, demo_server, tmp_path):
+    service, _ = demo_server
+    page.get_by_text("Frames anywhere, clips, parts of a picture").click()
+    page.locator("#references input[type=file]").set_input_files([PICTURE, PICTURE])
+    expect(page.locator("#references .file-preview tr")).to_have_count(2)
+    page.locator("#places input, #places textarea").fill("0;3")
+    ask(page, "a blue square at places", 3)
+    expect(page.get_by_text("references[1]@3: this autoencoder codes 4 frames together")).to_be_visible()
+    page.locator("#places input, #places textarea").fill("0;-1")
+    page.locator("#make").click()
+    page.locator(".os-card", has_text="at places").wait_for()
+    job = own_jobs(service)[0]
+    assert (job.facts["cond_type"], job.request["uploads"]) == ("frames", ["reference_0", "reference_1"])
+    page.locator(".os-card", has_text="at places").locator(".again").click()
+    expect(page.locator("#references .file-preview tr")).to_have_count(2)
+    page.locator("#references").get_by_role("button", name="Clear").click()
+    page.locator("#places input, #places textarea").fill("")
+    page.locator("#references input[type=file]").set_input_files([PICTURE])
+    page.locator("#mask input[type=file]").set_input_files(save_image(HALF, tmp_path / "mask.png"))
+    expect(page.locator("#mask img")).to_be_visible()
+    ask(page, "a part of a square", 3)
+    page.locator(".os-card", has_text="a part of").wait_for()
+    job = own_jobs(service)[0]
+    assert job.facts["cond_type"] == "region"
+    assert read_image(service.folders.of(job.id) / "mask").tolist() == HALF.tolist()
+    open_page(page)  # with an empty form
 
 
 def test_one_is_stopped(page, demo_server):

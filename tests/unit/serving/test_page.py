@@ -1,12 +1,14 @@
 """What the page sends and shows, without a browser (that is tests/ui)."""
 
 import asyncio
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("gradio", reason="needs requirements-serve.txt")
 import gradio as gr
+import numpy as np
 from fastapi import FastAPI
 from gradio import processing_utils
 
@@ -14,15 +16,17 @@ from opensora.serving.jobs import CANCELLED, QUEUED
 from opensora.serving.page import Page, mount_page, owner_of
 from opensora.serving.views import stage
 from opensora.serving.words import LANGUAGES, WORDS, preferred
+from opensora.utils.video import save_image
 from tests.conftest import tiny_inference_config
 from tests.helpers.serving import served
 
 FIRST, SECOND = (SimpleNamespace(cookies={"opensora_owner": letter * 32}, headers={}) for letter in "ab")
+PICTURE = str(Path(__file__).parents[3] / "assets" / "demo" / "blue_square.png")
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
-    return served(tiny_inference_config(), tmp_path_factory.mktemp("page"))
+    return served(tiny_inference_config(), tmp_path_factory.mktemp("page"), window=9)
 
 
 @pytest.fixture
@@ -58,6 +62,31 @@ def test_settings_come_back_as_they_were_sent(page, service):
     assert {name: back[name] for name in sent} == sent
     page.ask(FIRST, "en", None, None, *(back[name] for name in page.fields))
     assert service.store.page(1)[0].facts == job.facts
+
+
+def test_references_mask_and_prompts_of_windows_go_there_and_back(page, service):
+    white = np.repeat(np.uint8([[[0] * 3] * 32 + [[255] * 3] * 32]), 64, 0)
+    mask = save_image(white, service.folders.root / "mask.png")
+    common = {"prompt": "a", "num_frames": 9}
+    sent = [
+        {**common, "num_frames": 13, "references": [PICTURE] * 3, "places": "0;4;-1", "cond_type": "frames"},
+        {**common, "references": [PICTURE], "mask": str(mask)},
+        {**common, "num_frames": 17, "next_prompts": "b\nc, d"},
+    ]
+    for values, cond_type in zip(sent, ("frames", "region", "t2v")):
+        page.ask(FIRST, "en", None, None, *form(page, **values))
+        job = service.store.page(1)[0]
+        assert job.facts["cond_type"] == cond_type
+        back = dict(zip(page.fields, page.again(job.id, FIRST)))
+        files = {"references", "mask"} & values.keys()
+        assert {name: back[name] for name in values.keys() - files} == {
+            name: values[name] for name in values.keys() - files
+        }
+        assert len(back["references"] or ()) == len(values.get("references", ()))
+        page.ask(FIRST, "en", None, None, *(back[name] for name in page.fields))
+        assert service.store.page(1)[0].request == {**job.request, "seed": job.facts["seed"]}
+    with pytest.raises(gr.Error, match="9 are given; at most 8"):
+        page.ask(FIRST, "en", None, None, *form(page, prompt="a", references=[PICTURE] * 9))
 
 
 def test_nobody_touches_others_jobs(page, service):

@@ -47,6 +47,16 @@ def test_a_request_is_kept_as_what_it_gives():
     assert GenerationRequest.read(request.as_json()) == request
 
 
+def test_prompts_of_windows_are_a_list_or_lines():
+    request = GenerationRequest.read({"prompt": "a", "next_prompts": "b\n\nc, d\n"})
+    assert request == GenerationRequest.read({"prompt": "a", "next_prompts": ["b", "c, d"]})
+    assert request.as_json()["next_prompts"] == ("b", "c, d")
+    for nothing in (None, "", [], "\n"):
+        assert GenerationRequest.read({"prompt": "a", "next_prompts": nothing}) == GenerationRequest.read(
+            {"prompt": "a"}
+        )
+
+
 WRONG = [
     ({}, "prompt", "empty"),
     ({"prompt": " \n"}, "prompt", "empty"),
@@ -70,6 +80,11 @@ WRONG = [
     ({"prompt": "a", "seconds": 1, "num_frames": 9}, "seconds", "say the same"),
     ({"prompt": "a", "solver": "gone"}, "solver", "expected one of"),
     ({"prompt": "a", "cond_type": "i2v"}, "cond_type", "expected one of"),
+    ({"prompt": "a", "next_prompts": ["b", " "]}, "next_prompts", "as a list or a line each"),
+    ({"prompt": "a", "next_prompts": {"b": 1}}, "next_prompts", "as a list or a line each"),
+    ({"prompt": "a", "next_prompts": "b\n" * 257}, "next_prompts", "257 texts; at most 256"),
+    ({"prompt": "a", "next_prompts": ["b\0"]}, "next_prompts", "NUL"),
+    ({"prompt": "a", "reference": "x"}, "reference", "did you mean references"),
     ({"prompt": "a", "lora_strength": 99}, "lora_strength", "at most 10"),
 ]
 

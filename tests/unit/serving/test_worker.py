@@ -1,5 +1,6 @@
 """The worker on tiny models: what becomes of jobs, and of the models."""
 
+import base64
 import io
 import json
 from pathlib import Path
@@ -13,7 +14,7 @@ from opensora.diffusion.decode import DecodeMemoryError
 from opensora.serving.jobs import CANCELLED, COMPLETED, FAILED, QUEUED
 from opensora.serving.request import BadField
 from opensora.utils.errors import UserError
-from opensora.utils.video import read_video
+from opensora.utils.video import read_video, save_video
 from tests.attack.inputs import write_adapter
 from tests.helpers.serving import served, worker_of
 
@@ -44,7 +45,7 @@ def adapters(place):
 def service(place, adapters):
     from tests.conftest import tiny_inference_config
 
-    made = served(tiny_inference_config(), place / "data", lora_dir=str(adapters), batch_size=4)
+    made = served(tiny_inference_config(), place / "data", lora_dir=str(adapters), batch_size=4, window=9)
     yield made
     made.store.close()
 
@@ -126,6 +127,63 @@ def test_pictures_fix_the_frames_that_they_are_sent_for(service, worker):
     ):
         with pytest.raises(UserError, match=message):
             ask(service, files=dict.fromkeys(both, content), num_frames="9", **wrong)
+
+
+def several(*contents):
+    return {f"references[{number}]": content for number, content in enumerate(contents)}
+
+
+def test_several_references_at_their_places(service, worker):
+    picture = PICTURE.read_bytes()
+    clip = (service.folders.of("clip")).with_suffix(".mp4")
+    clip.parent.mkdir(parents=True, exist_ok=True)
+    content = save_video(np.zeros((9, 32, 32, 3), np.uint8), clip, 8).read_bytes()
+    clip.unlink()
+    data = "data:image/png;base64," + base64.b64encode(picture).decode()
+    jobs = [
+        ask(
+            service,
+            files=several(picture, content, picture),
+            places="0;4-8;-1",
+            num_frames="17",
+            num_inference_steps="1",
+        ),
+        ask(service, references=[{"image_url": data}, data], places="0;-1", num_frames="9"),
+        ask(service, files=several(content), cond_type="extend_right", num_frames="9"),
+    ]
+    work(worker)
+    for job, cond_type in zip(jobs, ("frames", "frames", "extend_right")):
+        assert service.store[job.id].status == COMPLETED
+        assert service.store[job.id].facts["cond_type"] == cond_type
+    record = json.loads((service.folders.of(jobs[0].id) / "video.json").read_text())
+    assert [given[1:] for given in record["given"]] == [[0, 0], [4, 8], [16, 16]]
+    for files, fields, field, message in (
+        (several(picture), {}, "references", "say which frames they are"),
+        (several(picture, picture), {"cond_type": "i2v_head"}, "references", "takes one reference"),
+        (several(picture), {"places": "0;-1"}, "places", "give one for each reference"),
+        (several(picture), {"references": "x", "places": "0"}, "references", "a list of at most 8"),
+        ({}, {"references": [data] * 9, "places": "0"}, "references", "a list of at most 8"),
+    ):
+        with pytest.raises(BadField, match=message) as caught:
+            ask(service, files=files, num_frames="9", **fields)
+        assert caught.value.field == field
+    with pytest.raises(UserError, match=r"references\[1\]@3: .* use 0 or 4"):
+        ask(service, files=several(picture, picture), places="0;3", num_frames="9")
+
+
+def test_a_long_video_has_a_prompt_for_each_window(service, worker):
+    long = {"num_frames": "17"}
+    plain, changed = ask(service, "a", **long), ask(service, "a", next_prompts="something else", **long)
+    work(worker)
+    frames = [frames_of(service, job).astype(int) for job in (plain, changed)]
+    assert abs(frames[0][:5] - frames[1][:5]).max() <= 2
+    assert abs(frames[0][9:] - frames[1][9:]).max() > 2
+    record = json.loads((service.folders.of(changed.id) / "video.json").read_text())
+    assert record["next_prompts"] == ["something else"]
+    with pytest.raises(BadField, match=r"num_frames=5 is made at once \(window=9\)"):
+        ask(service, next_prompts="b")
+    with pytest.raises(BadField, match="next_prompts has 5,000 letters"):
+        ask(service, next_prompts="b" * 5000, **long)
 
 
 def test_a_batch_makes_what_single_jobs_make(service, worker):
