@@ -70,6 +70,22 @@ def test_posterior_is_sampled_as_the_config_and_the_call_say():
     close(model.denormalize(model.normalize(raw)), raw)
 
 
+@torch.no_grad()
+def test_a_scale_for_each_channel():
+    scale, shift = [1.0, 2.0, 0.5, 4.0], [0.0, 1.0, -1.0, 0.5]
+    plain, scaled = (
+        build_autoencoder_2d(**SMALL | keys)
+        for keys in (dict(scale_factor=1.0, shift_factor=0.0), dict(scale_factor=scale, shift_factor=shift))
+    )
+    scaled.load_state_dict(plain.state_dict())
+    for shape in [(2, 3, 16, 16), (2, 3, 2, 16, 16)]:
+        x = torch.randn(shape)
+        raw, z = (model.encode(x, sample_posterior=False) for model in (plain, scaled))
+        for i in range(4):
+            close(z[:, i], scale[i] * (raw[:, i] - shift[i]))
+        close(scaled.decode(z), plain.decode(raw))
+
+
 def test_sizes():
     model = build_autoencoder_2d(**SMALL, device_map="meta")
     assert (model.compression, model.is_causal, model.latent_channels) == ((1, 8, 8), False, 4)
@@ -91,7 +107,10 @@ def test_what_does_not_fit_is_named(tmp_path):
         (dict(ch=32, ch_mult=[1, 0]), r"ae.ch_mult=\[1, 0\]: must be at least 1"),
         (dict(ch=24, ch_mult=[4]), "ch=24, .* a level of 24 channels"),  # the first convolution's
         (dict(z_channels=0), "z_channels=0: must be at least 1"),
+        (dict(ch=6, ch_mult=[1], norm_num_groups=4), "a level of 6 channels; .* norm_num_groups=4"),
         (dict(num_res_blocks=0), "num_res_blocks=0: must be at least 1"),
+        (dict(**SMALL, scale_factor=[1.0, 2.0]), r"scale_factor .* has 2 numbers: give one, or one per .* \(4\)"),
+        (dict(**SMALL, scale_factor=[1.0, 2.0, 0.0, 1.0]), "cannot be divided by 0"),
     ]:
         with pytest.raises(UserError, match=said):
             build_autoencoder_2d(**config)

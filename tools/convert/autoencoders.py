@@ -16,7 +16,7 @@ from opensora.models.hunyuan_vae import AutoencoderKLCausal3D, HunyuanVAEConfig
 from opensora.models.hunyuan_vae import autoencoder as hunyuan
 from opensora.models.kinds import Shapes
 from opensora.models.vae import autoencoder_2d as image
-from opensora.models.vae.config import NUM_GROUPS, AutoEncoder2DConfig
+from opensora.models.vae.config import AutoEncoder2DConfig
 from opensora.utils.errors import UserError, shorten
 from tools.convert.layouts import State
 
@@ -128,7 +128,13 @@ def check(build: Any, shapes: Shapes, what: str) -> None:
 
 
 def image_description(config: AutoEncoder2DConfig) -> dict[str, Any]:
-    """``config.json`` of an ``AutoencoderKL``."""
+    """``config.json`` of an ``AutoencoderKL``.
+
+    Raises:
+        UserError: a scale or shift for each channel, which that has no place for.
+    """
+    if not all(isinstance(value, int | float) for value in (config.scale_factor, config.shift_factor)):
+        raise UserError("AutoencoderKL has one scale and one shift for all channels")
     levels = len(config.ch_mult)
     return {
         "_class_name": "AutoencoderKL",
@@ -144,7 +150,7 @@ def image_description(config: AutoEncoder2DConfig) -> dict[str, Any]:
         "latents_std": None,
         "layers_per_block": config.num_res_blocks,
         "mid_block_add_attention": True,
-        "norm_num_groups": NUM_GROUPS,
+        "norm_num_groups": config.norm_num_groups,
         "sample_size": config.resolution,
         "scaling_factor": config.scale_factor,
         "shift_factor": config.shift_factor,

@@ -55,10 +55,8 @@ def autoencoder(weights: WeightFiles, args: argparse.Namespace) -> str:
         state = read(weights, args.dtype)
         state = state if is_video else image_from_diffusers(state)
         shapes = {key: tuple(value.shape) for key, value in state.items()}
-        if is_video:
-            video_config(shapes, norm_num_groups=int(described.get("norm_num_groups", 32)))
-        else:
-            image_config(shapes)
+        read_config = video_config if is_video else image_config
+        read_config(shapes, norm_num_groups=int(described.get("norm_num_groups", 32)))
     save_safetensors(state, args.output, recorded(weights))
     keys = {"scaling_factor": "ae.scale_factor", "shift_factor": "ae.shift_factor"}
     scales = [f"{ours}={described[theirs]}" for theirs, ours in keys.items() if described.get(theirs) is not None]

@@ -89,11 +89,12 @@ def convert(weights: WeightFiles, args: argparse.Namespace) -> tuple[State, dict
         UserError: a model that diffusers does not have.
     """
     scales = {key: value for key in ("scale_factor", "shift_factor") if (value := getattr(args, key)) is not None}
+    groups = args.norm_groups or 32
     if IMAGE_KEY in weights.shapes:
-        image = image_config(weights.shapes, **scales)
+        image = image_config(weights.shapes, norm_num_groups=groups, **scales)
         return image_to_diffusers(read(weights, args.dtype)), image_description(image)
     if VIDEO_KEY in weights.shapes:
-        video = video_config(weights.shapes, norm_num_groups=args.norm_groups or 32, **scales)
+        video = video_config(weights.shapes, norm_num_groups=groups, **scales)
         return read(weights, args.dtype), video_description(video)
     return flux(weights, args)
 
@@ -150,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scale-factor", type=float, help="of an autoencoder (default: the released one's)")
     parser.add_argument("--shift-factor", type=float, help="of an image autoencoder (default: the released one's)")
     parser.add_argument(
-        "--norm-groups", type=int, action=Bounded, least=1, default=None, help="of a video autoencoder (default: 32)"
+        "--norm-groups", type=int, action=Bounded, least=1, default=None, help="of an autoencoder (default: 32)"
     )
     args = parser.parse_args(argv)
     if args.dtype is not None:

@@ -4,6 +4,7 @@ A convolutional autoencoder with one attention layer, as in latent diffusion (ar
 by frame.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,25 +15,25 @@ from torch import Tensor, nn
 from opensora.config.keys import given_config
 from opensora.models.autoencoder import Autoencoder, LatentMoments
 from opensora.models.kinds import Shapes, WeightKind, count, explain_autoencoder, size
-from opensora.models.vae.config import NUM_GROUPS, AutoEncoder2DConfig
+from opensora.models.vae.config import AutoEncoder2DConfig
 from opensora.models.vae.posterior import DiagonalGaussian
 from opensora.registry import MODELS
 from opensora.utils.errors import UserError
 from opensora.utils.weights_loading import load_model
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(NUM_GROUPS, channels, eps=1e-6)
+def _norm(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution, twice, plus the (projected) input."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = _norm(in_channels)
+        self.norm1 = _norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels)
+        self.norm2 = _norm(out_channels, groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
@@ -46,9 +47,9 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head attention over all positions of an image."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = _norm(channels, groups)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -65,11 +66,11 @@ class AttnBlock(nn.Module):
 class Middle(nn.Module):
     """Residual block, attention, residual block."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels)
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` in and out."""
@@ -107,10 +108,12 @@ class Level(nn.Module):
         name: "downsample" or "upsample", which is also the key of the change.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, name: str, last: bool) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, groups: int, num_blocks: int, name: str, last: bool
+    ) -> None:
         super().__init__()
         self.block = nn.ModuleList(
-            ResnetBlock(in_channels if i == 0 else out_channels, out_channels) for i in range(num_blocks)
+            ResnetBlock(in_channels if i == 0 else out_channels, out_channels, groups) for i in range(num_blocks)
         )
         if not last:
             self.add_module(name, Downsample(out_channels) if name == "downsample" else Upsample(out_channels))
@@ -130,14 +133,14 @@ class Encoder(nn.Module):
 
     def __init__(self, config: AutoEncoder2DConfig) -> None:
         super().__init__()
-        widths = config.widths
+        widths, groups = config.widths, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
         self.down = nn.ModuleList(
-            Level(c_in, c_out, config.num_res_blocks, "downsample", last=i == len(widths) - 1)
+            Level(c_in, c_out, groups, config.num_res_blocks, "downsample", last=i == len(widths) - 1)
             for i, (c_in, c_out) in enumerate(zip((config.ch, *widths), widths))
         )
-        self.mid = Middle(widths[-1])
-        self.norm_out = _norm(widths[-1])
+        self.mid = Middle(widths[-1], groups)
+        self.norm_out = _norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,14 +156,14 @@ class Decoder(nn.Module):
 
     def __init__(self, config: AutoEncoder2DConfig) -> None:
         super().__init__()
-        widths = config.widths
+        widths, groups = config.widths, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1])
+        self.mid = Middle(widths[-1], groups)
         self.up = nn.ModuleList(  # numbered as in the encoder: run from the last to the first
-            Level(c_in, c_out, config.num_res_blocks + 1, "upsample", last=i == 0)
+            Level(c_in, c_out, groups, config.num_res_blocks + 1, "upsample", last=i == 0)
             for i, (c_in, c_out) in enumerate(zip((*widths[1:], widths[-1]), widths))
         )
-        self.norm_out = _norm(widths[0])
+        self.norm_out = _norm(widths[0], groups)
         self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -208,14 +211,14 @@ class AutoEncoder2D(nn.Module, Autoencoder):
 
     def normalize(self, raw: Tensor) -> Tensor:
         """Raw latents to the scale the diffusion model works in."""
-        return self.config.scale_factor * (raw - self.config.shift_factor)
+        return _per_channel(self.config.scale_factor, raw) * (raw - _per_channel(self.config.shift_factor, raw))
 
     def denormalize(self, z: Tensor) -> Tensor:
         """Inverse of :meth:`normalize`."""
-        return z / self.config.scale_factor + self.config.shift_factor
+        return z / _per_channel(self.config.scale_factor, z) + _per_channel(self.config.shift_factor, z)
 
     def scale_text(self, moments: LatentMoments) -> str:
-        """One number for all channels for both keys."""
+        """One number for all channels for both keys; there may be one for each (see the config)."""
         mean, std = moments.overall
         return f"scale_factor={1 / std:.4f},\nshift_factor={mean:.4f},"
 
@@ -274,6 +277,13 @@ class AutoEncoder2D(nn.Module, Autoencoder):
         posterior = self.encode_posterior(x)
         z = self._latent(posterior, sample_posterior, generator)
         return self.decode(z), posterior, z
+
+
+def _per_channel(value: float | Sequence[float], z: Tensor) -> float | Tensor:
+    """One number as it is; one per channel in a shape that goes with latents ``[B, C, ...]``."""
+    if isinstance(value, int | float):
+        return value
+    return torch.as_tensor(value, dtype=z.dtype, device=z.device).reshape(-1, *[1] * (z.ndim - 2))
 
 
 def _per_frame(network: nn.Module, x: Tensor) -> Tensor:

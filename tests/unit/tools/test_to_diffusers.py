@@ -73,9 +73,10 @@ def test_flux(tmp_path, fused, half_split):
 
 
 def test_image_autoencoder(tmp_path):
-    config = AutoEncoder2DConfig(ch=32, ch_mult=[1, 2, 2], num_res_blocks=1, z_channels=4, scale_factor=0.5)
+    sizes = dict(ch=8, ch_mult=[1, 2, 2], num_res_blocks=1, z_channels=4, norm_num_groups=4)
+    config = AutoEncoder2DConfig(**sizes, scale_factor=0.5)
     ours = randomised(AutoEncoder2D(config))
-    folder = there_and_back(ours, tmp_path, ["--scale-factor", "0.5"])
+    folder = there_and_back(ours, tmp_path, ["--scale-factor", "0.5", "--norm-groups", "4"])
     theirs, info = diffusers.AutoencoderKL.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
