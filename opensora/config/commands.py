@@ -330,6 +330,14 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
     condition_config: dict[str, float] | None = opt(
         None, "{condition type: weight}; none: text only", least=0, topic=Topic.OBJECTIVE
     )
+    window: int | None = opt(
+        None,
+        "longer clips are trained on in windows of so many frames, which go on from their own first latents as windows "
+        "of long videos do (sampling_option.window)",
+        "frames",
+        least=1,
+        most=MANY_FRAMES,
+    )
     dropout_ratio: DropoutOptions | None = section(DropoutOptions, "text dropout, for classifier-free guidance")
     guidance: float = opt(4.0, "guidance scale given to models with guidance_embed", least=0)
     sigma_min: float = opt(1e-5, "noise level that remains at the end of the path", least=0, below=1)

@@ -213,7 +213,9 @@ def choose_conditions(
     return rng.choices(names, [weights[name] for name in names], k=batch)
 
 
-def condition_runs(weights: Mapping[str, float] | None, ae: Autoencoder, num_frames: int) -> list[ClipPart]:
+def condition_runs(
+    weights: Mapping[str, float] | None, ae: Autoencoder, num_frames: int, window: int | None = None
+) -> list[ClipPart]:
     """Parts of the pixels that the conditions of a config may give in clips of this length, in order.
 
     They are cut from the pixels and encoded on their own, never cut from the encoded video: latents of the whole video
@@ -223,7 +225,10 @@ def condition_runs(weights: Mapping[str, float] | None, ae: Autoencoder, num_fra
         weights: relative weight by condition type.
         ae: autoencoder, on the meta device will do.
         num_frames: pixel frames of the clips.
+        window: those of longer clips, that are trained on in windows, go on from their own latents: they give nothing.
     """
+    if window is not None and num_frames > window:
+        return []
     spec = LatentSpec(ae.compression, ae.is_causal)
     latent_frames = ae.get_latent_size((num_frames, 64, 64))[0]
     names = [

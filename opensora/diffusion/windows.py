@@ -38,7 +38,7 @@ class Windows:
         if option.window is None or not is_long(option):
             return None
         spec.check_frames(option.num_frames)
-        _check_length(option.window, "sampling_option.window", spec)
+        check_length(option.window, "sampling_option.window", spec)
         window = spec.latent_size(option.window, 1, 1)[0]
         overlap = _overlap(option, spec, window)
         return cls(option.num_frames, spec.latent_size(option.num_frames, 1, 1)[0], window, overlap)
@@ -73,7 +73,7 @@ def _overlap(option: SamplingOption, spec: LatentSpec, window: int) -> int:
     clip = get_spans(CLIP)[0].latent_frames(spec.is_causal)
     if option.overlap is None:
         return clip if 2 * clip <= window + 1 else 1
-    _check_length(option.overlap, "sampling_option.overlap", spec)
+    check_length(option.overlap, "sampling_option.overlap", spec)
     overlap = spec.latent_size(option.overlap, 1, 1)[0]
     if overlap >= window:
         raise UserError(
@@ -83,7 +83,17 @@ def _overlap(option: SamplingOption, spec: LatentSpec, window: int) -> int:
     return overlap
 
 
-def _check_length(frames: int, name: str, spec: LatentSpec) -> None:
+def check_length(frames: int, name: str, spec: LatentSpec) -> None:
+    """Refuse a number of frames that an autoencoder does not make, and a window that has room for nothing new.
+
+    Args:
+        frames: so many.
+        name: of the key that says it.
+        spec: of the autoencoder.
+
+    Raises:
+        UserError: says which numbers would be right.
+    """
     near = spec.nearest_frames(frames)
     if near != (frames,) or (name.endswith("window") and spec.latent_size(frames, 1, 1)[0] < 2):
         right = " or ".join(str(each) for each in near if each > 1 or not name.endswith("window")) or "more"

@@ -14,8 +14,8 @@ from opensora.utils.paths import expand_home
 # Keys that decide what a run learns; others say where and how fast, for how long, or what is logged and saved.
 DECIDING = (
     *("dtype", "seed", "dataset", "bucket_config", "model", "ae", "t5", "clip", "optim", "freeze_layers"),
-    *("training_method", "training_method_config", "patch_size", "condition_config", "dropout_ratio", "guidance"),
-    *("sigma_min", "no_i2v_ref_loss", "lora_config", "warmup_steps", "use_cosine_scheduler", "flat_share"),
+    *("training_method", "training_method_config", "patch_size", "condition_config", "window", "dropout_ratio"),
+    *("guidance", "sigma_min", "no_i2v_ref_loss", "lora_config", "warmup_steps", "use_cosine_scheduler", "flat_share"),
     *("vae_loss_config", "discriminator", "gen_loss_config", "disc_loss_config", "optim_discriminator", "lr_scheduler"),
     *("time_sampling", "loss_weighting", "lr_schedule", "lr_decay_share", "lr_final_share"),
     *("disc_lr_scheduler", "mixed_strategy", "mixed_image_ratio", "image_steps", "image_bucket_config", "image_lr"),

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from tools.demo.world import COLORS, SHAPES
+from tools.demo.world import BOUNCES, COLORS, SHAPES
 
 MIN_CONTRAST = 45.0  # distance in RGB below which nothing stands out from the background
 # Intersection over union that a shape must reach, chosen on labelled clips (tests/golden/judge): an eye forgives a
@@ -22,6 +22,7 @@ MIN_CONTRAST = 45.0  # distance in RGB below which nothing stands out from the b
 MIN_OVERLAP = {"circle": 0.935, "square": 0.915, "triangle": 0.85}
 MAX_BAD = 3 / 17  # share of frames that may be wrong
 STILL_BELOW = 7.0  # px: half of the shortest travel in the training clips
+TURNS = 65  # times of a clip at which something that bounces may turn back
 MAX_DRIFT = 0.25  # largest movement across the direction, as a share of the movement along it
 MAX_STRAY = 2.5  # px that the centre may be off a straight and even path, in all but a few frames
 SOLID = 0.5  # coverage from which a pixel belongs to the shape
@@ -41,7 +42,8 @@ BoolArray = NDArray[np.bool_]
 class Analysis:
     """What a clip shows, in the words of the demo world or "none".
 
-    ``motion`` may also be "diagonal" or "uneven", ``color`` "mixed", ``object`` is "whole" or what is wrong with it:
+    ``motion`` may also be "diagonal" or "uneven"; to and fro ("left and right", "up and down") is said of clips that
+    show the turn; ``color`` "mixed", ``object`` is "whole" or what is wrong with it:
     "absent", "pieces", "holes" or "cut" (by the border). ``travel`` is (x, y) in px from the first to the last frame,
     ``overlap`` the intersection over union with the best outline, mean over the frames.
     """
@@ -71,9 +73,7 @@ def analyse(frames: NDArray[np.uint8]) -> Analysis:
     bodies = [largest_piece(frame_cover > SOLID) for frame_cover in cover]
     travel = measure_travel(np.stack(bodies).astype(np.float64))
     shape, overlap = name_shape(windows(bodies))
-    motion = name_motion(*travel)
-    if motion not in ("still", "diagonal") and not is_even(np.stack(bodies)):
-        motion = "uneven"
+    motion = name_path(np.stack(bodies), travel)
     return Analysis(
         background, name_color(frames, bodies), shape, motion, travel, overlap, name_object(frames, bodies, cover)
     )
@@ -147,16 +147,50 @@ def name_object(frames: NDArray[np.uint8], bodies: Sequence[BoolArray], cover: F
     return WHOLE if mostly(inside) else "cut"
 
 
-def is_even(bodies: BoolArray) -> bool:
-    """Whether the centre of an object [T, H, W] keeps to a straight path at one speed in nearly all frames."""
-    centers = np.array([ndimage.center_of_mass(body) for body in bodies])
-    times = np.linspace(0.0, 1.0, len(centers))
+def name_path(bodies: BoolArray, travel: tuple[float, float]) -> str:
+    """Name of the motion of an object [T, H, W] that travels so far in all: see :class:`Analysis`."""
+    centers = np.array([ndimage.center_of_mass(body) for body in bodies])[:, ::-1]  # x, y
+    motion = name_motion(*travel)
+    if motion == "diagonal" or (motion == "still" and np.ptp(centers, axis=0).max() < STILL_BELOW):
+        return motion
+    if motion != "still" and keeps_to(centers, np.linspace(0.0, 1.0, len(centers)))[0]:
+        return motion
+    return name_bounce(centers) or ("still" if motion == "still" else "uneven")
+
+
+def keeps_to(centers: FloatArray, way: FloatArray) -> tuple[bool, FloatArray]:
+    """Whether centres [T, 2] lie evenly on a straight line in nearly all frames, and the px per unit of the way.
+
+    Args:
+        centers: (x, y) in px.
+        way: [T], what has been gone by each frame, in any unit.
+    """
     kept = np.ones(len(centers), bool)
     for _ in range(2):  # the second time without the frames that stray most, which pull the path towards them
-        path = np.stack([np.polyval(np.polyfit(times[kept], axis[kept], 1), times) for axis in centers.T], axis=1)
+        fits = [np.polyfit(way[kept], axis[kept], 1) for axis in centers.T]
+        path = np.stack([np.polyval(line, way) for line in fits], axis=1)
         stray = np.linalg.norm(centers - path, axis=1)
         kept = stray <= np.sort(stray)[::-1][round(MAX_BAD * len(stray))]
-    return mostly(stray <= MAX_STRAY)
+    return mostly(stray <= MAX_STRAY), np.array([line[0] for line in fits])
+
+
+def name_bounce(centers: FloatArray) -> str | None:
+    """Which way centres [T, 2] go to and fro, turning once on a straight line without a change of speed; None if they
+    do not."""
+    times = np.linspace(0.0, 1.0, len(centers))
+    best = None
+    for turn in np.linspace(0.0, 1.0, TURNS)[1:-1]:
+        way = np.abs(times - turn)
+        design = np.stack([way, np.ones_like(way)], axis=1)
+        rest = float(np.linalg.norm(centers - design @ np.linalg.lstsq(design, centers, rcond=None)[0]))
+        if best is None or rest < best[0]:
+            best = rest, way
+    assert best is not None
+    is_even, speed = keeps_to(centers, best[1])
+    along, across = np.abs(speed).max(), np.abs(speed).min()
+    if not is_even or along < STILL_BELOW or across > MAX_DRIFT * along:
+        return None
+    return next(name for name, step in BOUNCES.items() if bool(step[0]) == (abs(speed[0]) > abs(speed[1])))
 
 
 def ground_of(frame: NDArray[np.uint8]) -> FloatArray:

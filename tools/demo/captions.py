@@ -6,7 +6,7 @@ A caption always names colour, shape and motion, mostly the background, now and 
 import numpy as np
 
 from tools.demo import synonyms
-from tools.demo.world import DIRECTIONS, Combination, Scene
+from tools.demo.world import BOUNCES, DIRECTIONS, Combination, Scene
 
 SMALL, LARGE = 12.0, 14.0  # px: a radius below the first may be called small, above the second large
 
@@ -23,8 +23,11 @@ TOWARDS: dict[str, tuple[str, ...]] = {
     "right": ("right", "to the right", "rightwards"),
     "up": ("up", "upwards"),
     "down": ("down", "downwards"),
+    "left and right": ("left and right", "from side to side"),
+    "up and down": ("up and down",),
 }
 MOVING = ("moving {}", "moves {}", "is moving {}", "drifts {}", "drifting {}", "slides {}", "sliding {}", "travels {}")
+BOUNCING = ("bouncing {}", "bouncing {}", "bounces {}", "moving {}", "moves {}")
 STILL = (
     "standing still",
     "stands still",
@@ -38,9 +41,9 @@ BEHIND = ("on a {} background", "over a {} background", "against a {} background
 
 
 def plain_caption(combination: Combination, background: str | None = None) -> str:
-    """The plain wording, e.g. "a red circle moving right" or "a red circle moving right on a dark background"."""
+    """The plain wording, e.g. "a red circle moving right", "a red circle bouncing up and down on a dark background"."""
     color, shape, motion = combination
-    act = f"moving {motion}" if motion in DIRECTIONS else "standing still"
+    act = "standing still" if motion == "still" else f"{'bouncing' if motion in BOUNCES else 'moving'} {motion}"
     return f"a {color} {shape} {act}" + (f" on a {background} background" if background else "")
 
 
@@ -81,6 +84,8 @@ def _varied(scene: Scene, background: str | None, rng: np.random.Generator) -> s
     subject = f"{rng.choice(['a', 'a', 'one', 'the'])} {size}{scene.color} {scene.shape}"
     if scene.motion in DIRECTIONS:
         act = str(rng.choice(MOVING)).format(rng.choice(TOWARDS[scene.motion]))
+    elif scene.motion in BOUNCES:
+        act = str(rng.choice(BOUNCING)).format(rng.choice(TOWARDS[scene.motion]))
     else:
         act = str(rng.choice(STILL))
     if background is None:

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,11 +25,13 @@ from opensora.utils.files import remove_unfinished_files, write_text
 from opensora.utils.progress import Bar
 from opensora.utils.video import save_video
 from tools.demo.captions import random_caption
-from tools.demo.world import FPS, NUM_FRAMES, SIZE, SPLITS, Scene, combinations, draw_clip, sample_scene
+from tools.demo.world import FPS, NUM_FRAMES, SIZE, Scene, combinations, draw_clip, sample_scene
 from tools.outputs import add_overwrite, check_place, is_new, write_new
 
 CRF = 12  # of h264: low enough that compression is not what a model learns
 MOST_CLIPS = 10_000_000
+LONG_FRAMES = 33  # of every second clip whose motion can go on
+SPLITS = ("train", "held_out", "all")
 RECIPE_VERSION = 2  # of world and captions: raise it when the same seed no longer gives the same clip
 COLUMNS = (
     *("path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps"),
@@ -36,21 +39,23 @@ COLUMNS = (
 )
 
 
-def make_scene(index: int, seed: int, split: str) -> tuple[Scene, str]:
-    """Scene and caption of clip ``index``: the same whatever the number of clips."""
+def make_scene(index: int, seed: int, split: str, long_share: float = 0.0) -> tuple[Scene, str, int]:
+    """Scene, caption and number of frames of clip ``index``: the same whatever the number of clips."""
     rng = np.random.default_rng([seed, index])
-    choices = combinations(split)
+    goes_on = bool(long_share) and np.random.default_rng([seed, index, 1]).random() < long_share
+    choices = combinations("long" if goes_on else split)
     scene = sample_scene(rng, choices[int(rng.integers(len(choices)))])
-    return scene, random_caption(scene, rng)
+    text = random_caption(scene, rng)
+    return scene, text, LONG_FRAMES if goes_on and rng.random() < 0.5 else NUM_FRAMES
 
 
-def make_clip(index: int, out: Path, seed: int, split: str) -> dict[str, object]:
+def make_clip(index: int, out: Path, seed: int, split: str, long_share: float = 0.0) -> dict[str, object]:
     """Draw and write clip ``index`` unless it is there; returns its row of the CSV."""
-    scene, text = make_scene(index, seed, split)
+    scene, text, num_frames = make_scene(index, seed, split, long_share)
     path = out / "clips" / f"{index:06d}.mp4"
     if not path.exists():
-        save_video(draw_clip(scene), path, fps=FPS, crf=CRF)
-    values = (path, text, NUM_FRAMES, SIZE, SIZE, 1.0, SIZE * SIZE, FPS)
+        save_video(draw_clip(scene, num_frames), path, fps=FPS, crf=CRF)
+    values = (path, text, num_frames, SIZE, SIZE, 1.0, SIZE * SIZE, FPS)
     return dict(zip(COLUMNS, (*values, scene.shape, scene.color, scene.motion, scene.background), strict=True))
 
 
@@ -74,8 +79,9 @@ def prepare_folder(out: Path, recipe: dict[str, object]) -> None:
 
 
 def make_clips(
-    out: Path, num: int, seed: int, split: str = "train", workers: int | None = None, overwrite: bool = False
-) -> Path:
+    out: Path, num: int, seed: int, split: str = "train", workers: int | None = None, overwrite: bool = False,
+    long_share: float = 0.0,
+) -> Path:  # fmt: skip
     """Draw ``num`` clips into ``out``; a run that was cut short is completed.
 
     Args:
@@ -85,6 +91,7 @@ def make_clips(
         split: "train", "held_out" or "all" combinations.
         workers: processes; None takes one per core.
         overwrite: replace a table that was changed.
+        long_share: 0 to 1, of clips that stand still or bounce; every second of them is 33 frames long.
 
     Returns:
         Path of the CSV, written last.
@@ -98,16 +105,22 @@ def make_clips(
             raise UserError(f"--{flag} is {value}; it must be at least {least}")
         if value is not None and value > most:
             raise UserError(f"--{flag} is {value}; it must be at most {most}")
+    if not 0 <= long_share <= 1:
+        raise UserError(f"--long-share is {long_share}; it must be from 0 to 1")
     check_place(out, "--out", folder=True)
     out = out.resolve()
-    recipe = {"version": RECIPE_VERSION, "num": num, "seed": seed, "split": split}
+    recipe: dict[str, object] = {"version": RECIPE_VERSION, "num": num, "seed": seed, "split": split}
+    if long_share:
+        recipe["long_share"] = long_share
     with claimed(out, advice="wait for it or give another --out"):
         prepare_folder(out, recipe)
-        return _make_all(out, num, seed, split, workers, overwrite)
+        job = partial(make_clip, out=out, seed=seed, split=split, long_share=long_share)
+        return _make_all(out, num, job, workers, overwrite)
 
 
-def _make_all(out: Path, num: int, seed: int, split: str, workers: int | None, overwrite: bool) -> Path:
-    job = partial(make_clip, out=out, seed=seed, split=split)
+def _make_all(
+    out: Path, num: int, job: Callable[[int], dict[str, object]], workers: int | None, overwrite: bool
+) -> Path:
     with ProcessPoolExecutor(workers) as pool:
         rows = list(Bar(pool.map(job, range(num), chunksize=8), total=num, desc="clips", unit="clip"))
     table = io.StringIO()
@@ -125,6 +138,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num", type=int, required=True, help="number of clips")
     parser.add_argument("--seed", type=int, required=True, help="seed of the whole set")
     parser.add_argument("--split", choices=SPLITS, default="train", help="combinations of colour, shape and motion")
+    parser.add_argument(
+        "--long-share", type=float, default=0.0, help="share of clips that stand still or bounce, half of 33 frames"
+    )
     parser.add_argument("--workers", type=int, default=None, help="processes (None: one per core)")
     add_overwrite(parser)
     return parser.parse_args(argv)
@@ -133,7 +149,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Draw the clips and print where the table is."""
     args = parse_args(argv)
-    table = make_clips(args.out, args.num, args.seed, args.split, args.workers, args.overwrite)
+    table = make_clips(args.out, args.num, args.seed, args.split, args.workers, args.overwrite, args.long_share)
     print(f"{args.num} clips: {table}")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from tools.demo.world import Combination
+from tools.demo.world import BOUNCES, Combination
 
 Choices = tuple[str, ...]
 Words = Mapping[str, Choices]
@@ -29,6 +29,8 @@ BACKGROUNDS: Words = {
 MANNERS: Choices = ("slowly", "slowly", "quickly", "fast", "smoothly", "gently", "steadily")
 MOVING: Choices = ("moving", "moves", "is moving", "rolling", "rolls", "flying", "flies", "going", "goes", "floating")
 
+BOUNCING: Choices = ("bouncing", "bounces", "is bouncing", "jumping", "moving", "swinging", "going")
+
 CHINESE_COLORS: Words = {
     "red": ("红色", "红色的", "红", "大红色的"),
     "green": ("绿色", "绿色的", "绿"),
@@ -47,8 +49,11 @@ CHINESE_TOWARDS: Words = {
     "right": ("向右", "往右", "向右边", "朝右"),
     "up": ("向上", "往上", "向上方", "朝上"),
     "down": ("向下", "往下", "向下方", "朝下"),
+    "left and right": ("左右", "左右来回"),
+    "up and down": ("上下", "上下来回"),
 }
 CHINESE_MOVING: Choices = ("移动", "移动", "运动", "滑动", "飞", "走", "滚动", "缓慢移动", "慢慢移动", "快速移动")
+CHINESE_BOUNCING: Choices = ("弹跳", "移动", "运动", "跳动", "反弹")
 CHINESE_STILL: Choices = ("静止不动", "静止", "不动", "停在原地", "保持不动", "一动不动")
 CHINESE_BACKGROUNDS: Words = {
     "dark": ("深色背景", "黑色背景", "暗色背景", "黑背景"),
@@ -69,7 +74,7 @@ def english(combination: Combination, background: str | None, rng: np.random.Gen
     act = "standing still"
     if motion != "still":
         manner = str(rng.choice(MANNERS)) if rng.random() < 0.4 else ""
-        act = str(rng.choice(MOVING))
+        act = str(rng.choice(BOUNCING if motion in BOUNCES else MOVING))
         act += f" {motion} {manner}" if manner and rng.random() < 0.5 else f" {manner} {motion}"
     subject = f"{rng.choice(['a', 'a', 'the', ''])} {_other(COLORS, color, rng)} {_other(SHAPES, shape, rng)}"
     behind = f" on a {_other(BACKGROUNDS, background, rng)} background" if background else ""
@@ -84,7 +89,8 @@ def chinese(combination: Combination, background: str | None, rng: np.random.Gen
     subject = f"{rng.choice(CHINESE_COUNTS)}{rng.choice(CHINESE_COLORS[color])}{named}"
     act = str(rng.choice(CHINESE_STILL))
     if motion != "still":
-        act = f"{rng.choice(CHINESE_TOWARDS[motion])}{rng.choice(CHINESE_MOVING)}"
+        moving = CHINESE_BOUNCING if motion in BOUNCES else CHINESE_MOVING
+        act = f"{rng.choice(CHINESE_TOWARDS[motion])}{rng.choice(moving)}"
     if background is None:
         return f"{subject}{act}".strip()
     behind = str(rng.choice(CHINESE_BACKGROUNDS[background]))

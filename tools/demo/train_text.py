@@ -31,7 +31,7 @@ from opensora.utils.progress import Bar
 from tools.demo.captions import caption_and_background
 from tools.demo.text_tokenizers import train_clip_tokenizer, train_t5_tokenizer
 from tools.demo.wordings import VALUES, WORDS, Attributes, roughen, sample_attributes, unseen_caption, wide_caption
-from tools.demo.world import FPS, combinations, sample_scene
+from tools.demo.world import FPS, Combination, combinations, sample_scene
 
 SCRATCH = "text"  # of the folder that is being written
 T5_FOLDER, CLIP_FOLDER = "google/t5-demo", "openai/clip-demo"  # HFEmbedder tells CLIP by "openai" in the path
@@ -48,9 +48,14 @@ class Example(NamedTuple):
     attributes: Attributes
 
 
+def described(split: str) -> list[Combination]:
+    """What the texts of a split are about; all but those of held-out combinations are also about motions that go on."""
+    return combinations(split) if split == "held_out" else [*combinations(split), *combinations("long")]
+
+
 def clip_caption(rng: np.random.Generator, split: str) -> Example:
     """A caption as the clips have it, with the suffix that training adds."""
-    choices = combinations(split)
+    choices = described(split)
     scene = sample_scene(rng, choices[int(rng.integers(len(choices)))])
     text, named = caption_and_background(scene, rng)
     return Example(f"{text} {FPS} FPS.", Attributes(scene.color, scene.shape, scene.motion, named))
@@ -60,13 +65,13 @@ def training_example(rng: np.random.Generator) -> Example:
     """A caption of a training clip, or as often a text in another wording that may leave things out."""
     if rng.random() < 0.5:
         return clip_caption(rng, "train")
-    attributes = sample_attributes(rng, combinations("train"))
+    attributes = sample_attributes(rng, described("train"))
     return Example(roughen(wide_caption(attributes, rng), rng), attributes)
 
 
 def unseen_example(rng: np.random.Generator) -> Example:
     """A text in a wording that training does not use, of any combination."""
-    attributes = sample_attributes(rng, combinations("all"), missing=0.0, no_background=0.0)
+    attributes = sample_attributes(rng, described("all"), missing=0.0, no_background=0.0)
     return Example(f"{unseen_caption(attributes, rng)} {FPS} FPS.", attributes)
 
 

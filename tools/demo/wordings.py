@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tools.demo.world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, Combination
+from tools.demo.world import BACKGROUNDS, BOUNCES, COLORS, MOTIONS, SHAPES, Combination
 
 Choices = tuple[str, ...]
 
@@ -42,7 +42,10 @@ TOWARDS: dict[str, Choices] = {
     "right": ("right", "to the right", "rightwards", "rightward", "towards the right", "to the right side"),
     "up": ("up", "upwards", "upward", "up towards the top", "to the top"),
     "down": ("down", "downwards", "downward", "down towards the bottom", "to the bottom"),
+    "left and right": ("left and right", "right and left", "from side to side", "to the left and to the right"),
+    "up and down": ("up and down", "down and up", "upwards and downwards"),
 }
+BOUNCING: Choices = ("bouncing {}", "bounces {}", "is bouncing {}", "jumping {}", "swinging {}", "keeps bouncing {}")
 STILL: Choices = (
     *("standing still", "stands still", "is standing still", "stays still", "staying in place", "is not moving"),
     *("resting motionless", "not moving", "at rest", "that does not move", "stationary", "motionless", "is still"),
@@ -128,7 +131,8 @@ def wide_caption(attributes: Attributes, rng: np.random.Generator) -> str:
     if attributes.motion == "still":
         act = str(rng.choice(STILL))
     elif attributes.motion:
-        act = str(rng.choice(ACTS)).format(rng.choice(TOWARDS[attributes.motion]))
+        acts = BOUNCING if attributes.motion in BOUNCES and rng.random() < 0.7 else ACTS
+        act = str(rng.choice(acts)).format(rng.choice(TOWARDS[attributes.motion]))
     behind = str(rng.choice(BEHIND)).format(attributes.background) if attributes.background else ""
     return tidy(str(rng.choice(FORMS)).format(subject=subject, act=act, behind=behind))
 

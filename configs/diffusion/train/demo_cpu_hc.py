@@ -4,6 +4,7 @@ _base_ = ["demo_cpu.py"]
 
 bucket_config = {"_delete_": True, "64px_ar1:1": {1: (1.0, 16), 8: (1.0, 8), 16: (1.0, 4)}}
 condition_config = dict(_delete_=True, t2v=1, i2v_head=7)  # relative weights
+window = None
 patch_size = 1
 model = dict(in_channels=16, patch_size=1)
 ae = dict(

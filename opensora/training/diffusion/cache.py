@@ -132,7 +132,7 @@ def _check_runs(cfg: TrainOptions, dataset: CachedVideoTextDataset, ae: Autoenco
     if dataset.load_original_video:
         return
     frames = {int(n) for n in dataset.cache.column("num_frames") if n > 0}
-    needed = {run.name for n in frames for run in condition_runs(cfg.condition_config, ae, n)}
+    needed = {run.name for n in frames for run in condition_runs(cfg.condition_config, ae, n, cfg.window)}
     missing = sorted(needed - set(dataset.cache.info.runs))
     if missing:
         raise UserError(
@@ -158,7 +158,7 @@ def cache_writer(cfg: CacheOptions, processes: Torchrun | None = None) -> CacheW
     clips = _clip_encoder(cfg, ae, device)
     source = build_source(source_section(cfg), keep_in_memory=False)  # each clip is read once
     plan = make_plan(source, BucketTable(cfg.bucket_config or {}, ae.compression[1] * cfg.patch_size), cfg.seed)
-    runs = {n: condition_runs(cfg.condition_config, ae, n) for n in {key.num_frames for key in plan.keys}}
+    runs = {n: condition_runs(cfg.condition_config, ae, n, cfg.window) for n in {key.num_frames for key in plan.keys}}
     info = CacheInfo(
         video=_video_fingerprint(cfg, ae) if "video" in parts else None,
         text=_text_fingerprint(cfg) if "text" in parts else None,

@@ -14,7 +14,8 @@ from opensora.config.commands import InferenceOptions, TrainOptions
 from opensora.config.keys import read_group
 from opensora.config.options import Options
 from opensora.datasets.buckets import BucketTable
-from opensora.models.autoencoder import Autoencoder, check_buckets
+from opensora.diffusion.windows import check_length
+from opensora.models.autoencoder import Autoencoder, LatentSpec, check_buckets
 from opensora.models.build import MAX_CPU_PARAMETERS, build_on_meta, check_all_weights, count_parameters
 from opensora.models.diffusion import DiffusionModel, as_diffusion_model
 from opensora.models.mmdit.attention import check_trains
@@ -83,6 +84,8 @@ def check_config(cfg: TrainOptions, world_size: int = 1) -> TrainingPlan:
         check_trains(model.config.attn_backend)
     _check_conditions(cfg, model)
     _check_sizes(cfg, model, ae)
+    if cfg.window is not None:
+        check_length(cfg.window, "window", LatentSpec.of(ae))
     check_buckets(cfg.bucket_config, ae)
     multiple = ae.compression[1] * cfg.patch_size
     BucketTable(cfg.bucket_config, multiple)
@@ -113,6 +116,7 @@ def _input_options(cfg: TrainOptions, multiple: int) -> InputOptions:
         t5_dropout=dropout.t5 if dropout else 0.0,
         clip_dropout=dropout.clip if dropout else 0.0,
         condition_weights=dict(cfg.condition_config) if cfg.condition_config else None,
+        window=cfg.window,
         time_sampling=cfg.time_sampling,
         loss_weighting=cfg.loss_weighting,
     )
@@ -129,6 +133,8 @@ def _check_conditions(cfg: TrainOptions, model: DiffusionModel) -> None:
         raise UserError(
             "condition_config and model.cond_embed belong together: set both (image conditions) or neither (text only)"
         )
+    if cfg.window is not None and not weights:
+        raise UserError("window: windows go on from given latents; set condition_config, or leave window out")
 
 
 def _check_sizes(cfg: TrainOptions, model: DiffusionModel, ae: Autoencoder) -> None:

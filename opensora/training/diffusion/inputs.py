@@ -17,11 +17,13 @@ from opensora.diffusion.conditions import (
     condition_runs,
     drawn_parts,
     get_spans,
+    head_condition,
 )
 from opensora.diffusion.flow import flow_matching_loss, interpolate, unconditioned_tokens, velocity
 from opensora.diffusion.free import DrawnPart, PlacedLatents
 from opensora.diffusion.latents import pack, prepare_ids
 from opensora.diffusion.times import draw_times, time_weights
+from opensora.diffusion.windows import CLIP
 from opensora.encoded.memory import EncodedMemory, even_group
 from opensora.encoded.store import WHOLE, batch_key
 from opensora.models.autoencoder import Autoencoder, LatentSpec
@@ -43,6 +45,7 @@ class InputOptions:
     t5_dropout: float = 0.0
     clip_dropout: float = 0.0
     condition_weights: Mapping[str, float] | None = None
+    window: int | None = None  # pixel frames; longer clips are trained on in windows of so many
     time_sampling: TimeSamplingOptions = field(default_factory=TimeSamplingOptions)
     loss_weighting: LossWeightingOptions = field(default_factory=LossWeightingOptions)
 
@@ -78,13 +81,20 @@ class InputEncoder:
         return InputEncoder(self.ae, self.t5, self.clip, options, None, self.encode_clips, self.axis)
 
     @property
+    def _window(self) -> int | None:
+        """Latent frames of a window, if longer clips are trained on in windows."""
+        window = self.options.window
+        return None if window is None else LatentSpec.of(self.ae).latent_size(window, 1, 1)[0]
+
+    @property
     def empty_text(self) -> tuple[Tensor, Tensor]:
         """Embeddings of the empty text, ``[1, L, D]`` and ``[1, D]``."""
         return self._null_txt, self._null_vec
 
     def latent_size(self, batch: Mapping[str, Any]) -> tuple[int, int, int]:
-        """Latent frames, rows and columns of a batch's clips."""
+        """Latent frames, rows and columns of what is trained on of a batch's clips."""
         frames, height, width = batch["size"][0]
+        frames = min(frames, self.options.window or frames)
         return LatentSpec.of(self.ae).latent_size(frames, height, width)
 
     @torch.no_grad()
@@ -106,7 +116,12 @@ class InputEncoder:
         """
         batch = self._with_kept(batch)
         x_0 = self._clips(batch, generator)
-        types, cond = self._condition(x_0, batch, generator)
+        types: Sequence[str] | None
+        cond: Tensor | None
+        if self._window is not None and x_0.shape[2] > self._window:
+            types, x_0, cond = continued(x_0, self._window, generator)
+        else:
+            types, cond = self._condition(x_0, batch, generator)
         txt, vec = self._text(batch, generator)
 
         patch, (frames, height, width) = self.options.patch_size, x_0.shape[2:]
@@ -165,7 +180,7 @@ class InputEncoder:
         """Moments of whole clips and of all frames that conditions may give, by batch key."""
         place = {row: i for i, row in enumerate(batch.get("read", range(len(batch["index"]))))}
         video = batch["video"][[place[row] for row in rows]]
-        runs = condition_runs(self.options.condition_weights, self.ae, video.shape[2])
+        runs = condition_runs(self.options.condition_weights, self.ae, video.shape[2], self.options.window)
         numbers = [int(batch["index"][row]) for row in rows]
         found = {run.name: encode_part(run, numbers, [*video], self.encode_clips) for run in runs}
         return {batch_key(name): moments for name, moments in {WHOLE: self.encode_clips(video), **found}.items()}
@@ -237,6 +252,26 @@ class InputEncoder:
         drop_vec = torch.rand(len(texts), generator=generator) < self.options.clip_dropout
         txt = torch.where(drop_txt[:, None, None].to(txt.device), self._null_txt, txt)
         return txt, torch.where(drop_vec[:, None].to(vec.device), self._null_vec, vec)
+
+
+def continued(x_0: Tensor, length: int, generator: torch.Generator) -> tuple[list[str], Tensor, Tensor]:
+    """Windows of long videos, each of which goes on from its own first latents as in :mod:`opensora.diffusion.long`.
+
+    Args:
+        x_0: ``[B, C, T, h, w]`` latents of whole clips.
+        length: latent frames of a window, less than T.
+        generator: chooses for each sample where its window begins, after the first latent frame, and how much of it is
+            given: one latent frame to all but one.
+
+    Returns:
+        The samples' condition types, the windows ``[B, C, length, h, w]``, and what is given of them
+        ``[B, 1 + C, length, h, w]``.
+    """
+    begins = torch.randint(1, x_0.shape[2] - length + 1, (len(x_0),), generator=generator).tolist()
+    given = torch.randint(1, length, (len(x_0),), generator=generator).tolist()
+    windows = torch.stack([clip[:, begin : begin + length] for clip, begin in zip(x_0, begins)])
+    parts = [head_condition(clip[None], clip[None, :, :frames]) for clip, frames in zip(windows, given)]
+    return [CLIP] * len(x_0), windows, torch.cat(parts)
 
 
 def diffusion_loss(model: nn.Module, prepared: dict[str, Any]) -> Tensor:

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from opensora.config.choices import CONDITIONS
 from opensora.config.commands import TrainOptions
 from opensora.config.options import Options
+from opensora.diffusion.windows import CLIP
 from opensora.encoded.config import TrajectoriesConfig
 from opensora.training.methods.base import TrainingMethod
 from opensora.utils.errors import UserError
@@ -31,7 +32,7 @@ def check_objective(cfg: TrainOptions, method: type[TrainingMethod]) -> None:
     _check_own_keys("loss_weighting", weighting, "time", weighting.time)
     if times.flow_shift is not None and not times.shift:
         raise UserError("time_sampling.flow_shift is set and time_sampling.shift is False: leave one out")
-    drawn = cfg.condition_config or {"t2v": 1}
+    drawn = {**(cfg.condition_config or {"t2v": 1}), **({CLIP: 1} if cfg.window is not None else {})}
     for name in weighting.conditions or {}:
         if name not in CONDITIONS:
             raise UserError(f"loss_weighting.conditions: unknown condition {name!r}; valid: {CONDITIONS.listing}")

@@ -12,7 +12,17 @@ from tools.demo.analyse import analyse, name_motion, psnr
 from tools.demo.check_judge import labelled_clips
 from tools.demo.evaluate import evaluate, generate, parse_args, plan_cases, summarise, write_results
 from tools.demo.scoring import format_table, judge, shares
-from tools.demo.world import HELD_OUT, NUM_FRAMES, Combination, combinations, draw_clip, draw_frame, sample_scene
+from tools.demo.world import (
+    BOUNCES,
+    HELD_OUT,
+    NUM_FRAMES,
+    Combination,
+    Scene,
+    combinations,
+    draw_clip,
+    draw_frame,
+    sample_scene,
+)
 
 
 def soften(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -31,6 +41,24 @@ def test_analyser_reads_every_combination(soft: bool):
         clip = draw_clip(scene)
         verdicts.append(judge(soften(clip, rng) if soft else clip, combination, scene.background))
     assert shares(verdicts) == dict.fromkeys(("color", "background", "motion", "shape", "object", "all"), 1.0)
+
+
+def test_what_bounces_is_read_by_its_turn():
+    """Whichever way a clip without one goes is right as well; the turn is wrong where it should go one way."""
+    found = set()
+    for i, combination in list(enumerate(combinations("long")))[::2]:
+        scene = sample_scene(np.random.default_rng(i), combination)
+        verdict = judge(draw_clip(scene), combination, scene.background)
+        assert verdict.right["all"], verdict.label
+        found.add(verdict.analysis.motion)
+    assert {"still", *BOUNCES} < found
+    scene = Scene("red", "circle", "left and right", "dark", 30, 12.0, (43.0, 32.0), 24.0)
+    verdict = judge(draw_clip(scene), Combination("red", "circle", "right"), "dark")
+    assert verdict.analysis.motion == "left and right"
+    assert not verdict.right["motion"]
+    jumps = draw_clip(scene)
+    jumps[8:] = np.roll(jumps[8:], 9, axis=1)
+    assert analyse(jumps).motion in ("uneven", "diagonal")
 
 
 def test_empty_and_broken_clips_show_nothing():

@@ -69,7 +69,7 @@ def test_targets_have_a_class_for_the_unsaid():
     rng = np.random.default_rng(2)
     example = clip_caption(rng, "train")._replace(attributes=Attributes("red", None, "still", None))
     assert targets([example]).tolist() == [[0, 3, 4, 2]]
-    assert [logits.shape[-1] for logits in Heads(8)(torch.zeros(1, 8))] == [7, 4, 6, 3]
+    assert [logits.shape[-1] for logits in Heads(8)(torch.zeros(1, 8))] == [7, 4, 8, 3]
 
 
 def test_tokenizers_are_reproducible_and_take_any_text(tmp_path: Path):

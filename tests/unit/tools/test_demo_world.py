@@ -12,23 +12,28 @@ from opensora.utils.errors import UserError
 from opensora.utils.video import read_video
 from tools.demo import synonyms
 from tools.demo.captions import caption_and_background, plain_caption, random_caption
-from tools.demo.make_clips import COLUMNS, make_clips, make_scene
+from tools.demo.make_clips import COLUMNS, make_clip, make_clips, make_scene
 from tools.demo.wordings import WORDS
 from tools.demo.world import (
     BACKGROUNDS,
+    BOUNCES,
     COLORS,
+    DIRECTIONS,
     HELD_OUT,
     MOTIONS,
     SHAPES,
+    SHORT_MOTIONS,
     SIZE,
     Combination,
+    center_of,
     combinations,
     draw_clip,
     draw_mask,
+    room,
     sample_scene,
 )
 
-PARTS = (tuple(COLORS), SHAPES, MOTIONS)
+PARTS = (tuple(COLORS), SHAPES, SHORT_MOTIONS)
 
 
 def test_splits_are_disjoint_and_complete():
@@ -62,6 +67,43 @@ def test_scenes_stay_inside_and_travel():
         assert (clip[0] == clip[-1]).all() == (combination.motion == "still")
 
 
+def test_what_bounces_goes_on_evenly_and_turns_at_the_border():
+    """For any time: as far each frame, but where it turns, and never beyond the border."""
+    for i, combination in enumerate(combinations("long")):
+        scene = sample_scene(np.random.default_rng(i), combination)
+        least, greatest = room(scene.radius)
+        path = np.array([center_of(scene, k / 16) for k in range(129)])
+        along = path[:, 1] if combination.motion == "up and down" else path[:, 0]
+        other = path[:, 0] if combination.motion == "up and down" else path[:, 1]
+        assert np.ptp(other) == 0
+        assert least - 1e-9 <= along.min() <= along.max() <= greatest + 1e-9
+        steps = np.diff(along)
+        turns = np.abs(np.abs(steps) - abs(scene.travel) / 16) > 1e-9
+        assert (np.sign(steps[0]) == np.sign(scene.travel)) or turns[0]
+        assert turns.mean() < 0.3
+        assert (np.minimum(along - least, greatest - along)[:-1][turns] < abs(scene.travel) / 16).all()
+    assert {c.motion for c in combinations("long")} == {*BOUNCES, "still"} == {*MOTIONS} - {*DIRECTIONS}
+    assert not {*combinations("long")} & {*HELD_OUT}
+
+
+def test_clips_that_go_on_are_part_of_a_table(tmp_path):
+    """The others are those of a table without them."""
+    scenes = [make_scene(i, 3, "train", 0.5) for i in range(200)]
+    for i, (scene, text, frames) in enumerate(scenes):
+        if scene.motion in DIRECTIONS:
+            assert (scene, text, frames) == make_scene(i, 3, "train")
+    long = [frames for scene, _, frames in scenes if scene.motion in BOUNCES]
+    assert {*long} == {17, 33}
+    assert {frames for scene, _, frames in scenes if scene.motion in DIRECTIONS} == {17}
+    index = next(i for i, (_, _, frames) in enumerate(scenes) if frames == 33)
+    (tmp_path / "clips").mkdir()
+    row = make_clip(index, tmp_path, 3, "train", 0.5)
+    assert row["num_frames"] == 33
+    assert read_video(row["path"])[0].shape == (33, SIZE, SIZE, 3)
+    with pytest.raises(UserError, match="long-share is 1.5"):
+        make_clips(tmp_path / "other", num=1, seed=0, long_share=1.5)
+
+
 def test_masks_have_the_area_of_their_shape():
     for shape, area in (("circle", np.pi), ("square", 4.0), ("triangle", 2.0)):
         mask = draw_mask(shape, (31.3, 33.8), 12.0)
@@ -79,7 +121,7 @@ def words_of(text: str) -> set[str]:
 def test_captions_name_what_the_scene_shows():
     texts, named = [], []
     for i in range(400):
-        scene, _ = make_scene(i, 7, "train")
+        scene, _, _ = make_scene(i, 7, "train", 0.4)
         text, background = caption_and_background(scene, np.random.default_rng(i))
         texts.append(text.lower().rstrip("."))
         named.append(background is not None)
@@ -96,7 +138,8 @@ def test_captions_name_what_the_scene_shows():
         if scene.motion == "still":
             assert {"still", "place", "not", "motionless"} & words
         else:
-            assert any(word.startswith(scene.motion) for word in words)
+            assert any(word.startswith(scene.motion.split()[-1]) for word in words) or "side" in words
+            assert ("and" in words or "side" in words) == (scene.motion in BOUNCES)
         other = next(name for name in BACKGROUNDS if name != scene.background)
         assert f"{other} background" not in text.lower()
         assert ("background" in text.lower()) == (background is not None)
@@ -122,7 +165,7 @@ def test_other_words_are_of_one_thing_only():
 
 def test_chinese_says_all_of_it():
     rng = np.random.default_rng(1)
-    for combination in combinations("all"):
+    for combination in {*combinations("all"), *combinations("long")}:
         text = synonyms.chinese(combination, "dark", rng)
         assert any(word in text for word in synonyms.CHINESE_COLORS[combination.color])
         assert any(word in text for word in (*synonyms.CHINESE_SHAPES[combination.shape], combination.shape))
@@ -136,6 +179,7 @@ def test_plain_captions():
     assert plain_caption(circle) == "a red circle moving right"
     assert plain_caption(circle, "dark") == "a red circle moving right on a dark background"
     assert plain_caption(Combination("blue", "square", "still"), None) == "a blue square standing still"
+    assert plain_caption(Combination("blue", "square", "up and down")) == "a blue square bouncing up and down"
 
 
 def test_caption_is_deterministic():
@@ -149,7 +193,7 @@ def test_make_clips_writes_a_training_table(tmp_path: Path):
     assert tuple(rows[0]) == COLUMNS
     assert len(rows) == 3
     for i, row in enumerate(rows):
-        scene, text = make_scene(i, 5, "train")
+        scene, text, _ = make_scene(i, 5, "train")
         assert row["text"] == text
         assert (row["num_frames"], row["height"], row["width"], row["resolution"], row["fps"]) == (
             *("17", "64", "64", "4096"),

@@ -102,7 +102,7 @@ def test_published_numbers():
         ("demo_cpu", {"time_sampling.shift": False, "time_sampling.flow_shift": 3.0}, "flow_shift .* leave one out"),
         ("demo_cpu", {"loss_weighting.gamma": 3.0}, "gamma belongs to loss_weighting.time=min_snr, which is None"),
         ("demo_cpu", {"loss_weighting.conditions": {"t3v": 1.0}}, "unknown condition 't3v'"),
-        ("demo_cpu", {"loss_weighting.conditions": {"v2v_head": 1.0}}, "v2v_head is not drawn"),
+        ("demo_cpu", {"loss_weighting.conditions": {"v2v_tail": 1.0}}, "v2v_tail is not drawn"),
         ("stage1", {"loss_weighting.conditions": {"t2v": 2.0}}, "without condition_config all samples are t2v"),
         ("demo_dmd", {"time_sampling.name": "uniform"}, "time_sampling: training_method=dmd has its own"),
     ],
