@@ -171,7 +171,7 @@ def reused(
     layers = model.modulation_layers()
     rows = table_rows(evaluations, batch)
     if layers and not pays(model, rows):
-        logger.info("precompute: modulation is computed at every step, its table of %d rows would be too large", rows)
+        logger.debug("precompute: modulation is computed at every step, its table of %d rows would be too large", rows)
         layers = {}
     memo = SampleMemo(layers, model.constant_layers(), device)
     memo.bytes = table_bytes(model, rows) if layers else 0
