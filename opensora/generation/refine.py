@@ -15,10 +15,11 @@ import numpy as np
 from opensora.config.commands import InferenceOptions
 from opensora.diffusion.references import media_of
 from opensora.generation.requests import Request
-from opensora.utils.chat import ChatClient, content_of, data_url, require_openai
+from opensora.utils.chat import ChatClient, content_of, data_url
 from opensora.utils.errors import UserError
 from opensora.utils.hub import local_model, only_local
 from opensora.utils.logging import get_logger
+from opensora.utils.optional import OPENAI_HINT, check_module
 from opensora.utils.progress import quiet_libraries
 from opensora.utils.video import is_video, read_image, read_video
 from opensora.utils.waiting import no_slow_hub
@@ -84,7 +85,7 @@ def make_asker(cfg: InferenceOptions, environment: Mapping[str, str]) -> Callabl
             "refine_prompt and motion_score=dynamic need a language model: set OPENAI_API_KEY, or give "
             "--refine-base-url URL of a server without key, or --refine-model PATH of a local model"
         )
-    require_openai("a language model behind a server")
+    check_module("openai", "a language model behind a server", OPENAI_HINT)
     name = cfg.refine_api_model or environment.get("OPENAI_MODEL") or DEFAULT_MODEL
     return lambda: ApiModel(url or DEFAULT_URL, key, name)
 

@@ -1,7 +1,6 @@
 """A client of servers that speak OpenAI's chat protocol, with the package ``openai``, which is imported when used."""
 
 import base64
-import importlib.util
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from opensora.utils.errors import UserError
+from opensora.utils.optional import OPENAI_HINT, check_module
 from opensora.utils.waiting import within
 
 AGAIN = (408, 409, 429)  # statuses of requests that may succeed later, besides those from 500
@@ -26,12 +25,6 @@ class Answer(NamedTuple):
     text: str
     tokens_in: int
     tokens_out: int
-
-
-def require_openai(purpose: str) -> None:
-    """Raise a UserError if the package is not installed; ``purpose`` is what needs it."""
-    if importlib.util.find_spec("openai") is None:
-        raise UserError(f"{purpose} needs the package openai: pip install openai")
 
 
 def data_url(picture: np.ndarray | Image.Image, side: int | None = None, quality: int = 75) -> str:
@@ -80,7 +73,7 @@ class ChatClient:
     def __init__(
         self, base_url: str | None, key: str, model: str, timeout: float = 60.0, attempts: int = 3, pause: float = 1.0
     ) -> None:
-        require_openai("a language model behind a server")
+        check_module("openai", "a language model behind a server", OPENAI_HINT)
         import openai
 
         self.model, self.timeout, self.attempts, self.pause = model, timeout, attempts, pause

@@ -1,4 +1,4 @@
-"""bitsandbytes, which is imported where it is chosen, and nowhere else."""
+"""Packages that not everybody has: imported where they are chosen, and nowhere else."""
 
 import importlib
 import importlib.util
@@ -9,6 +9,8 @@ from opensora.utils.errors import UserError
 
 BITSANDBYTES = "bitsandbytes"
 BITSANDBYTES_HINT = "`pip install bitsandbytes`"
+OPENAI_HINT = "`pip install openai`"
+PEFT_HINT = "`pip install peft`"
 
 
 def check_module(module: str, wanted_by: str, hint: str) -> None:
@@ -18,7 +20,19 @@ def check_module(module: str, wanted_by: str, hint: str) -> None:
         UserError: it is not; says who asked for it, and how to get it.
     """
     if importlib.util.find_spec(module) is None:
-        raise UserError(f"{wanted_by} needs the module {module}, which is not installed. To get it: {hint}.")
+        raise _needed(module, wanted_by, "is not installed", hint)
+
+
+def require(module: str, wanted_by: str, hint: str) -> Any:
+    """Import an optional module.
+
+    Raises:
+        UserError: it is not installed, or broken; says who asked for it, and how to get it.
+    """
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a broken binary raises OSError or RuntimeError as often as ImportError
+        raise _needed(module, wanted_by, f"cannot be imported here ({error})", hint) from error
 
 
 def import_bitsandbytes() -> Any:
@@ -30,3 +44,7 @@ def import_bitsandbytes() -> Any:
         return importlib.import_module(BITSANDBYTES)
     finally:
         log.setLevel(level)
+
+
+def _needed(module: str, wanted_by: str, wrong: str, hint: str) -> UserError:
+    return UserError(f"{wanted_by} needs the module {module.split('.')[0]}, which {wrong}. To get it: {hint}.")

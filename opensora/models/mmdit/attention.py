@@ -22,15 +22,15 @@ from opensora.models.mmdit.kernels import (
     TorchKernel,
     attention_sdpa,
     fastest,
-    require,
     where_it_can,
 )
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
+from opensora.utils.optional import require
 
 logger = get_logger(__name__)
 
-__all__ = ["ATTENTION_KERNELS", "JointAttention", "attention_kernel", "attention_sdpa", "require", "resolve_attention"]
+__all__ = ["ATTENTION_KERNELS", "JointAttention", "attention_kernel", "attention_sdpa", "resolve_attention"]
 
 
 class Rotary(NamedTuple):

@@ -3,7 +3,6 @@
 Kernels take and return ``[B, L, H, D]``.
 """
 
-import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,23 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opensora.utils.errors import UserError
+from opensora.utils.optional import require
 
 AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 HALF = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 128  # that all of these kernels take
 HOPPER, BLACKWELL = 9, 10  # compute capabilities, of data-centre cards
 NEEDS_AMPERE = "an NVIDIA GPU of compute capability 8.0 (Ampere) or newer; 'sdpa' runs everywhere"
-
-
-def require(module: str, wanted_by: str, hint: str) -> Any:
-    """Import an optional module, or raise a UserError that says who asked for it and how to get it."""
-    try:
-        return importlib.import_module(module)
-    except Exception as error:  # a broken binary raises OSError or RuntimeError as often as ImportError
-        raise UserError(
-            f"{wanted_by} needs the module {module.split('.')[0]}, which cannot be imported here ({error}). "
-            f"To get it: {hint}."
-        ) from error
 
 
 def is_importable(module: str) -> bool:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opensora.models.mmdit.attention import LIGER_HINT, JointAttention, Rotary, require
+from opensora.models.mmdit.attention import LIGER_HINT, JointAttention, Rotary
 from opensora.models.mmdit.config import MMDiTConfig
+from opensora.utils.optional import require
 
 TIME_FACTOR = 1000.0  # diffusion time in [0, 1] and guidance scales are embedded in thousandths
 NORM_EPS = 1e-6

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from opensora.utils.errors import UserError
+from opensora.training.weights.adapters import require_peft
 
 STUDENT = "default"  # the adapter that PEFT makes first
 
@@ -43,15 +43,13 @@ class FurtherAdapter(nn.Module):
 
     def __init__(self, model: nn.Module, lora_config: Mapping[str, Any], name: str) -> None:
         super().__init__()
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-        except ImportError as error:
-            raise UserError("lora_config needs PEFT: pip install peft") from error
+        peft = require_peft()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         was_training = model.training
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that is the point
-            inject_adapter_in_model(LoraConfig(**{"init_lora_weights": True, **lora_config}), model, adapter_name=name)
+            config = peft.LoraConfig(**{"init_lora_weights": True, **lora_config})
+            peft.inject_adapter_in_model(config, model, adapter_name=name)
         for layer in adapted_layers(model):
             layer._active_adapter = [STUDENT]
         model.train(was_training)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from opensora.training.report.trackers import TrackedRun, Tracker, filmstrip, import_package
+from opensora.training.report.trackers import TrackedRun, Tracker, filmstrip
 from opensora.utils.errors import UserError
+from opensora.utils.optional import require
 
 ID_LETTERS = 21  # which the ids of runs have there
 
@@ -62,4 +63,4 @@ class SwanLabTracker(Tracker):
 
 
 def _package() -> Any:
-    return import_package("swanlab", "trackers=swanlab")
+    return require("swanlab", "trackers=swanlab", "`pip install swanlab`")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from opensora.training.report.trackers import TrackedRun, Tracker, filmstrip, import_package
+from opensora.training.report.trackers import TrackedRun, Tracker, filmstrip
+from opensora.utils.optional import require
 
 
 class TensorBoardTracker(Tracker):
@@ -26,7 +27,7 @@ class TensorBoardTracker(Tracker):
 
     @classmethod
     def check(cls) -> None:
-        import_package("tensorboard", "trackers=tensorboard")
+        require("tensorboard", "trackers=tensorboard", "`pip install tensorboard`")
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():

@@ -1,6 +1,5 @@
 """Where metrics, sample videos and texts go besides the log: what a tracker is, and which ones a config asks for."""
 
-import importlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -70,24 +69,6 @@ def filmstrip(frames: np.ndarray, count: int = 6) -> np.ndarray:
     """Up to ``count`` evenly spaced frames of uint8 ``[T, H, W, 3]`` side by side: ``[H, n W, 3]``."""
     chosen = np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)
     return np.concatenate([frames[i] for i in chosen], axis=1)
-
-
-def import_package(name: str, wanted_by: str, package: str | None = None) -> Any:
-    """A module that only one tracker needs.
-
-    Args:
-        name: of the module.
-        wanted_by: key and value that ask for it.
-        package: what to install; named as the module, if not given.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = package or name
-        raise UserError(f"{wanted_by} needs the package {package}: pip install {package}") from error
 
 
 def tracker_names(cfg: LoopOptions) -> list[str]:

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from opensora.training.report.trackers import TrackedRun, Tracker, import_package
+from opensora.training.report.trackers import TrackedRun, Tracker
 from opensora.utils.errors import UserError
+from opensora.utils.optional import require
 
 
 class WandbTracker(Tracker):
@@ -54,4 +55,4 @@ class WandbTracker(Tracker):
 
 
 def _package() -> Any:
-    return import_package("wandb", "wandb=True")
+    return require("wandb", "wandb=True", "`pip install wandb`")

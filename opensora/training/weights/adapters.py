@@ -13,6 +13,7 @@ from opensora.diffusion.lora_fit import LowRank
 from opensora.training.weights.groups import matches
 from opensora.training.weights.masters import MasterWeights
 from opensora.utils.errors import UserError, shorten
+from opensora.utils.optional import PEFT_HINT, require
 from opensora.utils.weights import load_state_dict, open_weights
 
 
@@ -55,6 +56,11 @@ def copy_from_mmap(model: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
+def require_peft() -> Any:
+    """The package PEFT; a UserError says how to get it."""
+    return require("peft", "lora_config", PEFT_HINT)
+
+
 class LoraAdapter:
     """Low-rank adapters in a model (arXiv:2106.09685), by PEFT. The model keeps its class; its own weights are frozen.
 
@@ -69,17 +75,14 @@ class LoraAdapter:
     """
 
     def __init__(self, model: nn.Module, lora_config: Mapping[str, Any], start: str | Path | None = None) -> None:
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError as error:
-            raise UserError("lora_config needs PEFT: pip install peft") from error
+        peft = require_peft()
         foreign = start is not None and not is_own(start)
         changes = read_changes(start, model) if foreign and start is not None else {}
         try:
-            config = LoraConfig(**{"init_lora_weights": True, **lora_config})
+            config = peft.LoraConfig(**{"init_lora_weights": True, **lora_config})
             if not {"target_modules", "target_parameters"} & lora_config.keys():
                 raise UserError("lora_config: give target_modules, e.g. ['qkv', 'proj'] or 'all-linear'")
-            self._peft: Any = get_peft_model(model, config)  # type: ignore[arg-type]
+            self._peft: Any = peft.get_peft_model(model, config)
         except UserError:
             raise
         except (TypeError, ValueError) as error:

@@ -186,7 +186,7 @@ def test_swanlab(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="trackers=swanlab: no key; run `swanlab login`"):
         SwanLabTracker(TrackedRun(folder))
     monkeypatch.setitem(sys.modules, "swanlab", None)
-    with pytest.raises(UserError, match="trackers=swanlab needs the package swanlab: pip install swanlab"):
+    with pytest.raises(UserError, match="trackers=swanlab needs the module swanlab.*pip install swanlab"):
         check_trackers(LoopOptions(trackers=["swanlab"]))
 
 

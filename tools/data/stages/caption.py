@@ -12,11 +12,12 @@ import polars as pl
 from PIL import Image
 
 from opensora.config.options import Options, opt
-from opensora.utils.chat import FIRST_SHARE, Answer, ChatClient, content_of, data_url, require_openai
+from opensora.utils.chat import FIRST_SHARE, Answer, ChatClient, content_of, data_url
 from opensora.utils.errors import UserError, first_line, shorten
 from opensora.utils.hub import local_model, only_local
 from opensora.utils.logging import get_logger
 from opensora.utils.media.pictures import read_picture
+from opensora.utils.optional import OPENAI_HINT, check_module
 from opensora.utils.waiting import no_slow_hub, within
 from tools.data.engine.stage import LARGEST_SIDE, SMALLEST_SIDE, Row, Stage, Worker, shrink
 
@@ -134,7 +135,7 @@ class Caption(Stage):
                 "Qwen/Qwen2.5-VL-7B-Instruct --local-dir ckpts/Qwen2.5-VL-7B-Instruct"
             )
         if not local:
-            require_openai("stage 'caption'")
+            check_module("openai", "stage 'caption'", OPENAI_HINT)
             endpoint_of(self.settings, os.environ)
 
     def worker(self) -> Worker:
