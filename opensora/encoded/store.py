@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from opensora.datasets.table import row_number
+from opensora.encoded.description import read_description
 from opensora.utils.errors import UserError, first_line
 
 VERSION = 1
@@ -83,18 +84,7 @@ class CacheInfo:
         Raises:
             UserError: no cache there, or one of another version.
         """
-        file = folder / "cache.json"
-        if not file.is_file():
-            raise UserError(f"{folder} holds no cache (no cache.json); scripts/diffusion/cache.py CONFIG writes one")
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if content.get("version") != VERSION:
-                raise UserError(f"{folder}: cache of version {content.get('version')}, this program reads {VERSION}")
-            return CacheInfo(**content)
-        except (AttributeError, TypeError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{file}: cannot be read ({first_line(error)})") from error
+        return read_description(CacheInfo, VERSION, folder / "cache.json", "cache", "scripts/diffusion/cache.py")
 
 
 class Cache:

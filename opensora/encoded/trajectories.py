@@ -29,6 +29,7 @@ from opensora.config.keys import given_config
 from opensora.datasets.source import ClipDataset, SampleKey, Sizes
 from opensora.datasets.video_io import BrokenMediaError
 from opensora.encoded.config import TrajectoriesConfig
+from opensora.encoded.description import read_description
 from opensora.registry import DATASETS
 from opensora.utils.errors import UserError, first_line
 
@@ -74,18 +75,7 @@ class TrajectoryInfo:
             UserError: no trajectories there, or of another version.
         """
         file = folder / DESCRIPTION
-        if not file.is_file():
-            raise UserError(
-                f"{folder} holds no trajectories (no {DESCRIPTION}); make them with "
-                "scripts/diffusion/trajectories.py CONFIG"
-            )
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if content.get("version") != VERSION:
-                raise UserError(f"{folder}: trajectories of version {content.get('version')}, not {VERSION}")
-            return TrajectoryInfo(**content)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise UserError(f"{file}: cannot be read ({first_line(error)})") from error
+        return read_description(TrajectoryInfo, VERSION, file, "trajectories", "scripts/diffusion/trajectories.py")
 
 
 def trajectory_shard(folder: Path, number: int) -> Path:
