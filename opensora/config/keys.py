@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import difflib
 from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from typing import Any, NamedTuple, NoReturn, TypeVar, get_type_hints
 
 from opensora.config.options import Options, check_bounds
@@ -65,12 +66,19 @@ def group_options(group: type | None) -> dict[str, Option]:
     """Keys of an option group by name, in the order of its lines; none without a group."""
     if group is None:
         return {}
+    return {each.name: each._replace(default=copy.deepcopy(each.default)) for each in _described(group)}
+
+
+@cache
+def _described(group: type) -> tuple[Option, ...]:
+    """Keys of a group. To read their types takes long, a config asks for those of each group several times, and a class
+    keeps them."""
     hints = get_type_hints(group)
-    return {
-        f.name: Option(f.name, hints[f.name], copy.deepcopy(f.metadata["default"]), f.metadata)
+    return tuple(
+        Option(f.name, hints[f.name], f.metadata["default"], f.metadata)
         for f in dataclasses.fields(group)
         if f.metadata
-    }
+    )
 
 
 def walk_options(group: type, data: Mapping | None, prefix: str = "") -> Iterator[tuple[str, Option, str]]:
