@@ -26,6 +26,7 @@ def test_two_prompts_into_one_folder(tiny_config_file, tmp_path):
     programs = [Program(INFERENCE, *words, prompt, folder=tmp_path) for prompt in ("a cat", "a dog")]
     for program in programs:
         assert program.ended() == 0, program.said
+        assert "saved " in program.printed
     folder = tmp_path / "out" / "video_32px"
     stems = ("prompt_0000", "prompt_0001")
     assert files(folder) == sorted(f"{stem}{end}" for stem in stems for end in (".json", ".mp4", ".txt"))
