@@ -79,7 +79,9 @@ def keep_sockets() -> None:
             return
         with _temporaries_in(folder.path):
             multiprocessing.util.get_temp_dir()  # made once in the life of a process
-        multiprocessing.util.Finalize(None, folder.__exit__, exitpriority=SOCKETS_GONE - 1)
+        folder._remove.detach()  # at the end it would come too early; its lock is held until then
+        whole, owner = folder.path.parent, os.getpid()
+        multiprocessing.util.Finalize(None, _remove, (whole, owner), exitpriority=SOCKETS_GONE - 1)
 
 
 def remove_forgotten(parent: Path) -> None:
