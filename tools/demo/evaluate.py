@@ -2,7 +2,9 @@
 whether they show what was asked for.
 
 Every combination of colour, shape and motion that was held out from training is generated, and a sample of the trained
-ones. Keys of the config can be overridden as in the inference script: --num_steps 20, --guidance 4.
+ones. Where a picture is drawn first (``use_t2i2v``), it is judged too. Larger frames are judged at 64 pixels.
+
+Keys of the config can be overridden as in the inference script: --num_steps 20, --guidance 4.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -30,7 +33,16 @@ from opensora.utils.video import save_image
 from tools.demo.analyse import psnr
 from tools.demo.captions import plain_caption
 from tools.demo.scoring import ATTRIBUTES, Verdict, format_table, judge, shares, verdict_sheet
-from tools.demo.world import BACKGROUNDS, HELD_OUT, Combination, combinations, draw_frame, sample_scene
+from tools.demo.world import (
+    BACKGROUNDS,
+    HELD_OUT,
+    NUM_FRAMES,
+    SIZE,
+    Combination,
+    combinations,
+    draw_frame,
+    sample_scene,
+)
 from tools.outputs import new_folder
 
 Frames = NDArray[np.uint8]
@@ -47,6 +59,7 @@ class Case:
     picture: Frames | None = None
     frames: Frames | None = None
     verdict: Verdict | None = None
+    drawn: Verdict | None = None  # of the picture made first
     reused: float = 0.0  # share of evaluations in which a step cache left blocks out
 
     @property
@@ -104,13 +117,24 @@ def generate(pipe: VideoPipeline, cases: Sequence[Case], batch_size: int, **samp
                     case.reused = reused
                 for case, frames in zip(batch, result.frames, strict=True):
                     case.frames = frames
-                    case.verdict = judge(frames, case.combination, case.background)
+                    case.verdict = judge(at_world_size(frames), case.combination, case.background)
+                for case, picture in zip(batch, result.images):
+                    still = at_world_size(picture[None]).repeat(NUM_FRAMES, axis=0)
+                    case.drawn = judge(still, case.combination._replace(motion="still"), case.background)
                 progress.update(len(batch))
     return (time.perf_counter() - start) / max(len(cases), 1)
 
 
+def at_world_size(frames: Frames) -> Frames:
+    """Frames [T, H, W, 3] at the size the judge knows, 64x64; larger ones are averaged down to it."""
+    if frames.shape[1:3] == (SIZE, SIZE):
+        return frames
+    return np.stack([np.asarray(Image.fromarray(f).resize((SIZE, SIZE), Image.Resampling.BOX)) for f in frames])
+
+
 def summarise(cases: Sequence[Case]) -> dict[str, dict[str, Any]]:
-    """Number of videos and shares of right ones for seen, held-out, both and i2v; for i2v also the mean PSNR in dB."""
+    """Number of videos and shares of right ones for seen, held-out, both and i2v, and of pictures made first; for i2v
+    also the mean PSNR in dB."""
     groups = {
         "seen": [case for case in cases if case.group == "seen"],
         "held out": [case for case in cases if case.group == "held out"],
@@ -125,6 +149,8 @@ def summarise(cases: Sequence[Case]) -> dict[str, dict[str, Any]]:
         ratios = [ratio for case in group if (ratio := case.first_frame_psnr) is not None]
         if ratios:
             table[name] |= {"first frame dB": float(np.mean(ratios)), "lowest dB": float(np.min(ratios))}
+    if drawn := [case.drawn for case in cases if case.drawn]:
+        table["pictures"] = {"videos": len(drawn), **shares(drawn)}
     return table
 
 
@@ -138,6 +164,8 @@ def write_results(out: Path, cases: Sequence[Case], header: dict[str, Any]) -> N
         if case.picture is not None:
             path = save_image(case.picture, out / "pictures" / f"{i:03d}.png")
             row |= {"picture": path.name, "first_frame_psnr": case.first_frame_psnr}
+        if case.drawn is not None:
+            row |= {"drawn": case.drawn.as_dict()}
         videos.append(row)
     write_text(json.dumps({**header, "videos": videos}, indent=2) + "\n", out / "results.json")
     frames = [case.frames for case in cases if case.frames is not None]

@@ -1,6 +1,7 @@
 """The analyser of the demo world, on drawn clips and on blurred, noisy ones; and the evaluation built on it."""
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -157,10 +158,11 @@ def test_plan_covers_all_held_out_combinations():
 
 
 class PerfectPipeline:
-    """Draws what the prompt says; stands in for a trained model."""
+    """Draws what the prompt says, at ``scale`` times the size, after a picture of it; stands in for a trained model."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale: int = 1, draws_first: bool = False) -> None:
         self.calls: list[dict] = []
+        self.scale, self.draws_first = scale, draws_first
 
     def __call__(self, prompts, **options):
         self.calls.append({"prompts": prompts, **options})
@@ -173,8 +175,9 @@ class PerfectPipeline:
             clip = draw_clip(scene)
             if options["ref"] is not None:
                 clip = np.stack([options["ref"][i]] * NUM_FRAMES)  # ignores the motion
-            frames.append(clip)
-        return SimpleNamespace(frames=frames, reused=[0.0] * len(frames))
+            frames.append(clip.repeat(self.scale, axis=1).repeat(self.scale, axis=2))
+        images = [clip[0] for clip in frames] if self.draws_first else []
+        return SimpleNamespace(frames=frames, images=images, reused=[0.0] * len(frames))
 
 
 def test_evaluation_of_a_pipeline(tmp_path: Path):
@@ -193,6 +196,18 @@ def test_evaluation_of_a_pipeline(tmp_path: Path):
     assert (tmp_path / "out" / "sheet.png").is_file()
     assert (tmp_path / "out" / "results.json").is_file()
     assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 3
+
+
+def test_pictures_made_first_and_large_frames_are_judged(tmp_path: Path):
+    pipe, cases = PerfectPipeline(scale=2, draws_first=True), plan_cases(num_seen=0, num_i2v=0, seed=1)[:4]
+    generate(pipe, cases, batch_size=4)
+    assert cases[0].frames is not None
+    assert cases[0].frames.shape == (NUM_FRAMES, 128, 128, 3)
+    summary = summarise(cases)
+    assert summary["pictures"] == {**summary["both"], "videos": 4}
+    write_results(tmp_path, cases, {"summary": summary})
+    videos = json.loads((tmp_path / "results.json").read_text())["videos"]
+    assert [video["drawn"]["expected"]["motion"] for video in videos] == ["still"] * 4
 
 
 def test_evaluation_refuses_a_used_folder(tmp_path: Path):
