@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 ROOT_LOGGER = "opensora"
@@ -9,6 +10,26 @@ FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
 # PEFT and ColossalAI import bitsandbytes where it is installed; on a CPU it then warns that it has no kernel for 4-bit
 # weights, which nothing here uses.
 ONLY_ERRORS = ("bitsandbytes.backends.cpu.ops",)
+
+
+class LogFile(logging.FileHandler):
+    """A log file. A disk that takes nothing more costs it lines, which is said once."""
+
+    has_told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say that a line is lost."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.has_told:
+            self.has_told = True
+            print(f"warning: {self.baseFilename}: {error.strerror}; it lacks lines", file=sys.stderr)
+
+    def close(self) -> None:
+        """Close it, also where what is left to write has no room."""
+        with suppress(OSError):
+            super().close()
 
 
 def get_logger(name: str = ROOT_LOGGER) -> logging.Logger:
@@ -36,7 +57,7 @@ def setup_logging(log_file: str | Path | None = None, level: int = logging.INFO,
         logging.getLogger(name).setLevel(logging.ERROR)
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if log_file is not None and rank == 0:
-        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+        handlers.append(LogFile(log_file, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter(FORMAT, datefmt="%H:%M:%S"))
         logger.addHandler(handler)

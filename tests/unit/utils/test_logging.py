@@ -1,9 +1,11 @@
 """What reaches the terminal."""
 
 import importlib.util
+import logging
 
 import pytest
 
+from opensora.utils.logging import LogFile
 from tests.helpers.forks import Program
 
 PROGRAM = """
@@ -28,3 +30,11 @@ def test_only_needless_warnings_of_other_packages_are_left_out(tmp_path):
     assert "theirs\n" in program.said
     assert "| INFO | ours\n" in program.said
     assert "4bit" not in program.said
+
+
+def test_a_log_on_a_full_disk_loses_lines_and_says_so_once(capfd):
+    full = LogFile("/dev/full")
+    for _ in range(2):
+        full.emit(logging.makeLogRecord({"msg": "a line"}))
+    full.close()
+    assert capfd.readouterr().err == "warning: /dev/full: No space left on device; it lacks lines\n"
