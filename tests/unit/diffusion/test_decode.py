@@ -21,7 +21,7 @@ from opensora.generation.writer import SampleWriter
 from opensora.models.vae.footprint import LiveBytes
 from opensora.registry import MODELS, build_module
 from opensora.utils.errors import UserError
-from opensora.utils.video import save_video
+from opensora.utils.video import VideoWriter, save_video
 from tests.helpers.decoding import decode_latents
 from tests.unit.models.test_autoencoder_contract import SMALL
 
@@ -87,6 +87,19 @@ def test_a_file_is_the_same_as_of_the_video_at_once_and_memory_does_not_grow_wit
         assert made.read_bytes() == save_video(video, tmp_path / "whole.mp4", 8).read_bytes()
     assert peaks[1] < 1.05 * peaks[0], "of which the latents are all that is longer"
     assert {path.name for path in tmp_path.iterdir()} == {"6.parts.mp4", "24.parts.mp4", "whole.mp4"}
+
+
+def test_a_video_that_has_no_room_leaves_nothing(monkeypatch, tmp_path):
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(VideoWriter, "put_in_place", full)
+    with SampleFiles([(tmp_path / "a", 8)]) as files:
+        files.start(0)
+        files.write(np.zeros((2, 16, 16, 3), np.uint8))
+        with pytest.raises(OSError, match="No space"):
+            files.put_in_place(0)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_sample_begins_anew_in_other_tiles_when_memory_runs_out(ae, monkeypatch, tmp_path):
