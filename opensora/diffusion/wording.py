@@ -27,9 +27,10 @@ def check_fps(fps: Any, where: str = "") -> float:
     before = f"{where}: " if where else ""
     if not isinstance(fps, numbers.Real) or isinstance(fps, bool):
         raise UserError(f"{before}fps {fps!r} is not a number")
-    if not 0 < fps <= MOST_FPS:
-        raise UserError(f"{before}fps {fps:g} must be above 0 and at most {MOST_FPS}")
-    return float(fps)
+    number = float(fps)
+    if not 0 < number <= MOST_FPS:
+        raise UserError(f"{before}fps {number:g} must be above 0 and at most {MOST_FPS}")
+    return number
 
 
 def add_fps(text: str, fps: float) -> str:
