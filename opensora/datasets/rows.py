@@ -34,7 +34,7 @@ ROW_GROUP = 128  # rows decoded at a time to get at one
 GROUPS_IN_MEMORY = 16  # of each loader worker
 SUMMARY = "shards.json"
 SHARD_NAME = re.compile(r"\d{5,}\.parquet")
-NEW = ".new"  # folder of shards that are being written
+NEW = ".shards.writing"  # folder of shards that are being written
 
 
 class TableRows:

@@ -25,7 +25,7 @@ def check_prompt(text: str, where: str) -> str:
 def check_fps(fps: Any, where: str = "") -> float:
     """The frame rate, if it can be one; raises a UserError otherwise."""
     before = f"{where}: " if where else ""
-    if not isinstance(fps, numbers.Real) or isinstance(fps, bool):
+    if not isinstance(fps, int | float) or isinstance(fps, bool):
         raise UserError(f"{before}fps {fps!r} is not a number")
     number = float(fps)
     if not 0 < number <= MOST_FPS:

@@ -15,7 +15,7 @@ import torch
 from opensora.datasets import rows
 from opensora.datasets.buckets import BucketTable
 from opensora.datasets.dataset import VideoTextDataset, frame_strides, target_fps
-from opensora.datasets.rows import ShardedRows, read_numbers, write_shards
+from opensora.datasets.rows import NEW, ShardedRows, read_numbers, write_shards
 from opensora.datasets.sampler import BucketBatchSampler
 from opensora.datasets.source import SampleKey
 from opensora.registry import DATASETS, build_module
@@ -170,7 +170,7 @@ def test_killed_between_old_and_new_shards(tmp_path, monkeypatch):
     replace = Path.replace
 
     def killed(self, target):
-        if self.name == "00002.parquet" and self.parent.name == ".new":
+        if self.name == "00002.parquet" and self.parent.name == NEW:
             raise KeyboardInterrupt
         return replace(self, target)
 

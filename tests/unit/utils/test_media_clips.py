@@ -223,6 +223,40 @@ def test_interlaced_clips_are_made_whole(tmp_path, ending):
         assert np.abs(got.astype(int) - frames[window]).max() <= 2
 
 
+SHARED = {  # frames, height, width, rate, and what else is known of it
+    "anim.gif": (20, 96, 160, 20.0, ""),
+    "clip.ts": (40, 96, 160, 24.0, ""),
+    "elst.mp4": (30, 96, 160, 24.0, ""),
+    "exif6.jpg": (1, 96, 160, None, ""),
+    "hlg.mp4": (72, 96, 160, 24.0, "HLG"),
+    "interl.mp4": (40, 96, 160, 24.0, "interlaced"),
+    "num.mp4": (40, 96, 160, 24.0, ""),
+    "plain.mp4": (40, 96, 160, 24.0, ""),
+    "rot90.mp4": (40, 160, 96, 24.0, ""),
+    "up.png": (1, 96, 160, None, ""),
+    "vfr.mp4": (40, 96, 160, 15.385, "variable"),
+}
+
+
+@needs_cases
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_files_are_what_they_show(name):
+    path, (count, height, width, rate, what) = CASES / name, SHARED[name]
+    info = probe(path)
+    known = info.hdr or ("interlaced" if info.interlaced else "variable" if info.variable_rate else "")
+    assert (info.num_frames, info.height, info.width, known) == (count, height, width, what)
+    if rate is None:
+        upright = video.read_image(CASES / "up.png")
+        assert np.abs(video.read_image(path).astype(int) - upright).mean() < 2
+        return
+    frames, fps = read_clip(path)
+    assert (frames.shape[:3], info.fps, round(fps, 3)) == ((count, height, width), rate, rate)
+    near = read_frames(path, [0, count // 2, count - 1], info.fps).astype(int)
+    assert np.abs(near - frames[[0, count // 2, count - 1]]).max() <= 2
+    if name == "rot90.mp4":
+        np.testing.assert_array_equal(frames, np.rot90(read_clip(CASES / "plain.mp4")[0], -1, axes=(1, 2)))
+
+
 @needs_cases
 def test_what_an_edit_list_cuts_off_is_not_there():
     path = CASES / "elst.mp4"
