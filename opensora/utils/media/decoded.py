@@ -42,12 +42,12 @@ class Decoder:
         return frame
 
 
-def _with_alpha(stream: "av.VideoStream") -> "av.VideoCodecContext | None":
+def _with_alpha(stream: "av.VideoStream") -> "av.CodecContext | None":
     """A decoder for the transparency of WebM, None where there is none."""
     name = ALPHA.get(stream.codec_context.name)
     if name is None or stream.metadata.get("alpha_mode") != "1" or name not in av.codec.codecs_available:
         return None
-    return av.VideoCodecContext.create(name, "r")
+    return av.CodecContext.create(name, "r")
 
 
 def decoded(
