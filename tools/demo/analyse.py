@@ -34,9 +34,7 @@ MIN_PIECE = 8  # px: anything smaller is noise of compression and sampling
 MAX_HOLE = 0.02  # share of the object that may be missing inside it
 ROOM = 2  # px around an object in which its outline is looked for
 MAX_SPOT = 0.15  # share of the object's inside that may have another colour
-BETWEEN = (
-    0.42  # of the way to another colour, from which a pixel no longer counts as its own: an eye hesitates before half
-)
+BETWEEN = 0.42  # of the way to another colour, from which a pixel is no longer its own: an eye hesitates before half
 NOTHING, WHOLE = "none", "whole"
 
 FloatArray = NDArray[np.float64]
