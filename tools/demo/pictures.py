@@ -83,7 +83,22 @@ def first_frame(pipe: VideoPipeline) -> list[Labelled]:
     return [("the picture", still), *((label.removeprefix("a blue square "), video) for label, video in videos)]
 
 
-MOVING: dict[str, Callable[[VideoPipeline], list[Labelled]]] = {"demo": demo, "first_frame": first_frame}
+def longer(pipe: VideoPipeline) -> list[Labelled]:
+    """Videos of several windows."""
+    prompts = [
+        "a red circle bouncing left and right on a dark background",
+        "a cyan triangle bouncing up and down on a light background",
+        "a yellow square bouncing left and right on a dark background",
+    ]
+    videos = pipe(prompts, num_frames=65, seed=42).frames
+    return [(prompt.split(" on a ")[0], frames) for prompt, frames in zip(prompts, videos)]
+
+
+MOVING: dict[str, Callable[[VideoPipeline], list[Labelled]]] = {
+    "demo": demo,
+    "first_frame": first_frame,
+    "longer": longer,
+}
 
 
 def draw_moving(videos: list[Labelled], path: Path) -> None:

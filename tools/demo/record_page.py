@@ -23,7 +23,7 @@ PROMPTS = ("a green triangle moving left on a light background", "a red circle m
 WIDTH, HEIGHT, SHOWN_WIDTH = 1120, 860, 800
 STEPS = 30
 MOST_STEPS = 16  # pictures of a video in the making
-PATIENCE = 900  # seconds until a page or a video is there
+PATIENCE = 300  # seconds until a page or a video is there
 PLAYING = "() => { const v = document.querySelector('.os-frame video'); return v && v.readyState > 2 }"
 SEEK = "time => { const v = document.querySelector('.os-frame video'); v.pause(); v.currentTime = time }"
 
@@ -120,8 +120,10 @@ def _asked(page: Any, prompt: str, steps: int) -> Iterator[Shot]:
 
 def _made(page: Any) -> Iterator[Shot]:
     """Steps and previews, until the video is there."""
-    page.locator("#stage [data-status=in_progress]").wait_for()
-    while page.locator("#stage [data-status=completed]").count() == 0:
+    done = page.locator(".os-card", has_text=PROMPTS[1])
+    seen = page.locator("#stage [data-status=in_progress]").or_(done)
+    seen.first.wait_for()  # on a fast machine the video may be there first
+    while done.count() == 0:
         yield _seen(page), 250
         page.wait_for_timeout(400)
 
