@@ -332,8 +332,7 @@ class TrainOptions(LoopOptions, LoaderOptions, RunOptions):
     )
     window: int | None = opt(
         None,
-        "longer clips are trained on in windows of so many frames, which go on from their own first latents as windows "
-        "of long videos do (sampling_option.window)",
+        "cut the latents of longer clips to windows that continue from their own first ones",
         "frames",
         least=1,
         most=MANY_FRAMES,

@@ -1,5 +1,6 @@
 """What is computed once per sample gives the plain forward's numbers, to the last bit."""
 
+import logging
 from contextlib import nullcontext
 
 import pytest
@@ -114,7 +115,8 @@ def test_modulation_is_no_part_of_the_model_meanwhile():
 
 def test_a_table_larger_than_what_it_saves_is_not_made(caplog, monkeypatch):
     monkeypatch.setattr(reuse, "MOST", 0.5)
-    with caplog.at_level("DEBUG"):
+    monkeypatch.setattr(logging.getLogger("opensora"), "propagate", True)  # also where a program has set it up
+    with caplog.at_level("DEBUG", logger="opensora"):
         assert torch.equal(sampled(True, batch=4), sampled(False, batch=4))
     assert "its table of 48 rows would be too large" in caplog.text
 
