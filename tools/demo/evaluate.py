@@ -26,12 +26,12 @@ if __package__ in (None, ""):
 from opensora.config import parse_config, run_main
 from opensora.config.commands import InferenceOptions
 from opensora.diffusion.pipeline import VideoPipeline
-from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
 from opensora.utils.progress import Bar
 from opensora.utils.video import save_image
 from tools.demo.analyse import psnr
 from tools.demo.captions import plain_caption
+from tools.demo.options import check_counts, config_parser
 from tools.demo.scoring import ATTRIBUTES, Verdict, format_table, judge, shares, verdict_sheet
 from tools.demo.world import (
     BACKGROUNDS,
@@ -174,12 +174,7 @@ def write_results(out: Path, cases: Sequence[Case], header: dict[str, Any]) -> N
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """Command line of this tool and the config overrides that are left."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-        usage="%(prog)s CONFIG --out DIR [options] [--key value ...]",
-    )
+    parser = config_parser(__doc__)
     parser.add_argument("config", help="inference config, e.g. configs/diffusion/inference/demo.py")
     parser.add_argument("--out", type=Path, required=True, help="new or empty folder for results.json and sheet.png")
     parser.add_argument("--num_seen", "--num-seen", type=int, default=60, help="videos of trained combinations")
@@ -195,14 +190,7 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     Raises:
         UserError: a value out of range, a folder in use, or anything wrong with the config.
     """
-    for flag, value, least in (
-        ("--num_seen", args.num_seen, 0),
-        ("--i2v", args.i2v, 0),
-        ("--seed", args.seed, 0),
-        ("--eval_batch", args.eval_batch, 1),
-    ):
-        if value < least:
-            raise UserError(f"{flag} is {value}; it must be at least {least}")
+    check_counts(args, num_seen=0, i2v=0, seed=0, eval_batch=1)
     with new_folder(args.out, "evaluate"):
         _measure(args, overrides)
 

@@ -31,9 +31,10 @@ from opensora.models.autoencoder import LatentSpec
 from tools.demo.analyse import MAX_STRAY, mostly, psnr
 from tools.demo.captions import plain_caption
 from tools.demo.evaluate_vae import round_trip
-from tools.demo.measured import Frames, add_common, check_counts, measuring
+from tools.demo.measured import Frames, add_common, measuring
+from tools.demo.options import check_counts, config_parser
 from tools.demo.paths import track
-from tools.demo.scoring import ATTRIBUTES, format_table, judge
+from tools.demo.scoring import ATTRIBUTES, format_table, judge, share
 from tools.demo.world import BACKGROUNDS, NUM_FRAMES, SIZE, Combination, combinations, draw_clip, sample_scene
 
 PAIRS = "frames"
@@ -175,11 +176,10 @@ def tabulate(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    shares = {name: sum(row[name] for row in rows) / len(rows) for name in (*ATTRIBUTES, "all")}
-    found = {"videos": len(rows), **shares, "right": sum(row["right"] for row in rows) / len(rows)}
+    found: dict[str, Any] = {"videos": len(rows), **{name: share(rows, name) for name in (*ATTRIBUTES, "all", "right")}}
     for name, column in (("in between", "in_between"), ("back", "comes_back")):
         if column in rows[0]:
-            found[name] = sum(row[column] for row in rows) / len(rows)
+            found[name] = share(rows, column)
     if "given_db" in rows[0]:
         decibels = [row["given_db"] for row in rows]
         found |= {"mean dB": f"{np.mean(decibels):.1f}", "lowest dB": f"{np.min(decibels):.1f}"}
@@ -191,12 +191,7 @@ COLUMNS = ("videos", *ATTRIBUTES, "all", "in between", "right", "back", "mean dB
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """Command line of this tool and the config overrides that are left."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-        usage="%(prog)s CONFIG --out DIR [options] [--key value ...]",
-    )
+    parser = config_parser(__doc__)
     add_common(parser)
     parser.add_argument("--pairs", type=int, default=40, help="videos between two pictures")
     parser.add_argument("--num", type=int, default=20, help="videos of every other condition")

@@ -25,9 +25,10 @@ from opensora.diffusion.pipeline import VideoPipeline
 from opensora.diffusion.windows import Windows
 from opensora.utils.errors import UserError
 from tools.demo.captions import plain_caption
-from tools.demo.measured import Frames, Measurement, add_common, check_counts, measuring
+from tools.demo.measured import Frames, Measurement, add_common, measuring
+from tools.demo.options import check_counts, config_parser
 from tools.demo.paths import course, track
-from tools.demo.scoring import ATTRIBUTES, format_table, judge
+from tools.demo.scoring import ATTRIBUTES, format_table, judge, share
 from tools.demo.world import BACKGROUNDS, BOUNCES, Combination, combinations
 
 LENGTHS = [65, 129]
@@ -149,10 +150,10 @@ def tabulate(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {"windows": len(rows), **{name: _share(rows, name) for name in (*ATTRIBUTES, "all")}}
+    found: dict[str, Any] = {"windows": len(rows), **{name: share(rows, name) for name in (*ATTRIBUTES, "all")}}
     seams = [row for row in rows if "goes_on" in row]
     if seams:
-        found |= {"seams": len(seams), "go on": _share(seams, "goes_on"), "no flash": _share(seams, "no_flash")}
+        found |= {"seams": len(seams), "go on": share(seams, "goes_on"), "no flash": share(seams, "no_flash")}
         for name, column in (("luma", "luma_step"), ("inside", "luma_inside")):
             found[name] = f"{np.mean([row[column] for row in seams]):.2f}"
         for name, column in (("colour", "colour_step"), ("inside ", "colour_inside")):
@@ -160,21 +161,12 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _share(rows: Sequence[Mapping[str, Any]], name: str) -> float:
-    return sum(bool(row[name]) for row in rows) / len(rows)
-
-
 COLUMNS = ("windows", *ATTRIBUTES, "all", "seams", "go on", "no flash", "luma", "inside", "colour", "inside ")
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """Command line of this tool and the config overrides that are left."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-        usage="%(prog)s CONFIG --out DIR [options] [--key value ...]",
-    )
+    parser = config_parser(__doc__)
     add_common(parser)
     parser.add_argument("--num", type=int, default=30, help="prompts of each length")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="frames of the videos")

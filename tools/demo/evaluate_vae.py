@@ -29,6 +29,7 @@ from opensora.utils.files import write_text
 from opensora.utils.progress import Bar
 from opensora.utils.video import contact_sheet, read_video, to_uint8
 from tools.demo.analyse import psnr
+from tools.demo.options import check_counts, config_parser
 from tools.demo.scoring import ATTRIBUTES, SHEET_FRAMES, Verdict, format_table, judge, mark, shares
 from tools.demo.world import Combination
 from tools.outputs import new_folder
@@ -92,12 +93,7 @@ def round_trip(model: Any, clips: list[Frames], device: torch.device) -> list[Fr
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """Command line of this tool and the config overrides that are left."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-        usage="%(prog)s CONFIG --data CSV --out DIR [options] [--key value ...]",
-    )
+    parser = config_parser(__doc__, "--data CSV --out DIR")
     parser.add_argument("config", help="e.g. configs/diffusion/inference/demo.py or configs/vae/train/demo.py")
     parser.add_argument("--data", type=Path, required=True, help="clips.csv of clips that were not trained on")
     parser.add_argument("--out", type=Path, required=True, help="new or empty folder for results.json and sheet.png")
@@ -112,9 +108,7 @@ def evaluate(args: argparse.Namespace, overrides: list[str]) -> None:
     Raises:
         UserError: a value out of range, a folder in use, or anything wrong with config, weights or clips.
     """
-    for flag, value in (("--num", args.num), ("--eval_batch", args.eval_batch)):
-        if value < 1:
-            raise UserError(f"{flag} is {value}; it must be at least 1")
+    check_counts(args, num=1, eval_batch=1)
     with new_folder(args.out, "evaluate_vae"):
         _measure(args, overrides)
 

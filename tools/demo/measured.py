@@ -149,19 +149,6 @@ def measuring(
         yield pipe, Measurement(args.out, found)
 
 
-def check_counts(args: argparse.Namespace, **least: int) -> None:
-    """Refuse a number below the least that its flag takes.
-
-    Raises:
-        UserError: names the flag.
-    """
-    for name, smallest in least.items():
-        values = getattr(args, name)
-        for value in values if isinstance(values, list) else [values]:
-            if value < smallest:
-                raise UserError(f"--{name} is {value}; it must be at least {smallest}")
-
-
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Flags of all measurements."""
     parser.add_argument("config", help="inference config, e.g. configs/diffusion/inference/demo.py")

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +53,12 @@ def judge(frames: NDArray[np.uint8], combination: Combination, background: str) 
 def shares(verdicts: Iterable[Verdict]) -> dict[str, float]:
     """Share of clips that are right, 0 to 1, per attribute and in ``all`` of them; empty without clips."""
     rows = [verdict.right for verdict in verdicts]
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
+    return {name: share(rows, name) for name in rows[0]} if rows else {}
+
+
+def share(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    """Share of rows, at least one, in which something is true, 0 to 1."""
+    return sum(bool(row[name]) for row in rows) / len(rows)
 
 
 def format_table(rows: Mapping[str, Mapping[str, object]], columns: Sequence[str]) -> str:
