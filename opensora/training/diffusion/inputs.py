@@ -49,6 +49,10 @@ class InputOptions:
     time_sampling: TimeSamplingOptions = field(default_factory=TimeSamplingOptions)
     loss_weighting: LossWeightingOptions = field(default_factory=LossWeightingOptions)
 
+    def frames_at_once(self, num_frames: int) -> int:
+        """Frames that are trained on together of a clip of so many."""
+        return num_frames if self.window is None else min(num_frames, self.window)
+
 
 class InputEncoder:
     """Frozen encoders of a diffusion training run.
@@ -94,8 +98,7 @@ class InputEncoder:
     def latent_size(self, batch: Mapping[str, Any]) -> tuple[int, int, int]:
         """Latent frames, rows and columns of what is trained on of a batch's clips."""
         frames, height, width = batch["size"][0]
-        frames = min(frames, self.options.window or frames)
-        return LatentSpec.of(self.ae).latent_size(frames, height, width)
+        return LatentSpec.of(self.ae).latent_size(self.options.frames_at_once(frames), height, width)
 
     @torch.no_grad()
     def __call__(

@@ -80,7 +80,7 @@ class TrainingOutlook:
 
     def _step(self, bucket: Bucket) -> Step:
         cfg, model = self.cfg, self.plan.model
-        frames = min(bucket.num_frames, self.cfg.window or bucket.num_frames)
+        frames = self.plan.inputs.frames_at_once(bucket.num_frames)
         size = LatentSpec.of(self.plan.ae).latent_size(frames, bucket.height, bucket.width)
         tokens, texts = math.prod(size) // cfg.patch_size**2, getattr(cfg.t5, "max_length", 512)
         share = self.sizes.sp * self.sizes.tp
