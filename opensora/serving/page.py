@@ -5,9 +5,11 @@ A browser is known by a cookie that it gets with the page; jobs that it asks for
 
 import re
 import secrets
+from collections.abc import Mapping
 from html import escape
 from http.cookies import SimpleCookie
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gradio as gr
@@ -27,6 +29,12 @@ from opensora.utils.errors import UserError
 
 OWNER, LANGUAGE = "opensora_owner", "opensora_language"  # cookies
 A_YEAR = 365 * 24 * 3600
+SAID: Mapping[str, Any] = MappingProxyType(dict(show_progress="hidden", api_visibility="private"))
+# Most events are answered by the request that brings them. In Gradio's queue answers come by one stream for all events,
+# which the server closes once none is open: an event that comes before the browser has heard of that is never answered,
+# and events that nobody asked for (ticks, the page being loaded) come at any time. What can be refused stays in the
+# queue, since that is the way by which messages come.
+QUIET: Mapping[str, Any] = MappingProxyType({**SAID, "queue": False})
 TICK = 0.6  # seconds between looks at a job that is being made
 CARDS = 12
 KEEP_LANGUAGE = f"(l) => {{ document.cookie = '{LANGUAGE}=' + l + '; path=/; max-age={A_YEAR}; samesite=strict'; }}"
@@ -136,6 +144,7 @@ class Page(Form):
             self.language = gr.State("en")
             self.job, self.shown = gr.State(""), gr.State("")  # a job's name; what the stage shows
             self.kept = gr.State("")  # what the gallery shows
+            self.drawn = gr.Textbox(visible="hidden")  # the same; states tell the browser nothing, so this does
             with gr.Row(equal_height=True):
                 self.head = gr.HTML(self._head("en"), padding=False)
                 self.switch = gr.Radio(
@@ -163,7 +172,7 @@ class Page(Form):
     # ---------------------------------------------------------------------------------------------------------- gallery
 
     def _gallery(self) -> None:
-        @gr.render(inputs=[self.kept, self.language], show_progress="hidden")
+        @gr.render([self.kept, self.language], [self.drawn.change], show_progress="hidden", queue=False)
         def cards(kept: str, language: str) -> None:
             jobs = [job for id in kept.split() if (job := self.service.store.get(id)) is not None]
             with gr.Row(elem_classes="os-cards"):
@@ -178,31 +187,28 @@ class Page(Form):
                 again = gr.Button(say("again", language), size="sm", elem_classes="again", min_width=70, scale=3)
                 delete = gr.Button(say("delete", language), size="sm", elem_classes="delete", min_width=70)
         again.click(
-            self.again, [name], [*self.fields.values(), self.first, self.last],
-            show_progress="hidden", api_visibility="private",
+            self.again, [name], [*self.fields.values(), self.first, self.last], **QUIET,
         )  # fmt: skip
         delete.click(
-            self.delete, [name, self.language], [self.kept, self.title], show_progress="hidden",
-            api_visibility="private",
+            self.delete, [name, self.language], [self.kept, self.drawn, self.title], **QUIET,
         )  # fmt: skip
 
     # ----------------------------------------------------------------------------------------------------------- events
 
     def _events(self, blocks: gr.Blocks) -> None:
-        view = [self.job, self.shown, self.stage, self.timer, self.cancel, self.kept, self.title]
-        quiet: dict[str, Any] = dict(show_progress="hidden", api_visibility="private")
+        view = [self.job, self.shown, self.stage, self.timer, self.cancel, self.kept, self.drawn, self.title]
         said = [component for component, _ in self.named]
-        blocks.load(self.open, None, [self.language, self.switch, *view], **quiet).then(
-            self.translate, [self.switch], [self.language, self.head, *said], **quiet
+        blocks.load(self.open, None, [self.language, self.switch, *view], **QUIET).then(
+            self.translate, [self.switch], [self.language, self.head, *said], **QUIET
         )
-        self.switch.input(self.translate, [self.switch], [self.language, self.head, *said], **quiet).then(
-            self.look, [self.job, gr.State(""), self.language], view, **quiet
+        self.switch.input(self.translate, [self.switch], [self.language, self.head, *said], **QUIET).then(
+            self.look, [self.job, gr.State(""), self.language], view, **QUIET
         )
-        self.switch.input(None, [self.switch], None, js=KEEP_LANGUAGE, **quiet)
+        self.switch.input(None, [self.switch], None, js=KEEP_LANGUAGE, **QUIET)
         ask = [self.language, self.first, self.last, *self.fields.values()]
-        gr.on([self.make.click, self.prompt.submit], self.ask, ask, view, **quiet)
-        self.timer.tick(self.look, [self.job, self.shown, self.language], view, trigger_mode="once", **quiet)
-        self.cancel.click(self.stop, [self.job, self.language], view, **quiet)
+        gr.on([self.make.click, self.prompt.submit], self.ask, ask, view, **SAID)
+        self.timer.tick(self.look, [self.job, self.shown, self.language], view, trigger_mode="once", **QUIET)
+        self.cancel.click(self.stop, [self.job, self.language], view, **QUIET)
 
     def open(self, request: gr.Request) -> list[Any]:
         """The page is loaded: the language, and the job that is under way, or was last."""
@@ -300,4 +306,5 @@ class Page(Form):
         """Names of one's finished jobs, newest first, and the gallery's title."""
         jobs = [job for job in self.service.store.page(CARDS + 4, owner=owner) if not job.is_open][:CARDS]
         note = "" if jobs else f'<p class="os-note">{say("mine_empty", language)}</p>'
-        return [" ".join(job.id for job in jobs), f'<h2 class="os-title">{say("mine", language)}</h2>{note}']
+        kept = " ".join(job.id for job in jobs)
+        return [kept, f"{language} {kept}", f'<h2 class="os-title">{say("mine", language)}</h2>{note}']

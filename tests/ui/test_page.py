@@ -1,8 +1,12 @@
 """The page in a real Chromium: what a person does with it."""
 
+import itertools
 import os
 import shutil
+import threading
 import time
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,26 +30,48 @@ FIRST_PAINT = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def paced():
-    """Steps take a tenth of a second and more, so that a person, or a browser, sees what goes on between them."""
-    solve = stages.solve
+class Pace:
+    """Steps take a tenth of a second, and within :meth:`held` the ninth does not end: a slow browser, too, sees what
+    goes on in between."""
 
-    def slowly(solver, velocity, x, steps, on_step=None):
+    HELD = 8
+
+    def __init__(self) -> None:
+        self.goes = threading.Event()
+        self.goes.set()
+
+    def solve(self, plain, solver, velocity, x, steps, on_step=None):
+        count = itertools.count()
+
         def told(*step):
             time.sleep(0.1)
             if on_step is not None:
                 on_step(*step)
+            if next(count) == self.HELD:
+                assert self.goes.wait(PATIENCE / 1000)
 
-        return solve(solver, velocity, x, steps, told)
+        return plain(solver, velocity, x, steps, told)
 
+    @contextmanager
+    def held(self):
+        self.goes.clear()
+        try:
+            yield
+        finally:
+            self.goes.set()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pace():
+    pace = Pace()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "solve", slowly)
-        yield
+        patch.setattr(stages, "solve", partial(pace.solve, stages.solve))
+        yield pace
 
 
 @pytest.fixture(scope="module")
 def browser():
+    expect.set_options(timeout=PATIENCE)
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
@@ -78,8 +104,8 @@ def page(context):
 
 def open_page(page: Page) -> None:
     page.goto("/")
-    expect(page.locator("#make")).to_be_visible(timeout=PATIENCE)
-    expect(page.locator(".os-title")).to_be_visible(timeout=PATIENCE)  # loaded, not only drawn
+    expect(page.locator("#make")).to_be_visible()
+    expect(page.locator(".os-title")).to_be_visible()  # loaded, not only drawn
 
 
 def status(page: Page, *, of: str):
@@ -96,11 +122,12 @@ def own_jobs(service):
     return [job for job in service.store.page(50) if job.owner]
 
 
-def test_a_prompt_becomes_a_video_that_plays_and_is_kept(page, demo_server):
+def test_a_prompt_becomes_a_video_that_plays_and_is_kept(page, demo_server, pace):
     service, _ = demo_server
-    ask(page, "a red circle moving right", 40)
-    expect(page.locator("#stage .os-bar")).to_be_visible()
-    page.wait_for_selector("#stage .os-frame img[src*=preview]")
+    with pace.held():
+        ask(page, "a red circle moving right", 12)
+        expect(page.locator("#stage .os-bar")).to_be_visible()
+        page.wait_for_selector("#stage .os-frame img[src*=preview]")
     status(page, of="completed").wait_for()
     assert page.wait_for_function(FIRST_PAINT).json_value() == 64
     page.wait_for_function("() => document.querySelector('.os-frame video').currentTime > 0.1")
@@ -108,7 +135,7 @@ def test_a_prompt_becomes_a_video_that_plays_and_is_kept(page, demo_server):
     expect(card).to_contain_text("a red circle moving right")
     job = own_jobs(service)[0]
     assert job.request["prompt"] == "a red circle moving right"
-    assert job.facts["num_inference_steps"] == 40
+    assert job.facts["num_inference_steps"] == 12
     for link, start in ((0, b"ftyp"), (1, b"id")):
         with page.expect_download() as download:
             page.locator("#stage .os-gets a").nth(link).click()
@@ -175,25 +202,30 @@ def test_pictures_at_places_and_a_kept_part(page, demo_server, tmp_path):
     open_page(page)  # with an empty form
 
 
-def test_one_is_stopped(page, demo_server):
+def test_one_is_stopped(page, demo_server, pace):
     service, _ = demo_server
-    ask(page, "a circle to stop", 100)
-    status(page, of="in_progress").wait_for()
-    page.locator("#cancel").click()
-    status(page, of="cancelled").wait_for()
+    with pace.held():
+        ask(page, "a circle to stop", 100)
+        status(page, of="in_progress").wait_for()
+        page.locator("#cancel").click()
+        status(page, of="cancelled").wait_for()
     job = own_jobs(service)[0]
     assert job.status == CANCELLED
     assert job.step < 100
     expect(page.locator("#cancel")).to_be_disabled()
 
 
-def test_a_reload_in_the_middle_finds_the_job(page, demo_server):
+def test_a_reload_in_the_middle_finds_the_job(page, demo_server, pace):
     service, _ = demo_server
-    ask(page, "a circle to come back to", 40)
-    status(page, of="in_progress").wait_for()
-    open_page(page)
-    expect(page.locator("#stage .os-prompt")).to_have_text("a circle to come back to")
+    queued = []
+    with pace.held():
+        ask(page, "a circle to come back to", 12)
+        status(page, of="in_progress").wait_for()
+        page.on("request", lambda request: queued.append(request.url) if "/queue/" in request.url else None)
+        open_page(page)
+        expect(page.locator("#stage .os-prompt")).to_have_text("a circle to come back to")
     status(page, of="completed").wait_for()
+    assert queued == []  # what comes by itself must not be in the way of what a person asks for meanwhile
     until(lambda: own_jobs(service)[0].status == COMPLETED)
 
 
