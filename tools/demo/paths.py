@@ -12,6 +12,7 @@ from tools.demo.world import MARGIN, SIZE
 
 FloatArray = NDArray[np.float64]
 TURNS = 8  # times per frame at which something may turn back
+ROUNDED = 2.0  # frames before and after a turn, which autoencoders round off: those of drawn clips, too
 AT_BORDER = 2.5  # px, beyond the margin, that may be left between the border and what turns back there
 
 
@@ -63,8 +64,10 @@ class Course:
     """How an object goes through the middle of a clip.
 
     Attributes:
-        stray: px that it is off a straight and even line, or one with a reversal at the border, at most.
-        speed_step: px by which it goes further, or less far, in the second half than in the first.
+        stray: px that it is off a straight and even line, or one with a reversal at the border, at most; what is close
+            to the turn does not count.
+        speed_step: px that its speed in the second half of the frames takes it further than that in the first, or less
+            far, over as much of the way as both halves show.
         turns: whether it turns back.
     """
 
@@ -94,12 +97,17 @@ def course(found: Track, still: bool = False) -> Course:
 
 
 def _fit(centers: FloatArray, way: FloatArray, turns: bool) -> Course:
-    """The course on which places follow from the way [T] that has been gone."""
-    slope, start = np.polyfit(way, centers, 1)  # px per frame, px
-    stray = np.linalg.norm(centers - (start + way[:, None] * slope), axis=1).max()
-    half = len(way) // 2
-    before, after = (np.polyfit(way[part], centers[part], 1)[0] for part in (slice(0, half + 1), slice(half, None)))
-    return Course(float(stray), float(np.linalg.norm(after - before)) * half, turns)
+    """The course on which places follow from the way [T] that has been gone, or, with a turn, is still to go to it."""
+    counts = way >= ROUNDED if turns else np.ones(len(way), bool)
+    slope, start = np.polyfit(way[counts], centers[counts], 1)  # px per frame, px
+    stray = np.linalg.norm(centers[counts] - (start + way[counts, None] * slope), axis=1).max()
+    half, frames = len(way) // 2, np.arange(len(way))
+    halves = [part[counts[part]] for part in (frames[: half + 1], frames[half:])]
+    seen = min(float(np.ptp(way[part])) if len(part) else 0.0 for part in halves)  # frames
+    if seen == 0:
+        return Course(float(stray), 0.0, turns)
+    before, after = (np.polyfit(way[part], centers[part], 1)[0] for part in halves)
+    return Course(float(stray), float(np.linalg.norm(after - before)) * seen, turns)
 
 
 def _turns_at_border(found: Track, turn: float) -> bool:

@@ -45,7 +45,10 @@ def test_what_goes_on_and_what_does_not():
     even = np.arange(17.0)
     assert goes_on(gone(*(20 + 1.5 * even)))
     assert goes_on(gone(*(53 - 1.5 * abs(even - 6.25))))  # back from the border, at 54 - 1
+    assert goes_on(gone(*(53 - 1.5 * abs(even - 12.25).clip(1))))  # its corner rounded off
     assert not goes_on(gone(*(40 - 1.5 * abs(even - 6.25))))  # back in mid-air
+    assert not goes_on(gone(*(53 - 1.5 * (6 - even).clip(0) - 2.2 * (even - 6).clip(0))))  # back, and faster
+    assert not goes_on(gone(*(53 - 1.5 * abs(even - 6.25) - 4 * (even > 8))))  # back, and a jump
     assert not goes_on(gone(*(20 + even + 4 * (even > 8))))  # jumps
     assert not goes_on(gone(*(20 + even + 0.7 * (even - 8).clip(0))))  # hurries on
     assert not goes_on(gone(*(20 + even.clip(max=8))))  # stops
