@@ -12,7 +12,7 @@ AS_THEY_ARE = "prompts are taken as they are"
 class TextConfig(DatasetOptions):
     """Table of prompts (`text`)."""
 
-    fps_max: float = opt(16.0, "frame rate above which frames are skipped", "frames/s", no_effect=AS_THEY_ARE)
+    fps_max: float = opt(16.0, "frame rate above which frames are skipped", "frames/s", above=0, no_effect=AS_THEY_ARE)
     vmaf: bool = opt(False, "append the motion score of column score_vmafmotion to texts", no_effect=AS_THEY_ARE)
     memory_efficient: bool = opt(False, "read rows from parquet shards", no_effect="tables of prompts are small")
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from opensora.utils.errors import UserError
 from opensora.utils.media.decoded import decoded
-from opensora.utils.media.fields import progressive
+from opensora.utils.media.fields import header_says_fields, only_header_says_fields, progressive
 from opensora.utils.media.kinds import DECODE_ERRORS, decoding, open_clip, video_stream
 from opensora.utils.media.pixels import FrameConverter, OnHdr
 from opensora.utils.media.timing import Timeline, mean_rate, same_rate, scan
@@ -110,11 +110,13 @@ class _Search:
 
     def __init__(self, path: str | Path, wanted: Sequence[int], fps: float | None, on_hdr: OnHdr) -> None:
         self.path, self.wanted, self.fps, self.on_hdr = path, wanted, fps, on_hdr
+        self.by_header = False
 
     def run(self) -> _Collected:
         """The wanted frames; what is not there is missing."""
         found, interlaced = self._around(deinterlace=False)
         if interlaced:
+            self.by_header = only_header_says_fields(self.path)
             found, _ = self._around(deinterlace=True)
         return self._counting() if found.missing else found
 
@@ -154,10 +156,13 @@ class _Search:
                     target -= round(1.5 / float(stream.average_rate * stream.time_base))
                 container.seek(max(target, stream.start_time or 0), stream=stream, backward=True)
             lookup = _Nearest(stamps, tolerance)
-            frames = progressive(container, stream) if deinterlace else _needed(container, stream, lookup)
+            says_fields = header_says_fields(stream)
+            frames = (
+                progressive(container, stream, self.by_header) if deinterlace else _needed(container, stream, lookup)
+            )
             for frame in frames:
                 positions = lookup(frame.pts)
-                if positions and frame.interlaced_frame and not deinterlace:
+                if positions and not deinterlace and (frame.interlaced_frame or says_fields):
                     return found, True
                 found.take(positions, frame)
                 if not found.missing:

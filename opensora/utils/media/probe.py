@@ -9,6 +9,7 @@ import av
 from opensora.utils.errors import UserError
 from opensora.utils.media import hdr
 from opensora.utils.media.decoded import decoded
+from opensora.utils.media.fields import header_says_fields
 from opensora.utils.media.frames import LENGTH_SLACK, is_constant, is_ordered, is_timed
 from opensora.utils.media.kinds import DECODE_ERRORS, Kind, decoding, is_picture, open_clip, open_picture, video_stream
 from opensora.utils.media.pictures import is_lying
@@ -76,6 +77,7 @@ def _probe_clip(path: str | Path) -> MediaInfo:
     with open_clip(path) as container:
         stream = video_stream(container)
         stream.thread_type = "NONE"
+        interlaced = header_says_fields(stream)
         first = next(decoded(container, stream), None)
         if first is None:
             raise UserError(f"{path}: not one frame can be decoded")
@@ -89,7 +91,15 @@ def _probe_clip(path: str | Path) -> MediaInfo:
     height, width = plan.upright.size(plan.height, plan.width)
     name = hdr.range_name(plan.transfer)
     return MediaInfo(
-        "clip", count, height, width, round(rate, 3), codec, is_variable, bool(first.interlaced_frame), name
+        "clip",
+        count,
+        height,
+        width,
+        round(rate, 3),
+        codec,
+        is_variable,
+        interlaced or bool(first.interlaced_frame),
+        name,
     )
 
 

@@ -41,9 +41,18 @@ class Timeline:
         return self.shown(range(len(self.stamps))) == list(range(len(self.stamps)))
 
 
+def header_rate(stream: "av.VideoStream") -> float:
+    """Frames per second by the header; 0 if nothing says.
+
+    Of a clip of a frame or two FFmpeg has no mean. What it calls the base rate is then that of the fields, or that at
+    which the container's clock ticks; the codec's own rate is looked at before it.
+    """
+    return float(stream.average_rate or stream.codec_context.framerate or stream.base_rate or 0)
+
+
 def mean_rate(stream: "av.VideoStream", times: Timeline | None) -> float:
     """Frames per second by the header, or by the times of the frames where these contradict it; 0 if nothing says."""
-    header = float(stream.average_rate or stream.base_rate or 0)
+    header = header_rate(stream)
     if times is None or times.step <= 0 or not stream.time_base:
         return header
     mean = 1 / (times.step * float(stream.time_base))

@@ -189,22 +189,40 @@ def test_rounded_time_stamps_are_no_variable_rate(tmp_path):
     assert numbers_of(read_clip(path)[0], 60) == list(range(60))
 
 
-def flagged_interlaced(path: Path, size: tuple[int, int] = (HEIGHT, WIDTH), ending: str = "mp4") -> np.ndarray:
-    """A bar that moves 6 px a field, and what it looks like at the time of each frame's first field."""
-    height, width = size
-    fields = np.zeros((48, height, width, 3), np.uint8)
+@pytest.mark.parametrize(("ending", "codec"), [("ts", "libx264"), ("mpg", "mpeg2video"), ("m2ts", "libx264")])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_frame_or_two_have_the_rate_of_their_codec(tmp_path, ending, codec, count):
+    frames = np.random.default_rng(0).integers(0, 255, (count, HEIGHT, WIDTH, 3), np.uint8)
+    info = probe(write_clip(tmp_path / f"a.{ending}", frames, codec))
+    assert (info.num_frames, info.fps) == (count, 24.0)
+
+
+def flagged_interlaced(path: Path, header: str = "", first: int = 0) -> np.ndarray:
+    """A bar that moves 3 px a field, and what it looks like at the time of each frame's first field.
+
+    Args:
+        header: a codec whose frames say nothing of it, the file's header alone does.
+        first: 1 where the lower field is the first one.
+    """
+    fields = np.zeros((48, HEIGHT, WIDTH, 3), np.uint8)
     for t in range(48):
-        fields[t, :, 3 * t % (width - 40) : 3 * t % (width - 40) + 40] = 220
+        fields[t, :, 3 * t % (WIDTH - 40) : 3 * t % (WIDTH - 40) + 40] = 220
     frames = fields[::2].copy()
-    frames[:, 1::2] = fields[1::2, 1::2]
-    write_clip(path, frames, options={"x264-params": "tff=1:cpu-independent=1", "crf": "10", "g": "6"})
+    frames[:, 1 - first :: 2] = fields[1::2, 1 - first :: 2]
+    if header:
+        write_clip(path, frames, header, tags={"field_order": 3 if first else 2}, options={"crf": "10", "g": "6"})
+    else:
+        write_clip(path, frames, options={"x264-params": "tff=1:cpu-independent=1", "crf": "10", "g": "6"})
     return fields[::2]
 
 
-@pytest.mark.parametrize("ending", ["mp4", "ts"])
-def test_interlaced_clips_are_made_whole(tmp_path, ending):
+@pytest.mark.parametrize(
+    ("ending", "header", "first"),
+    [("mp4", "", 0), ("ts", "", 0), ("mkv", "libx264", 0), ("mkv", "ffv1", 1)],
+)
+def test_interlaced_clips_are_made_whole(tmp_path, ending, header, first):
     path = tmp_path / f"a.{ending}"
-    whole = flagged_interlaced(path)
+    whole = flagged_interlaced(path, header, first)
     info = probe(path)
     assert info.interlaced
     assert info.num_frames == 24

@@ -18,6 +18,7 @@ from opensora.utils.media.orientation import Orientation, orientation_of
 from opensora.utils.media.pictures import read_picture
 from opensora.utils.media.pixels import has_alpha
 from opensora.utils.media.probe import probe
+from opensora.utils.media.timing import header_rate
 from tools.data.engine.stage import Analyser, ClipInfo, Picture, PixelStage, Row
 
 LUMA_FORMATS = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "nv12", "gray")
@@ -67,7 +68,7 @@ def decode(container: Any, name: str = "") -> Iterator[tuple[float, Any]]:
         UserError: not one frame can be decoded.
     """
     stream = video_stream(container)
-    rate = float(stream.average_rate or stream.base_rate or 25)
+    rate = header_rate(stream) or 25.0
     first: float | None = None
     previous = -1.0
     ordered = is_ordered(container)
