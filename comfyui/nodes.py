@@ -147,7 +147,7 @@ class OpenSoraPrompt:
                 "prompt": ("STRING", {"multiline": True, "default": "a red circle moving right"}),
                 "negative": ("STRING", {"multiline": True, "default": ""}),
                 "condition": (list(CONDITIONS), {"default": AUTO, "tooltip": fixed}),
-                "motion_score": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 100.0, "tooltip": score}),
+                "motion_score": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 15.0, "tooltip": score}),
             },
             "optional": {
                 "first_frame": ("IMAGE",),

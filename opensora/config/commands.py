@@ -145,7 +145,7 @@ class InferenceOptions(RunOptions):
     fps_save: int = opt(16, "frame rate; also appended to the prompt", "frames/s", above=0, most=1000)
     motion_score: str | None = opt(
         None,
-        "motion score appended to the prompt: a number, or dynamic (a language model decides)",
+        "motion score appended to the prompt: 1 (still) to 15, or dynamic (a language model decides)",
         topic=Topic.PROMPTS,
     )
     refine_prompt: bool = opt(False, "expand the prompt with a language model")

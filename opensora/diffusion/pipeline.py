@@ -41,7 +41,7 @@ from opensora.diffusion.lora_stack import LoadedLora, LoraStack
 from opensora.diffusion.moving import move
 from opensora.diffusion.plan import SamplePlan, make_plan, starts_from_picture
 from opensora.diffusion.prepared import PreparedRun, check_goes_on, check_takes_references
-from opensora.diffusion.references import References, Source, check_references, per_prompt_references
+from opensora.diffusion.references import References, Source, check_given, check_references, per_prompt_references
 from opensora.diffusion.result import ImagesCallback, SampledCallback
 from opensora.diffusion.result import SampleResult as SampleResult
 from opensora.diffusion.saving import save_pipeline
@@ -207,6 +207,7 @@ class VideoPipeline(Stages):
         hidden = False if self.parallel.rank else progress
         with TemporaryFolder() as downloads, naming_addresses(downloads), shown_steps(hidden, on_step) as shown:
             sources = per_prompt_references(ref, len(prompts), downloads)
+            check_given(sources, cond_type, not self.cfg.use_t2i2v)
             return self.make(
                 *(texts, sources, cond_type, seeds, negatives, option, shown),
                 image_texts=prompts if self.cfg.use_t2i2v else None,

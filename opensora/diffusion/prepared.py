@@ -17,6 +17,7 @@ from opensora.diffusion.distilled import Distilled, as_distilled, find_distilled
 from opensora.diffusion.lora import check_quantized, read_loras
 from opensora.diffusion.lora_fit import Adapter
 from opensora.diffusion.plan import SamplePlan, image_plan, make_plan, starts_from_picture
+from opensora.diffusion.wording import check_motion_score
 from opensora.models.autoencoder import LatentSpec, as_autoencoder
 from opensora.models.build import build_on_meta, check_all_weights, check_capacity
 from opensora.models.diffusion import DiffusionConfig, DiffusionModel, as_diffusion_model
@@ -65,6 +66,7 @@ class PreparedRun:
             UserError: says what is wrong and what would be right.
         """
         dtype, sections = torch_dtype(cfg.dtype), needed_sections(cfg)
+        check_motion_score(cfg.motion_score, "config")
         models = {name: build_on_meta(sections[name]) for name in ("model", "ae")}
         spec = LatentSpec.of(models["ae"])
         cfg = in_frames(cfg, spec)

@@ -11,16 +11,19 @@ import numpy as np
 from torch import Tensor
 
 from opensora.datasets.transforms import fit_frames
-from opensora.diffusion.conditions import get_condition, get_spans
+from opensora.diffusion.conditions import get_condition, get_spans, takes_references
 from opensora.diffusion.free import FreeCondition, Region, filled, kept_cells
 from opensora.diffusion.placing import Located, Reference
 from opensora.diffusion.plan import LatentSpec, SamplePlan
 from opensora.diffusion.spans import Span
 from opensora.utils.download import fetch, is_url
 from opensora.utils.errors import UserError
+from opensora.utils.logging import get_logger
 from opensora.utils.media.pictures import as_pixels
 from opensora.utils.paths import expand_home, split_place
 from opensora.utils.video import is_video, read_image, read_video, video_info
+
+logger = get_logger(__name__)
 
 Media = str | Path | np.ndarray
 """A picture or video file, or pixels: uint8 [H, W, 3] or [T, H, W, 3]. Pipelines take whatever else
@@ -290,7 +293,8 @@ def _check_mask(sources: Sequence[Source], spec: LatentSpec) -> None:
 def per_prompt_references(
     ref: References | Sequence[References | None] | None, count: int, downloads: Path
 ) -> list[list[Source] | None]:
-    """The ``ref`` argument of a pipeline as a list of local sources (or None) per prompt; pixels as uint8.
+    """The ``ref`` argument of a pipeline as a list of local sources per prompt, None where none is given and empty where
+    what is given names nothing; pixels as uint8.
 
     Raises:
         UserError: as many references as prompts are needed, a download failed, or a thing that is no reference.
@@ -302,7 +306,32 @@ def per_prompt_references(
     per_prompt: list[Any] = list(given) if is_batch else [given] * count
     if len(per_prompt) != count:
         raise UserError(f"{len(per_prompt)} references for {count} prompts; give one (or None) per prompt")
-    return [_local_sources(item, downloads, number) or None for number, item in enumerate(per_prompt, 1)]
+    return [
+        None if item is None else _local_sources(item, downloads, number) for number, item in enumerate(per_prompt, 1)
+    ]
+
+
+def check_given(sources: Sequence[Sequence[Source] | None], cond_type: str, needed: bool) -> None:
+    """See that references which are given name something, and say so where a condition gets none at all.
+
+    Args:
+        sources: per prompt, of :func:`per_prompt_references`.
+        cond_type: what they fix.
+        needed: no picture is made first to stand in for them.
+
+    Raises:
+        UserError: an empty reference, of a condition that takes some.
+    """
+    if not takes_references(cond_type):
+        return
+    for number, of_prompt in enumerate(sources, 1):
+        if of_prompt is not None and not of_prompt:
+            raise UserError(
+                f"ref of prompt {number} is empty: cond_type {cond_type} takes a picture or clip; None makes a video "
+                "of the text alone"
+            )
+    if needed and not any(sources):
+        logger.warning("no reference for cond_type %s, making a t2v video", cond_type)
 
 
 def _local_sources(item: Any, downloads: Path, prompt: int) -> list[Source]:

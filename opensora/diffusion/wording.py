@@ -9,6 +9,7 @@ from opensora.utils.errors import UserError
 
 MOST_LETTERS = 100_000  # encoders take a few thousand
 MOST_FPS = 1000
+MOST_MOTION = 15  # that language models are asked for; 0 is a still
 
 
 def check_prompt(text: str, where: str) -> str:
@@ -58,7 +59,7 @@ def check_motion_score(score: Any, where: str) -> str | None:
     """The score as text.
 
     Raises:
-        UserError: neither a number nor ``dynamic``.
+        UserError: neither ``dynamic`` nor a number from 0 to :data:`MOST_MOTION`.
     """
     if score is None or str(score).strip() == "":
         return None
@@ -71,6 +72,8 @@ def check_motion_score(score: Any, where: str) -> str | None:
         raise UserError(f"{where}: motion_score {text!r} is neither a number nor 'dynamic'") from None
     if not math.isfinite(value):
         raise UserError(f"{where}: motion_score {text!r} is not a finite number")
+    if not 0 <= value <= MOST_MOTION:
+        raise UserError(f"{where}: motion_score {text} must be at least 0 and at most {MOST_MOTION}")
     return f"{value:g}"
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from opensora.config.commands import InferenceOptions
 from opensora.diffusion.references import media_of
+from opensora.diffusion.wording import MOST_MOTION
 from opensora.generation.requests import Request
 from opensora.utils.chat import ChatClient, content_of, data_url
 from opensora.utils.errors import UserError
@@ -166,7 +167,7 @@ def _refine_one(request: Request, cfg: InferenceOptions, ask: Ask) -> Request:
         found = re.search(r"\d+", answer)
         if not found:
             logger.warning("%s: no motion score in %r, taking %s", request.where, answer, DEFAULT_MOTION)
-        changes["motion_score"] = str(min(max(int(found[0]), 1), 15)) if found else DEFAULT_MOTION
+        changes["motion_score"] = str(min(max(int(found[0]), 1), MOST_MOTION)) if found else DEFAULT_MOTION
     return dataclasses.replace(request, **changes)
 
 

@@ -12,7 +12,7 @@ from opensora.datasets.table import row_name
 from opensora.diffusion.conditions import get_condition, get_spans, takes_references
 from opensora.diffusion.free import Region
 from opensora.diffusion.plan import starts_from_picture
-from opensora.diffusion.references import locate_references
+from opensora.diffusion.references import locate_references, split_references
 from opensora.diffusion.wording import check_fps, check_motion_score, check_prompt, check_seed, final_text
 from opensora.registry import DATASETS, build_module
 from opensora.utils.errors import UserError
@@ -143,6 +143,8 @@ def _request(
         raise UserError(
             f"{where}: use_t2i2v makes a picture to start from, which cond_type {cond_type} has no place for"
         )
+    if is_given and cell("ref") and not split_references(cell("ref")):
+        raise UserError(f"{where_of_ref(where)}: ref {cell('ref')!r} names no file")
     try:
         refs = locate_references(cell("ref"), downloads, beside) if is_given else []
         refs += locate_references(mask, downloads, beside)

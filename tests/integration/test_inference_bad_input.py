@@ -87,6 +87,8 @@ def bad_lines(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "channels": ([*prompt, "--model.in_channels", "64"], "does not fit the autoencoder"),
         "save dir": ([*prompt, "--save-dir", paths["text"]], "is a file, not a folder"),
         "motion": ([*prompt, "--motion-score", "lots"], "neither a number"),
+        "much motion": ([*prompt, "--motion-score", "99"], "motion_score 99 must be"),
+        "nothing of a picture": ([*prompt, "--cond_type", "i2v_head", "--ref", ";"], "--ref: ref ';' names no file"),
         "batch": ([*prompt, "--batch-size", "0"], "batch_size=0"),
     }
 
@@ -96,6 +98,7 @@ BAD = (
     *("no table", "no text", "empty text", "row's ref", "row's seed", "row's condition", "same name", "rows"),
     *("no picture", "no clip", "damaged clip", "row's short clip", "bool", "no lora", "damaged weights"),
     *("not a picture", "short clip", "no weights", "no encoder", "channels", "save dir", "motion", "batch"),
+    *("much motion", "nothing of a picture"),
 )
 
 

@@ -228,7 +228,7 @@ def bad_values():
         "flow_shift": [0, -1, "x"],
         "solver": ["gone", 3],
         "cond_type": ["i2v", "i2v_head", "v2v_head", "../t2v"],
-        "motion_score": ["wild", "nan", [4]],
+        "motion_score": ["wild", "nan", [4], 99, -1],
         "refine_prompt": ["perhaps", 7],
         "lora": ["gone", "../../etc", "/etc/passwd", "a\0b"],
         "lora_strength": [11, "x"],

@@ -126,11 +126,29 @@ def test_suffixes_and_negative_prompt(pipe):
         ({"seed": -1}, "whole number"),
         ({"motion_score": "much"}, "neither a number"),
         ({"motion_score": "dynamic"}, "give a number"),
+        ({"motion_score": 99}, "motion_score 99 must be at least 0 and at most 15"),
+        ({"motion_score": -1}, "at most 15"),
+        *(
+            ({"ref": nothing, "cond_type": "i2v_head"}, "ref of prompt 1 is empty: cond_type i2v_head")
+            for nothing in ("", " ; ", [], ())
+        ),
+        ({"image": ""}, "ref of prompt 1 is empty"),
+        ({"prompt": ["a", "b"], "ref": ["a.png", ""], "cond_type": "i2v_head"}, "ref of prompt 2 is empty"),
     ],
 )
 def test_bad_calls(pipe, call, message):
     with pytest.raises(UserError, match=message):
-        pipe("a", **call)
+        pipe(**{"prompt": "a", **call})
+
+
+def test_a_condition_without_references_is_said(pipe, caplog):
+    assert pipe("a", cond_type="i2v_head", num_steps=1, num_frames=5).plan.cond_type == "t2v"
+    assert "no reference for cond_type i2v_head, making a t2v video" in caplog.text
+
+
+def test_a_motion_score_of_a_config_is_seen_before_weights(tiny_config):
+    with pytest.raises(UserError, match=r"config: motion_score 16 must be"):
+        VideoPipeline.from_config(tiny_config, motion_score=16)
 
 
 def test_offload_keeps_results_and_places(tiny_config):
