@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from opensora.evaluation.vbench.suite import (
 )
 from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError, shorten
-from opensora.utils.files import write_text
+from opensora.utils.files import write_beside, write_text
 from tools.evaluate.vbench_results import table
 from tools.evaluate.vbench_scoring import score
 from tools.outputs import check_place
@@ -257,9 +258,13 @@ def link_videos(work: Path, rows: pd.DataFrame) -> int:
         count += 1
         if target.exists() and target.samefile(source):
             continue
-        target.unlink(missing_ok=True)
-        try:
-            target.hardlink_to(source)
-        except OSError:  # another file system, or one without such links
-            shutil.copyfile(source, target)
+        write_beside(target, partial(_link, source))
     return count
+
+
+def _link(source: Path, empty: Path) -> None:
+    try:
+        empty.unlink()
+        empty.hardlink_to(source)
+    except OSError:  # another file system, or one without such links
+        shutil.copyfile(source, empty)

@@ -1,6 +1,8 @@
 """The steps of tools/evaluate/vbench.py, with scorers that stand in for VBench's."""
 
+import errno
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 
 from opensora.utils.errors import UserError
 from tools.evaluate.vbench import main
-from tools.evaluate.vbench_steps import part, shard
+from tools.evaluate.vbench_steps import link_videos, part, read_prompts, shard
 
 STANDIN = Path(__file__).parents[3] / "helpers" / "vbench_standin"
 ENTRIES = [
@@ -139,6 +141,28 @@ def test_shards_are_all_rows_once():
     for text in ("0/2", "3/2", "1", "a/b"):
         with pytest.raises(UserError, match="--shard"):
             shard(text)
+
+
+def test_a_video_stays_until_its_successor_is_there(work, monkeypatch):
+    make_videos(work)
+    rows = read_prompts(work)
+    assert link_videos(work, rows) == 10
+    first = work / "videos" / rows["file"][0]
+    (again := work / "samples" / "video_256px" / f"{rows['name'][0]}.mp4").unlink()
+    again.write_text("made again")
+
+    def refuse(*places):
+        raise OSError(errno.ENOSPC, "No space left on device", str(places[-1]))
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "hardlink_to", refuse)
+        full.setattr(shutil, "copyfile", refuse)
+        with pytest.raises(OSError, match="No space"):
+            link_videos(work, rows)
+    assert first.read_text() == rows["name"][0]
+    link_videos(work, rows)
+    assert first.read_text() == "made again"
+    assert len(list((work / "videos").iterdir())) == 10
 
 
 def test_videos_are_made_in_parts(tiny_config_file, work, monkeypatch):
