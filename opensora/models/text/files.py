@@ -9,6 +9,7 @@ from typing import Any
 
 from opensora.config.options import ModelOptions
 from opensora.models.quantization.loading import Quantization
+from opensora.models.text.vocabulary import wrong_vocabulary
 from opensora.utils import hub
 from opensora.utils.errors import UserError, shorten
 from opensora.utils.weights import WeightFiles, index_of, is_costly, open_weights
@@ -16,8 +17,6 @@ from opensora.utils.weights import WeightFiles, index_of, is_costly, open_weight
 KINDS = {"t5": "t5", "clip": "clip", "clip_text_model": "clip"}  # model_type of a config.json -> kind of encoder
 NAMES = {"t5": "a T5", "clip": "a CLIP"}
 WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")  # which Hugging Face's library takes, in its order
-WHOLE_TOKENIZER = "tokenizer.json"  # takes the place of all others
-TOKENIZER_FILES = {"t5": ("spiece.model",), "clip": ("vocab.json", "merges.txt")}
 LAYERS_KEYS, WIDTH_KEYS = {"t5": "num_layers", "clip": "num_hidden_layers"}, {"t5": "d_model", "clip": "hidden_size"}
 # sizes that a config.json may leave out
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -99,22 +98,24 @@ def check_encoder(section: str, from_pretrained: str, max_length: int | None = N
 
     Args:
         section: ``t5`` or ``clip``; under another name any kind will do.
-        from_pretrained: folder, or hub id, which passes.
+        from_pretrained: folder; or hub id, of which no more is known than its name tells.
         max_length: tokens that it shall take.
 
     Raises:
         UserError: no encoder, another kind, or one of which files, tensors or layers are missing or too many.
     """
     kind, folder = encoder_kind(from_pretrained), Path(from_pretrained).expanduser()
-    if not folder.is_dir():
-        return
     if section in NAMES and kind != section:
+        does = "holds" if folder.is_dir() else "names"
         raise UserError(
-            f"{section}.from_pretrained={from_pretrained} holds {NAMES[kind]} text encoder, {section} needs "
+            f"{section}.from_pretrained={from_pretrained} {does} {NAMES[kind]} text encoder, {section} needs "
             f"{NAMES[section]} one; are t5.from_pretrained and clip.from_pretrained swapped?"
         )
+    if not folder.is_dir():
+        return
     _, config = _read_config(folder)
-    wrong = _wrong_tokenizer(folder, kind) or _wrong_weights(folder, kind, config)
+    words = wrong_vocabulary(tokenizer_folder(folder), kind, config["vocab_size"])
+    wrong = words or _wrong_weights(folder, kind, config)
     if wrong:
         raise UserError(f"Cannot load the text encoder {from_pretrained}: {wrong}")
     positions = config["max_position_embeddings"] if kind == "clip" else math.inf
@@ -189,14 +190,6 @@ def tokenizer_folder(folder: Path) -> Path:
     (``text_encoder_2`` and ``tokenizer_2``)."""
     beside = folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
     return beside if folder.name.startswith("text_encoder") and beside.is_dir() else folder
-
-
-def _wrong_tokenizer(folder: Path, kind: str) -> str | None:
-    folder = tokenizer_folder(folder)
-    absent = [name for name in TOKENIZER_FILES[kind] if not (folder / name).is_file()]
-    if not absent or (folder / WHOLE_TOKENIZER).is_file():
-        return None
-    return f"its tokenizer lacks {shorten(absent)}"
 
 
 def _wrong_weights(folder: Path, kind: str, sizes: dict[str, Any]) -> str | None:

@@ -6,7 +6,6 @@ import pickle
 import shutil
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +17,6 @@ from tests.attack.cases.commands import Command
 from tests.attack.inputs import CLIP, DEMO, T5, write_adapter
 from tests.attack.runner import Case
 
-VOCABULARY = "a vocabulary is not looked into before its encoder is loaded"
-VOCABULARY_FILES = ("spiece.model", "merges.txt", "vocab.json")
 Write = Callable[[bytes], bytes]
 
 
@@ -146,12 +143,7 @@ def cases() -> list[Case]:
         found += [_other(section, label, path) for label, path in section.others.items()]
     for command, key, own, other in ENCODERS:
         found += _encoder_cases(command, key, own, other)
-    every = [*found, *_adapter_cases(), *_sources()]
-    return [replace(case, unmended=VOCABULARY) if _is_cut_vocabulary(case) else case for case in every]
-
-
-def _is_cut_vocabulary(case: Case) -> bool:
-    return case.name.endswith(tuple(f"{file} cut" for file in VOCABULARY_FILES))
+    return [*found, *_adapter_cases(), *_sources()]
 
 
 def _file(section: Section, label: str, suffix: str, write: Write) -> Case:
@@ -208,7 +200,7 @@ def _encoder_cases(command: Command, key: str, own: Path, other: Path) -> list[C
     }
     flag = f"--{key}.from_pretrained="
     start = f"{command.script}-{key}"
-    swapped = Case(f"{start}-swapped", command.script, (*command.words, f"{flag}{other}"), other.name, late=True)
+    swapped = Case(f"{start}-swapped", command.script, (*command.words, f"{flag}{other}"), other.name)
     return [
         swapped,
         *(

@@ -9,6 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import Tokenizer, models
 
 from opensora.config import load_config
 from opensora.config.commands import InferenceOptions
@@ -217,6 +219,61 @@ def test_encoders_that_are_not_whole(check, tmp_path, name):
         if file.name in ("spiece.model", "vocab.json"):
             file.unlink()
     assert "its tokenizer lacks" in refused(check, **{name: folder})
+
+
+def cut_at_a_line(words: bytes) -> bytes:
+    return b"".join(words.splitlines(keepends=True)[:300])
+
+
+def cut_before_settings(model: bytes) -> bytes:
+    """Every piece of a SentencePiece model, and nothing after them: it still can be parsed."""
+    parsed = sentencepiece_model_pb2.ModelProto.FromString(model)
+    for part in ("trainer_spec", "normalizer_spec"):
+        parsed.ClearField(part)
+    return parsed.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "change", "said"),
+    [
+        ("t5", "spiece.model", lambda whole: whole[:-1], "damaged or cut short"),
+        ("t5", "spiece.model", lambda whole: b"", "cut short"),
+        ("t5", "spiece.model", cut_before_settings, "ends before its settings"),
+        ("t5", "tokenizer.json", lambda whole: b'{"model": ', "damaged or cut short"),
+        ("clip", "vocab.json", lambda whole: whole[:-40], "damaged or cut short"),
+        ("clip", "vocab.json", lambda whole: b"[1, 2]", "damaged or cut short"),
+        ("clip", "vocab.json", lambda whole: b'{"a": 0, "b": 1}', "merges.txt is damaged .*line 2: 'n d</w>'"),
+        (
+            "clip",
+            "vocab.json",
+            lambda whole: b'{"a": 0, "b": 5000}',
+            "has 5001 tokens, its config.json says vocab_size",
+        ),
+        ("clip", "merges.txt", lambda whole: whole[:1000], "merges.txt is cut short"),
+        ("clip", "merges.txt", cut_at_a_line, "cut short, or not of its vocab.json: 301 tokens"),
+        ("clip", "merges.txt", lambda whole: b"\xff", "not UTF-8"),
+        ("clip", "merges.txt", lambda whole: b"", "cut short"),
+    ],
+)
+def test_vocabularies_that_are_damaged(check, tmp_path, name, file, change, said):
+    folder = shutil.copytree({"t5": T5, "clip": CLIP}[name], tmp_path / name)
+    (folder / file).write_bytes(change((folder / file).read_bytes() if (folder / file).exists() else b""))
+    answer = refused(check, **{name: folder})
+    assert re.search(f"{re.escape(str(folder))}: its .*{said}", answer), answer
+
+
+def test_a_tokenizer_in_one_file_takes_the_place_of_others(check, tmp_path):
+    folder = shutil.copytree(CLIP, tmp_path / "clip")
+    words = json.loads((folder / "vocab.json").read_text())
+    Tokenizer(models.BPE(words, [])).save(str(folder / "tokenizer.json"))
+    (folder / "merges.txt").write_text("")
+    check(clip=folder)
+
+
+def test_hub_ids_of_text_encoders_swapped(check):
+    answer = refused(check, t5="openai/clip-vit-large-patch14", clip="google/t5-v1_1-xxl")
+    assert "t5.from_pretrained=openai/clip-vit-large-patch14 names a CLIP text encoder" in answer
+    assert "clip.from_pretrained=google/t5-v1_1-xxl names a T5 text encoder" in answer
 
 
 @pytest.mark.parametrize("key", ["d_model", "vocab_size", "num_layers"])

@@ -1,0 +1,103 @@
+"""Whether the vocabulary beside a text encoder is whole and the encoder's own, before the encoder is loaded."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+WHOLE_TOKENIZER = "tokenizer.json"  # takes the place of all others
+TOKENIZER_FILES = {"t5": ("spiece.model",), "clip": ("vocab.json", "merges.txt")}
+SPECIAL = re.compile(r"<.+>")  # tokens that stand for no text
+WORD_END = "</w>"
+ODD_SHARE = 0.01  # of a vocabulary, that may be spelled by no merge: words that somebody has added
+
+
+def wrong_vocabulary(folder: Path, kind: str, size: int) -> str | None:
+    """What is wrong with a tokenizer, None if it can be used.
+
+    Args:
+        folder: of its files.
+        kind: of encoder, ``t5`` or ``clip``.
+        size: how many tokens the encoder has embeddings of.
+    """
+    absent = [name for name in TOKENIZER_FILES[kind] if not (folder / name).is_file()]
+    is_whole = (folder / WHOLE_TOKENIZER).is_file()
+    if absent and not is_whole:
+        return f"its tokenizer lacks {', '.join(absent)}"
+    name = WHOLE_TOKENIZER if is_whole else TOKENIZER_FILES[kind][0]
+    try:
+        number = READERS[name](folder)
+    except Exception as error:  # of JSON, protobuf and tokenizers, each with kinds of their own
+        said = str(error).partition("\n")[0]
+        return f"its {name} is damaged or cut short ({said})"
+    if number > size:
+        return f"its {name} has {number} tokens, its config.json says vocab_size={size}: one of the two is wrong"
+    return _wrong_merges(folder) if name == "vocab.json" else None
+
+
+def _read_pieces(folder: Path) -> int:
+    """Number of pieces of a SentencePiece model.
+
+    Raises:
+        ValueError: parts of it are missing, as where a file ends between two pieces.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString((folder / "spiece.model").read_bytes())
+    if not (model.pieces and model.HasField("trainer_spec") and model.HasField("normalizer_spec")):
+        raise ValueError("it ends before its settings")
+    return len(model.pieces)
+
+
+def _read_words(folder: Path) -> int:
+    words = _words(folder)
+    if not words or not all(isinstance(number, int) and number >= 0 for number in words.values()):
+        raise ValueError("no table of tokens and their numbers")
+    return max(words.values()) + 1
+
+
+def _read_whole(folder: Path) -> int:
+    from tokenizers import Tokenizer
+
+    return max(Tokenizer.from_file(str(folder / WHOLE_TOKENIZER)).get_vocab().values()) + 1
+
+
+READERS: Mapping[str, Callable[[Path], int]] = MappingProxyType(
+    {"spiece.model": _read_pieces, "vocab.json": _read_words, WHOLE_TOKENIZER: _read_whole}
+)
+"""By name of a file, what counts its tokens: the largest number and one, or any error if it cannot be read."""
+
+
+def _words(folder: Path) -> dict[str, int]:
+    found: dict[str, int] = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _wrong_merges(folder: Path) -> str | None:
+    """What is wrong with the merges of a byte-pair vocabulary: each makes a word of two, and all longer words are made
+    so."""
+    words = _words(folder)
+    try:
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError:
+        return "its merges.txt is damaged (not UTF-8)"
+    merges = [(number, line) for number, line in enumerate(lines, 1) if line and not line.startswith("#version")]
+    for number, line in merges:
+        if len(line.split()) != 2 or "".join(line.split()) not in words:
+            return f"its merges.txt is damaged or cut short, or not of its vocab.json (line {number}: {line!r})"
+    unmade = _unmade(words, {"".join(line.split()) for _, line in merges})
+    if len(unmade) > ODD_SHARE * len(words):
+        return (
+            f"its merges.txt is cut short, or not of its vocab.json: {len(unmade)} tokens are made by none of its lines"
+        )
+    return None
+
+
+def _unmade(words: Iterable[str], made: set[str]) -> list[str]:
+    return [
+        word
+        for word in words
+        if len(word.removesuffix(WORD_END)) > 1 and word not in made and SPECIAL.fullmatch(word) is None
+    ]
