@@ -293,8 +293,8 @@ def _check_mask(sources: Sequence[Source], spec: LatentSpec) -> None:
 def per_prompt_references(
     ref: References | Sequence[References | None] | None, count: int, downloads: Path
 ) -> list[list[Source] | None]:
-    """The ``ref`` argument of a pipeline as a list of local sources per prompt, None where none is given and empty where
-    what is given names nothing; pixels as uint8.
+    """The ``ref`` argument of a pipeline as a list of local sources per prompt (pixels as uint8): None where none is
+    given, empty where what is given names nothing.
 
     Raises:
         UserError: as many references as prompts are needed, a download failed, or a thing that is no reference.

@@ -89,11 +89,17 @@ def _ending(error: Exception, debug: bool) -> tuple[str | None, int]:
         gone = isinstance(error, BrokenPipeError)
         return (None, NO_READER) if gone else (f"error: standard output: {os.strerror(_number(error))}", OUTPUT_FULL)
     if isinstance(error, UserError):
-        return f"error: {_message(error)}", MISTAKE
+        return f"error: {_indented(_message(error))}", MISTAKE
     if _is_of_place(error):
         return f"error: {told_of(error)}", MISTAKE
     kept = "" if debug else f"; the traceback is in {_keep_traceback(error)}, {DEBUG_FLAG} shows it"
     return f"error: {told_of(error)}{kept}", UNFORESEEN
+
+
+def _indented(message: str) -> str:
+    """A message whose further lines can be told from those of others."""
+    first, *further = message.split("\n")
+    return "\n".join([first, *(f"  {line}" if line[:2].strip() else line for line in further)])
 
 
 def _is_of_place(error: Exception) -> bool:

@@ -42,10 +42,8 @@ GROUPS: tuple[tuple[Command, type, dict[str, type]], ...] = (
     (commands.DATA, with_sections(STAGES), {}),
 )
 ABSENT = ("lr_scheduler", "img_flux", "img_flux_ae")  # sections of no consequence here, or without a type
-# may be
-NEGATIVE = (
-    *("keep_n_latest", "guidance", "guidance_img", "end_index", "shift_factor", "scale_factor"),
-    *("logvar_init", "mean", "mode_scale"),
+NEGATIVE = (  # may be
+    *("keep_n_latest", "guidance", "guidance_img", "end_index", "shift_factor", "scale_factor", "logvar_init"),
 )
 # nan, inf and text are never right, -1 hardly ever; the others are, in places, and must then do no harm
 VALUES = {"nan": "nan", "infinite": "inf", "negative": "-1", "zero": "0", "huge": "1" + 30 * "0", "text": "many"}

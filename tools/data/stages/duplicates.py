@@ -23,7 +23,7 @@ class DuplicatesOptions(Options):
         6.0, "mean distance of perceptual hashes up to which clips are the same", "bits of 64", least=0, most=64
     )
     min_cosine: float = opt(
-        0.98, "cosine of CLIP features from which they are, where the chain has stage clip", least=-1, most=1
+        0.98, "cosine of CLIP features from which they are, where the chain has stage clip", above=0, most=1
     )
 
 
