@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import importlib
 import json
+import re
 import sys
 import tempfile
 import traceback
@@ -107,6 +108,8 @@ def load_config(path: str | Path | Mapping | Options, options: type[Group], over
     Raises:
         UserError: a missing file, an unknown key, a value of the wrong type.
     """
+    if not (isinstance(path, str | Path | Mapping) or hasattr(path, "to_dict")):
+        raise UserError(f"config {path!r}: give a path, the name of a shipped config, or the content of one as a dict")
     if isinstance(path, options) and not overrides:
         return path
     changes = [Override(key, value, key) for key, value in (overrides or {}).items()]
@@ -173,12 +176,17 @@ def _searched(cfg: RunOptions, message: str) -> str:
     lost = [
         path
         for path in named_files(data, type(cfg))
-        if is_relative(path) and (path in message or str(Path(path)) in message) and not is_at_hand(path)
+        if is_relative(path) and _is_named(path, message) and not is_at_hand(path)
     ]
     if not lost:
         return ""
     folders = list(dict.fromkeys((*map(str, places), str(Path.cwd()))))
     return f"{', '.join(dict.fromkeys(lost))} of {file}: looked for in {', then in '.join(folders)}"
+
+
+def _is_named(path: str, message: str) -> bool:
+    """Whether a message names a relative path, and not another that ends like it."""
+    return any(re.search(rf"(?<![\w/.-]){re.escape(each)}", message) for each in (path, str(Path(path))))
 
 
 def _read(path: Path) -> dict:

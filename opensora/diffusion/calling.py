@@ -42,7 +42,8 @@ def texts_of(value: Any, name: str = "prompt") -> list[str]:
     Raises:
         UserError: none, or something that is no text.
     """
-    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else []
+    in_order = isinstance(value, Iterable) and not isinstance(value, Mapping | set | frozenset)
+    texts = [value] if isinstance(value, str) else list(value) if in_order else []
     if not texts or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{name}: give a text or a list of texts, not {value!r}")
     return texts
@@ -87,7 +88,7 @@ def seeds_of(generators: Generators | None) -> int | list[int] | None:
     """
     if generators is None:
         return None
-    if isinstance(generators, torch.Generator):
+    if isinstance(generators, torch.Generator) or not isinstance(generators, Iterable):
         return _seed_of(generators)
     return [_seed_of(each) for each in generators]
 

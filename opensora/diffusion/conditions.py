@@ -39,7 +39,7 @@ def get_condition(cond_type: str) -> tuple[Span, ...] | FreeCondition:
     Raises:
         UserError: unknown condition type, or one that is something else.
     """
-    if cond_type not in CONDITIONS:
+    if not isinstance(cond_type, str) or cond_type not in CONDITIONS:
         raise UserError(f"unknown cond_type {cond_type!r}; valid: {CONDITIONS.listing}")
     found = CONDITIONS.get(cond_type)
     if isinstance(found, FreeCondition):

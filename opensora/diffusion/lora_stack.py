@@ -1,5 +1,6 @@
 """LoRA adapters on a model that is loaded already: put on, and taken off without a trace."""
 
+import numbers
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -56,6 +57,8 @@ class LoraStack:
         Raises:
             UserError: see :func:`opensora.diffusion.lora.read_loras`; the model stays as it was.
         """
+        if not isinstance(strength, numbers.Real) or isinstance(strength, bool):
+            raise UserError(f"load_lora: strength {strength!r} is not a number")
         self._become((*self.loaded, LoadedLora(str(path), float(strength))))
 
     def remove(self, path: str | Path | None = None) -> None:

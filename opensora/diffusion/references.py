@@ -20,7 +20,7 @@ from opensora.utils.download import fetch, is_url
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from opensora.utils.media.pictures import as_pixels
-from opensora.utils.paths import expand_home, split_place
+from opensora.utils.paths import expand_home, is_there, split_place
 from opensora.utils.video import is_video, read_image, read_video, video_info
 
 logger = get_logger(__name__)
@@ -77,10 +77,10 @@ def locate_references(ref: str, folder: Path, beside: Path | None = None) -> lis
             found.append(_with_place(str(fetch(address, folder, name=name)), place))
             continue
         path, place = expand_home(part), ""
-        if not path.exists() and (beside is None or not (beside / path).exists()):
+        if not is_there(path) and (beside is None or not is_there(beside / path)):
             bare, place = split_place(part)
             path = expand_home(bare)
-        is_beside = beside is not None and not path.exists() and (beside / path).exists()
+        is_beside = beside is not None and not is_there(path) and is_there(beside / path)
         found.append(_with_place(str(beside / path) if beside is not None and is_beside else str(path), place))
     return found
 
@@ -311,6 +311,15 @@ def per_prompt_references(
     ]
 
 
+def warn_of_unused(sources: Sequence[object], cond_type: str, where: str) -> None:
+    """Say how many references of one sample a condition has no use for."""
+    spans = get_spans(cond_type)
+    used = {span.reference % len(sources) for span in spans} if sources else set()
+    if spans and len(used) < len(sources):
+        count = len(sources)
+        logger.warning("%s: cond_type %s uses %d of the %d references", where, cond_type, len(used), count)
+
+
 def check_given(sources: Sequence[Sequence[Source] | None], cond_type: str, needed: bool) -> None:
     """See that references which are given name something, and say so where a condition gets none at all.
 
@@ -325,6 +334,7 @@ def check_given(sources: Sequence[Sequence[Source] | None], cond_type: str, need
     if not takes_references(cond_type):
         return
     for number, of_prompt in enumerate(sources, 1):
+        warn_of_unused(of_prompt or (), cond_type, f"prompt {number}")
         if of_prompt is not None and not of_prompt:
             raise UserError(
                 f"ref of prompt {number} is empty: cond_type {cond_type} takes a picture or clip; None makes a video "

@@ -24,7 +24,14 @@ from opensora.models.quantization.loading import kind_of_module
 from opensora.models.text import HFEmbedder
 from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
-from opensora.utils.files import put_in_place, remove_unfinished_folders, temporary_path, write_json, write_text
+from opensora.utils.files import (
+    check_new,
+    put_in_place,
+    remove_unfinished_folders,
+    temporary_path,
+    write_json,
+    write_text,
+)
 from opensora.utils.weights import WEIGHT_SUFFIXES
 from opensora.utils.weights_writing import save_safetensors
 
@@ -68,6 +75,7 @@ def save_pipeline(
     Raises:
         UserError: the folder has something, or the pipeline is divided over ranks or has adapters beside its weights.
     """
+    check_new(folder)
     folder = Path(folder).expanduser()
     _check_whole(pipe)
     check_place(folder, overwrite)

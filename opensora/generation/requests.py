@@ -12,7 +12,7 @@ from opensora.datasets.table import row_name
 from opensora.diffusion.conditions import get_condition, get_spans, takes_references
 from opensora.diffusion.free import Region
 from opensora.diffusion.plan import starts_from_picture
-from opensora.diffusion.references import locate_references, split_references
+from opensora.diffusion.references import locate_references, split_references, warn_of_unused
 from opensora.diffusion.wording import check_fps, check_motion_score, check_prompt, check_seed, final_text
 from opensora.registry import DATASETS, build_module
 from opensora.utils.errors import UserError
@@ -150,6 +150,7 @@ def _request(
         refs += locate_references(mask, downloads, beside)
     except UserError as error:
         raise UserError(f"{where_of_ref(where)}: {error}") from None
+    warn_of_unused(refs, cond_type, where_of_ref(where))
     fps = check_fps(_number(cell("fps") or cfg.fps_save, "fps", where), where)
     seed = _seed(cell("seed"), where) if cell("seed") else cfg.sampling_option.seed
     return Request(

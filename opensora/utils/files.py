@@ -33,6 +33,13 @@ def check_name(path: str | Path) -> None:
         raise UserError(f"{path}: the name has {length} bytes, file systems take {NAME_BYTES}; choose a shorter one")
 
 
+def check_new(path: str | Path) -> None:
+    """:func:`check_name` of something that is to be made, which ``.`` and the like are not; nor is what is no path."""
+    if not isinstance(path, str | os.PathLike) or not Path(path).name:
+        raise UserError(f"{path!r} is no name of a file or folder")
+    check_name(path)
+
+
 class FileBeside:
     """A temporary file beside ``path`` that gets its name once it is complete, so that ``path`` is whole or absent.
 
@@ -48,8 +55,8 @@ class FileBeside:
     """
 
     def __init__(self, path: str | Path) -> None:
+        check_new(path)
         self.path = Path(path)
-        check_name(self.path)
         if self.path.is_symlink() and not is_there(self.path):
             raise UserError(f"{self.path} is a link that leads nowhere; delete it, or give another place")
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -78,7 +78,7 @@ def is_repo(name: str) -> bool:
 
 def check_repo(name: str) -> None:
     """Raise a UserError unless a name is one that a repository can have."""
-    if REPO.fullmatch(name) is None:
+    if not isinstance(name, str) or REPO.fullmatch(name) is None:
         raise UserError(f"{name!r} is no id of a repository: expected org/name, or {MODELSCOPE}org/name")
 
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from opensora.utils.errors import UserError
-from opensora.utils.files import REFUSED, FileBeside, write_beside, write_text
+from opensora.utils.files import REFUSED, FileBeside, check_new, write_beside, write_text
 from opensora.utils.media.frames import read_clip as read_video
 from opensora.utils.media.kinds import kind_of
 from opensora.utils.media.pictures import read_picture as read_image
@@ -49,6 +49,9 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", "
 # x264 makes the same file of the same frames on every processor. Without it, its routines for AVX-512 read memory
 # that nobody wrote (core 165), and each run gave another file.
 SAME_EVERYWHERE = {"x264-params": "cpu-independent=1"}
+LEAST_FPS, MOST_FPS = 1e-3, 100_000  # of what containers and players know as rates
+WORST_CRF = 51
+NO_VIDEO = "{path}: '{ending}' is the ending of no video file; give .mp4"
 VIDEO_EXTENSIONS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 
 
@@ -130,12 +133,16 @@ class VideoWriter:
     """
 
     def __init__(self, path: str | Path, fps: float, crf: int = 23) -> None:
-        if not isinstance(fps, numbers.Real) or not 0 < fps < math.inf:
+        if not isinstance(fps, numbers.Real) or isinstance(fps, bool) or not 0 < fps < math.inf:
             raise UserError(f"{path}: fps {fps!r} must be a number above 0")
-        self.path: Path = Path(path)
+        if not LEAST_FPS <= fps <= MOST_FPS:
+            raise UserError(f"{path}: fps {fps!r} must be from {LEAST_FPS} to {MOST_FPS:,}")
+        if not isinstance(crf, numbers.Real) or not 0 <= crf <= WORST_CRF:
+            raise UserError(f"{path}: crf {crf!r} must be a number from 0 (lossless) to {WORST_CRF} (worst)")
+        self._file: FileBeside = FileBeside(path)
+        self.path: Path = self._file.path
         self.fps: float = float(fps)
         self.crf: int = crf
-        self._file: FileBeside = FileBeside(path)
         self._container: OutputContainer | None = None
         self._stream: VideoStream | None = None
         self._convert: VideoReformatter = VideoReformatter()
@@ -158,7 +165,10 @@ class VideoWriter:
                 self._container.mux(self._stream.encode(to_bt709(rgb, self._convert)))
 
     def _video_stream(self, container: OutputContainer, height: int, width: int) -> VideoStream:
-        stream = container.add_stream("libx264", rate=Fraction(self.fps).limit_denominator(65535))
+        try:
+            stream = container.add_stream("libx264", rate=Fraction(self.fps).limit_denominator(65535))
+        except ValueError:  # one for pictures or sound
+            raise UserError(NO_VIDEO.format(path=self.path, ending=self.path.suffix)) from None
         assert isinstance(stream, VideoStream)
         stream.height, stream.width = height, width
         stream.pix_fmt = "yuv420p"
@@ -204,12 +214,19 @@ def _open_to_write(path: Path, named: str | Path) -> OutputContainer:
     try:
         return av.open(str(path), "w")
     except ValueError:  # the library's word for an ending that it does not know
-        raise UserError(f"{named}: '{path.suffix}' is the ending of no video file; give .mp4") from None
+        raise UserError(NO_VIDEO.format(path=named, ending=path.suffix)) from None
 
 
 def save_image(frame: np.ndarray | Tensor, path: str | Path) -> Path:
-    """Write one uint8 frame [H, W, 3]; the ending of ``path`` chooses the format."""
+    """Write one uint8 frame [H, W, 3]; the ending of ``path`` chooses the format.
+
+    Raises:
+        UserError: other pixels, or an ending that is no picture's.
+    """
     image = Image.fromarray(_as_frames(frame, 3))
+    check_new(path)
+    if Path(path).suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"{path}: '{Path(path).suffix}' is the ending of no picture file; give .png")
     return write_beside(path, image.save)
 
 
@@ -249,7 +266,15 @@ def contact_sheet(
         columns: strips side by side.
         gap: pixels between frames and strips.
         background: RGB of the sheet; text is black.
+
+    Raises:
+        UserError: no video, a label too few or too many, or a number of frames, columns or times below 1.
     """
+    if min(frames, columns, scale) < 1 or (labels and len(labels) != len(videos)):
+        raise UserError(
+            f"a contact sheet of {len(videos)} videos: frames={frames}, columns={columns}, scale={scale} and "
+            f"{len(labels or ())} labels; give numbers of at least 1, and a label per video"
+        )
     strips = [_strip(_as_frames(video, 4), frames, scale, gap, background) for video in videos]
     if not strips:
         raise UserError("a contact sheet needs at least one video")

@@ -82,7 +82,7 @@ def _head(path: str | Path) -> bytes:
     try:
         with Path(path).open("rb") as file:
             return file.read(HEAD_BYTES)
-    except OSError:
+    except (OSError, ValueError):  # nothing of that name, and names that no system takes
         return b""
 
 

@@ -16,6 +16,8 @@ def cases() -> list[Case]:
                 else {"picture": "image|picture", "clip": "video|clip|path"}.get(word, word.rstrip("s"))
             )
             if kind == "save_video" and word != "fps":
-                culprit = "pixels|frame|fps|n{30}|clips.csv|a.xyz|finite"
+                culprit = "pixels|frame|fps|n{30}|clips.csv|a.xyz|finite|no name|a.png"
+            if word == "ref":
+                culprit = "ref|image not found|gone"
             found.append(Case(f"{kind}-{name}", kind, ("{good}", name), f"(?i){culprit}", late=kind == "pipeline"))
     return found

@@ -104,7 +104,7 @@ def test_an_error_about_a_file_of_the_config_says_all_places(own):
 
 def test_other_errors_stay_as_they_are(own):
     cfg = read(own, 'ae = dict(type="hunyuan_vae", from_pretrained="./ckpts/x.safetensors")', "--ref", "gone.png")
-    for message in ("seed: wrong", "gone.png: no such file"):
+    for message in ("seed: wrong", "gone.png: no such file", "/elsewhere/ckpts/x.safetensors is damaged"):
         with pytest.raises(UserError) as error, naming_places(cfg):
             raise UserError(message)
         assert str(error.value) == message

@@ -126,6 +126,12 @@ def test_suffixes_and_negative_prompt(pipe):
         ({"seed": -1}, "whole number"),
         ({"motion_score": "much"}, "neither a number"),
         ({"motion_score": "dynamic"}, "give a number"),
+        ({"prompt": {"a": 1}}, "give a text or a list of texts"),
+        ({"prompt": {"a", "b"}}, "give a text or a list of texts"),
+        ({"cond_type": ["i2v_head"]}, "unknown cond_type"),
+        ({"generator": np.random.default_rng(0)}, "give a torch.Generator"),
+        ({"ref": "a\0.png", "cond_type": "i2v_head"}, "image not found"),
+        ({"ref": "n" * 5000, "cond_type": "i2v_head"}, "image not found"),
         ({"motion_score": 99}, "motion_score 99 must be at least 0 and at most 15"),
         ({"motion_score": -1}, "at most 15"),
         *(
@@ -144,6 +150,28 @@ def test_bad_calls(pipe, call, message):
 def test_a_condition_without_references_is_said(pipe, caplog):
     assert pipe("a", cond_type="i2v_head", num_steps=1, num_frames=5).plan.cond_type == "t2v"
     assert "no reference for cond_type i2v_head, making a t2v video" in caplog.text
+
+
+def test_references_that_are_not_used_are_said(pipe, caplog):
+    pictures = [np.zeros((32, 32, 3), np.uint8)] * 2
+    pipe("a", cond_type="i2v_head", ref=pictures, num_steps=1, num_frames=5)
+    assert "prompt 1: cond_type i2v_head uses 1 of the 2 references" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", [3, None, [1]])
+def test_what_is_no_config(wrong):
+    with pytest.raises(UserError, match="give a path, the name of a shipped config"):
+        VideoPipeline.from_config(wrong)
+
+
+def test_places_that_cannot_be(pipe):
+    for place in ("", None, 3, "n" * 300):
+        with pytest.raises(UserError, match="no name of a file or folder|the name has 300 bytes"):
+            pipe.save_pretrained(place)
+    with pytest.raises(UserError, match="3 is no id of a repository"):
+        pipe.push_to_hub(3)
+    with pytest.raises(UserError, match="strength 'x' is not a number"):
+        pipe.load_lora("adapter", "x")
 
 
 def test_a_motion_score_of_a_config_is_seen_before_weights(tiny_config):

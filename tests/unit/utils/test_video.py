@@ -133,3 +133,36 @@ def test_a_full_disk_leaves_nothing_and_is_named(tmp_path, moving_square, monkey
     writer.discard()
     assert raised.value.filename == str(tmp_path / "a.mp4")
     assert not unfinished.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "fps", "crf", "said"),
+    [
+        ("a.mp4", True, 23, "fps True must be a number"),
+        ("a.mp4", 1e-9, 23, "fps 1e-09 must be from 0.001"),
+        ("a.mp4", 1e9, 23, "must be from 0.001"),
+        ("a.mp4", 8, 99, "crf 99 must be a number from 0"),
+        ("a.mp4", 8, float("nan"), "crf nan must be"),
+        ("a.mp4", 8, "x", "crf 'x' must be"),
+        ("a.png", 8, 23, "'.png' is the ending of no video file"),
+        ("", 8, 23, "is no name of a file"),
+        (None, 8, 23, "None is no name of a file"),
+    ],
+)
+def test_videos_that_cannot_be_written(tmp_path, moving_square, monkeypatch, name, fps, crf, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=said):
+        video.save_video(moving_square, name, fps, crf)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.xyz", "a", "", None])
+def test_pictures_that_cannot_be_written(moving_square, name):
+    with pytest.raises(UserError, match="ending of no picture file|no name of a file"):
+        video.save_image(moving_square[0], name)
+
+
+@pytest.mark.parametrize("wrong", [{"frames": 0}, {"columns": 0}, {"scale": 0}, {"labels": ["a", "b"]}])
+def test_sheets_that_cannot_be_drawn(tmp_path, moving_square, wrong):
+    with pytest.raises(UserError, match="a contact sheet of 1 videos"):
+        video.contact_sheet([moving_square], tmp_path / "sheet.png", **wrong)
