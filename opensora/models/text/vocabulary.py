@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 WHOLE_TOKENIZER = "tokenizer.json"  # takes the place of all others
 TOKENIZER_FILES = {"t5": ("spiece.model",), "clip": ("vocab.json", "merges.txt")}
@@ -44,7 +45,8 @@ def _read_pieces(folder: Path) -> int:
     """
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto()
+    messages: Any = sentencepiece_model_pb2  # whose classes are made when it is imported
+    model = messages.ModelProto()
     model.ParseFromString((folder / "spiece.model").read_bytes())
     if not (model.pieces and model.HasField("trainer_spec") and model.HasField("normalizer_spec")):
         raise ValueError("it ends before its settings")
