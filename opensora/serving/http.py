@@ -4,7 +4,6 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -55,16 +54,9 @@ class ApiError(Exception):
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application of a service, which starts and stops with it."""
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await run_in_threadpool(service.start)
-        yield
-        await run_in_threadpool(service.stop)
-
+    """The application of a service, which is to be running."""
     # no pages of documentation: theirs load scripts from elsewhere
-    app = FastAPI(title="opensora", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    app = FastAPI(title="opensora", openapi_url=None, docs_url=None, redoc_url=None)
     cfg = service.cfg
     Api(service).mount(app)
     _handle_errors(app)

@@ -11,6 +11,7 @@ from opensora.serving.folders import Folders
 from opensora.serving.jobs import JobStore
 from opensora.serving.service import Service
 from opensora.serving.supervisor import Supervisor
+from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -40,7 +41,11 @@ def make_service(cfg: ServeOptions, environment: Mapping[str, str], works: bool 
 
 
 def serve(cfg: ServeOptions, listening: socket.socket, environment: Mapping[str, str]) -> None:
-    """Serve on a socket until the process is stopped."""
+    """Serve on a socket until the process is stopped.
+
+    Raises:
+        UserError: something is wrong with the config, or the worker never comes up.
+    """
     import uvicorn
 
     from opensora.serving.http import create_app
@@ -53,4 +58,10 @@ def serve(cfg: ServeOptions, listening: socket.socket, environment: Mapping[str,
     config = uvicorn.Config(
         app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_END, server_header=False, proxy_headers=False
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    server, supervisor = uvicorn.Server(config), service.supervisor
+    assert supervisor is not None
+    supervisor.at_giving_up = lambda: setattr(server, "should_exit", True)
+    with service.running():
+        server.run(sockets=[listening])
+    if supervisor.given_up:
+        raise UserError(supervisor.given_up)

@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,15 @@ class Service:
         self._room: tuple[float, bool] = (0.0, True)
         self._stopping = threading.Event()
         self._sweeper = threading.Thread(target=self._sweep_always, name="sweeper", daemon=True)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within it, jobs are made; see :meth:`start` and :meth:`stop`."""
+        self.start()
+        try:
+            yield
+        finally:
+            self.stop()
 
     def start(self) -> None:
         """Start the worker, and the deletion of what has expired."""

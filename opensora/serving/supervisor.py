@@ -1,4 +1,8 @@
-"""Keeps one worker running: starts it, restarts it when it ends, and decides what happens to its jobs."""
+"""Keeps one worker running: starts it, restarts it when it ends, and decides what happens to its jobs.
+
+A worker that never comes up is given up: at once if it says that its user is mistaken, else after a few starts. One
+that has been ready is started again as long as the server lives.
+"""
 
 import os
 import sqlite3
@@ -6,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from opensora.config.commands import ServeOptions
@@ -14,12 +19,14 @@ from opensora.serving.jobs import JobStore
 from opensora.utils.claims import claimed
 from opensora.utils.files import write_json
 from opensora.utils.logging import get_logger
+from opensora.utils.main import MISTAKE
 
 logger = get_logger(__name__)
 
 WORKER = "opensora.serving.worker"
 POLL = 0.1  # seconds between looks at the worker
-SETTLED = 30.0  # seconds of work after which an end is not one of a start that fails
+SETTLED = 30.0  # seconds after which the end of a worker that came up is not one of a start that fails
+MOST_STARTS = 3  # of a worker that never comes up
 LONGEST_PAUSE = 30.0  # seconds between starts that fail
 GRACE = 5.0  # seconds for a worker that is told to stop
 
@@ -33,13 +40,18 @@ class Supervisor:
         store: the jobs.
 
     Attributes:
-        failures: ends of the worker in a row, each soon after its start.
+        failures: ends of the worker in a row, each before it was ready or soon after its start.
         starts: how often it was started.
+        given_up: why it is not started any more, empty while it is.
+        at_giving_up: called then, once.
     """
 
     def __init__(self, cfg: ServeOptions, folders: Folders, store: JobStore) -> None:
         self.cfg, self.folders, self.store = cfg, folders, store
         self.failures = self.starts = 0
+        self.given_up = ""
+        self.at_giving_up: Callable[[], None] = lambda: None
+        self._comes_up = self._came_up = False  # this worker, one of this server
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
 
@@ -75,19 +87,30 @@ class Supervisor:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            began = time.monotonic()
+            began, status = time.monotonic(), None
             try:
                 with claimed(self.folders.worker, is_folder=False, wait=True):
                     self.store.recover()  # nobody makes anything now
-                said = f"has ended (status {self._work()})"
+                status = self._work()
+                said = f"has ended (status {status}, for the reason above)"
             except (OSError, sqlite3.Error) as error:  # no room on the disk, say, or for a process
                 said = f"cannot be started ({error})"
             if self._stopping.is_set():
                 return
-            self.failures = 0 if time.monotonic() - began > SETTLED else self.failures + 1
+            self._count(time.monotonic() - began)
+            if not self._came_up and (status == MISTAKE or self.failures >= MOST_STARTS):
+                self.given_up = f"the worker {said} and was never ready"
+                self.at_giving_up()
+                return
             pause = min(0.1 * 2**self.failures, LONGEST_PAUSE)
             logger.warning("the worker %s; it is started again in %.1f s", said, pause)
             self._stopping.wait(pause)
+
+    def _count(self, seconds: float) -> None:
+        """Note an end of the worker, so long after its start."""
+        self._came_up |= self._comes_up
+        self.failures = 0 if self._comes_up and seconds > SETTLED else self.failures + 1
+        self._comes_up = False
 
     def _work(self) -> int | None:
         """Run the worker to its end, or to the server's; its exit status."""
@@ -98,6 +121,7 @@ class Supervisor:
             if self._stopping.wait(POLL):
                 self._end(process)
                 self.store.give_back()
+        self._comes_up = self._ready.exists()
         self._ready.unlink(missing_ok=True)
         return process.returncode
 

@@ -1,4 +1,4 @@
-"""The one exception for what a user can get wrong, and words for its messages."""
+"""The one exception for what a user can get wrong, the one for SIGTERM, and words for messages."""
 
 from collections.abc import Sequence
 
@@ -9,6 +9,10 @@ class UserError(ValueError):
     The message says what was wrong, where (file, row, flag) and what would be right. Scripts print it without a
     traceback and exit with status 2; library callers may catch it as a ``ValueError``.
     """
+
+
+class Terminated(SystemExit):
+    """SIGTERM came: not for those who catch a ``SystemExit`` of code that is not theirs."""
 
 
 def first_line(error: Exception) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from opensora.utils.errors import UserError
+from opensora.utils.errors import Terminated, UserError
 
 MISTAKE, UNFORESEEN, OUTPUT_FULL, INTERRUPTED, NO_READER, TERMINATED = 2, 70, 74, 130, 141, 143
 LAUNCHED = "TORCHELASTIC_RUN_ID"  # set by torchrun
@@ -78,7 +78,7 @@ def _end_in_order_at_sigterm() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if os.getpid() != ours:  # a process that was forked from this one
             os.kill(os.getpid(), number)
-        raise SystemExit(TERMINATED)
+        raise Terminated(TERMINATED)
 
     signal.signal(signal.SIGTERM, end)
 

@@ -3,16 +3,20 @@
 import fcntl
 import multiprocessing.util
 import os
+import re
+import secrets
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from opensora.utils.claims import FOLDER_LOCK
-
-PREFIX = "opensora-"
+PREFIX, TOKEN_BYTES = "opensora-", 6
+OWN_NAME = re.compile(rf"{PREFIX}[0-9a-f]{{{2 * TOKEN_BYTES}}}")
+LOCK, FILES = ".temporary.lock", "files"  # in it
+MOMENT, POLL = 1.0, 0.002  # seconds
 SOCKETS_GONE = -100  # when multiprocessing deletes its own, among what is to do at the end
 SOCKET_BYTES = 100  # longest name of a socket, a little less than systems take
 
@@ -30,14 +34,21 @@ class TemporaryFolder:
     def __init__(self, parent: Path | None = None) -> None:
         parent = Path(tempfile.gettempdir()) if parent is None else parent
         remove_forgotten(parent)
-        whole = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-        self._remove = weakref.finalize(self, _remove, whole, os.getpid())
-        self._lock = os.open(whole / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-            (whole / "lock").rename(whole / FOLDER_LOCK)  # locked before others can see it
-        self.path = whole / "files"
-        self.path.mkdir()
+        whole = parent / f"{PREFIX}{secrets.token_hex(TOKEN_BYTES)}"
+        self._remove = weakref.finalize(
+            self, _remove, whole, os.getpid()
+        )  # first, since a signal may come after any line
+        try:
+            with _held(parent, fcntl.LOCK_SH):
+                whole.mkdir(0o700)
+                self._lock = os.open(whole / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self.path = whole / FILES
+            self.path.mkdir()
+        except BaseException:
+            self._remove()
+            raise
 
     def __enter__(self) -> Path:
         return self.path
@@ -49,7 +60,12 @@ class TemporaryFolder:
 
 def _remove(whole: Path, owner: int) -> None:
     if os.getpid() == owner:  # not a process that was forked from it, to which the object is nothing
-        shutil.rmtree(whole, ignore_errors=True)
+        _delete(whole)
+
+
+def _delete(whole: Path) -> None:
+    shutil.rmtree(whole / FILES, ignore_errors=True)  # before its lock, so that what is left of it is known
+    shutil.rmtree(whole, ignore_errors=True)
 
 
 @contextmanager
@@ -86,11 +102,51 @@ def keep_sockets() -> None:
 
 def remove_forgotten(parent: Path) -> None:
     """Delete the folders of `TemporaryFolder` whose programs have ended."""
-    for lock in parent.glob(f"{PREFIX}*/{FOLDER_LOCK}"):
-        with suppress(OSError):  # another user's
-            handle = os.open(lock, os.O_RDWR)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: a living program's
-                shutil.rmtree(lock.parent, ignore_errors=True)
-            finally:
-                os.close(handle)
+    with ExitStack() as held:
+        with _held(parent, fcntl.LOCK_EX) as alone:  # nobody is making one
+            dead = [folder for folder in parent.glob(f"{PREFIX}*") if alone and _is_dead(folder, held)]
+        for folder in dead:
+            _delete(folder)
+
+
+def _is_dead(folder: Path, held: ExitStack) -> bool:
+    """Whether a folder is one of `TemporaryFolder` whose program has ended; its lock, if it has one, is held then."""
+    if OWN_NAME.fullmatch(folder.name) is None:
+        return False
+    with suppress(OSError):  # no folder, another user's, or a living program's
+        inside = {path.name for path in folder.iterdir()}
+        if LOCK in inside and inside <= {LOCK, FILES}:
+            handle = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)
+            held.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        return not inside and folder.lstat().st_uid == os.geteuid()  # it was killed before the lock, or after it
+    return False
+
+
+@contextmanager
+def _held(folder: Path, how: int) -> Iterator[bool]:
+    """Within it, this process has a lock on a folder (shared or not) if that can be had in a moment; tells whether."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        yield False
+        return
+    try:
+        yield _soon_locked(handle, how)
+    finally:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # closing would not do if this process was forked meanwhile
+        os.close(handle)
+
+
+def _soon_locked(handle: int, how: int) -> bool:
+    patience = time.monotonic() + MOMENT
+    while True:
+        try:
+            fcntl.flock(handle, how | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if not isinstance(error, BlockingIOError) or time.monotonic() > patience:
+                return False
+        time.sleep(POLL)

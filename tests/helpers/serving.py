@@ -56,7 +56,7 @@ def working(service: Service) -> Iterator[Worker]:
 @contextmanager
 def listening(service: Service) -> Iterator[str]:
     """Within it, a service answers at an address."""
-    with listen("127.0.0.1", 0) as place:
+    with service.running(), listen("127.0.0.1", 0) as place:
         config = uvicorn.Config(create_app(service), log_level="error", timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([place],))

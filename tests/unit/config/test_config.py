@@ -29,7 +29,7 @@ from opensora.config.keys import group_options, walk_options
 from opensora.config.options import Options, PluginOptions, SamplingOption
 from opensora.config.topics import Topic
 from opensora.diffusion.conditions import get_spans
-from opensora.utils.errors import UserError
+from opensora.utils.errors import Terminated, UserError
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = sorted((ROOT / "configs/diffusion/inference").glob("*.py"))
@@ -270,6 +270,14 @@ def test_missing_file_names_the_nearest(write):
 def test_broken_files(write, text):
     with pytest.raises(UserError, match=r"toy.py: cannot be read"):
         parse_config([write(text)], InferenceOptions)
+
+
+@pytest.mark.parametrize("text", ["raise Terminated(143)", 'imports = ["ends"]'])
+def test_sigterm_while_a_config_is_read_is_no_fault_of_it(write, text):
+    first = "from opensora.utils.errors import Terminated\n"
+    write(f"{first}raise Terminated(143)", "ends.py")
+    with pytest.raises(Terminated):
+        parse_config([write(first * ("imports" not in text) + text)], InferenceOptions)
 
 
 def test_yaml_is_data(write, tmp_path):

@@ -7,11 +7,13 @@ import pytest
 
 from opensora.config import load_config
 from opensora.config.commands import ServeOptions
+from opensora.serving import supervisor as of_supervisor
 from opensora.serving.command import check_address, listen, main, with_key
 from opensora.serving.desk import check_served
-from opensora.serving.folders import Folders
+from opensora.serving.folders import READY, Folders
 from opensora.serving.jobs import FAILED, IN_PROGRESS, QUEUED, JobStore, new_id
-from opensora.serving.supervisor import Supervisor
+from opensora.serving.run import serve
+from opensora.serving.supervisor import MOST_STARTS, Supervisor
 from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
 from tests.helpers.serving import until
@@ -91,6 +93,46 @@ def test_a_worker_that_keeps_dying_takes_no_job_along_for_ever(tiny_config, tmp_
     assert "secret" not in folders.settings.read_text()
 
 
+class Ending(Supervisor):
+    """Its worker ends like a line of the shell."""
+
+    line = ""
+
+    def _command(self):
+        return ["sh", "-c", self.line, "sh", str(self.folders.root / READY)]
+
+
+@pytest.mark.parametrize(
+    ("line", "starts"), [("exit 2", 1), ("exit 70", MOST_STARTS), ('[ ! -e "$1" ] && kill -9 $$', MOST_STARTS)]
+)
+def test_a_worker_that_never_comes_up_is_given_up(line, starts, tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(of_supervisor, "LONGEST_PAUSE", 0.0)
+    monkeypatch.setattr(of_supervisor, "SETTLED", 0.0)  # however long a start took
+    folders, calls = Folders(tmp_path), []
+    cfg = load_config(tiny_config, ServeOptions, {"data_dir": str(tmp_path)})
+    supervisor = Ending(cfg, folders, JobStore(folders.database))
+    supervisor.line, supervisor.at_giving_up = line, lambda: calls.append(supervisor.given_up)
+    supervisor.start()
+    until(lambda: supervisor.given_up)
+    supervisor.stop()
+    assert supervisor.starts == starts
+    assert len(calls) == 1
+    assert "never ready" in calls[0]
+
+
+def test_one_that_came_up_is_started_for_ever(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(of_supervisor, "LONGEST_PAUSE", 0.0)
+    folders = Folders(tmp_path)
+    cfg = load_config(tiny_config, ServeOptions, {"data_dir": str(tmp_path)})
+    supervisor = Ending(cfg, folders, JobStore(folders.database))
+    supervisor.line = 'touch "$1"; exit 2'
+    supervisor.start()
+    until(lambda: supervisor.starts > MOST_STARTS)
+    supervisor.stop()
+    assert not supervisor.given_up
+    assert supervisor.failures >= MOST_STARTS
+
+
 class Sleeping(Supervisor):
     """Its worker starts a job and hangs."""
 
@@ -111,3 +153,10 @@ def test_a_stop_gives_the_job_back(tiny_config, tmp_path):
     until(lambda: store[job.id].status == IN_PROGRESS)
     supervisor.stop()
     assert (store[job.id].status, store[job.id].attempts) == (QUEUED, 0)
+
+
+def test_a_service_that_cannot_start_says_so(tiny_config, tmp_path):
+    cfg = load_config(tiny_config, ServeOptions, {"data_dir": str(tmp_path), "page": False, "device": "cpu"})
+    (tmp_path / "worker.json").mkdir()  # where the worker's settings go
+    with listen("127.0.0.1", 0) as place, pytest.raises(OSError, match=r"worker\.json"):
+        serve(cfg, place, {})

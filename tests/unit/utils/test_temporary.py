@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from opensora.utils import temporary
 from opensora.utils.claims import FOLDER_LOCK
-from opensora.utils.temporary import TemporaryFolder, keep_sockets, remove_forgotten
+from opensora.utils.temporary import LOCK, TemporaryFolder, keep_sockets, remove_forgotten
 
 
 @pytest.fixture(autouse=True)
@@ -45,14 +46,55 @@ def test_what_a_killed_program_left_goes(place):
             os._exit(0)  # nothing is tidied up
     os.waitpid(child, 0)
     left = [*place.iterdir()]
-    (place / "opensora-of-others").mkdir()
+    of_user = place / "opensora-of-others"
+    of_user.mkdir()
+    (of_user / FOLDER_LOCK).touch()  # of a killed program that wrote its results there
     with TemporaryFolder() as first, TemporaryFolder() as second:
         assert len(left) == 1
         assert not left[0].exists()
         assert first.is_dir(), "a living program's stays"
         assert second.is_dir()
-        assert (first.parent / FOLDER_LOCK).is_file()
+        assert (first.parent / LOCK).is_file()
     assert [path.name for path in place.iterdir()] == ["opensora-of-others"]
+    assert (of_user / FOLDER_LOCK).is_file()
+
+
+@pytest.mark.parametrize("call", ["mkdir", "open", "flock", "rmtree"])
+def test_killed_at_any_call(call, place, monkeypatch):
+    module = {"mkdir": Path, "open": os, "flock": temporary.fcntl, "rmtree": temporary.shutil}[call]
+    real = getattr(module, call)
+
+    def last(*words, **options):
+        real(*words, **options)
+        os._exit(0)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            folder = TemporaryFolder() if call == "rmtree" else None
+            monkeypatch.setattr(module, call, last)
+            monkeypatch.setattr(temporary, "remove_forgotten", lambda parent: None)
+            monkeypatch.setattr(temporary, "_soon_locked", lambda handle, how: True)
+            with folder or TemporaryFolder():
+                pass
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    remove_forgotten(place)
+    assert not [*place.iterdir()]
+
+
+def test_interrupted_while_it_is_made(place, monkeypatch):
+    make = Path.mkdir
+
+    def interrupted(*words):
+        make(*words)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        TemporaryFolder()
+    assert not [*place.iterdir()]
 
 
 @pytest.mark.parametrize("killed", [True, False])
