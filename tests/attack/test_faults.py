@@ -5,9 +5,11 @@ import signal
 
 import pytest
 
+from opensora.cli.main import COMMANDS
 from tests.attack import faults
 from tests.attack.faults import Bench
-from tests.attack.works import WORKS
+from tests.attack.server import ROOT
+from tests.attack.works import WITHOUT, WORKS
 
 QUICK = ("data table", "convert lora", "convert lora peft", "demo picture", "meta", "shard")
 QUICKEST = ("data table", "convert lora peft", "shard")
@@ -54,3 +56,13 @@ def test_an_end_in_the_middle(bench, name, number):
 @pytest.mark.parametrize("name", QUICKEST)
 def test_two_at_once(bench, name):
     assert faults.two_at_once(bench, work_of(name)) == []
+
+
+def test_every_command_has_a_work_or_a_reason():
+    files = [path for place in ("scripts", "tools") for path in (ROOT / place).rglob("*.py")]
+    scripts = {str(path.relative_to(ROOT)) for path in files if "__main__" in path.read_text(encoding="utf-8")}
+    run = {work.script for work in WORKS}
+    assert scripts - run == WITHOUT.keys()
+    read = "".join((ROOT / script).read_text(encoding="utf-8") for script in run)
+    modules = {command.module for command in COMMANDS.values()}
+    assert {module for module in modules if module not in read and f"{module.replace('.', '/')}.py" not in run} == set()

@@ -29,7 +29,7 @@ def _convert(name: str, *words: str, script: str = "") -> Work:
 
 INFER, ADAPTER, OVERWRITE = "{good}/infer.py", "{good}/lora", ("--overwrite", "True")
 MMDIT, T5 = "{demo}/mmdit.safetensors", "{demo}/google/t5-demo"
-WORKERS = ("--dataset.num_workers", "1")
+QUICK = ("--quick", "--config", INFER)
 WORKS = (
     Work("generate", commands.INFERENCE.script, (*commands.INFERENCE.words, "--save-latents", "True"), OVERWRITE),
     Work(
@@ -70,6 +70,11 @@ WORKS = (
     Work("data stats", "tools/data/stats.py", ("made",), ("--overwrite",), ("made",)),
     Work("data status", "tools/data/status.py", ("{good}/made",)),
     Work("data table", "tools/data/table.py", ("{good}/clips.csv", "--out", "out.parquet"), ("--overwrite",)),
+    Work(
+        "data stage",
+        "tools/data/stage_run.py",
+        ("blur", "{good}/data.py", "--input", "{good}/footage", "--output", "out"),
+    ),
     Work("data footage", "tools/data/sample_footage.py", ("--out", "out")),
     _convert("mmdit", MMDIT, "out.safetensors", "--qkv", "fused"),
     _convert("checkpoint", "{good}/checkpoint", "out.safetensors"),
@@ -118,6 +123,8 @@ WORKS = (
         ("--out", "out", "--steps", "1", "--num-test", "2"),
         ("--overwrite",),
     ),
+    Work("demo judge", "tools/demo/check_judge.py", ("--sheets", "out")),
+    Work("demo diversity", "tools/demo/diversity.py", (INFER, "--prompts", "1", "--seeds", "2")),
     Work("evaluate videos", "tools/evaluate/videos.py", ("{good}/footage", "--out", "out"), ("--overwrite",)),
     Work(
         "evaluate compare",
@@ -164,8 +171,41 @@ WORKS = (
         "tools/benchmark/checkpoints.py",
         ("--megabytes", "1", "--repeats", "1", "--folder", "."),
     ),
+    Work(
+        "benchmark models",
+        "tools/benchmark/models.py",
+        ("--vae", "--size", "32", "--frames", "5", "--repeats", "1", "--out", "out.json"),
+        ("--overwrite",),
+    ),
+    Work(
+        "benchmark gpu",
+        "tools/benchmark/gpu.py",
+        ("--device", "cpu", "--toy", "--quick", "--seconds", "5", "--out", "out.json"),
+        ("--overwrite",),
+    ),
+    Work(
+        "benchmark parallel",
+        "tools/benchmark/parallel.py",
+        ("--processes", "2", "--image", "16", "--text", "4"),
+    ),
+    Work("benchmark quantization", "tools/benchmark/quantization.py", (*QUICK, "--kinds", "int8")),
+    Work("benchmark solvers", "tools/benchmark/solvers.py", (*QUICK, "--reference_steps", "4")),
+    Work("benchmark step caches", "tools/benchmark/step_caches.py", (*QUICK, "--thresholds", "0.1")),
+    Work("doctor", "opensora/cli/doctor.py", ()),
     Work("benchmark tables", "tools/benchmark/tables.py", ("--rows", "1000")),
 )
+
+# scripts without a work of their own, and why
+WITHOUT = {
+    "scripts/serve.py": "as served.py, which ends",
+    "tools/benchmark/gpu_parts/original.py": "a part of gpu.py, which needs a checkout of another project",
+    "tools/benchmark/hardware.py": "writes a page of this repository's documentation, and takes nothing",
+    "tools/containers/try_steps.py": "installs packages for minutes",
+    "tools/demo/pictures.py": "makes pictures of this repository's documentation for minutes",
+    "tools/demo/run.py": "takes nothing, and writes into this repository what generate writes",
+    "tools/evaluate/goldens.py": "keeps this repository's goldens, for minutes",
+    "tools/evaluate/vote.py": "answers until it is stopped",
+}
 
 # of a server at {drip}, which is the hub and the language model as well
 I2V = ("--cond_type", "i2v_head", "--ref", "{drip}/a.png")
