@@ -1,6 +1,7 @@
 """How batches come from the processes that read clips: in shared memory, or through a pipe where there is too little of
 it. (Containers have 64 MB; a process that finds none is killed, or its batch never comes.)"""
 
+import mmap
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,6 +54,11 @@ def _changed(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
 def unchanged(clip: Any) -> Any:
     """The ``collate_fn`` of a loader without batches."""
     return clip
+
+
+def shared_flags(count: int) -> Tensor:
+    """Booleans, all off, bool [count], of this process and those forked from it; they take nothing of ``SHARED``."""
+    return torch.frombuffer(mmap.mmap(-1, max(count, 1)), dtype=torch.bool)[:count]
 
 
 class Sender:

@@ -13,6 +13,7 @@ from torch import Tensor
 from opensora.config.keys import given_config
 from opensora.datasets.config import VideoTextConfig
 from opensora.datasets.dataset import VideoTextDataset
+from opensora.datasets.sharing import shared_flags
 from opensora.datasets.source import ClipDataset, ClipSource, SampleKey, Sizes
 from opensora.datasets.table import row_name
 from opensora.datasets.video_io import BrokenMediaError
@@ -54,7 +55,7 @@ class CachedVideoTextDataset(ClipDataset):
         self._check_parts()
         if self.cache is not None:
             # Of all loader workers together, so that a row is checked once in a run.
-            self._checked = torch.zeros(len(self), dtype=torch.bool).share_memory_()
+            self._checked = shared_flags(len(self))
             if "path" in self.data.columns:
                 rows = np.sort(self.cache.rows)
                 for part in np.array_split(rows, math.ceil(len(rows) / CHECKED_AT_A_TIME) or 1):

@@ -1,5 +1,6 @@
 """Batches from other processes, with little shared memory and with enough."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -48,3 +49,18 @@ def test_every_process_needs_room(monkeypatch, caplog):
     assert isinstance(many(None)[0], Piped)
     many(None)
     assert caplog.text.count("come through a pipe") <= 1
+
+
+def test_flags_are_those_of_forked_processes_too(monkeypatch):
+    def refuse(tensor):
+        raise RuntimeError("unable to allocate shared memory")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    flags = sharing.shared_flags(100_000)
+    child = os.fork()
+    if child == 0:
+        flags[7] = True
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert flags.nonzero().tolist() == [[7]]
+    assert len(sharing.shared_flags(0)) == 0
