@@ -58,9 +58,20 @@ def distilled(pipe: VideoPipeline) -> list[Labelled]:
     return [(f"{n} steps: {prompt}", made[n][i]) for i, prompt in enumerate(prompts) for n in pipes]
 
 
+def picture_first(twin: str, _: VideoPipeline) -> list[Labelled]:
+    """Videos by a config that draws a picture first: three prompts."""
+    prompts = [
+        "a yellow triangle moving left on a dark background",
+        "a green square moving up on a light background",
+        "a red circle moving right on a dark background",
+    ]
+    return list(zip(prompts, VideoPipeline.from_config(CONFIG.with_name("demo") / twin)(prompts, seed=42).frames))
+
+
 SHEETS: dict[str, Callable[[VideoPipeline], list[Labelled]]] = {
     "text_to_video": text_to_video,
     "image_to_video": image_to_video,
+    "text_to_image_to_video": partial(picture_first, "t2i2v_256px.py"),
     "distilled": distilled,
 }
 

@@ -1,5 +1,5 @@
-# Small twin of ../high_compression.py: 4 x 32 x 32 compression, patch 1. All weights but those of the text encoders are
-# random: the videos are noise, the way to them is real.
+# Small twin of ../high_compression.py: 4 x 32 x 32 compression, patch 1. The weights of its diffusion model and
+# autoencoder are random: the picture drawn first is real and so is the way to the video, which is noise.
 _base_ = ["t2i2v_768px.py"]
 
 plugin = None
@@ -29,5 +29,4 @@ ae = dict(
     temporal_tile_size=8,
     tile_overlap_factor=0.25,
 )
-img_resolution = "128px"
 sampling_option = dict(resolution="128px", num_frames=16)
