@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from opensora.models.dc_ae.config import HEAD_DIM
 from opensora.models.hunyuan_vae.blocks import INDEX_LIMIT, upsample_nearest
+from opensora.models.vae.convolution import Conv3d
 
 Factor = tuple[int, int, int]
 
@@ -83,9 +84,7 @@ class ConvLayer(nn.Module):
         act: bool = False,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(
-            in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias
-        )
+        self.conv = Conv3d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
         self.norm = RMSNorm3d(out_channels) if norm else None
         self.act = act
 
@@ -150,7 +149,7 @@ class LiteMLA(nn.Module):
         super().__init__()
         heads = channels // HEAD_DIM
         self.qkv = ConvLayer(channels, 3 * channels, 1, bias=False)
-        depthwise = nn.Conv3d(3 * channels, 3 * channels, 5, padding=2, groups=3 * channels, bias=False)
+        depthwise = Conv3d(3 * channels, 3 * channels, 5, padding=2, groups=3 * channels, bias=False)
         per_head = nn.Conv3d(3 * channels, 3 * channels, 1, groups=3 * heads, bias=False)
         self.aggreg = nn.ModuleList([nn.Sequential(depthwise, per_head)])
         self.proj = ConvLayer(2 * channels, channels, 1, bias=False, norm=True)

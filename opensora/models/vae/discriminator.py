@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora.models.vae.config import DiscriminatorConfig
+from opensora.models.vae.convolution import Conv3d
 from opensora.registry import MODELS
 from opensora.utils.weights_loading import load_model
 
@@ -24,18 +25,18 @@ class NLayerDiscriminator3D(nn.Module):
         super().__init__()
         ndf, n_layers = config.ndf, config.n_layers
         self.n_layers = n_layers
-        layers: list[nn.Module] = [nn.Conv3d(config.input_nc, ndf, 3, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        layers: list[nn.Module] = [Conv3d(config.input_nc, ndf, 3, stride=2, padding=1), nn.LeakyReLU(0.2)]
         width = ndf
         for n in range(1, n_layers + 1):
             stride = (1, 1, 1) if n == n_layers else (2, 2, 2) if n == 1 else (1, 2, 2)
             previous, width = width, ndf * min(2**n, MAX_FACTOR)
             layers += [
-                nn.Conv3d(previous, width, 3, stride=stride, padding=1, bias=False),
+                Conv3d(previous, width, 3, stride=stride, padding=1, bias=False),
                 nn.BatchNorm3d(width),
                 nn.LeakyReLU(0.2),
                 nn.Dropout(config.dropout),
             ]
-        layers.append(nn.Conv3d(width, 1, 3, padding=1))
+        layers.append(Conv3d(width, 1, 3, padding=1))
         self.main = nn.Sequential(*layers)
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
