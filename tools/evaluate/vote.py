@@ -21,7 +21,9 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.config import run_main
+from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
+from opensora.utils.main import told_of
 from tools.arguments import Bounded, user_path
 from tools.evaluate.voting import Ballot
 
@@ -89,7 +91,13 @@ class VoteHandler(BaseHTTPRequestHandler):
         if self.path != "/vote" or not is_ours:
             self._refuse(HTTPStatus.FORBIDDEN)
             return
-        self._answer(json.dumps({"kept": self.server.ballot.vote(*given)}).encode(), "application/json")
+        try:
+            kept = self.server.ballot.vote(*given)
+        except OSError as error:
+            print(f"warning: a vote cannot be kept: {told_of(error)}", file=sys.stderr, flush=True)
+            self._refuse(HTTPStatus.INSUFFICIENT_STORAGE)
+            return
+        self._answer(json.dumps({"kept": kept}).encode(), "application/json")
 
     def _is_local(self) -> bool:
         """Whether the browser means this server: a name of another site that leads here is refused."""
@@ -151,14 +159,24 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--result", action="store_true", help="print the win rate instead")
     args = parser.parse_args(argv)
-    ballot = Ballot(args.folder)
     if args.result:
-        show_result(ballot)
+        show_result(Ballot(args.folder))
         return
+    votes = Ballot(args.folder).path  # mistakes come before a lock
+    with claimed(votes, is_folder=False, advice="one server takes the votes of all"):
+        serve(Ballot(args.folder), args.port)
+
+
+def serve(ballot: Ballot, port: int) -> None:
+    """Serve a ballot until Ctrl-C.
+
+    Raises:
+        UserError: the port is taken.
+    """
     try:
-        server = VoteServer(ballot, args.port)
+        server = VoteServer(ballot, port)
     except OSError as error:
-        raise UserError(f"--port {args.port}: {error.strerror}; give another, or 0 for a free one") from error
+        raise UserError(f"--port {port}: {error.strerror}; give another, or 0 for a free one") from error
     print(f"{server.address} (Ctrl-C ends; votes go to {ballot.path})", flush=True)
     with server:
         server.serve_forever()

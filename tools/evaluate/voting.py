@@ -1,6 +1,7 @@
 """Votes on pairs of videos that a person sees side by side without knowing which is which."""
 
 import csv
+import io
 import random
 import threading
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from opensora.datasets.table import read_table
 from opensora.utils.errors import UserError
+from opensora.utils.files import write_beside
 from tools.evaluate.intervals import WinRate, win_rate
 
 CHOICES = ("left", "right", "tie")
@@ -115,14 +117,14 @@ class Ballot:
 
 
 def append_vote(path: Path, vote: Vote) -> None:
-    """Add a vote to a table, which begins with the names of the columns."""
-    names = [field.name for field in fields(Vote)]
-    is_new = not path.is_file()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(asdict(vote))
+    """Add a vote to a table, which begins with the names of the columns, or leave the table as it is."""
+    row = io.StringIO(newline="")
+    writer = csv.DictWriter(row, [field.name for field in fields(Vote)])
+    before = path.read_bytes() if path.is_file() else b""
+    if not before:
+        writer.writeheader()
+    writer.writerow(asdict(vote))
+    write_beside(path, lambda temporary: temporary.write_bytes(before + row.getvalue().encode()))
 
 
 def read_votes(path: Path) -> list[Vote]:

@@ -1,6 +1,8 @@
 """Blind votes: what a person is shown, what is kept, who may vote, and what it comes to."""
 
+import errno
 import json
+import os
 import threading
 from http.client import HTTPConnection
 from pathlib import Path
@@ -9,6 +11,7 @@ from urllib.parse import urlencode
 import pandas as pd
 import pytest
 
+from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
 from tools.evaluate.vote import VoteServer, main, show_result
 from tools.evaluate.voting import Ballot, read_votes
@@ -73,6 +76,31 @@ def test_a_person_votes_through(server, folder):
     assert again.next("Bob") is not None
     assert again.order("Bob") != again.order("Ann")
     assert (again.result().wins, again.result().rate.mean) == (8, 1)
+
+
+def test_a_full_disk_costs_one_vote(server, folder, monkeypatch, capsys):
+    state = json.loads(ask(server, "/next?rater=Ann")[1])
+    vote = {"token": server.token, "rater": "Ann", "pair": state["pair"], "choice": "tie", "seconds": 1}
+    assert ask(server, "/vote", vote)[0] == 200
+    before = (folder / "votes.csv").read_bytes()
+
+    def write(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    assert ask(server, "/vote", {**vote, "rater": "Ben"})[0] == 507
+    monkeypatch.undo()
+    assert "a vote cannot be kept: " in capsys.readouterr().err
+    assert (folder / "votes.csv").read_bytes() == before
+    assert ask(server, "/vote", {**vote, "rater": "Ben"}) == (200, b'{"kept": true}')
+    assert [vote.rater for vote in read_votes(folder / "votes.csv")] == ["Ann", "Ben"]
+    assert not [*folder.glob(".unfinished*")]
+
+
+def test_one_server_takes_the_votes(folder):
+    with claimed(folder / "votes.csv", is_folder=False), pytest.raises(UserError, match=r"votes\.csv is in use"):
+        main([str(folder), "--port", "0"])
 
 
 def test_who_may_not_vote(server, folder):
