@@ -278,8 +278,8 @@ def dripping(bench: Bench, work: Work, part: str) -> Problems:
 
 
 def names_of(seen: Iterable[str]) -> set[str]:
-    """Names of files, without numbers in them (times, processes)."""
-    return {re.sub(r"\d+", "0", Path(name).name) for name in seen}
+    """Names of files, without numbers in them (times, processes, jobs)."""
+    return {re.sub(r"[0-9a-f]{8,}|\d+", "0", Path(name).name) for name in seen}
 
 
 def faults(work: Work) -> Iterator[tuple[str, Callable[[Bench], Problems]]]:

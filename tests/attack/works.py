@@ -174,7 +174,7 @@ WORKS = (
     Work(
         "benchmark models",
         "tools/benchmark/models.py",
-        ("--vae", "--size", "32", "--frames", "5", "--repeats", "1", "--out", "out.json"),
+        ("--vae", "--size", "32", "--frames", "9", "--repeats", "5", "--out", "out.json"),
         ("--overwrite",),
     ),
     Work(

@@ -19,11 +19,10 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.config import run_main
-from opensora.utils.errors import UserError
 from opensora.utils.video import contact_sheet, read_video
 from tools.demo.scoring import Verdict, judge
 from tools.demo.world import NUM_FRAMES, SIZE, Combination
-from tools.outputs import check_place, is_new
+from tools.outputs import new_folder
 
 LABELLED = Path(__file__).resolve().parents[2] / "tests" / "golden" / "judge"
 ENLARGED = 3  # on the sheets; an eye sees no corners of a circle of 25 px
@@ -118,10 +117,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sheets", type=Path, help="new folder for all frames of all clips, enlarged; judges nothing")
     args = parser.parse_args(argv)
     if args.sheets is not None:
-        check_place(args.sheets, "--sheets", folder=True)
-        if not is_new(args.sheets):
-            raise UserError(f"--sheets {args.sheets} exists and is not an empty folder; give a new one")
-        draw_sheets(args.sheets)
+        with new_folder(args.sheets, "check_judge", "--sheets"):
+            draw_sheets(args.sheets)
         return
     found = list(labelled_clips())
     print(agreement(found).to_string())
