@@ -14,7 +14,7 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from opensora.utils.errors import UserError
 from opensora.utils.paths import is_there
@@ -119,10 +119,14 @@ def write_beside(path: str | Path, write: Callable[[Path], Any]) -> Path:
         return file.put_in_place()
     except BaseException as error:
         file.discard()
-        number = nameless_error(error)
+        number = error.errno if _is_about(error, file.temporary) else nameless_error(error)
         if number is None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _is_about(error: BaseException, path: Path) -> TypeGuard[OSError]:
+    return isinstance(error, OSError) and error.filename in (path, str(path))
 
 
 def nameless_error(error: BaseException) -> int | None:

@@ -123,7 +123,6 @@ WORKS = (
         ("--out", "out", "--steps", "1", "--num-test", "2"),
         ("--overwrite",),
     ),
-    Work("demo judge", "tools/demo/check_judge.py", ("--sheets", "out")),
     Work("demo diversity", "tools/demo/diversity.py", (INFER, "--prompts", "1", "--seeds", "2")),
     Work("evaluate videos", "tools/evaluate/videos.py", ("{good}/footage", "--out", "out"), ("--overwrite",)),
     Work(
@@ -201,6 +200,7 @@ WITHOUT = {
     "tools/benchmark/gpu_parts/original.py": "a part of gpu.py, which needs a checkout of another project",
     "tools/benchmark/hardware.py": "writes a page of this repository's documentation, and takes nothing",
     "tools/containers/try_steps.py": "installs packages for minutes",
+    "tools/demo/check_judge.py": "judges or draws what this repository holds, half a minute long",
     "tools/demo/pictures.py": "makes pictures of this repository's documentation for minutes",
     "tools/demo/run.py": "takes nothing, and writes into this repository what generate writes",
     "tools/evaluate/goldens.py": "keeps this repository's goldens, for minutes",

@@ -47,6 +47,15 @@ def test_a_full_disk_is_named_whatever_library_finds_it(tmp_path, error):
     assert not list(tmp_path.iterdir())
 
 
+def test_nobody_hears_of_the_temporary_name(tmp_path):
+    def fail(path):
+        raise OSError(28, "No space left on device", path)
+
+    with pytest.raises(OSError, match="No space left") as raised:
+        write_beside(tmp_path / "a.png", fail)
+    assert raised.value.filename == str(tmp_path / "a.png")
+
+
 def test_a_name_with_a_zero_byte(tmp_path):
     with pytest.raises(UserError, match="zero byte"):
         write_text("a", tmp_path / "a\0b")
