@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opensora.diffusion.windows import Windows
-from opensora.utils.files import write_text
+from opensora.utils.files import naming, write_text
 
 LATENTS, DONE = "latents.f32", "windows_done.txt"
 
@@ -43,7 +43,7 @@ class KeptLatents:
         done = self.done
         assert latents.shape[1] == self.windows.end(done + 1) - self.windows.end(done), (latents.shape, done)
         content = latents.detach().float().cpu().transpose(0, 1).contiguous().numpy()
-        with self._file.open("r+b" if self._file.exists() else "wb") as file:
+        with naming(self._file), self._file.open("r+b" if self._file.exists() else "wb") as file:
             file.seek(self.windows.end(done) * self._frame_bytes)
             file.write(content.tobytes())
             file.flush()

@@ -26,6 +26,7 @@ from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
 from opensora.utils.files import (
     check_new,
+    naming,
     put_in_place,
     remove_unfinished_folders,
     temporary_path,
@@ -129,7 +130,8 @@ def _save_part(pipe: Stages, key: str, folder: Path) -> None:
     metadata = {} if kind is None else {QUANTIZED: kind}
     if isinstance(model, HFEmbedder):
         save_safetensors(model.model.state_dict(), part / TEXT_WEIGHTS, metadata)
-        model.model.config.save_pretrained(part)
+        with naming(part):
+            model.model.config.save_pretrained(part)
         _save_tokenizer(model, folder / FOLDERS[key].replace("text_encoder", "tokenizer"))
         return
     metadata |= _layouts(model)
@@ -147,7 +149,8 @@ def _layouts(model: nn.Module) -> dict[str, str]:
 def _save_tokenizer(model: HFEmbedder, folder: Path) -> None:
     """The files of a tokenizer as they are; of one from a hub, as transformers writes it."""
     if model.tokenizer_files is None:
-        model.tokenizer.save_pretrained(folder)
+        with naming(folder):
+            model.tokenizer.save_pretrained(folder)
         return
     folder.mkdir(parents=True)
     for file in sorted(model.tokenizer_files.iterdir()):

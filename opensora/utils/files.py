@@ -12,7 +12,8 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -126,7 +127,7 @@ def write_beside(path: str | Path, write: Callable[[Path], Any]) -> Path:
 
 
 def _is_about(error: BaseException, path: Path) -> TypeGuard[OSError]:
-    return isinstance(error, OSError) and error.filename in (path, str(path))
+    return isinstance(error, OSError) and str(path) in (str(error.filename), str(error.filename2))
 
 
 def nameless_error(error: BaseException) -> int | None:
@@ -139,6 +140,18 @@ def nameless_error(error: BaseException) -> int | None:
     said = re.search(r"\(os error (\d+)\)", str(error))
     number = error.errno if isinstance(error, OSError) and error.errno else int(said[1]) if said else None
     return number if number in REFUSED else None
+
+
+@contextmanager
+def naming(place: str | Path) -> Iterator[None]:
+    """Within it, errors of a disk that takes nothing more name this place, unless they name a file."""
+    try:
+        yield
+    except Exception as error:
+        number = nameless_error(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(place)) from error
 
 
 def _umask() -> int:
@@ -180,6 +193,11 @@ def remove_unfinished_files(folder: Path, *further: str) -> None:
 def temporary_path(folder: Path, doing: str) -> Path:
     """Where a folder is while something is done to it: ``writing``, ``replacing`` or ``removing``."""
     return folder.with_name(f".{folder.name}.{doing}")
+
+
+def place_in_words(path: str | bytes | os.PathLike) -> str:
+    """A path for a message: in a folder that is being written, that of the folder once it is there."""
+    return re.sub(r"(?<![^/])\.([^/]+)\.writing(?![^/])", r"\1", os.fsdecode(path))
 
 
 def put_in_place(written: Path, folder: Path) -> None:

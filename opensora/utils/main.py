@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from opensora.utils.errors import Terminated, UserError
+from opensora.utils.files import place_in_words
 
 MISTAKE, UNFORESEEN, OUTPUT_FULL, INTERRUPTED, NO_READER, TERMINATED = 2, 70, 74, 130, 141, 143
 LAUNCHED = "TORCHELASTIC_RUN_ID"  # set by torchrun
@@ -112,9 +113,14 @@ def told_of(error: Exception) -> str:
         return _message(error)
     told = "".join(f"{what}: " for what in _doing_of(error))
     if isinstance(error, OSError) and _is_of_place(error):
-        place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes | os.PathLike) else ""
-        return f"{told}{place}{error.strerror}"
+        return f"{told}{_place_of(error)}{error.strerror}"
     return f"{told}{type(error).__name__}: {_message(error).splitlines()[0]}"
+
+
+def _place_of(error: OSError) -> str:
+    """The place that an error is about; of a copy to a full disk that is where it goes."""
+    place = error.filename2 if error.errno in FULL and error.filename2 else error.filename
+    return f"{place_in_words(place)}: " if isinstance(place, str | bytes | os.PathLike) else ""
 
 
 def _message(error: Exception) -> str:

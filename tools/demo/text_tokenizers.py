@@ -15,6 +15,8 @@ from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 from tokenizers.trainers import BpeTrainer
 
+from opensora.utils.files import write_beside, write_text
+
 T5_VOCABULARY = 1200
 T5_EXTRA_IDS = 0  # the demo needs none of T5's sentinel tokens
 CLIP_MERGES = 600
@@ -52,7 +54,7 @@ def train_t5_tokenizer(texts: Iterable[str], folder: Path) -> int:
         num_threads=1,  # more would make the result depend on the machine
         minloglevel=2,
     )
-    (folder / "spiece.model").write_bytes(model.getvalue())
+    write_beside(folder / "spiece.model", lambda temporary: temporary.write_bytes(model.getvalue()))
     config = {
         "tokenizer_class": "T5Tokenizer",
         "eos_token": "</s>",
@@ -93,7 +95,7 @@ def train_clip_tokenizer(texts: Iterable[str], folder: Path) -> int:
     tokens = list(dict.fromkeys(tokens))
     _write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text("\n".join(lines) + "\n", folder / "merges.txt")
     config = {
         "tokenizer_class": "CLIPTokenizer",
         "model_max_length": 77,
@@ -107,4 +109,4 @@ def train_clip_tokenizer(texts: Iterable[str], folder: Path) -> int:
 
 
 def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=None) + "\n", encoding="utf-8")
+    write_text(json.dumps(value, ensure_ascii=False, indent=None) + "\n", path)

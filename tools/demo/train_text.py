@@ -26,7 +26,7 @@ from opensora.config import run_main
 from opensora.models.text.embedder import HFEmbedder
 from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
-from opensora.utils.files import put_in_place, remove_unfinished_folders, temporary_path
+from opensora.utils.files import naming, put_in_place, remove_unfinished_folders, temporary_path
 from opensora.utils.progress import Bar
 from tools.demo.captions import caption_and_background
 from tools.demo.text_tokenizers import train_clip_tokenizer, train_t5_tokenizer
@@ -182,7 +182,8 @@ def train_t5(folder: Path, texts: list[str], rng: np.random.Generator, steps: in
         return states.mean(1), states
 
     heads = fit("T5", model, features, rng, steps, batch_size)
-    model.save_pretrained(folder)
+    with naming(folder):
+        model.save_pretrained(folder)
     return heads
 
 
@@ -198,7 +199,8 @@ def train_clip(folder: Path, texts: list[str], rng: np.random.Generator, steps: 
         return model(input_ids=ids["input_ids"], attention_mask=None)["pooler_output"], None
 
     heads = fit("CLIP", model, features, rng, steps, batch_size)
-    model.save_pretrained(folder)
+    with naming(folder):
+        model.save_pretrained(folder)
     return heads
 
 

@@ -7,6 +7,7 @@ import pytest
 from opensora.utils.errors import UserError
 from opensora.utils.files import (
     FileBeside,
+    naming,
     put_in_place,
     remove_unfinished_files,
     remove_unfinished_folders,
@@ -15,6 +16,7 @@ from opensora.utils.files import (
     write_json,
     write_text,
 )
+from opensora.utils.main import told_of
 
 
 def folder(path, text):
@@ -32,6 +34,28 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError, match="full"):
         write_beside(tmp_path / "a.txt", fail)
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.txt": "old"}
+
+
+def test_a_copy_to_a_full_disk_is_about_the_copy(tmp_path):
+    def fail(path):
+        raise OSError(28, "No space left on device", tmp_path / "source", None, path)
+
+    with pytest.raises(OSError, match="No space left") as raised:
+        write_beside(tmp_path / "a.txt", fail)
+    assert raised.value.filename == str(tmp_path / "a.txt")
+    error = OSError(28, "No space left on device", "source", None, tmp_path / ".out.writing" / "b")
+    assert told_of(error) == f"{tmp_path}/out/b: No space left on device"
+
+
+def test_a_place_for_errors_that_name_none():
+    with pytest.raises(OSError, match="a/b"), naming("a/b"):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="c") as raised, naming("a/b"):
+        raise OSError(28, "No space left on device", "c")
+    assert raised.value.filename == "c"
+    with pytest.raises(OSError, match="Broken pipe") as raised, naming("a/b"):
+        raise BrokenPipeError(32, "Broken pipe")
+    assert raised.value.filename is None
 
 
 @pytest.mark.parametrize(
