@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from opensora.utils.errors import Terminated, UserError
-from opensora.utils.files import place_in_words
+from opensora.utils.files import nameless_error, place_in_words
 
 MISTAKE, UNFORESEEN, OUTPUT_FULL, INTERRUPTED, NO_READER, TERMINATED = 2, 70, 74, 130, 141, 143
 LAUNCHED = "TORCHELASTIC_RUN_ID"  # set by torchrun
@@ -91,7 +91,7 @@ def _ending(error: Exception, debug: bool) -> tuple[str | None, int]:
         return (None, NO_READER) if gone else (f"error: standard output: {os.strerror(_number(error))}", OUTPUT_FULL)
     if isinstance(error, UserError):
         return f"error: {_indented(_message(error))}", MISTAKE
-    if _is_of_place(error):
+    if _is_of_place(error) or nameless_error(error) in FULL:
         return f"error: {told_of(error)}", MISTAKE
     kept = "" if debug else f"; the traceback is in {_keep_traceback(error)}, {DEBUG_FLAG} shows it"
     return f"error: {told_of(error)}{kept}", UNFORESEEN

@@ -12,17 +12,23 @@ import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
+
+from opensora.utils.files import nameless_error
 
 PREFIX, TOKEN_BYTES = "opensora-", 6
 OWN_NAME = re.compile(rf"{PREFIX}[0-9a-f]{{{2 * TOKEN_BYTES}}}")
 LOCK, FILES = ".temporary.lock", "files"  # in it
 MOMENT, POLL = 1.0, 0.002  # seconds
+LITTLE = 2**20  # bytes that are left of a full disk, at most
 SOCKETS_GONE = -100  # when multiprocessing deletes its own, among what is to do at the end
 SOCKET_BYTES = 100  # longest name of a socket, a little less than systems take
 
 
 class TemporaryFolder:
     """An empty folder, gone when the context or this object is; those of programs that were killed go first.
+
+    Within the context, errors that name no file are about ``parent`` where its disk is full.
 
     Args:
         parent: where it is; None takes the system's folder for temporary files.
@@ -53,9 +59,13 @@ class TemporaryFolder:
     def __enter__(self) -> Path:
         return self.path
 
-    def __exit__(self, *ending: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+        number = None if error is None else nameless_error(error)
+        is_ours = number is not None and shutil.disk_usage(self.path.parents[1]).free < LITTLE
         self._remove()
         os.close(self._lock)
+        if number is not None and is_ours:
+            raise OSError(number, os.strerror(number), str(self.path.parents[1])) from error
 
 
 def _remove(whole: Path, owner: int) -> None:

@@ -4,6 +4,7 @@ import multiprocessing.util
 import os
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,6 +24,16 @@ def test_gone_with_its_context(place):
         assert folder.is_dir()
         assert not [*folder.iterdir()]
         (folder / "a").touch()
+    assert not [*place.iterdir()]
+
+
+@pytest.mark.parametrize("free", [0, 2**30])
+def test_a_disk_that_is_full(place, free, monkeypatch):
+    error = RuntimeError("parquet: No space left on device (os error 28)")  # as libraries written in Rust have it
+    monkeypatch.setattr(temporary.shutil, "disk_usage", lambda path: SimpleNamespace(free=free if path.is_dir() else 7))
+    with pytest.raises(Exception, match="No space left on device") as raised, TemporaryFolder():
+        raise error
+    assert getattr(raised.value, "filename", "") == ("" if free else str(place))
     assert not [*place.iterdir()]
 
 
