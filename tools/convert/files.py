@@ -9,6 +9,7 @@ from opensora.acceleration.devices import torch_dtype
 from opensora.models.mmdit.loading import layout_metadata
 from opensora.models.quantization.kinds import METADATA
 from opensora.utils.errors import UserError
+from opensora.utils.new_files import check_place
 from opensora.utils.weights import WeightFiles
 from opensora.utils.weights_writing import save_safetensors
 from tools.convert.layouts import State, model_config
@@ -26,7 +27,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def check_output(args: argparse.Namespace) -> None:
-    """Refuse an output that exists or has another suffix, before any work.
+    """Refuse an output that exists, has another suffix or cannot be written, before any work.
 
     Raises:
         UserError: says which, and what to give instead; also for an unknown ``--dtype``.
@@ -35,6 +36,7 @@ def check_output(args: argparse.Namespace) -> None:
         raise UserError(f"output {args.output}: name a file that ends in .safetensors")
     if args.output.is_dir():
         raise UserError(f"output {args.output} is a folder; name a file")
+    check_place(args.output, "output")
     if args.output.exists() and not args.overwrite:
         raise UserError(f"{args.output} exists; choose another name or give --overwrite")
     if args.dtype is not None:

@@ -18,6 +18,7 @@ from opensora.acceleration.devices import torch_dtype
 from opensora.config import run_main
 from opensora.diffusion.lora_files import CONFIG_NAME, LoraFile, read_lora
 from opensora.utils.errors import UserError
+from opensora.utils.new_files import check_place
 from tools.arguments import Bounded, user_path
 from tools.convert.files import FROM_WRITER, FUSED, HALF_SPLIT
 from tools.convert.lora_formats import (
@@ -140,7 +141,7 @@ def original_config(file: LoraFile) -> dict[str, Any]:
 
 
 def check_output(args: argparse.Namespace, kind: str) -> None:
-    """Refuse an output that exists or is of another kind.
+    """Refuse an output that exists, is of another kind or cannot be written.
 
     Raises:
         UserError: says which, and what to give instead.
@@ -151,6 +152,7 @@ def check_output(args: argparse.Namespace, kind: str) -> None:
         raise UserError(f"output {args.output}: name a file that ends in .safetensors")
     if args.output.exists() and args.output.is_dir() != (kind == PEFT):
         raise UserError(f"output {args.output} is a {'folder' if args.output.is_dir() else 'file'}; give another name")
+    check_place(args.output, "output", folder=kind == PEFT)
     there = args.output / CONFIG_NAME if kind == PEFT else args.output
     if there.exists() and not args.overwrite:
         raise UserError(f"{there} exists; choose another name or give --overwrite")

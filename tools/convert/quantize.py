@@ -26,6 +26,7 @@ from opensora.models.text.quantized import stored_weights
 from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_beside
+from opensora.utils.new_files import check_place
 from opensora.utils.weights import WEIGHT_SUFFIXES, WeightFiles, open_weights
 from opensora.utils.weights_writing import save_safetensors
 from tools.arguments import user_path
@@ -68,6 +69,7 @@ def write_t5(args: argparse.Namespace) -> None:
         raise UserError(f"output {args.output} is a file; name a folder")
     if args.output.resolve() == args.source.resolve():
         raise UserError(f"output {args.output} is the source; name another folder")
+    check_place(args.output, "output", folder=True)
     with claimed(args.output, advice="choose another name, or wait for it"):
         _write_folder(args)
 

@@ -18,6 +18,7 @@ if __package__ in (None, ""):
 from opensora.acceleration.devices import torch_dtype
 from opensora.config import run_main
 from opensora.diffusion.saving import check_place
+from opensora.utils import new_files
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_beside
 from opensora.utils.weights import WeightFiles, open_weights
@@ -107,6 +108,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output {folder} is a file; name a folder")
+    new_files.check_place(folder, "output", folder=True)
     there = [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
     if there and not overwrite:
         raise UserError(f"{folder / there[0]} exists; choose another folder or give --overwrite")
