@@ -2,6 +2,7 @@
 # model that was trained on them, and their statistics, stay valid.
 _base_ = ["demo.py"]
 image_steps = 0
+bucket_config = {"64px_ar1:1": {17: (1.0, 2), 33: (1.0, 1)}}
 max_steps = 500
 freeze_layers = "encoder,quant_conv"
 # Squared error counts more, objects less than at first: what is left to win is in the whole picture's noise.
