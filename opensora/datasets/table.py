@@ -114,10 +114,17 @@ def check_fields(path: Path) -> NoReturn:
 
 def _read_parquet(path: Path) -> pd.DataFrame:
     content = pq.read_table(path)
+    for field in content.schema:
+        if field.name in TEXT_COLUMNS and (pa.types.is_nested(field.type) or _is_bytes(field.type)):
+            raise ValueError(f"column '{field.name}' holds {field.type}, not text")
     table = content.to_pandas()
     holed = [f.name for f in content.schema if pa.types.is_integer(f.type) and f.name in table]
     holed = [name for name in holed if table[name].dtype == float]  # so that there is room for nothing
     return table.assign(**{name: content[name].to_pandas(integer_object_nulls=True).astype("Int64") for name in holed})
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
 
 
 def as_written(table: pd.DataFrame, path: Path, but: Sequence[str]) -> pd.DataFrame:

@@ -55,6 +55,16 @@ def test_damaged_parquet(tmp_path, reader):
         READERS[reader](path)
 
 
+@pytest.mark.parametrize("cell", [["a", "b"], {"en": "a"}, b"a"])
+def test_texts_that_are_none(tmp_path, cell):
+    pd.DataFrame({"text": [cell]}).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"t\.parquet: cannot be read as a table \(column 'text' holds .*, not text\)"):
+        read_table(tmp_path / "t.parquet")
+    kinds = pd.DataFrame({"text": pd.Categorical(["a"]), "path": pd.array(["b"], "string")})
+    kinds.to_parquet(tmp_path / "t.parquet")
+    assert read_table(tmp_path / "t.parquet", as_text=True).iloc[0].tolist() == ["a", "b"]
+
+
 def test_cells_as_text(tmp_path):
     """Whole numbers keep all their digits, words stay words, and nothing is nothing."""
     table = pd.DataFrame({"seed": [12345678.0, None, 2.5], "text": ["none", "NA", None], "n": [2**60, 1, 0]})
