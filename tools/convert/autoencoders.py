@@ -163,10 +163,15 @@ def video_description(config: HunyuanVAEConfig) -> dict[str, Any]:
     """``config.json`` of an ``AutoencoderKLHunyuanVideo``.
 
     Raises:
-        UserError: a scale for each channel, or a shift, which that has no place for.
+        UserError: a scale for each channel, a shift, or a decoder of other widths, which that has no place for.
     """
     if not isinstance(config.scale_factor, int | float) or config.shift_factor != 0.0:
         raise UserError("AutoencoderKLHunyuanVideo has one scale for all channels and no shift")
+    if config.decoder_channels != config.block_out_channels:
+        raise UserError(
+            f"AutoencoderKLHunyuanVideo has equal widths on both sides; this decoder has {config.decoder_channels}, "
+            f"its encoder {config.block_out_channels}"
+        )
     levels = len(config.block_out_channels)
     return {
         "_class_name": "AutoencoderKLHunyuanVideo",

@@ -183,13 +183,16 @@ class AutoencoderKLCausal3D(nn.Module, Autoencoder):
 
 def fields_of_shapes(shapes: Shapes) -> dict[str, Any]:
     """Fields of `HunyuanVAEConfig` that the shapes in a file determine."""
-    level = "encoder.down_blocks.{}.resnets."
+
+    def channels(blocks: str) -> list[int]:
+        return [size(shapes, f"{blocks}{i}.resnets.0.conv1.conv.weight") for i in range(count(shapes, blocks))]
+
+    encoder, decoder = channels("encoder.down_blocks."), channels("decoder.up_blocks.")[::-1]
     return {
         "latent_channels": size(shapes, "post_quant_conv.weight"),
-        "block_out_channels": [
-            size(shapes, f"{level.format(i)}0.conv1.conv.weight") for i in range(count(shapes, "encoder.down_blocks."))
-        ],
-        "layers_per_block": count(shapes, level.format(0)),
+        "block_out_channels": encoder,
+        "decoder_block_out_channels": None if decoder == encoder else decoder,
+        "layers_per_block": count(shapes, "encoder.down_blocks.0.resnets."),
         "mid_block_add_attention": "encoder.mid_block.attentions.0.to_q.weight" in shapes,
     }
 

@@ -38,6 +38,9 @@ class HunyuanVAEConfig(ModelOptions):
     spatial_compression_ratio: int = opt(8, "pixels per latent pixel side", "px", least=1)
     mid_block_add_attention: bool = opt(True, "attention in the middle block")
     block_out_channels: list[int] = opt([128, 256, 512, 512], "channels per stage", least=1, most=MAX_WIDTH)
+    decoder_block_out_channels: list[int] | None = opt(
+        None, "channels per stage of the decoder, counted as the encoder's; None: the same", least=1, most=MAX_WIDTH
+    )
     sample_size: int = opt(256, "side of a spatial tile", "px", least=1)
     sample_tsize: int = opt(64, "length of a temporal tile", "frames", least=1)
     tile_overlap_factor: float = opt(0.25, "share of a tile that overlaps the next", least=0, below=1)
@@ -48,12 +51,8 @@ class HunyuanVAEConfig(ModelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for channels in self.block_out_channels:
-            if channels < 1 or channels % self.norm_num_groups:
-                raise UserError(
-                    f"ae.block_out_channels: {channels} channels; every level needs a multiple of "
-                    f"ae.norm_num_groups={self.norm_num_groups}"
-                )
+        self._check_channels("block_out_channels", self.block_out_channels)
+        self._check_channels("decoder_block_out_channels", self.decoder_channels)
         self._check_levels()
         for name in ("scale_factor", "shift_factor"):
             value = getattr(self, name)
@@ -65,11 +64,30 @@ class HunyuanVAEConfig(ModelOptions):
             raise UserError(f"ae.scale_factor={self.scale_factor}: latents cannot be divided by 0 when decoding")
         self.tiling()  # refuses sizes that cannot be tiled
 
+    @property
+    def decoder_channels(self) -> list[int]:
+        """Channels of the decoder's stages, the finest first, as in ``block_out_channels``."""
+        wide = self.decoder_block_out_channels
+        return self.block_out_channels if wide is None else wide
+
+    def _check_channels(self, name: str, levels: Sequence[int]) -> None:
+        for channels in levels:
+            if channels < 1 or channels % self.norm_num_groups:
+                raise UserError(
+                    f"ae.{name}: {channels} channels; every level needs a multiple of "
+                    f"ae.norm_num_groups={self.norm_num_groups}"
+                )
+
     def _check_levels(self) -> None:
         """Each ratio is a power of 2 with a level for every halving; time is not halved after the last level."""
         levels = len(self.block_out_channels)
         if levels == 0:
             raise UserError("ae.block_out_channels is empty: give one number per level, such as [128, 256, 512, 512]")
+        if len(self.decoder_channels) != levels:
+            raise UserError(
+                f"ae.decoder_block_out_channels={self.decoder_channels}: must have {levels} numbers, as many as "
+                "ae.block_out_channels"
+            )
         for name, halvings in (("spatial", levels), ("time", levels - 1)):
             ratio = getattr(self, f"{name}_compression_ratio")
             if ratio not in [2**n for n in range(halvings + 1)]:

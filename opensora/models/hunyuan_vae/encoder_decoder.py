@@ -76,7 +76,7 @@ class DecoderCausal3D(_CheckpointedStack):
 
     def __init__(self, config: HunyuanVAEConfig) -> None:
         super().__init__()
-        outputs, groups = [*reversed(config.block_out_channels)], config.norm_num_groups
+        outputs, groups = [*reversed(config.decoder_channels)], config.norm_num_groups
         inputs = [outputs[0], *outputs[:-1]]
         self.conv_in = CausalConv3d(config.latent_channels, outputs[0], 3)
         self.mid_block = MidBlockCausal3D(outputs[0], groups, config.mid_block_add_attention, config.dropout)
