@@ -10,6 +10,7 @@ the table :data:`opensora.config.choices.CONDITIONS`, so they cannot drift apart
 import random
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from opensora.config.choices import CONDITIONS
@@ -112,6 +113,7 @@ def build_condition(
     types = [cond_types] * batch if isinstance(cond_types, str) else list(cond_types)
     assert len(types) == len(refs) == batch, (len(types), len(refs), batch)
     cond = z_like.new_zeros(batch, 1 + channels, *z_like.shape[2:])
+    spots: dict[Span, list[tuple[int, Tensor]]] = {}
     for sample, (cond_type, references) in enumerate(zip(types, refs)):
         spans = get_spans(cond_type)
         if not references or frames == 1:
@@ -127,9 +129,11 @@ def build_condition(
                     f"{cond_type} needs {run.frames} latent frames; the reference has {reference.shape[1]}, "
                     f"the video {frames}"
                 )
-            place = run.place(frames)
-            cond[sample, 0, place] = 1
-            cond[sample, 1:, place] = run.cut(reference).to(cond)
+            spots.setdefault(span, []).append((sample, run.cut(reference)))
+    for span, found in spots.items():  # all samples at once: on a GPU, one small copy each would take longer
+        rows, place = [sample for sample, _ in found], span.latent_run(is_causal).place(frames)
+        cond[rows, 0, place] = 1
+        cond[rows, 1:, place] = torch.stack([latents.to(cond) for _, latents in found])
     return cond
 
 

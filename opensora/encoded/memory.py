@@ -78,9 +78,9 @@ class EncodedMemory:
         missing = {key: position for position, key in enumerate(keys) if key not in self._kept}
         new: dict[Hashable, dict[str, Tensor]] = {}
         for positions in fixed_groups(list(missing.values()), group):
-            made = compute(positions)
+            made = {name: tensor.cpu() for name, tensor in compute(positions).items()}
             for row, position in enumerate(positions):
-                new[keys[position]] = {name: tensor[row].to("cpu", copy=True) for name, tensor in made.items()}
+                new[keys[position]] = {name: tensor[row].clone() for name, tensor in made.items()}
         for key, tensors in new.items():
             if self.room.take(sum(tensor.nbytes for tensor in tensors.values())):
                 self._kept[key] = tensors

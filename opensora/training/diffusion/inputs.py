@@ -17,7 +17,6 @@ from opensora.diffusion.conditions import (
     condition_runs,
     drawn_parts,
     get_spans,
-    head_condition,
 )
 from opensora.diffusion.flow import flow_matching_loss, interpolate, unconditioned_tokens, velocity
 from opensora.diffusion.free import DrawnPart, PlacedLatents
@@ -270,11 +269,13 @@ def continued(x_0: Tensor, length: int, generator: torch.Generator) -> tuple[lis
         The samples' condition types, the windows ``[B, C, length, h, w]``, and what is given of them
         ``[B, 1 + C, length, h, w]``.
     """
-    begins = torch.randint(1, x_0.shape[2] - length + 1, (len(x_0),), generator=generator).tolist()
-    given = torch.randint(1, length, (len(x_0),), generator=generator).tolist()
-    windows = torch.stack([clip[:, begin : begin + length] for clip, begin in zip(x_0, begins)])
-    parts = [head_condition(clip[None], clip[None, :, :frames]) for clip, frames in zip(windows, given)]
-    return [CLIP] * len(x_0), windows, torch.cat(parts)
+    begins = torch.randint(1, x_0.shape[2] - length + 1, (len(x_0),), generator=generator)
+    given = torch.randint(1, length, (len(x_0),), generator=generator)
+    places = torch.arange(length)
+    frames = (begins[:, None] + places).to(x_0.device)
+    windows = x_0[torch.arange(len(x_0), device=x_0.device)[:, None], :, frames].transpose(1, 2).contiguous()
+    mask = (places < given[:, None]).to(x_0)[:, None, :, None, None]
+    return [CLIP] * len(x_0), windows, torch.cat([mask.expand_as(windows[:, :1]), windows * mask], dim=1)
 
 
 def diffusion_loss(model: nn.Module, prepared: dict[str, Any]) -> Tensor:
