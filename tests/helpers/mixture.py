@@ -107,10 +107,11 @@ def context_of(model: nn.Module, options: Any, **more: Any) -> Any:
         dtype=next(model.parameters()).dtype,
         build=lambda section, **trained: Student().to(next(model.parameters())) if trained else ExactTeacher(),
         master_dtype=torch.float32,
-        states=SimpleNamespace(global_step=0),
+        states=SimpleNamespace(global_step=0, micro_step=0),
     )
     cfg = SimpleNamespace(
         patch_size=1,
+        seed=0,
         lora_config=None,
         dataset=None,
         model=ModelOptions(type="exact", from_pretrained="exact"),

@@ -4,7 +4,8 @@ The student makes data in a few steps; its distribution, not each of its traject
 gradient of what it makes is the difference of two scores of the noised result: of the guided teacher, and of a fake
 score that learns what the student makes by flow matching. The fake score is updated in every optimizer step, the
 student in every ``fake_updates``-th. Its inputs are those that it has when it is sampled: the few steps are run from
-noise, up to one of them (backward simulation).
+noise, each sample up to one of them (backward simulation). All steps are equally often the last one, within a batch
+where it is large enough, so that the fake score sees what comes of all of them.
 
 Each step predicts the data and noises it again to the next time: the solver ``renoise`` samples the student.
 
@@ -27,8 +28,9 @@ from opensora.datasets.dataloader import to_device
 from opensora.diffusion.distilled import Distilled, check_positions, even_positions
 from opensora.diffusion.flow import shift_alpha, shifted, time_shift
 from opensora.encoded.config import TrajectoriesConfig
+from opensora.training.loop import step_generator
 from opensora.training.methods.adapters import FurtherAdapter
-from opensora.training.methods.base import MethodContext, TrainingMethod
+from opensora.training.methods.base import METHOD_SEED, MethodContext, TrainingMethod
 from opensora.training.methods.states import state_inputs
 from opensora.training.methods.teacher import Teacher, TeacherOptions, check_teacher, teacher_section
 from opensora.training.roles import MODEL, Turn
@@ -47,11 +49,13 @@ class DmdOptions(TeacherOptions):
         None, "where they are, falling from 1 to 0 (times before the shift); none: of equal length", least=0, most=1
     )
     flow_shift: float | None = opt(None, "shift of the times; none goes by the sizes", above=0)
+    fake_warmup: int = opt(0, "optimizer steps of the fake score before the student's first", "steps", least=0)
     fake_updates: int = opt(5, "optimizer steps of the fake score for one of the student", least=1, most=1000)
     fake_optim: OptimOptions = section(OptimOptions, "optimizer of the fake score", {}, open=True)
     score_times: tuple[float, float] = opt(
         (0.02, 0.98), "where both scores are compared (times before the shift)", least=0, most=1
     )
+    score_shift: float | None = opt(None, "shift of these times; none: that of the steps", above=0)
 
     def steps(self) -> tuple[float, ...]:
         """Positions of the student's steps."""
@@ -112,26 +116,41 @@ class DistributionMatching(TrainingMethod):
         with context.timer("encode"):
             moved = to_device(dict(batch), context.run.device, context.run.dtype)
             inputs, size = self._inputs(moved, generator)
-        times = self._times(size)
-        shape = inputs["img"].shape
-        student_turn = context.run.states.global_step % context.options.fake_updates == 0
+        times, stream = self._times(size), stream_on(inputs["img"].device, generator)
 
         def noise() -> Tensor:
-            return torch.randn(shape, generator=generator).to(inputs["img"].device, torch.float32)
+            return torch.randn(inputs["img"].shape, generator=stream, device=stream.device)
 
-        chosen = int(torch.randint(len(times) - 1, (1,), generator=generator))
+        def score_times() -> Tensor:
+            return self._score_times(len(inputs["img"]), size, generator)
+
+        chosen = self._last_steps(len(inputs["img"]))
+        student_turn = self._is_students_turn()
         with context.timer("forward"), torch.no_grad():
-            state = self._simulate(inputs, times[: chosen + 1], noise)
+            state = self._simulate(inputs, times, chosen, noise)
         with context.timer("forward"), torch.set_grad_enabled(student_turn):
-            made = self._data(context.model, inputs, state, times[chosen])
+            made = self._data(context.model, inputs, state, torch.tensor([times[step] for step in chosen]))
         if student_turn:
             with context.timer("forward"):
-                loss, metrics = self._student_loss(made, inputs, noise(), self._score_times(len(made), size, generator))
+                loss, metrics = self._student_loss(made, inputs, noise(), score_times())
             yield Turn(MODEL, loss, metrics)
         data = made.detach()
         with context.timer("forward"):
-            loss = self._fake_loss(data, inputs, noise(), self._score_times(len(data), size, generator))
+            loss = self._fake_loss(data, inputs, noise(), score_times())
         yield Turn(FAKE, loss, {"fake_loss": loss.detach(), **context.timer.take()})
+
+    def _is_students_turn(self) -> bool:
+        options = self.context.options
+        step = self.context.run.states.global_step - options.fake_warmup
+        return step >= 0 and step % options.fake_updates == 0
+
+    def _last_steps(self, count: int) -> list[int]:
+        """The last step of each sample of a batch, falling: every step as often as another, as far as they go into it.
+        Which ones are more often is the same on all ranks, so that all make as many forward passes."""
+        states, steps = self.context.run.states, len(self.positions) - 1
+        common = step_generator(self.context.cfg.seed + METHOD_SEED, states.micro_step, rank=0)
+        first = int(torch.randint(steps, (1,), generator=common))
+        return sorted(((first + row) % steps for row in range(count)), reverse=True)
 
     def _inputs(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[dict[str, Any], tuple[int, ...]]:
         """Text, positions and condition of a batch, and (T, h, w); what it shows is not needed."""
@@ -153,21 +172,30 @@ class DistributionMatching(TrainingMethod):
         return shifted(self.positions, tokens, size[0], True, self.context.options.flow_shift)
 
     def _score_times(self, count: int, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        low, high = self.context.options.score_times
-        return time_shift(self._alpha(size), low + (high - low) * torch.rand(count, generator=generator))
+        options = self.context.options
+        low, high = options.score_times
+        alpha = options.score_shift if options.score_shift is not None else self._alpha(size)
+        return time_shift(alpha, low + (high - low) * torch.rand(count, generator=generator))
 
-    def _simulate(self, inputs: Mapping[str, Any], times: list[float], noise: Callable[[], Tensor]) -> Tensor:
-        """What the student has before its step from the last of ``times``, when it has come there from noise."""
+    def _simulate(
+        self, inputs: Mapping[str, Any], times: list[float], last: list[int], noise: Callable[[], Tensor]
+    ) -> Tensor:
+        """What the student has before the last step of each sample (numbers that fall), come there from noise."""
         state = noise()
-        for now, after in itertools.pairwise(times):
-            state = (1 - after) * self._data(self.context.model, inputs, state, now) + after * noise()
+        for step, (now, after) in enumerate(itertools.pairwise(times)):
+            rows = sum(number > step for number in last)  # the first ones
+            if rows == 0:
+                break
+            part = {key: value[:rows] for key, value in inputs.items() if value is not None}
+            data = self._data(self.context.model, part, state[:rows], torch.full((rows,), now))
+            state = torch.cat([(1 - after) * data + after * noise()[:rows], state[rows:]])
         return state
 
-    def _data(self, model: nn.Module, inputs: Mapping[str, Any], state: Tensor, time: float) -> Tensor:
-        """The data that a model sees in a state [B, L, C] at one time."""
-        times = torch.full((len(state),), time, device=state.device)
+    def _data(self, model: nn.Module, inputs: Mapping[str, Any], state: Tensor, times: Tensor) -> Tensor:
+        """The data that a model sees in states [B, L, C] at times [B]."""
+        times = times.to(state)
         given = {**inputs, "img": state.to(inputs["img"]), "timesteps": times.to(inputs["timesteps"])}
-        return state - time * model(**given).float()
+        return state - times[:, None, None] * model(**given).float()
 
     def _student_loss(
         self, made: Tensor, inputs: Mapping[str, Any], noise: Tensor, times: Tensor
@@ -175,9 +203,8 @@ class DistributionMatching(TrainingMethod):
         """Half the squared distance to where the scores' difference points (arXiv:2405.14867, eq. 1)."""
         options = self.context.options
         state, wide, given = noised(made.detach(), noise, times, inputs)
-        scales = [1.0 if s is None else float(s) for s in (options.guidance, options.guidance_img)]
         with torch.no_grad():
-            real = state - wide * self.teacher(given, *(torch.full((len(made),), s) for s in scales))
+            real = state - wide * self.teacher.at(given, options.guidance, options.guidance_img)
             fake = state - wide * self.roles[0].engine.model(**given).float()
             away = (made - real).abs().mean((1, 2), keepdim=True).clamp(min=SMALLEST)
             gradient = (fake - real) / away
@@ -189,6 +216,14 @@ class DistributionMatching(TrainingMethod):
         """Flow matching on what the student has made."""
         given = noised(data, noise, times, inputs)[2]
         return (self.roles[0].engine.model(**given).float() - (noise - data)).square().mean()
+
+
+def stream_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
+    """A stream of a device, begun by ``generator``: that one itself where it is of the device. A GPU draws noise itself
+    in a hundredth of the time that a processor takes for it."""
+    if device.type == generator.device.type:
+        return generator
+    return torch.Generator(device).manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
 
 
 def noised(

@@ -1,7 +1,7 @@
 """The teacher of a distillation: a frozen model, or the model in training without its adapters, under guidance."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -90,9 +90,22 @@ class Teacher:
         Returns:
             [B, L, C] float32.
         """
-        off = adapter_shown(self.context.plain, None) if self.shares_base else nullcontext()
-        with off:
+        with self._alone():
             return guided(self.model, inputs, self.empty_txt, self.empty_vec, text, image)
+
+    @torch.no_grad()
+    def at(self, inputs: Mapping[str, Any], text: float, image: float | None) -> Tensor:
+        """The same at one scale each for all samples (None is 1). Where both are 1, that is one forward pass."""
+        image = 1.0 if image is None else image
+        if text == image == 1:
+            with self._alone():
+                return self.model(**inputs).float()
+        count = len(inputs["img"])
+        return self(inputs, torch.full((count,), float(text)), torch.full((count,), float(image)))
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Without the adapter in training."""
+        return adapter_shown(self.context.plain, None) if self.shares_base else nullcontext()
 
 
 def guided(

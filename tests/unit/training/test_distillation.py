@@ -248,21 +248,20 @@ def test_what_guidance_cannot_be_distilled(options, config, message):
 
 
 def test_dmd_losses():
-    """Of the second of two steps, on the way of the student itself; see arXiv:2405.14867, eq. 1."""
+    """Of two steps, half of the samples each, on the way of the student itself; see arXiv:2405.14867, eq. 1."""
     torch.manual_seed(3)
     student = Student().double()
-    options = DmdOptions(num_steps=2, guidance=GUIDANCE, flow_shift=2.0, fake_updates=3)
+    options = DmdOptions(num_steps=2, guidance=GUIDANCE, flow_shift=2.0, score_shift=3.0, fake_updates=3, fake_warmup=1)
     context = context_of(student, options)
     method = DistributionMatching(context)
     (role,) = method.roles
     fake, batch = role.engine.model, batch_of(16, 0, torch.float64)
-    seed = next(s for s in range(9) if _chosen_step(method, batch, s) == 1)
-    first, second = method(batch, torch.Generator().manual_seed(seed))
+    context.run.states.global_step = 4
+    first, second = method(batch, torch.Generator().manual_seed(5))
     assert (first.role, second.role) == ("model", "fake")
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(5)
     inputs = context.encode(batch, generator)["inputs"]
-    torch.randint(2, (1,), generator=generator)
     y_vec = batch["y_vec"]
 
     def noise():
@@ -274,17 +273,18 @@ def test_dmd_losses():
 
     def score_times():
         spread = 0.02 + 0.96 * torch.rand(16, generator=generator)
-        return (2 * spread / (1 + spread)).double()
+        return (3 * spread / (1 + 2 * spread)).double()
 
     middle = 2 * 0.5 / (1 + 0.5)
-    state = (1 - middle) * data(student, noise(), 1.0).detach() + middle * noise()
-    made = data(student, state, middle)
+    start = noise()
+    state = (1 - middle) * data(student, start, 1.0).detach() + middle * noise()
+    made = torch.cat([data(student, state, middle)[:8], data(student, start, 1.0)[8:]])
     eps, t = noise(), score_times()  # in the order in which the method draws
     wide = t[:, None, None]
     seen = ((1 - wide) * made + wide * eps).detach()
     real = seen - wide * guided_velocity(seen[:, 0], t, y_vec, GUIDANCE)[:, None]
     gradient = (data(fake, seen, t) - real) / (made - real).abs().mean((1, 2), keepdim=True)
-    expected = torch.autograd.grad(made, [*student.parameters()], gradient.detach() / made.numel())
+    expected = torch.autograd.grad(made, [*student.parameters()], gradient.detach() / made.numel(), retain_graph=True)
     for one, other in zip(gradients(student, first.loss), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)  # the method adds up in float32
 
@@ -295,8 +295,42 @@ def test_dmd_losses():
     torch.testing.assert_close(second.loss.double(), error.square().mean(), rtol=1e-5, atol=0)
     for one, other in zip(gradients(fake, second.loss), gradients(fake, error.square().mean()), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-    context.run.states.global_step = 1
-    assert [turn.role for turn in method(batch, torch.Generator().manual_seed(seed))] == ["fake"]
+
+
+def test_whose_turn_it_is():
+    """After a warm-up of the fake score alone, the student's turn comes in every third step."""
+    context = context_of(Student(), DmdOptions(num_steps=1, fake_updates=3, fake_warmup=2))
+    method, turns = DistributionMatching(context), []
+    for step in range(6):
+        context.run.states.global_step = step
+        turns.append([turn.role for turn in method(batch_of(4, 0), torch.Generator().manual_seed(step))])
+    assert turns == [["fake"], ["fake"], ["model", "fake"], ["fake"], ["fake"], ["model", "fake"]]
+
+
+def test_every_step_is_learned_as_often_as_another():
+    context = context_of(Student(), DmdOptions(num_steps=4))
+    method = DistributionMatching(context)
+    assert method._last_steps(8) == [3, 3, 2, 2, 1, 1, 0, 0]
+    alone = []
+    for micro_step in range(400):
+        context.run.states.micro_step = micro_step
+        alone += method._last_steps(1)
+    shares = torch.bincount(torch.tensor(alone)) / 400
+    assert (shares - 0.25).abs().max() < 0.08  # three and a half deviations
+
+
+def test_the_teacher_at_scales_of_one_is_a_single_forward():
+    """Guidance at 1 is the prompt's own velocity; the teacher is then asked for nothing else."""
+    context = context_of(Student(), DmdOptions(num_steps=1))
+    teacher, asked = DistributionMatching(context).teacher, []
+    teacher.model.register_forward_pre_hook(
+        lambda module, args, given: asked.append(len(given["img"])), with_kwargs=True
+    )
+    inputs = context.encode(batch_of(8, 0), torch.Generator().manual_seed(0))["inputs"]
+    one = torch.ones(8)
+    torch.testing.assert_close(teacher.at(inputs, 1.0, None), teacher(inputs, one, one), rtol=1e-6, atol=1e-6)
+    assert asked == [8, 16]
+    torch.testing.assert_close(teacher.at(inputs, 2.0, None), teacher(inputs, 2 * one, one))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -313,12 +347,6 @@ def test_scores_are_told_the_times_that_states_were_mixed_at(dtype):
     exact = told.float()[:, None, None]
     assert torch.equal(state, (1 - exact) * data + exact * noise)
     assert torch.equal(given["img"], state.to(dtype))
-
-
-def _chosen_step(method, batch, seed):
-    generator = torch.Generator().manual_seed(seed)
-    method.context.encode(batch, generator)
-    return int(torch.randint(2, (1,), generator=generator))
 
 
 def test_a_student_by_dmd_makes_the_known_distribution():
