@@ -33,7 +33,7 @@ from opensora.utils.errors import UserError, first_line
 
 VERSION = 1
 WHOLE = "all"  # name of the run of frames that is the whole clip
-OPEN_FILES = 8  # shards that each loader worker keeps open
+OPEN_FILES = 256  # shards that each loader worker keeps open: opening one takes longer than reading from it
 ASKED_AT_A_TIME = 16  # files
 SIZE_COLUMN = "file_bytes"  # not in the index of older caches
 INDEX_COLUMNS = ("row", "num_frames", "height", "width", "video_shard", "text", "text_shard", "text_hash", "path_hash")
@@ -150,12 +150,13 @@ class Cache:
         path = shard_path(self.folder, kind, shard)
         try:
             if path not in self._open:
-                self._open[path] = safe_open(path, "pt")
+                opened = safe_open(path, "pt")
+                self._open[path] = opened, frozenset(opened.keys())
             self._open.move_to_end(path)
             while len(self._open) > OPEN_FILES:
                 self._open.popitem(last=False)
-            found = self._open[path].keys()
-            return {key: self._open[path].get_tensor(name) for key, name in names.items() if name in found}
+            opened, found = self._open[path]
+            return {key: opened.get_tensor(name) for key, name in names.items() if name in found}
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{path}: damaged or missing ({error}); delete it and resume with: {self.info.config}"
