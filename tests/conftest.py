@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.cli import INFERENCE, files, load_main
+from tests.helpers.seeds import drawing, seed
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,6 +49,21 @@ def pytest_collection_finish() -> None:
     """What was imported stays: looking through it again and again for garbage takes longer than many a test."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> None:
+    """A test draws the same random numbers in every run, whatever ran before it."""
+    seed(request.node.nodeid)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef, request):
+    """So does a fixture that tests share, whichever asks for it first; what that test draws itself stays the same."""
+    if fixturedef.scope == "function":
+        return (yield)
+    with drawing(f"{fixturedef.baseid}::{fixturedef.argname}[{request.param_index}]"):
+        return (yield)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from tests.helpers.forks import forked
+from tests.helpers.seeds import seed
 
 Check = Callable[[Path], Any]
 """Run by every rank with a folder they share; raises what is wrong."""
@@ -38,6 +39,7 @@ def _run_rank(rank: int, size: int, folder: str, checks: Sequence[Check]) -> Non
     for check in checks:
         place = shared / check.__name__
         place.mkdir(exist_ok=True)
+        seed(check.__name__)  # the same on all ranks
         try:
             check(place)
         except BaseException:
