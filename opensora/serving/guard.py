@@ -21,6 +21,7 @@ from opensora.utils.waiting import LEAST_RATE, SLOW_SECONDS
 OPEN_PATHS = ("/health",)  # for whoever looks whether the server lives
 READING = ("GET", "HEAD", "OPTIONS")
 API = "/v1/"
+AT_ONCE = 0.01  # seconds: what has come while this process did something else is taken first
 TOO_SLOW = "the body of the request comes too slowly"
 
 
@@ -92,27 +93,52 @@ class Guard:
         return hmac.compare_digest(value.strip().encode(), str(self.key).encode())
 
     def _counted(self, receive: Receive) -> Receive:
-        """Like ``receive``, but for bodies that grow beyond what is taken, or that drip."""
-        seen, began, is_whole = 0, monotonic(), False
+        """Like ``receive``, but for bodies that grow beyond what is taken, or that drip: every `SLOW_SECONDS` must have
+        brought their share, whatever came before."""
+        seen, pace, is_whole = 0, _Pace(), False
 
         async def counted() -> Message:
             nonlocal seen, is_whole
             if is_whole:  # what comes now is the end of the connection
                 return await receive()
-            try:
-                message = await asyncio.wait_for(receive(), SLOW_SECONDS)
-            except TimeoutError:
-                raise HTTPException(408, TOO_SLOW) from None
+            message = await pace.next(receive)
             seen += len(message.get("body", b""))
             if seen > self.most:
                 raise HTTPException(413, self._too_large)
             is_whole = not message.get("more_body", False)
-            seconds = monotonic() - began
-            if not is_whole and seconds > SLOW_SECONDS and seen < LEAST_RATE * seconds:
-                raise HTTPException(408, TOO_SLOW)
             return message
 
         return counted
+
+
+class _Pace:
+    """How fast a body comes, looked at again and again."""
+
+    def __init__(self) -> None:
+        self._began, self._size = monotonic(), 0
+
+    async def next(self, receive: Receive) -> Message:
+        """The next part of a body.
+
+        Raises:
+            HTTPException: it comes too slowly.
+        """
+        while True:
+            left = self._began + SLOW_SECONDS - monotonic()
+            try:
+                message = await asyncio.wait_for(receive(), max(left, AT_ONCE))
+            except TimeoutError:
+                self._look()
+                continue
+            self._size += len(message.get("body", b""))
+            if message.get("more_body", False) and monotonic() - self._began > SLOW_SECONDS:
+                self._look()
+            return message
+
+    def _look(self) -> None:
+        if self._size < LEAST_RATE * (monotonic() - self._began):
+            raise HTTPException(408, TOO_SLOW)
+        self._began, self._size = monotonic(), 0
 
 
 async def _answer(send: Send, status: int, body: dict[str, Any], headers: dict[str, str]) -> None:

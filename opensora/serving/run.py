@@ -49,6 +49,7 @@ def serve(cfg: ServeOptions, listening: socket.socket, environment: Mapping[str,
     import uvicorn
 
     from opensora.serving.http import create_app
+    from opensora.serving.patience import PatientFor
 
     service = make_service(cfg, environment)
     app = create_app(service)
@@ -56,7 +57,12 @@ def serve(cfg: ServeOptions, listening: socket.socket, environment: Mapping[str,
     shown = f"[{host}]" if ":" in host else host
     logger.info("http://%s:%d serves %s; Ctrl-C ends it", shown, port, service.desk.model_name)
     config = uvicorn.Config(
-        app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_END, server_header=False, proxy_headers=False
+        app,
+        http=PatientFor,
+        log_level="warning",
+        timeout_graceful_shutdown=SECONDS_TO_END,
+        server_header=False,
+        proxy_headers=False,
     )
     server, supervisor = uvicorn.Server(config), service.supervisor
     assert supervisor is not None

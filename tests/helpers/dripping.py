@@ -8,13 +8,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 @contextmanager
-def dripping(pause: float = 0.02, size: int = 200) -> Iterator[str]:
+def dripping(pause: float = 0.02, size: int = 200, times: list[float] | None = None) -> Iterator[str]:
     """Address of a server that drips whatever it sends: the head of ``/head...``, the body of all else.
 
     Args:
         pause: seconds between two bytes.
         size: bytes of a body; then it ends, too early.
+        times: gets the time of every byte, by ``time.monotonic()``.
     """
+
+    sent = [] if times is None else times
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -25,6 +28,7 @@ def dripping(pause: float = 0.02, size: int = 200) -> Iterator[str]:
                     whole = b"" if self.command == "HEAD" else b" " * size
                 for byte in whole:
                     self.wfile.write(bytes([byte]))
+                    sent.append(time.monotonic())
                     time.sleep(pause)
             except OSError:
                 pass  # the client hung up

@@ -244,11 +244,11 @@ def train_text(out: Path, seed: int, steps: int, batch_size: int, count: int, ov
     for name in (T5_FOLDER, CLIP_FOLDER):
         if (out / name).exists() and not overwrite:
             raise UserError(f"{out / name} exists; give another --out or add --overwrite")
-    torch.manual_seed(seed)
-    rng = np.random.default_rng([seed, 0])
-    texts = [training_example(rng).text for _ in range(12_000)] + list(WORDS)
     with claimed(out):
         remove_unfinished_folders(out, SCRATCH)
+        torch.manual_seed(seed)
+        rng = np.random.default_rng([seed, 0])
+        texts = [training_example(rng).text for _ in range(12_000)] + list(WORDS)
         scratch = temporary_path(out / SCRATCH, "writing")
         try:
             scratch.mkdir()

@@ -36,6 +36,28 @@ def test_a_body_that_drips(monkeypatch):
     assert raised.value.status_code == 408
 
 
+def test_a_body_that_drips_after_much_has_come(monkeypatch):
+    monkeypatch.setattr(guard, "SLOW_SECONDS", 0.05)
+    parts = iter([bytes(10**6)])
+
+    async def drip():
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": next(parts, b"x"), "more_body": True}
+
+    with pytest.raises(HTTPException, match="too slowly"):
+        body(drip)
+
+
+def test_what_came_while_the_server_did_something_else_counts(monkeypatch):
+    now, parts = itertools.count(step=21.0), iter([True] * 5 + [False])
+    monkeypatch.setattr(guard, "monotonic", lambda: next(now))
+
+    async def steady():
+        return {"type": "http.request", "body": bytes(100_000), "more_body": next(parts, False)}
+
+    body(steady)
+
+
 def test_a_body_that_never_comes(monkeypatch):
     monkeypatch.setattr(guard, "SLOW_SECONDS", 0.01)
     with pytest.raises(HTTPException, match="too slowly"):
