@@ -1,20 +1,12 @@
 # The small image autoencoder that draws the first frame for the demo: 64x64 pictures, 8 x 8 pixels per latent position.
 # On a processor with bf16 instructions in two thirds of the time: --dtype bf16.
+_base_ = ["../../diffusion/demo_image_models.py"]
 dataset = dict(type="video_text", data_path="datasets/demo/clips.csv", fps_max=24, keep_in_memory=True)
 bucket_config = {"64px_ar1:1": {1: (1.0, 16)}}
 max_steps = 800
 num_workers = 0
 
-model = dict(
-    type="autoencoder_2d",
-    ch=16,
-    ch_mult=[1, 1, 2, 4],
-    num_res_blocks=1,
-    z_channels=8,
-    norm_num_groups=4,
-    scale_factor=1.0,
-    shift_factor=0.0,
-)
+model = dict(scale_factor=1.0, shift_factor=0.0, **_base_.image_ae)
 vae_loss_config = dict(kl_loss_weight=0.2, mse_loss_weight=4.0, object_weight=4.0, perceptual_loss_weight=0.0)
 
 lr = 1.5e-3
