@@ -1,19 +1,22 @@
 """Everything about one GPU in one call: forwards by variant, pipelines, capped memory, decoding, training steps.
 
-    python tools/benchmark/gpu.py [--quick] [--cap 24 --cap 16 --cap 12] [--original DIR] [--out FILE.json] [--write]
+    python tools/benchmark/gpu.py [--quick] [--part forward ...] [--cap 24 --cap 16 --cap 12] [--seconds 480]
+                                  [--original DIR] [--out FILE.json] [--write]
 
 Random weights of the released sizes, built on the card; nothing is downloaded. It takes at most ``--seconds`` (480):
-what there is no time for any more is left out and named. ``--device cpu --toy`` runs all of it with tiny models, to see
-that it does. ``--cap 16`` holds runs to what a card of 16 GB leaves to a program (15.5 GiB). ``--original`` is a
-checkout of Open-Sora 2.0 whose own model is timed too. ``--write`` puts the tables into docs/benchmarks.md and the
-pipelines into docs/hardware.md.
+every part keeps time for the first rows of those after it, and what there is no time for is left out and named, as is
+what fails. ``--part`` measures some parts only. ``--device cpu --toy`` runs all of it with tiny models, to see that it
+does. ``--cap 16`` holds runs to what a card of 16 GB leaves to a program (15.5 GiB). ``--original`` is a checkout of
+Open-Sora 2.0 whose own model is timed too. ``--out`` is written after each part, ``--write`` puts the tables into
+docs/benchmarks.md and the pipelines into docs/hardware.md at the end.
 """
 
 import argparse
 import datetime
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,16 @@ from tools.benchmark.released import TERA, matrix_rate
 from tools.outputs import add_overwrite, check_new
 
 PAGE = hardware.ROOT / "docs" / "benchmarks.md"
+# parts by name, the most telling first: title of the table, seconds of an H100 kept for its first rows
+PARTS: Mapping[str, tuple[str, float]] = {
+    "card": ("Card", 5),
+    "forward": ("One forward", 40),
+    "norm": ("GroupNorm", 3),
+    "autoencoder": ("Autoencoder", 12),
+    "pipelines": ("Pipelines", 45),
+    "capped": ("Held to less memory", 30),
+    "training": ("Training steps", 16),
+}
 BEGIN, END = "<!-- written by tools/benchmark/gpu.py: begin -->", "<!-- written by tools/benchmark/gpu.py: end -->"
 
 
@@ -47,13 +60,13 @@ def card_rows(bench: Bench) -> Iterator[Row]:
     yield {"card": "matrix product, bf16", "tflops": matrix_rate(bench.device, size) / TERA}
     x = torch.ones(2**12 if bench.toy else 2**30, device=bench.device, dtype=torch.uint8)
     for name, source in (
-        ("copy on the card", x),
+        ("copy on the card", x.clone()),
         ("from pageable memory", x.cpu()),
         ("from pinned memory", _pinned(x)),
     ):
         row = bench.measure(partial(x.copy_, source, non_blocking=True))
         if "median_s" in row:
-            row = {"gb_per_s": x.nbytes * (2 if source is x else 1) / row["median_s"] / 1e9}
+            row = {"gb_per_s": x.nbytes * (2 if name == "copy on the card" else 1) / row["median_s"] / 1e9}
         yield {"card": name, **row}
 
 
@@ -62,38 +75,66 @@ def _pinned(x: torch.Tensor) -> torch.Tensor:
 
 
 def parts(bench: Bench) -> dict[str, Callable[[], Iterable[Row]]]:
-    """The tables by title, the most telling first."""
+    """What measures each of `PARTS`, in their order."""
     models = Models(bench)
     return {
-        "Card": lambda: card_rows(bench),
-        "One forward": lambda: forward_rows(bench),
-        "GroupNorm": lambda: group_norm_rows(bench),
-        "Autoencoder": lambda: decode_rows(bench),
-        "Pipelines": lambda: pipeline_rows(bench, models),
-        "Held to less memory": lambda: capped_rows(bench, models),
-        "Training steps": lambda: training_rows(bench),
+        "card": lambda: card_rows(bench),
+        "forward": lambda: forward_rows(bench),
+        "norm": lambda: group_norm_rows(bench),
+        "autoencoder": lambda: decode_rows(bench),
+        "pipelines": lambda: pipeline_rows(bench, models),
+        "capped": lambda: capped_rows(bench, models),
+        "training": lambda: training_rows(bench),
     }
 
 
-def measure(bench: Bench, shown: Callable[[str], None] = print) -> dict[str, list[Row]]:
-    """All parts, each printed as it is done; one that fails is named, and the others go on."""
+def chosen(bench: Bench, names: Collection[str]) -> list[str]:
+    """Parts to measure, of those that are asked for (all, if none is)."""
+    idle = {*(["training"] if bench.quick else []), *([] if bench.caps else ["capped"])}
+    return [name for name in PARTS if name in names or not (names or name in idle)]
+
+
+def measure(
+    bench: Bench,
+    shown: Callable[[str], None] = print,
+    names: Collection[str] = (),
+    done: Callable[[Mapping[str, list[Row]]], None] = bool,
+) -> dict[str, list[Row]]:
+    """Parts of the measurement; one that fails is named, and the others go on.
+
+    Args:
+        bench: device and time.
+        shown: gets the table of each part as soon as it is there, and in the end what was left out.
+        names: of the parts; none: all.
+        done: gets all tables by title, after each part.
+    """
     found: dict[str, list[Row]] = {}
-    order = parts(bench)
-    if bench.quick:
-        order.pop("Training steps")
-    for title, rows in order.items():
-        found[title] = []
-        try:
-            for row in rows():
-                found[title].append(row)
-        except torch.OutOfMemoryError:
-            bench.left_out.append(f"{title}: out of memory")
-        bench.clear()
-        if found[title]:
-            shown(f"\n{title} ({bench.left:.0f} s left)\n\n{markdown(found[title])}")
+    rows_of, order = parts(bench), chosen(bench, names)
+    for number, name in enumerate(order):
+        title = PARTS[name][0]
+        rows = found[title] = []
+        bench.reserved = sum(PARTS[later][1] for later in order[number + 1 :])
+        _fill(bench, title, rows, rows_of[name])
+        if rows:
+            shown(f"\n{title} ({bench.left:.0f} s left)\n\n{markdown(rows)}")
+        done(found)
     for line in bench.left_out:
         shown(f"left out: {line}")
     return found
+
+
+def _fill(bench: Bench, title: str, rows: list[Row], make: Callable[[], Iterable[Row]]) -> None:
+    """Gather the rows of a part, as many as there are before it fails."""
+    try:
+        for row in make():
+            rows.append(row)
+    except torch.OutOfMemoryError:
+        bench.left_out.append(f"{title}, after {len(rows)} rows: out of memory")
+    except Exception as error:  # of a card or a version that this was not tried on: the other parts may work
+        first = (str(error).splitlines() or [""])[0]
+        bench.left_out.append(f"{title}, after {len(rows)} rows: {type(error).__name__}: {first}")
+        traceback.print_exc()
+    bench.clear()
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -161,6 +202,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--toy", action="store_true", help="tiny models, to see that everything runs")
     parser.add_argument("--quick", action="store_true", help="256px only, no variants of pipelines, no training")
     parser.add_argument(
+        "--part", choices=[*PARTS], action="append", default=[], help="what to measure; may be repeated; default: all"
+    )
+    parser.add_argument(
         "--cap", type=int, action="append", default=[], help="GB of a card to hold runs to; may be repeated"
     )
     parser.add_argument("--original", type=Path, help="checkout of Open-Sora 2.0, whose model is timed too")
@@ -185,9 +229,13 @@ def main(argv: list[str] | None = None) -> None:
     bench = Bench(device, args.toy, args.quick, args.seconds, tuple(args.cap), args.original)
     about = environment(device)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    tables = measure(bench)
-    if args.out:
-        write_text(json.dumps({"environment": about, "left_out": bench.left_out, **tables}, indent=2) + "\n", args.out)
+
+    def keep(tables: Mapping[str, list[Row]]) -> None:
+        if args.out:
+            found = {"environment": about, "left_out": bench.left_out, **tables}
+            write_text(json.dumps(found, indent=2) + "\n", args.out)
+
+    tables = measure(bench, names=args.part, done=keep)
     if args.write:
         write_pages(about, tables, bench.left_out)
 

@@ -93,11 +93,42 @@ def test_what_there_is_no_time_for_is_named(monkeypatch):
     bench = Bench(CPU, seconds=100, started=time.perf_counter() - 98)
     assert not bench.has_time("forward, eager", 10)
     assert bench.left_out == ["forward, eager: 2 s left, about 10 s needed"]
+
+
+def test_parts_one_after_the_other(monkeypatch):
+    """One that fails leaves what it has measured, and the next one goes on; each keeps time for those after it."""
+    bench = Bench(CPU, seconds=100)
     shown: list[str] = []
-    monkeypatch.setattr(gpu, "parts", lambda bench: {"Decode": lambda: iter([]), "Card": lambda: [{"card": "x"}]})
-    assert gpu.measure(bench, shown.append) == {"Decode": [], "Card": [{"card": "x"}]}
+    kept: list[str] = []
+
+    def fails():
+        yield {"card": "x"}
+        raise RuntimeError("the card is gone\nat line 7")
+
+    def forwards():
+        assert not bench.has_time("forward, eager", 95)
+        yield {"forward": "eager"}
+
+    monkeypatch.setattr(gpu, "parts", lambda bench: {"card": fails, "forward": forwards, "training": lambda: []})
+    found = gpu.measure(bench, shown.append, ["training", "forward", "card"], lambda tables: kept.append([*tables][-1]))
+    assert found == {"Card": [{"card": "x"}], "One forward": [{"forward": "eager"}], "Training steps": []}
+    assert kept == [*found]
     assert "| x |" in shown[0]
-    assert shown[-1] == "left out: forward, eager: 2 s left, about 10 s needed"
+    assert shown[-2] == "left out: Card, after 1 rows: RuntimeError: the card is gone"
+    assert "forward, eager: 8" in shown[-1], "16 s of 100 are kept for training"
+    assert "s left, about 95 s needed" in shown[-1]
+
+
+def test_which_parts(bench):
+    assert [*gpu.parts(bench)] == [*gpu.PARTS]
+    assert {*gpu.PARTS} - {*gpu.chosen(bench, [])} == {"capped", "training"}, "quick, and no --cap"
+    assert gpu.chosen(bench, ["training", "card"]) == ["card", "training"]
+
+
+def test_the_card(bench):
+    """A copy onto itself would be none at all."""
+    rows = {row["card"]: row for row in gpu.card_rows(bench)}
+    assert 0 < rows["copy on the card"]["gb_per_s"] < 2e4
 
 
 def test_what_fails_is_a_row(bench):

@@ -5,7 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ class Bench:
         seconds: time for all of it.
         caps: GB of the cards that runs are held to, one after the other.
         original: checkout of Open-Sora 2.0 to compare with.
-        left_out: parts and rows for which there was no time.
+        left_out: parts and rows for which there was no time, and parts that failed.
+        reserved: seconds of those left that are kept for the parts to come.
         flops: of a forward, by resolution, once they are known.
         started: when.
     """
@@ -49,6 +50,7 @@ class Bench:
     caps: tuple[int, ...] = ()
     original: Path | None = None
     left_out: list[str] = field(default_factory=list)
+    reserved: float = 0.0
     flops: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
@@ -73,10 +75,11 @@ class Bench:
         return TOY[resolution] if self.toy else released_sizes(resolution)
 
     def has_time(self, what: str, needed: float) -> bool:
-        """Whether ``needed`` seconds (on a GPU) are left; says so if not."""
-        if self.toy or self.left >= needed:
+        """Whether ``needed`` seconds (on a GPU) are left besides those that are reserved; says so if not."""
+        left = self.left - self.reserved
+        if self.toy or left >= needed:
             return True
-        self.left_out.append(f"{what}: {self.left:.0f} s left, about {needed:.0f} s needed")
+        self.left_out.append(f"{what}: {left:.0f} s left, about {needed:.0f} s needed")
         return False
 
     def measure(self, run: Callable[[], Any], repeats: int = 3) -> Row:
@@ -100,7 +103,8 @@ class Bench:
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()  # compiled code holds on to models
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # a card that has failed for good; what comes next says so
+                torch.cuda.empty_cache()
 
 
 def filled(build: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -18,10 +18,12 @@ ORIGINAL = Path(__file__).with_name("original.py")
 
 
 def forward_rows(bench: Bench) -> Iterator[Row]:
-    """Rows of all variants, then those of other programs."""
+    """Rows of all variants, the quick ones first, then those of other programs."""
     first: torch.Tensor | None = None
-    for variant in variants():
-        for resolution in bench.resolutions:
+    there, missing = _there()
+    yield from missing
+    for resolution in bench.resolutions:
+        for variant in there:
             needed = variant.seconds if resolution == "256px" else 35
             if resolution not in variant.resolutions:
                 continue
@@ -46,6 +48,24 @@ def forward_rows(bench: Bench) -> Iterator[Row]:
         yield {"forward": "Open-Sora's own", "size": "256px", **_with_rate(bench, "256px", original(bench))}
 
 
+def _there() -> tuple[list[Variant], list[Row]]:
+    """Variants that can be, and rows of those that are not installed or not for this card."""
+    there: list[Variant] = []
+    missing: list[Row] = []
+    for variant in variants():
+        try:
+            variant.check()
+        except Exception as error:
+            missing.append({"forward": variant.name, "size": "", "note": f"left out: {_first_line(error)}"})
+        else:
+            there.append(variant)
+    return there, missing
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:80]
+
+
 def _forward(bench: Bench, variant: Variant, resolution: str) -> tuple[Row, torch.Tensor | None]:
     sizes = bench.sizes(resolution)
     torch.manual_seed(0)
@@ -62,7 +82,7 @@ def _forward(bench: Bench, variant: Variant, resolution: str) -> tuple[Row, torc
     try:
         variant.change(model, bench)
     except Exception as error:  # not installed, or not on this card
-        return {**row, "note": f"left out: {str(error).splitlines()[0][:80]}"}, None
+        return {**row, "note": f"left out: {_first_line(error)}"}, None
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     row |= _with_rate(bench, resolution, bench.measure(run, 3 if resolution == "256px" else 1)) | {
         "weights_gib": weights / 2**30

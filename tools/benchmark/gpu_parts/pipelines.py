@@ -15,6 +15,7 @@ from opensora.benchmark.measuring import peak_of
 from opensora.config import load_config
 from opensora.config.commands import InferenceOptions
 from opensora.diffusion.cards import CARDS
+from opensora.diffusion.loading import park_modulation
 from opensora.diffusion.pipeline import VideoPipeline
 from opensora.diffusion.prepared import PreparedRun
 from opensora.generation.estimate import Estimate, Way
@@ -37,7 +38,8 @@ CAPPED_STEPS = 10
 
 
 class Models:
-    """The models of all pipelines, in the machine's memory, built on the device one by one."""
+    """The models of all pipelines, built on the device one by one; in the machine's memory, where some will be held to
+    less than the card has."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
@@ -56,7 +58,8 @@ class Models:
     @cached_property
     def models(self) -> dict[str, nn.Module]:
         """By name."""
-        return build_pipeline(self.config(offload=True), self.bench.device, random_weights=True).models
+        cfg = self.config(offload=bool(self.bench.caps))
+        return build_pipeline(cfg, self.bench.device, random_weights=True).models
 
     def quantize(self, way: Way) -> None:
         """Have the weights that a way asks for, quantised on the card; for the last runs."""
@@ -87,6 +90,8 @@ class Models:
         home = torch.device("cpu") if cfg.offload else self.bench.device
         for each in self.models.values():
             each.to(home)
+        if cfg.precompute:
+            park_modulation(self.models["model"])  # as where weights are loaded
         return VideoPipeline(self.models, cfg, self.bench.device, run.dtype)
 
 

@@ -26,6 +26,7 @@ class Variant:
     Attributes:
         name: in the table.
         change: makes a model run that way, and may raise where that cannot be.
+        check: raises where it cannot be, before there is a model.
         seconds: that it takes on a GPU, about, with what comes before the first forward.
         resolutions: at which it is measured.
     """
@@ -34,6 +35,7 @@ class Variant:
     change: Change
     seconds: float = 8.0
     resolutions: tuple[str, ...] = ("256px",)
+    check: Callable[[], object] = bool
 
 
 def plain(model: MMDiTModel, bench: Bench) -> None:
@@ -72,11 +74,13 @@ def quantized_compiled(model: MMDiTModel, bench: Bench, kind: str) -> None:
 
 def variants() -> Iterator[Variant]:
     """All of them, the most telling first."""
-    yield Variant("eager", plain, 10, ("256px", "768px"))
-    yield Variant("blocks compiled" + ("" if torch.cuda.is_available() else " (traced)"), compiled, 45)
+    yield Variant("eager", plain, 8, ("256px", "768px"))
+    yield Variant("blocks compiled" + ("" if torch.cuda.is_available() else " (traced)"), compiled, 30)
+    yield Variant("weights fp8, compiled", partial(quantized_compiled, kind="fp8"), 35)
     for kernel in (name for name in ATTENTION_KERNELS if name not in ("sdpa", "math")):
-        yield Variant(f"attention {kernel}", partial(attention, kernel=kernel), 6, ("256px", "768px"))
+        found = partial(attention_kernel, kernel)
+        yield Variant(f"attention {kernel}", partial(attention, kernel=kernel), 6, ("256px", "768px"), found)
     for kind in QUANTIZERS:
-        yield Variant(f"weights {kind}", partial(quantized, kind=kind), 10)
-    yield Variant("weights fp8, compiled", partial(quantized_compiled, kind="fp8"), 60)
-    yield Variant("liger rope", liger, 6)
+        found = partial(quantization(kind).quantizer, None)
+        yield Variant(f"weights {kind}", partial(quantized, kind=kind), 8, check=found)
+    yield Variant("liger rope", liger, 6, check=partial(rotation, True, "liger"))
