@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from opensora.utils.errors import Terminated, first_line
+from opensora.utils.errors import first_line
 from opensora.utils.paths import PACKAGE, in_checkout, shipped_root
 
 NAME = "opensora"
@@ -233,8 +233,6 @@ def optional_packages(torch_is_there: bool) -> Iterator[Finding]:
 def _not_importable(module: str) -> str | None:
     try:
         importlib.import_module(module)
-    except Terminated:
-        raise
     except (Exception, SystemExit) as error:  # a kernel for another torch raises anything
         return first_line(error) if isinstance(error, Exception) else "it ended Python"
     return None

@@ -32,7 +32,7 @@ from opensora.config.options import AE_KNOWS, Options, check_bounds
 from opensora.config.places import is_relative, named_files, places_of, with_places
 from opensora.config.shipped import SUFFIXES, find_config
 from opensora.config.values import coerce, describe, is_switch, parse_text
-from opensora.utils.errors import Terminated, UserError
+from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from opensora.utils.paths import is_at_hand, is_file
 from opensora.utils.temporary import kept_together
@@ -195,8 +195,6 @@ def _read(path: Path) -> dict:
         # plain python: an import in the file must not switch mmengine to its lazy mode
         with _plain_yaml(), kept_together():  # mmengine makes copies
             return Config.fromfile(path, lazy_import=False).to_dict()
-    except Terminated:
-        raise
     except (Exception, SystemExit) as error:  # a config is a program: anything may go wrong in it
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from error
@@ -240,8 +238,6 @@ def import_own(modules: Sequence[str], where: str) -> None:
         sys.path += [folder for folder in folders if folder not in sys.path]  # stays: workers import the module again
         try:
             importlib.import_module(name)
-        except Terminated:
-            raise
         except (Exception, SystemExit) as error:  # the module is a program: anything may go wrong in it
             raise UserError(f"{where}: imports: {name}{_why_not(error, name, folders)}") from error
 

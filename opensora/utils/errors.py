@@ -11,8 +11,8 @@ class UserError(ValueError):
     """
 
 
-class Terminated(SystemExit):
-    """SIGTERM came: not for those who catch a ``SystemExit`` of code that is not theirs."""
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came. As Ctrl-C it ends the program, whoever catches the errors and exits of code that is not theirs."""
 
 
 def first_line(error: Exception) -> str:

@@ -42,14 +42,16 @@ def run_main(main: Callable[[list[str] | None], Any]) -> None:
     """
     debug = DEBUG_FLAG in sys.argv[1:]
     sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word != DEBUG_FLAG)]
-    _end_in_order_at_sigterm()
     if not debug:
         threading.excepthook = _tell_of_thread
     try:
+        _end_in_order_at_sigterm()
         try:
             main(None)
         finally:
             sys.stdout.flush()  # what is left in it would fail after the last line here
+    except Terminated:
+        _end(None, TERMINATED)
     except KeyboardInterrupt:
         _end("interrupted", INTERRUPTED)
     except Exception as error:
@@ -79,7 +81,7 @@ def _end_in_order_at_sigterm() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if os.getpid() != ours:  # a process that was forked from this one
             os.kill(os.getpid(), number)
-        raise Terminated(TERMINATED)
+        raise Terminated
 
     signal.signal(signal.SIGTERM, end)
 
