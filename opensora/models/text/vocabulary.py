@@ -28,17 +28,18 @@ def wrong_vocabulary(folder: Path, kind: str, size: int) -> str | None:
         return f"its tokenizer lacks {', '.join(absent)}"
     name = WHOLE_TOKENIZER if is_whole else TOKENIZER_FILES[kind][0]
     try:
-        number = READERS[name](folder)
+        tokens = READERS[name](folder)
+        number = max(tokens.values()) + 1
     except Exception as error:  # of JSON, protobuf and tokenizers, each with kinds of their own
         said = str(error).partition("\n")[0]
         return f"its {name} is damaged or cut short ({said})"
     if number > size:
         return f"its {name} has {number} tokens, its config.json says vocab_size={size}: one of the two is wrong"
-    return _wrong_merges(folder) if name == "vocab.json" else None
+    return _wrong_merges(folder, tokens) if name == "vocab.json" else None
 
 
-def _read_pieces(folder: Path) -> int:
-    """Number of pieces of a SentencePiece model.
+def _read_pieces(folder: Path) -> dict[str, int]:
+    """Pieces of a SentencePiece model.
 
     Raises:
         ValueError: parts of it are missing, as where a file ends between two pieces.
@@ -50,37 +51,31 @@ def _read_pieces(folder: Path) -> int:
     model.ParseFromString((folder / "spiece.model").read_bytes())
     if not (model.pieces and model.HasField("trainer_spec") and model.HasField("normalizer_spec")):
         raise ValueError("it ends before its settings")
-    return len(model.pieces)
+    return {piece.piece: number for number, piece in enumerate(model.pieces)}
 
 
-def _read_words(folder: Path) -> int:
-    words = _words(folder)
+def _read_words(folder: Path) -> dict[str, int]:
+    words: dict[str, int] = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     if not words or not all(isinstance(number, int) and number >= 0 for number in words.values()):
         raise ValueError("no table of tokens and their numbers")
-    return max(words.values()) + 1
+    return words
 
 
-def _read_whole(folder: Path) -> int:
+def _read_whole(folder: Path) -> dict[str, int]:
     from tokenizers import Tokenizer
 
-    return max(Tokenizer.from_file(str(folder / WHOLE_TOKENIZER)).get_vocab().values()) + 1
+    return Tokenizer.from_file(str(folder / WHOLE_TOKENIZER)).get_vocab()
 
 
-READERS: Mapping[str, Callable[[Path], int]] = MappingProxyType(
+READERS: Mapping[str, Callable[[Path], dict[str, int]]] = MappingProxyType(
     {"spiece.model": _read_pieces, "vocab.json": _read_words, WHOLE_TOKENIZER: _read_whole}
 )
-"""By name of a file, what counts its tokens: the largest number and one, or any error if it cannot be read."""
+"""By name of a file, what reads its tokens and their numbers; it raises any error if it cannot."""
 
 
-def _words(folder: Path) -> dict[str, int]:
-    found: dict[str, int] = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    return found
-
-
-def _wrong_merges(folder: Path) -> str | None:
+def _wrong_merges(folder: Path, words: Mapping[str, int]) -> str | None:
     """What is wrong with the merges of a byte-pair vocabulary: each makes a word of two, and all longer words are made
     so."""
-    words = _words(folder)
     try:
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError:
