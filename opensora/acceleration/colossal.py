@@ -22,10 +22,14 @@ from opensora.acceleration.sharding import Gathered, WeightLayout
 from opensora.config.options import PluginOptions
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
+from opensora.utils.optional import require
 
 logger = get_logger(__name__)
 
-INSTALL = "pip install -r requirements-colossalai.txt && pip install --no-deps colossalai==0.5.0"
+INSTALL = (
+    "`pip install -r requirements-colossalai.txt && pip install --no-deps colossalai==0.5.0`, or use --plugin fsdp2, "
+    "which comes with torch"
+)
 PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # keys of plugin_config that this package reads itself
 OWN_KEYS = (
@@ -40,18 +44,12 @@ def require_colossalai(on_cpu: bool) -> Any:
     Raises:
         UserError: not installed; says how.
     """
-    try:
-        import colossalai.booster
-    except ImportError as error:
-        raise UserError(
-            f"this plugin needs ColossalAI, which cannot be imported ({error}): {INSTALL}; or use --plugin fsdp2, "
-            "which comes with torch"
-        ) from error
+    booster = require("colossalai.booster", "this plugin", INSTALL)
     if on_cpu:
         from opensora.acceleration import colossal_cpu
 
         colossal_cpu.enable()
-    return colossalai.booster
+    return booster
 
 
 class ColossalEngine(DistributedEngine):

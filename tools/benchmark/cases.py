@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from opensora.diffusion.latents import prepare_ids
 from opensora.models.hunyuan_vae import AutoencoderKLCausal3D, HunyuanVAEConfig
 from opensora.models.mmdit import MMDiTConfig, MMDiTModel
-from opensora.utils.errors import UserError
+from opensora.utils.optional import require
 
 BASELINE = "diffusers"
 HEAD_DIM, AXES = 128, [16, 56, 56]
@@ -62,10 +62,7 @@ def diffusers_module() -> Any:
     Raises:
         UserError: it is not installed.
     """
-    try:
-        import diffusers
-    except ImportError as error:
-        raise UserError("the comparison needs diffusers: pip install -r requirements-dev.txt") from error
+    diffusers = require("diffusers", "the comparison", "`pip install -r requirements-dev.txt`")
     diffusers.utils.logging.set_verbosity_error()
     return diffusers
 

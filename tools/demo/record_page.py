@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from opensora.utils.errors import UserError
+from opensora.utils.optional import require
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ("a green triangle moving left on a light background", "a red circle moving right on a dark background")
@@ -36,15 +37,12 @@ def film(config: Path) -> list[Shot]:
     Raises:
         UserError: playwright or Chromium is missing.
     """
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        raise UserError("filming the page needs playwright: pip install -r requirements-dev.txt") from None
+    api = require("playwright.sync_api", "filming the page", "`pip install -r requirements-dev.txt`")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         raise UserError("filming the page needs Chromium: apt-get install chromium")
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with _server(config) as address, sync_playwright() as playwright:
+    with _server(config) as address, api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
         page = browser.new_page(base_url=address, viewport={"width": WIDTH, "height": HEIGHT}, locale="en-US")
         page.set_default_timeout(PATIENCE * 1000)

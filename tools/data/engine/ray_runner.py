@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opensora.utils.errors import UserError
+from opensora.utils.optional import require
 from tools.data.engine.runners import DIED, Job, LocalRunner, Outcomes, do_job, make_pool
 from tools.data.engine.stage import Stage
 from tools.data.engine.store import Failure
@@ -101,11 +102,9 @@ class RayRunner:
 
 
 def _ray() -> Any:
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise UserError(f"runner 'ray' needs Ray Data: pip install 'ray[data]' ({error})") from error
+    require("ray.data", "runner 'ray'", "`pip install 'ray[data]'`")
+    import ray
+
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.WARNING)  # its plans and timings stay in its log file

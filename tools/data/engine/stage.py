@@ -1,7 +1,6 @@
 """What a stage of the pipeline is: rows in, rows out, with a fingerprint of everything that decides its result."""
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -13,6 +12,7 @@ import polars as pl
 
 from opensora.config.options import Options
 from opensora.utils.errors import UserError
+from opensora.utils.optional import check_module
 
 Row = dict[str, Any]
 Worker = Callable[[Row], list[Row]]
@@ -205,10 +205,9 @@ class Picture:
         return self._made[side]
 
 
-def require(module: str, wish: str) -> None:
-    """Raise a UserError that says how to install an optional library."""
-    if importlib.util.find_spec(module) is None:
-        raise UserError(f"{wish} needs the library {module}: pip install --no-deps -r requirements-data.txt")
+def check_library(module: str, wanted_by: str) -> None:
+    """Raise a UserError that says how to install a library that only some stages need."""
+    check_module(module, wanted_by, "`pip install --no-deps -r requirements-data.txt`")
 
 
 def check_order(low_key: str, low: float, high_key: str, high: float) -> None:

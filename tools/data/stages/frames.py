@@ -17,7 +17,7 @@ from tools.data.engine.stage import (
     Picture,
     PixelStage,
     Row,
-    require,
+    check_library,
     shrink,
 )
 from tools.data.stages.motion import middles
@@ -48,7 +48,7 @@ class FrameSamples(PixelStage):
 
     def check(self) -> None:
         """The hash's library is there."""
-        require("imagehash", "stage 'frames'")
+        check_library("imagehash", "stage 'frames'")
 
     def analyser(self, row: Row, info: ClipInfo) -> Analyser:
         """Frames of one clip."""

@@ -9,7 +9,7 @@ import polars as pl
 
 from opensora.config.options import Options, opt
 from opensora.utils.media.pictures import read_picture
-from tools.data.engine.stage import Row, Stage, Worker, require
+from tools.data.engine.stage import Row, Stage, Worker, check_library
 
 DETECT_SIDE = 960  # px; larger pictures are shrunk before text is looked for, smaller ones stay
 
@@ -36,8 +36,8 @@ class Ocr(Stage):
 
     def check(self) -> None:
         """RapidOCR, which brings its weights, is there."""
-        require("rapidocr", "stage 'ocr'")
-        require("onnxruntime", "stage 'ocr'")
+        check_library("rapidocr", "stage 'ocr'")
+        check_library("onnxruntime", "stage 'ocr'")
 
     def worker(self) -> Worker:
         """Read the frames of one clip."""

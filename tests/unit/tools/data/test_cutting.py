@@ -249,7 +249,7 @@ def test_transnet_finds_cuts_and_dissolves(tmp_path):
 
 def test_missing_detector_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"scenes.method=adaptive needs the library scenedetect: pip install"):
+    with pytest.raises(UserError, match=r"scenes.method=adaptive needs the module scenedetect, which is not installed"):
         scenes(tmp_path, method="adaptive").check()
 
 
