@@ -5,6 +5,7 @@ says who holds it. The system gives it back when a process ends, however that ha
 """
 
 import fcntl
+import io
 import json
 import math
 import os
@@ -76,10 +77,14 @@ class Claim:
 
     def __init__(self, lock: Path, names: Sequence[str] = ()) -> None:
         self.lock = lock
-        self._handle: int | None = _lock(lock)
-        with suppress(OSError):  # a full disk: it is a lock all the same
-            os.ftruncate(self._handle, 0)
-            os.pwrite(self._handle, json.dumps(asdict(Holder.this(names))).encode(), 0)
+        self._file = _lock(lock)
+        try:
+            with suppress(OSError):  # a full disk: it is a lock all the same
+                self._file.truncate(0)
+                self._file.write(json.dumps(asdict(Holder.this(names))).encode())
+        except BaseException:  # told to end
+            self.release()
+            raise
         ours = weakref.ref(self)
 
         def forget() -> None:
@@ -90,34 +95,44 @@ class Claim:
         os.register_at_fork(after_in_child=forget)
 
     def _forget(self) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
+        self._file.close()
 
     def release(self) -> None:
         """Give the place back; its lock's file goes."""
-        if self._handle is not None:
+        if not self._file.closed:
             with suppress(OSError):
                 self.lock.unlink()
             self._forget()
 
 
-def _lock(path: Path) -> int:
-    """Open and lock a file that has its name still once it is locked: holders delete it before they let go."""
+def _lock(path: Path) -> io.FileIO:
+    """Open and lock a file that has its name still once it is locked: holders delete it before they let go. A process
+    that is told to end meanwhile holds nothing: the file closes itself, which a number of the system would not."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        file = io.FileIO(path, "a+")
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                return file
+        except FileNotFoundError:
+            pass
         except BlockingIOError:
-            os.close(handle)
+            file.close()
             raise
         except OSError as error:  # a file system without locks
             logger.warning("%s: no locks there (%s); do not write to it from two programs at once", path.parent, error)
-            return handle
-        with suppress(OSError):
-            if path.stat().st_ino == os.fstat(handle).st_ino:
-                return handle
-        os.close(handle)
+            return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _forsake(lock: Path) -> None:
+    """Remove the file of a lock that nobody holds: this process was told to end while it took it."""
+    with suppress(OSError):
+        if lock.exists():
+            Claim(lock).release()
 
 
 def lock_of(place: Path, is_folder: bool) -> Path:
@@ -158,12 +173,16 @@ def take(place: Path, is_folder: bool = True, wait: bool = False, advice: str = 
 @contextmanager
 def claimed(place: Path, is_folder: bool = True, wait: bool = False, advice: str = "") -> Iterator[None]:
     """Within it, this process holds a place; see :func:`take`. Folders made for that go again if they stay empty."""
-    with no_empty_folders(lock_of(place, is_folder).parent):
-        claim = take(place, is_folder, wait, advice)
+    lock, claim = lock_of(place, is_folder), None
+    with no_empty_folders(lock.parent):
         try:
+            claim = take(place, is_folder, wait, advice)
             yield
         finally:
-            claim.release()
+            if claim is not None:
+                claim.release()
+            else:
+                _forsake(lock)
 
 
 @contextmanager

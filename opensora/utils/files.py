@@ -6,6 +6,7 @@ While a file is written it is called ``.unfinished-*`` and lies beside its place
 
 import errno
 import fcntl
+import io
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -62,50 +63,72 @@ class FileBeside:
             raise UserError(f"{self.path} is a link that leads nowhere; delete it, or give another place")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._handle, self.temporary = _open_beside(self.path)
+            self._file, self.temporary = _open_beside(self.path)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
+        except BaseException:  # told to end
+            _forsake(_steady_name(self.path))
+            raise
 
     def put_in_place(self) -> Path:
         """Give the file its name, in place of one that has it."""
         self.temporary.chmod(0o666 & ~_umask())
         self.temporary.replace(self.path)
-        self._close()
+        self._file.close()
         return self.path
 
     def discard(self) -> None:
         """Delete the temporary file, if it is still there."""
         self.temporary.unlink(missing_ok=True)
-        self._close()
-
-    def _close(self) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
+        self._file.close()
 
 
-def _open_beside(path: Path) -> tuple[int | None, Path]:
+def _steady_name(path: Path) -> Path:
+    return path.with_name(f"{UNFINISHED}{zlib.crc32(os.fsencode(path.name)):08x}{path.suffix}")
+
+
+def _open_beside(path: Path) -> tuple[io.FileIO, Path]:
     """An empty temporary file beside ``path``, open and locked, and its name.
 
     The name is the same every time, so that the next run writes over what a killed one has left; another one if
     somebody is writing the same file now.
     """
-    steady = path.with_name(f"{UNFINISHED}{zlib.crc32(os.fsencode(path.name)):08x}{path.suffix}")
+    steady = _steady_name(path)
     try:
-        handle = os.open(steady, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        file = _open(steady, os.O_CREAT | os.O_EXCL)
     except FileExistsError:
-        handle = os.open(steady, os.O_RDWR | os.O_NOFOLLOW)
+        file = _open(steady, os.O_NOFOLLOW)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ours, there = os.fstat(handle), steady.lstat()
-        if ours.st_ino == there.st_ino and ours.st_uid == os.geteuid():
-            os.ftruncate(handle, 0)
-            return handle, steady
+        if _is_ours_alone(file, steady):
+            file.truncate(0)
+            return file, steady
     except OSError:  # somebody's, gone meanwhile, or on a file system without locks
         pass
-    os.close(handle)
+    except BaseException:
+        file.close()
+        raise
+    file.close()
     handle, name = tempfile.mkstemp(prefix=UNFINISHED, suffix=path.suffix, dir=path.parent)
-    return handle, Path(name)
+    return io.FileIO(handle, "r+"), Path(name)
+
+
+def _open(path: Path, flags: int) -> io.FileIO:
+    """An open file that closes itself if its opener is told to end, so that its lock goes."""
+    return io.FileIO(path, "r+", opener=lambda name, given: os.open(name, given | flags, 0o600))
+
+
+def _is_ours_alone(file: io.FileIO, path: Path) -> bool:
+    """Whether nobody else has locked a file, which has its name still and belongs to this user; locks it."""
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    ours, there = os.fstat(file.fileno()), path.lstat()
+    return ours.st_ino == there.st_ino and ours.st_uid == os.geteuid()
+
+
+def _forsake(path: Path) -> None:
+    """Delete an empty file that this process was about to write, unless somebody else does."""
+    with suppress(OSError), _open(path, os.O_NOFOLLOW) as file:
+        if _is_ours_alone(file, path) and path.stat().st_size == 0:
+            path.unlink()
 
 
 def write_beside(path: str | Path, write: Callable[[Path], Any]) -> Path:

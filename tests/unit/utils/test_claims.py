@@ -1,6 +1,8 @@
 """Claims on places, by processes that wait, end and are killed."""
 
 import contextlib
+import fcntl
+import io
 import os
 import signal
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 
 from opensora.utils.claims import NameClaims, TakenError, claimed, take
 from opensora.utils.errors import UserError
+from tests.helpers.ending import ends_once
 
 ROOT = Path(__file__).parents[3]
 HOLD = """
@@ -93,6 +96,15 @@ def test_nothing_is_left(tmp_path):
     with claimed(tmp_path / "new"):
         (tmp_path / "new" / "file").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["new", "file"]
+
+
+@pytest.mark.parametrize("module", [io, fcntl], ids=["open", "lock"])
+def test_an_end_while_a_place_is_taken(tmp_path, monkeypatch, module):
+    name = {io: "FileIO", fcntl: "flock"}[module]
+    monkeypatch.setattr(module, name, ends_once(getattr(module, name)))
+    with pytest.raises(KeyboardInterrupt), claimed(tmp_path / "new"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_names_that_no_file_system_takes(tmp_path):

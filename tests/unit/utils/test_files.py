@@ -1,5 +1,7 @@
 """Files and folders that are whole or absent."""
 
+import fcntl
+import io
 import os
 
 import pytest
@@ -17,6 +19,7 @@ from opensora.utils.files import (
     write_text,
 )
 from opensora.utils.main import told_of
+from tests.helpers.ending import ends_once
 
 
 def folder(path, text):
@@ -34,6 +37,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError, match="full"):
         write_beside(tmp_path / "a.txt", fail)
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.txt": "old"}
+
+
+@pytest.mark.parametrize("module", [io, fcntl], ids=["open", "lock"])
+def test_an_end_while_a_file_is_opened(tmp_path, monkeypatch, module):
+    name = {io: "FileIO", fcntl: "flock"}[module]
+    monkeypatch.setattr(module, name, ends_once(getattr(module, name)))
+    with pytest.raises(KeyboardInterrupt):
+        write_text("new", tmp_path / "a.txt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_copy_to_a_full_disk_is_about_the_copy(tmp_path):
