@@ -5,10 +5,27 @@ import pytest
 from opensora.config import parse_config
 from opensora.config.commands import TrainOptions
 from opensora.diffusion.cards import CARDS
+from opensora.models.autoencoder import Autoencoder
 from opensora.training.diffusion.outlook import outlook_of, report
 
 CARD = {card.name: card for card in CARDS}
 EIGHTY = ("80gb/stage1", "80gb/stage1_i2v", "80gb/stage2", "80gb/high_compression")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def counted_once():
+    """What encoding takes is counted once for each shape: it takes long, and the recipes share shapes."""
+    known, count = {}, Autoencoder.encode_cost
+
+    def encode_cost(self, size, dtype):
+        key = repr((type(self), self.config, self.tiling, size, dtype))
+        if key not in known:
+            known[key] = count(self, size, dtype)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Autoencoder, "encode_cost", encode_cost)
+        yield
 
 
 def outlook(name, *words):
