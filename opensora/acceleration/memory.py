@@ -35,7 +35,8 @@ def room_on(device: torch.device, limit: int | None = None) -> int:
         return left
     in_use = torch.cuda.memory_allocated(device)
     left += torch.cuda.memory_reserved(device) - in_use
-    fraction = torch.cuda.get_per_process_memory_fraction(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    fraction = torch.cuda.get_per_process_memory_fraction(index)  # unlike the others, of numbered devices only
     if fraction < 1:
         left = min(left, int(fraction * memory_of(device)[0]) - in_use)
     return max(left if limit is None else min(left, limit - in_use), 0)

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
+from opensora.registry import MODELS, build_module
 
 HERE = Path(__file__).parent
 REASON = "needs a GPU: torch finds no CUDA device here"
@@ -31,6 +34,16 @@ def pytest_collection_modifyitems(items):
 def device():
     """The GPU, or where a test runs anywhere, the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def saved_config(tiny_config, tmp_path):
+    """The tiny config with a file of weights: random ones are drawn where a model is built, which is on the CPU for one
+    that comes to the GPU only to work."""
+    path = tmp_path / "model.safetensors"
+    model = build_module(tiny_config["model"], MODELS, device_map="cpu", torch_dtype=torch.float32)
+    save_file(model.state_dict(), path)
+    return {**tiny_config, "model": {**tiny_config["model"], "from_pretrained": str(path)}}
 
 
 @pytest.fixture

@@ -112,9 +112,9 @@ def test_quantised_weights_are_near(device, kind):
 @pytest.mark.anywhere
 @pytest.mark.parametrize("precompute", [True, False])
 @pytest.mark.parametrize("offload", [False, True, "blocks"])
-def test_pipelines_agree(device, tiny_config, offload, precompute):
+def test_pipelines_agree(device, saved_config, offload, precompute):
     """Wherever the weights are meanwhile, and whatever is computed once: bit for bit the same latents."""
-    plain = {**tiny_config, "device": device.type, "precompute": False}
+    plain = {**saved_config, "device": device.type, "precompute": False}
     try:
         cfg = load_config(plain, InferenceOptions, {"offload": offload, "precompute": precompute})
     except UserError as error:

@@ -59,9 +59,9 @@ def test_copies_through_pinned_buffers():
 
 
 @pytest.mark.parametrize("changes", [{"offload": True}, {"offload": "blocks"}, {"offload": "disk"}, {}])
-def test_pipelines_make_the_same(tiny_config, changes):
+def test_pipelines_make_the_same(saved_config, changes):
     plain, other = (
-        VideoPipeline.from_config({**tiny_config, "device": "cuda"}, precompute=precompute, **more)
+        VideoPipeline.from_config({**saved_config, "device": "cuda"}, precompute=precompute, **more)
         for precompute, more in ((False, {}), (True, changes))
     )
     assert torch.equal(plain("a", seed=1).latents, other("a", seed=1).latents)

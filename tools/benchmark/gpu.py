@@ -26,6 +26,7 @@ import torch
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from opensora.acceleration.devices import pick_device
 from opensora.benchmark.measuring import markdown
 from opensora.config import run_main
 from opensora.diffusion.cards import known_card
@@ -225,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--cap and --seconds must be above 0")
     if args.original is not None and not (args.original / "opensora").is_dir():
         raise UserError(f"--original {args.original}: no checkout of Open-Sora, it has no folder opensora")
-    device = torch.device(args.device)
+    device = pick_device(args.device)
     bench = Bench(device, args.toy, args.quick, args.seconds, tuple(args.cap), args.original)
     about = environment(device)
     print(", ".join(f"{key} {value}" for key, value in about.items()))

@@ -25,6 +25,27 @@ def test_memory_of_this_machine_and_of_a_container(monkeypatch, tmp_path):
     assert memory.room_on(torch.device("cpu"), limit=1) > 1, "which is one of GPUs"
 
 
+def test_room_on_a_gpu_held_to_a_share(monkeypatch):
+    """``cuda`` without a number is the current one, also where torch wants the number."""
+
+    def fraction(device):
+        assert device == 1
+        return 0.25
+
+    cuda = {
+        "mem_get_info": lambda device: (70 * GIB, 80 * GIB),
+        "memory_allocated": lambda device: 3 * GIB,
+        "memory_reserved": lambda device: 5 * GIB,
+        "current_device": lambda: 1,
+        "get_per_process_memory_fraction": fraction,
+    }
+    for name, function in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    for device in (torch.device("cuda"), torch.device("cuda", 1)):
+        assert memory.room_on(device) == 17 * GIB
+        assert memory.room_on(device, limit=10 * GIB) == 7 * GIB
+
+
 @pytest.mark.parametrize(
     ("text", "count"),
     [("16GB", 16 * 10**9), ("15.5GiB", int(15.5 * GIB)), ("800 MB", 800 * 10**6), ("16", 16 * 10**9), ("1G", 10**9)],
