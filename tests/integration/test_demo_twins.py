@@ -80,7 +80,7 @@ def test_twin_makes_a_video(run_twin, caplog, name):
         assert record["cond_type"] == "i2v_head"
         picture = read_image(path.parent / "generated_condition" / f"{path.stem}.png")
         assert picture.shape == (64, 64, 3)
-    assert random == ({"model", "ae"} if name == "high_compression.py" else set())
+    assert not random
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -89,7 +89,7 @@ def test_plan_of_a_twin(run_twin, capsys, tmp_path, name):
     plan = capsys.readouterr().out
     assert ("picture      64 x 64 first" in plan) == ("t2i2v" in name or name == "high_compression.py")
     assert "0.2M t5" in plan
-    assert ("random, no from_pretrained" in plan) == (name == "high_compression.py")
+    assert "random, no from_pretrained" not in plan
     assert list(tmp_path.iterdir()) == []
 
 

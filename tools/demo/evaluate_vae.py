@@ -84,6 +84,11 @@ def _is_video_model(config: str) -> bool:
         return False
 
 
+def that_fits(clip: Frames, model: Autoencoder) -> Frames:
+    """The first frames of a clip [T, H, W, 3], as many as the autoencoder takes."""
+    return clip[: model.nearest_frames(len(clip))[0]]
+
+
 @torch.no_grad()
 def round_trip(model: Any, clips: list[Frames], device: torch.device) -> list[Frames]:
     """Encode (mean of the posterior) and decode uint8 clips [T, H, W, 3] of one size."""
@@ -117,7 +122,7 @@ def _measure(args: argparse.Namespace, overrides: list[str]) -> None:
     table = read_table(args.data, args.num)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_autoencoder(args.config, overrides, device)
-    clips = [read_video(path)[0] for path in table["path"]]
+    clips = [that_fits(read_video(path)[0], model) for path in table["path"]]
     start = time.perf_counter()
     decoded: list[Frames] = []
     for first in Bar(range(0, len(clips), args.eval_batch), desc="round trips", unit="batch"):

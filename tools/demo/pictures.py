@@ -72,6 +72,7 @@ SHEETS: dict[str, Callable[[VideoPipeline], list[Labelled]]] = {
     "text_to_video": text_to_video,
     "image_to_video": image_to_video,
     "text_to_image_to_video": partial(picture_first, "t2i2v_256px.py"),
+    "high_compression": partial(picture_first, "high_compression.py"),
     "distilled": distilled,
 }
 

@@ -11,7 +11,7 @@ from opensora.config import load_config
 from opensora.config.commands import VaeInferenceOptions, VaeTrainOptions
 from opensora.config.keys import read_section
 from opensora.config.registries import MODELS
-from opensora.models.build import build_on_meta
+from opensora.models.build import build_on_meta, check_weights
 from opensora.training.vae.checks import check_adversarial, check_config, check_lengths
 from opensora.utils.errors import UserError
 from tools.benchmark import models, vae
@@ -55,13 +55,22 @@ def test_training_of_the_video_dc_ae_is_the_original_one():
 def test_demo_trainings_pass_all_checks(name, monkeypatch):
     monkeypatch.chdir(ROOT.parents[1])
     plan = check_config(load("train", name))
-    assert plan.multiple == 16
+    assert plan.multiple == (32 if name == "demo_dc_ae_f32.py" else 16)
     assert (plan.adversarial is not None) == (name == "demo_disc.py")
 
 
-def test_demo_dc_ae_is_measured_as_it_was_trained():
-    train, inference = load("train", "demo_dc_ae.py").model, load("inference", "demo_dc_ae.py").model
+@pytest.mark.parametrize("name", ["demo_dc_ae.py", "demo_dc_ae_f32.py"])
+def test_demo_dc_ae_is_measured_as_it_was_trained(name):
+    train, inference = load("train", name).model, load("inference", name).model
     assert all(getattr(train, key) == getattr(inference, key) for key in ("latent_channels", "encoder", "decoder"))
+
+
+@pytest.mark.parametrize("name", ["demo.py", "demo_image.py", "demo_dc_ae_f32.py"])
+def test_weights_that_ship_are_of_the_layout_that_is_measured(name, monkeypatch):
+    monkeypatch.chdir(ROOT.parents[1])
+    section = load("inference", name).model
+    assert section.from_pretrained.startswith("assets/demo/")
+    check_weights("model", section)
 
 
 def test_benchmark_lengths():
