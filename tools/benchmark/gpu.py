@@ -99,7 +99,7 @@ def measure(
     bench: Bench,
     shown: Callable[[str], None] = print,
     names: Collection[str] = (),
-    done: Callable[[Mapping[str, list[Row]]], None] = bool,
+    done: Callable[[Mapping[str, list[Row]]], object] = bool,
 ) -> dict[str, list[Row]]:
     """Parts of the measurement; one that fails is named, and the others go on.
 
@@ -113,7 +113,8 @@ def measure(
     rows_of, order = parts(bench), chosen(bench, names)
     for number, name in enumerate(order):
         title = PARTS[name][0]
-        rows = found[title] = []
+        rows: list[Row] = []
+        found[title] = rows
         bench.reserved = sum(PARTS[later][1] for later in order[number + 1 :])
         _fill(bench, title, rows, rows_of[name])
         if rows:

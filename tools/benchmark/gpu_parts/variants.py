@@ -81,6 +81,6 @@ def variants() -> Iterator[Variant]:
         found = partial(attention_kernel, kernel)
         yield Variant(f"attention {kernel}", partial(attention, kernel=kernel), 6, ("256px", "768px"), found)
     for kind in QUANTIZERS:
-        found = partial(quantization(kind).quantizer, None)
-        yield Variant(f"weights {kind}", partial(quantized, kind=kind), 8, check=found)
+        known = partial(quantization(kind).quantizer, None)
+        yield Variant(f"weights {kind}", partial(quantized, kind=kind), 8, check=known)
     yield Variant("liger rope", liger, 6, check=partial(rotation, True, "liger"))
