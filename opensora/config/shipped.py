@@ -7,7 +7,7 @@ from pathlib import Path
 
 from opensora.utils import hub
 from opensora.utils.errors import UserError, shorten
-from opensora.utils.paths import is_file, is_folder, shipped_root
+from opensora.utils.paths import is_file, is_folder, read_text, shipped_root
 
 CONFIGS = "configs"
 SUFFIXES = (".py", ".json", ".yaml", ".yml")
@@ -87,7 +87,7 @@ def _in_repository(name: str) -> Path:
         raise UserError(f"{name} is neither a config here nor a shipped one, and as a repository: {error}") from error
     file = folder / f"{FOLDER_CONFIG}.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
     except (OSError, ValueError) as error:
         raise UserError(f"{name} is a repository without a readable {file.name} of a pipeline ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):

@@ -14,6 +14,7 @@ from torch import Tensor
 from opensora.diffusion import lora_products
 from opensora.models.inspect import inspect
 from opensora.utils.errors import UserError, shorten
+from opensora.utils.paths import read_text
 from opensora.utils.weights import WEIGHT_SUFFIXES, all_finite, open_weights
 
 CONFIG_NAME = "adapter_config.json"
@@ -197,7 +198,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(read_text(file))
         kind = config.get("peft_type", "LORA")
         _check_config(config)
     except (OSError, ValueError, AttributeError, TypeError, re.error) as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from opensora.utils.errors import UserError, first_line
+from opensora.utils.paths import read_text
 
 Info = TypeVar("Info")
 
@@ -26,7 +27,7 @@ def read_description(kind: Callable[..., Info], version: int, file: Path, what: 
     if not file.is_file():
         raise UserError(f"{file.parent} holds no {what} (no {file.name}), which {written_by} CONFIG writes")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
         if content.get("version") == version:
             return kind(**content)
     except (AttributeError, TypeError, ValueError) as error:

@@ -30,6 +30,7 @@ from opensora.utils.claims import POLL_SECONDS, Holder, NameClaims, TakenError, 
 from opensora.utils.errors import UserError
 from opensora.utils.files import remove_unfinished_files, write_text
 from opensora.utils.logging import get_logger
+from opensora.utils.paths import read_text
 from opensora.utils.progress import Bar
 from opensora.utils.weights_writing import save_safetensors
 
@@ -228,7 +229,7 @@ class CacheWriter:
     def _changed(self, folder: Path) -> list[str] | None:
         """What the cache in a folder was made with that is something else now; None if there is no cache."""
         try:
-            there: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+            there: dict[str, Any] = json.loads(read_text(folder / DESCRIPTION))
         except FileNotFoundError:
             return None
         except ValueError:

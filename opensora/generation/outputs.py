@@ -27,6 +27,7 @@ from opensora.generation.requests import Request
 from opensora.models.quantization.loading import kind_of_section
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
+from opensora.utils.paths import read_text
 from opensora.utils.video import VideoWriter, save_image
 from opensora.utils.weights import WeightFiles, fingerprint, index_of, open_weights
 from opensora.utils.weights_writing import save_safetensors
@@ -130,7 +131,7 @@ def foreign_note(stem: Path) -> Path | None:
 def recorded_prompt(stem: Path) -> str | None:
     """Prompt in the ``.json`` of a sample, None if that is not there or not ours."""
     try:
-        record = json.loads(_with_ending(stem, ".json").read_text(encoding="utf-8"))
+        record = json.loads(read_text(_with_ending(stem, ".json")))
     except (OSError, ValueError):
         return None
     prompt = record.get("prompt") if isinstance(record, dict) else None

@@ -9,7 +9,7 @@ from typing import Any
 from opensora.config.commands import LoopOptions
 from opensora.config.options import Options, default_of
 from opensora.utils.errors import UserError, shorten
-from opensora.utils.paths import expand_home
+from opensora.utils.paths import expand_home, read_text
 
 # Keys that decide what a run learns; others say where and how fast, for how long, or what is logged and saved.
 DECIDING = (
@@ -41,7 +41,7 @@ def check_unchanged(cfg: LoopOptions, checkpoint: Path, asked: str) -> None:
         UserError: names the keys that differ, with their values.
     """
     try:
-        before = json.loads((checkpoint.parent / "config.txt").read_text(encoding="utf-8"))
+        before = json.loads(read_text(checkpoint.parent / "config.txt"))
     except (OSError, ValueError):
         return  # moved here, or of another program
     if cfg.load_changed or not isinstance(before, dict):

@@ -2,7 +2,7 @@
 
 from opensora.acceleration.plugins import NATIVE, check_in_backward
 from opensora.config.commands import LoopOptions
-from opensora.training.weights.optimizer import WHOLE_ROWS, check_package
+from opensora.training.weights.optimizer import WHOLE_ROWS, check_settings
 from opensora.utils.errors import UserError
 
 
@@ -17,12 +17,12 @@ def check_loop(cfg: LoopOptions) -> None:
 
 
 def check_optimizer(cfg: LoopOptions, world_size: int) -> None:
-    """See that the optimizer is installed, and can work on what a rank holds of the parameters.
+    """See that the optimizer can be made, and work on what a rank holds of the parameters.
 
     Raises:
         UserError: says what to install, or which plugin or optimizer to use.
     """
-    check_package(cfg.optim.cls)
+    check_settings(cfg.optim)
     if cfg.optim.in_backward:
         check_in_backward(world_size, cfg.grad_clip, cfg.accumulation_steps)
     if cfg.optim.states == "host" and world_size > 1:

@@ -1,5 +1,6 @@
 """Paths as people write them."""
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -63,3 +64,14 @@ def is_folder(path: str | Path) -> bool:
 def is_file(path: str | Path) -> bool:
     """Whether a file has this name, see :func:`is_there`."""
     return os.path.isfile(path)  # noqa: PTH113
+
+
+def read_text(path: str | Path, encoding: str = "utf-8") -> str:
+    """What is in a text file. A pipe or a device of that name, which may never end, is none.
+
+    Raises:
+        OSError: no such file.
+    """
+    if is_there(path) and not is_file(path):
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return Path(path).read_text(encoding=encoding)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from opensora.utils import hub
 from opensora.utils.errors import UserError, first_line, shorten
-from opensora.utils.paths import INDEX_SUFFIX
+from opensora.utils.paths import INDEX_SUFFIX, read_text
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
@@ -361,7 +361,7 @@ def _refuse_shard(file: Path) -> None:
 
 def _read_index(index: Path) -> dict[str, Any]:
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
+        content = json.loads(read_text(index))
         return {**content, "weight_map": dict(content["weight_map"])}
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{index} is not an index of weight shards ({error}).") from error

@@ -16,6 +16,7 @@ if __package__ in (None, ""):
 from opensora.config import run_main
 from opensora.diffusion.saving import PIPELINE_CLASS
 from opensora.utils.errors import UserError
+from opensora.utils.paths import read_text
 from opensora.utils.weights import WeightFiles, open_weights
 from opensora.utils.weights_writing import save_safetensors
 from tools.convert.autoencoders import THEIR_IMAGE_KEY, VIDEO_KEY, image_config, image_from_diffusers, video_config
@@ -68,7 +69,7 @@ def _description(place: Path, name: str = "config.json") -> dict[str, Any]:
     """The ``config.json`` beside weights, or in their folder; empty without one."""
     folder = place if place.is_dir() else place.parent
     try:
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
+        found = json.loads(read_text(folder / name))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

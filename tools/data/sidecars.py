@@ -10,7 +10,7 @@ import polars as pl
 
 from opensora.utils.errors import UserError, shorten
 from opensora.utils.logging import get_logger
-from opensora.utils.paths import is_file
+from opensora.utils.paths import is_file, read_text
 
 logger = get_logger(__name__)
 
@@ -55,7 +55,7 @@ def _beside(path: Path) -> str | None:
         if not is_file(place):
             continue
         try:
-            text = " ".join(place.read_text("utf-8-sig").split())
+            text = " ".join(read_text(place, "utf-8-sig").split())
         except UnicodeDecodeError:
             raise UserError(f"{place}: not UTF-8 text, so no caption can be read from it; save it as UTF-8") from None
         if len(text) > LONGEST:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from opensora.utils.errors import UserError
 from opensora.utils.media.probe import probe
+from opensora.utils.paths import read_text
 from opensora.utils.video import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, is_video, read_image, read_video
 
 Frames = NDArray[np.uint8]
@@ -73,7 +74,7 @@ def list_samples(folder: Path) -> list[Sample]:
 def _record(path: Path) -> dict[str, Any]:
     """What inference.py writes beside a sample; empty for files of others."""
     try:
-        found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        found = json.loads(read_text(path.with_suffix(".json")))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from opensora.utils.errors import UserError, shorten
+from opensora.utils.paths import read_text
 
 SAMPLES = 5  # videos per prompt that the scorer looks for
 SEED_STRIDE = 100  # between prompts: seeds stay the same when more videos of each are made
@@ -75,7 +76,7 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
         UserError: the file is damaged or something else; names the entry.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(entries, list) or not entries:

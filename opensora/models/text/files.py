@@ -12,6 +12,7 @@ from opensora.models.quantization.loading import Quantization
 from opensora.models.text.vocabulary import wrong_vocabulary
 from opensora.utils import hub
 from opensora.utils.errors import UserError, shorten
+from opensora.utils.paths import read_text
 from opensora.utils.weights import WeightFiles, index_of, is_costly, open_weights
 
 KINDS = {"t5": "t5", "clip": "clip", "clip_text_model": "clip"}  # model_type of a config.json -> kind of encoder
@@ -167,7 +168,7 @@ def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
         UserError: no config of one.
     """
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = json.loads(read_text(folder / "config.json"))
         model_type = content["model_type"]
         # of a whole CLIP, the half that reads text
         content |= {**(content.get("text_config") or {}), **(content.get("text_config_dict") or {})}

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from opensora.utils.paths import is_file, read_text
+
 WHOLE_TOKENIZER = "tokenizer.json"  # takes the place of all others
 TOKENIZER_FILES = {"t5": ("spiece.model",), "clip": ("vocab.json", "merges.txt")}
 SPECIAL = re.compile(r"<.+>")  # tokens that stand for no text
@@ -47,6 +49,8 @@ def _read_pieces(folder: Path) -> dict[str, int]:
     from sentencepiece import sentencepiece_model_pb2
 
     messages: Any = sentencepiece_model_pb2  # whose classes are made when it is imported
+    if not is_file(folder / "spiece.model"):
+        raise ValueError("no such file")
     model = messages.ModelProto()
     model.ParseFromString((folder / "spiece.model").read_bytes())
     if not (model.pieces and model.HasField("trainer_spec") and model.HasField("normalizer_spec")):
@@ -55,7 +59,7 @@ def _read_pieces(folder: Path) -> dict[str, int]:
 
 
 def _read_words(folder: Path) -> dict[str, int]:
-    words: dict[str, int] = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    words: dict[str, int] = json.loads(read_text(folder / "vocab.json"))
     if not words or not all(isinstance(number, int) and number >= 0 for number in words.values()):
         raise ValueError("no table of tokens and their numbers")
     return words
@@ -64,7 +68,7 @@ def _read_words(folder: Path) -> dict[str, int]:
 def _read_whole(folder: Path) -> dict[str, int]:
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(folder / WHOLE_TOKENIZER)).get_vocab()
+    return Tokenizer.from_str(read_text(folder / WHOLE_TOKENIZER)).get_vocab()
 
 
 READERS: Mapping[str, Callable[[Path], dict[str, int]]] = MappingProxyType(
@@ -77,7 +81,7 @@ def _wrong_merges(folder: Path, words: Mapping[str, int]) -> str | None:
     """What is wrong with the merges of a byte-pair vocabulary: each makes a word of two, and all longer words are made
     so."""
     try:
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        lines = read_text(folder / "merges.txt").split("\n")
     except UnicodeDecodeError:
         return "its merges.txt is damaged (not UTF-8)"
     merges = [(number, line) for number, line in enumerate(lines, 1) if line and not line.startswith("#version")]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from opensora.utils.errors import UserError
 from opensora.utils.files import remove_folder, remove_unfinished_files, remove_unfinished_folders
+from opensora.utils.paths import read_text
 from opensora.utils.weights import is_stored, load_state_dict, open_weights
 
 STATES = "running_states.json"  # the last file to be written into a checkpoint
@@ -83,7 +84,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def _saved_at(checkpoint: Path) -> float:
     """See :class:`RunningStates`; 0 as well for what is not this program's."""
     try:
-        return float(json.loads((checkpoint / STATES).read_text(encoding="utf-8")).get("saved_at", 0))
+        return float(json.loads(read_text(checkpoint / STATES)).get("saved_at", 0))
     except (AttributeError, OSError, TypeError, ValueError):
         return 0.0
 
@@ -123,7 +124,7 @@ def load_states(checkpoint: Path) -> RunningStates:
         UserError: it is not one of this program's.
     """
     try:
-        return RunningStates(**json.loads((checkpoint / STATES).read_text(encoding="utf-8")))
+        return RunningStates(**json.loads(read_text(checkpoint / STATES)))
     except (TypeError, ValueError) as error:
         raise UserError(
             f"--load {checkpoint}: {STATES} is not of this program ({error}); to start from its weights alone, give "

@@ -34,6 +34,7 @@ from opensora.training.methods.base import METHOD_SEED, MethodContext, TrainingM
 from opensora.training.methods.states import state_inputs
 from opensora.training.methods.teacher import Teacher, TeacherOptions, check_teacher, teacher_section
 from opensora.training.roles import MODEL, Turn
+from opensora.training.weights.optimizer import check_settings
 from opensora.utils.errors import UserError
 
 FAKE = "fake"
@@ -88,6 +89,7 @@ class DistributionMatching(TrainingMethod):
     def check(cls, cfg: TrainOptions, options: DmdOptions, model: nn.Module) -> None:
         """Positions and times that cannot be, no teacher."""
         check_positions(options.steps(), "training_method_config")
+        check_settings(options.fake_optim, "training_method_config.fake_optim")
         low, high = options.score_times
         if not 0 < low < high:
             raise UserError(f"training_method_config.score_times={low, high}: give two numbers that rise, above 0")

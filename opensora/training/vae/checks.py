@@ -23,6 +23,7 @@ from opensora.training.vae.adversarial import AdversarialOptions
 from opensora.training.vae.loss import LengthMixer
 from opensora.training.weights.adapters import freeze
 from opensora.training.weights.groups import check_groups
+from opensora.training.weights.optimizer import check_settings
 from opensora.utils.errors import UserError
 
 PLUGINS = ("ddp", "zero1", "zero2", "torch_ddp")  # those that leave the autoencoder whole
@@ -183,6 +184,7 @@ def check_adversarial(cfg: VaeTrainOptions, tables: list[BucketTable]) -> Advers
             "discriminator: it needs an optimizer of its own; give optim_discriminator, e.g. "
             "dict(cls='HybridAdam', lr=1e-4, betas=(0.9, 0.98)), or remove the discriminator"
         )
+    check_settings(cfg.optim_discriminator, "optim_discriminator")
     assert cfg.discriminator is not None
     check_weights("discriminator", cfg.discriminator)
     discriminator: Any = build_on_meta(cfg.discriminator)

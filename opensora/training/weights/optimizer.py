@@ -101,33 +101,21 @@ def create_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], optim
             (:class:`MuonWithAdamW`); ``adamw_mode=False`` is an L2 penalty as in Adam.
 
     Raises:
-        UserError: unknown ``cls`` or key, a pattern of ``groups`` that fits nothing, or a package that is not
-            installed.
+        UserError: see :func:`check_settings`; or a pattern of ``groups`` that fits nothing.
     """
-    name = optim.cls
-    if name not in NAMES:
-        raise UserError(f"optim.cls={name!r} is unknown; use one of {', '.join(NAMES)}")
+    check_settings(optim)
+    name, decoupled = optim.cls, _is_decoupled(optim)
     momentum = {} if optim.momentum is None else {"momentum": optim.momentum}
-    known = ["lr", "betas", "eps", "weight_decay", "adamw_mode", "groups", *(["momentum"] if name == "Muon" else [])]
-    unknown = [*optim.extra, *momentum] if name != "Muon" else [*optim.extra]
-    if unknown:
-        raise UserError(f"optim.{sorted(unknown)[0]} is unknown for {name}; use {', '.join(known)}")
-    decoupled = name != "Adam" if optim.adamw_mode is None else optim.adamw_mode
     options: dict[str, Any] = {key: getattr(optim, key) for key in ("lr", "betas", "eps", "weight_decay")}
     options.update(momentum)
     trainable = [(key, p) for key, p in named_parameters if p.requires_grad]
     if name == "Muon":
-        if not decoupled:
-            raise UserError("optim.adamw_mode=False: Muon's decay is decoupled; leave the key out")
         matrices = {id(p) for key, p in trainable if is_hidden_matrix(key, p)}
         groups = _parameters(trainable, optim)
         return MuonWithAdamW(
             _only(groups, lambda p: id(p) in matrices), _only(groups, lambda p: id(p) not in matrices), **options
         )
     if name == IN_8_BITS:
-        check_package(name)
-        if not decoupled:
-            raise UserError(f"optim.adamw_mode=False: the decay of {name} is decoupled; leave the key out")
         return adamw_in_8_bits(_parameters(trainable, optim), options)
     return (AdamW if decoupled else torch.optim.Adam)(_parameters(trainable, optim), **options)
 
@@ -148,14 +136,28 @@ def _only(parameters: Parameters, takes: Callable[[nn.Parameter], bool]) -> Para
     return found
 
 
-def check_package(name: str) -> None:
-    """See that what an optimizer needs is installed.
+def check_settings(optim: OptimOptions, section: str = "optim") -> None:
+    """See that an optimizer can be made of its options, as far as they alone tell.
 
     Raises:
-        UserError: it is not; says how to get it.
+        UserError: an unknown ``cls`` or key, a decay that it has not, or a package that is not installed.
     """
+    name = optim.cls
+    if name not in NAMES:
+        raise UserError(f"{section}.cls={name!r} is unknown; use one of {', '.join(NAMES)}")
+    momentum = ["momentum"] if name == "Muon" else []
+    known = ["lr", "betas", "eps", "weight_decay", "adamw_mode", "groups", *momentum]
+    unknown = [*optim.extra, *(["momentum"] if optim.momentum is not None and not momentum else [])]
+    if unknown:
+        raise UserError(f"{section}.{sorted(unknown)[0]} is unknown for {name}; use {', '.join(known)}")
+    if name in (IN_8_BITS, "Muon") and not _is_decoupled(optim):
+        raise UserError(f"{section}.adamw_mode=False: the decay of {name} is decoupled; leave the key out")
     if name == IN_8_BITS:
-        check_module(BITSANDBYTES, f"optim.cls={name}", BITSANDBYTES_HINT)
+        check_module(BITSANDBYTES, f"{section}.cls={name}", BITSANDBYTES_HINT)
+
+
+def _is_decoupled(optim: OptimOptions) -> bool:
+    return optim.cls != "Adam" if optim.adamw_mode is None else optim.adamw_mode
 
 
 def check_same_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, source: str) -> None:

@@ -79,6 +79,8 @@ def is_picture(path: str | Path) -> bool:
 
 
 def _head(path: str | Path) -> bytes:
+    if not is_file(path):  # a pipe may have no end, and no beginning either
+        return b""
     try:
         with Path(path).open("rb") as file:
             return file.read(HEAD_BYTES)

@@ -1,5 +1,6 @@
 """Every path of every command, with what cannot be a file or folder there."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +32,10 @@ def _folder(own: Path, suffix: str) -> None:
     (own / f"folder{suffix}").mkdir()
 
 
+def _pipe(own: Path, suffix: str) -> None:
+    os.mkfifo(own / f"pipe{suffix}")
+
+
 def _nothing(own: Path, suffix: str) -> None:
     pass
 
@@ -51,6 +56,7 @@ INPUTS = {
     "empty": Bad("empty", _empty),
     "folder": Bad("folder", _folder),
     "below a file": Bad("file/x", lambda own, suffix: _file(own, "")),
+    "pipe": Bad("pipe", _pipe),
 }
 OUTPUTS = {
     "long": Bad(LONG),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -197,6 +198,7 @@ def _encoder_cases(command: Command, key: str, own: Path, other: Path) -> list[C
         "vocabulary": config(vocab_size=7),
         **{f"no {path.name}": _unlink(path.name) for path in own.iterdir() if _is_vocabulary(path)},
         **{f"{path.name} cut": cut(path.name, 50) for path in own.iterdir() if _is_vocabulary(path)},
+        **{f"{path.name} a pipe": _as_pipe(path.name) for path in own.iterdir() if path.suffix in (".json", ".model")},
     }
     flag = f"--{key}.from_pretrained="
     start = f"{command.script}-{key}"
@@ -218,6 +220,14 @@ def _encoder_cases(command: Command, key: str, own: Path, other: Path) -> list[C
 
 def _unlink(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
+
+
+def _as_pipe(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return change
 
 
 def _is_vocabulary(path: Path) -> bool:

@@ -1,6 +1,7 @@
 """Clips as people have them: every container, turned, of variable rate, trimmed, interlaced, damaged."""
 
 import io
+import os
 import time
 from collections.abc import Callable
 from fractions import Fraction
@@ -19,6 +20,7 @@ from opensora.utils.media import kinds
 from opensora.utils.media.frames import read_clip, read_frames
 from opensora.utils.media.kinds import is_picture, kind_of
 from opensora.utils.media.probe import probe
+from opensora.utils.paths import read_text
 from tests.unit.utils.media_files import (
     HEIGHT,
     WIDTH,
@@ -455,3 +457,11 @@ def test_what_an_interlaced_clip_says_of_itself_is_kept(tmp_path):
     assert np.abs(frames.astype(int) - expected).mean() < 3
     inner = np.abs(frames.astype(int) - expected)[:, 10:-10, 10:-10].max(axis=(0, 3))
     assert np.median(inner) < 4
+
+
+def test_a_pipe_is_nothing(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    assert kind_of(tmp_path / "a.png") is None
+    assert not is_picture(tmp_path / "a.png")
+    with pytest.raises(OSError, match="not a file"):
+        read_text(tmp_path / "a.png")

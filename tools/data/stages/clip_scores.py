@@ -13,6 +13,7 @@ from PIL import Image
 from opensora.config.options import Options, opt
 from opensora.utils.errors import UserError, first_line, shorten
 from opensora.utils.media.pictures import read_picture
+from opensora.utils.paths import read_text
 from tools.data.engine.stage import Row, Stage, Worker
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -64,7 +65,7 @@ def _parameters(folder: Path, parts: Sequence[str]) -> set[str]:
 
 def _model_type(config: Path) -> str:
     try:
-        content = json.loads(config.read_text("utf-8"))
+        content = json.loads(read_text(config))
         return str(content.get("model_type", "none"))
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{config} is damaged: {first_line(error)}") from error
