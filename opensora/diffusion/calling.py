@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from opensora.utils.errors import UserError
 Generators = torch.Generator | Sequence[torch.Generator]
 """One for all prompts, or one each."""
 SAMPLING = {"num_inference_steps": "num_steps", "guidance_scale": "guidance"}  # diffusers' name -> ours
+MOST_TEXTS = 1024  # of a call, as of a command line's batch
+SHOWN = 200  # letters of a wrong value
 PICTURE = "i2v_head"  # what ``image`` fixes where nothing else is said
 
 
@@ -40,12 +43,14 @@ def texts_of(value: Any, name: str = "prompt") -> list[str]:
     """One text, or several, as a list.
 
     Raises:
-        UserError: none, or something that is no text.
+        UserError: none, more than one batch has room for, or something that is no text.
     """
     in_order = isinstance(value, Iterable) and not isinstance(value, Mapping | set | frozenset)
-    texts = [value] if isinstance(value, str) else list(value) if in_order else []
+    texts = [value] if isinstance(value, str) else list(islice(value, MOST_TEXTS + 1)) if in_order else []
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{name}: give a text or a list of texts, not {value!r}")
+        raise UserError(f"{name}: give a text or a list of texts, not {repr(value)[:SHOWN]}")
+    if len(texts) > MOST_TEXTS:
+        raise UserError(f"{name}: more than {MOST_TEXTS} texts; a call makes one batch, so give them to several calls")
     return texts
 
 

@@ -27,10 +27,11 @@ from opensora.generation.jobs import Job as Sample
 from opensora.generation.refine import make_asker, wants_language_model
 from opensora.generation.requests import Request, read_requests
 from opensora.generation.run import check_requests
+from opensora.serving.examples import example_texts
 from opensora.serving.jobs import Job
 from opensora.serving.request import MOST_SEVERAL, SEVERAL, BadField, GenerationRequest
 from opensora.utils.errors import UserError
-from opensora.utils.paths import split_place
+from opensora.utils.paths import is_folder, split_place
 
 OTHER_NAMES = ("opensora", "sora-2", "sora-2-pro")  # what clients call the one model as well
 FIRST, LAST, MASK = "first", "last", "mask"  # uploads of a job
@@ -295,7 +296,7 @@ def work_of(plan: SamplePlan) -> int:
 
 
 def check_served(cfg: ServeOptions) -> None:
-    """Refuse keys that choose what a command line makes: in a server, requests say it.
+    """Refuse keys that choose what a command line makes (in a server, requests say it), and places that are not there.
 
     Raises:
         UserError: names the key.
@@ -308,3 +309,7 @@ def check_served(cfg: ServeOptions) -> None:
             raise UserError(f"--{key} {getattr(cfg, key)}: a server makes what its requests ask for; leave it out")
     if ";" in str(Path(cfg.data_dir).absolute()):
         raise UserError(f"data_dir {cfg.data_dir}: a ; in a path separates references; choose another folder")
+    if cfg.lora_dir is not None and not is_folder(Path(cfg.lora_dir).expanduser()):
+        raise UserError(f"lora_dir {cfg.lora_dir}: no such folder")
+    if cfg.page:
+        example_texts(cfg)

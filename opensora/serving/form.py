@@ -1,22 +1,19 @@
 """The form of the page, from what the server's config and limits allow."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import pandas as pd
 
 from opensora.config.choices import CONDITIONS
 from opensora.config.options import SamplingOption
 from opensora.datasets.aspect import BASE_RATIOS
 from opensora.serving.desk import work_of
+from opensora.serving.examples import example_texts
 from opensora.serving.service import Service
 from opensora.serving.words import say
 from opensora.utils.errors import UserError
-from opensora.utils.paths import shipped_root
 
-EXAMPLES = 4
 SIDES = (64, 128, 192, 256, 384, 512, 768, 1024)
 
 
@@ -42,7 +39,7 @@ class Form:
         hint: dict[str, Any] = {"placeholder": say("prompt_hint", "en")}
         prompt = gr.Textbox(label=say("prompt", "en"), lines=3, max_lines=8, elem_id="prompt", **hint)
         self.prompt = self.said(prompt, label="prompt", placeholder="prompt_hint")
-        texts = self._example_texts()
+        texts = example_texts(self.cfg)
         if texts:
             examples = gr.Examples([[text] for text in texts], [prompt], label=say("examples", "en"))
             self.said(examples.dataset, label="examples")
@@ -55,16 +52,6 @@ class Form:
                 gr.Button(say("make", "en"), variant="primary", elem_id="make", scale=3), value="make"
             )
             self.cancel = self.said(gr.Button(say("cancel", "en"), elem_id="cancel", interactive=False), value="cancel")
-
-    def _example_texts(self) -> list[str]:
-        name = "demo.csv" if "demo" in self.cfg.config_path else "sora.csv"
-        shipped = shipped_root() / "assets" / "texts" / name
-        place = Path(self.cfg.examples).expanduser() if self.cfg.examples else shipped
-        try:
-            texts = pd.read_csv(place)["text"].astype(str).tolist()
-        except (OSError, ValueError, KeyError):
-            return []
-        return texts[:EXAMPLES]
 
     def _pictures(self) -> None:
         takes = self.desk.takes_references

@@ -1,5 +1,6 @@
 """Wrong calls from Python, by name: each must end with a UserError that says what is wrong."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -135,6 +136,8 @@ def pipeline(good: str) -> Calls:
         "prompts of numbers": {"prompt": ["a", 3]},
         "prompts in no order": {"prompt": {"a", "b"}},
         "prompts in a table": {"prompt": {"a": 1}},
+        "prompts without end": {"prompt": itertools.repeat("a")},
+        "prompts by the million": {"prompt": ["a"] * 10**6},
         "cond_types": {"prompt": "a", "cond_type": ["i2v_head"]},
         "generator": {"prompt": "a", "generator": np.random.default_rng(0)},
         "ref nothing": {**i2v, "ref": ""},

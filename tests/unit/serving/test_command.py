@@ -59,6 +59,19 @@ def test_keys_that_requests_say_are_refused(tiny_config, changes):
         check_served(load_config(tiny_config, ServeOptions, changes))
 
 
+def test_places_that_are_not_there_are_refused(tiny_config, tmp_path):
+    (tmp_path / "other.csv").write_text("prompt\na\n")
+    (tmp_path / "none.csv").write_text('text\n" "\n')
+    for key, name, said in (
+        ("lora_dir", "gone", "lora_dir .*gone: no such folder"),
+        ("examples", "gone.csv", "gone.csv: no such file"),
+        ("examples", "other.csv", "missing column 'text'"),
+        ("examples", "none.csv", "no text"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check_served(load_config(tiny_config, ServeOptions, {key: str(tmp_path / name)}))
+
+
 def test_a_port_that_is_taken_and_a_folder_in_use(tiny_config_file, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
