@@ -51,9 +51,10 @@ def image_to_video(pipe: VideoPipeline) -> list[Labelled]:
 
 
 def distilled(pipe: VideoPipeline) -> list[Labelled]:
-    """The same prompt and noise in 30 steps with guidance, and in the four and two of its students."""
+    """The same prompt and noise in all of the model's steps, and in the four and two of its students."""
     prompts = ["a red circle moving right on a dark background"]
-    pipes = {30: pipe} | {n: VideoPipeline.from_config(CONFIG.with_name(f"demo_{n}step.py")) for n in (4, 2)}
+    pipes = {pipe.cfg.sampling_option.num_steps: pipe}
+    pipes |= {n: VideoPipeline.from_config(CONFIG.with_name(f"demo_{n}step.py")) for n in (4, 2)}
     made = {n: each(prompts, seed=42).frames for n, each in pipes.items()}
     return [(f"{n} steps: {prompt}", made[n][i]) for i, prompt in enumerate(prompts) for n in pipes]
 

@@ -13,6 +13,7 @@ from opensora.utils.logging import setup_logging
 from opensora.utils.video import contact_sheet, save_video
 
 ROOT = Path(__file__).resolve().parents[2]
+CONFIG = "demo_4step.py"  # or demo.py, in fifty steps
 PROMPT = "a red circle moving right on a dark background"
 
 
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     setup_logging()
     start = time.perf_counter()
     folder = ROOT / "samples" / "demo"
-    pipe = VideoPipeline.from_config(ROOT / "configs" / "diffusion" / "inference" / "demo.py")
+    pipe = VideoPipeline.from_config(ROOT / "configs" / "diffusion" / "inference" / CONFIG)
     result = pipe(PROMPT, seed=42)
     folder.mkdir(parents=True, exist_ok=True)
     video = save_video(result.frames[0], folder / "demo.mp4", fps=8)
