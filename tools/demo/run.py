@@ -13,7 +13,7 @@ from opensora.utils.logging import setup_logging
 from opensora.utils.video import contact_sheet, save_video
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = "demo_4step.py"  # or demo.py, in fifty steps
+CONFIG = "demo.py"  # or demo_4step.py, in four steps instead of fifty
 PROMPT = "a red circle moving right on a dark background"
 
 

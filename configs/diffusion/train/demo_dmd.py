@@ -1,5 +1,5 @@
 # The small model in four steps by DMD2, from its own weights: the student's videos are to be distributed as the
-# teacher's, which has no use for guidance. Three optimizer steps make one update of the student.
+# teacher's, which has no use for guidance. Five optimizer steps make one update of the student.
 _base_ = ["demo_further.py"]
 time_sampling = None  # the method has times of its own
 dropout_ratio = None
@@ -13,17 +13,17 @@ training_method_config = dict(
     teacher="assets/demo/mmdit.safetensors",
     guidance=1.0,
     fake_warmup=100,
-    fake_updates=3,
-    fake_optim=dict(cls="AdamW", lr=1e-3, betas=(0.0, 0.99), weight_decay=0.0),
+    fake_updates=5,
+    fake_optim=dict(cls="AdamW", lr=4e-4, betas=(0.0, 0.99), weight_decay=0.0),
     score_shift=1.5,
 )
 
-lr = 5e-4
+lr = 2e-4
 optim = dict(_delete_=True, cls="AdamW", lr=lr, betas=(0.0, 0.99), weight_decay=0.0)
 warmup_steps = 100
 use_cosine_scheduler = True
 flat_share = 0.5
 ema_decay = 0.99  # over the student's updates
-max_steps = 4500
+max_steps = 5100
 log_every = 100
 ckpt_every = 500
