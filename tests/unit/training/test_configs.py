@@ -15,7 +15,10 @@ from opensora.utils.errors import UserError
 
 FOLDER = Path(__file__).parents[3] / "configs" / "diffusion" / "train"
 RELEASED = ("image", "stage1", "stage1_i2v", "stage2", "stage2_i2v", "high_compression", "demo")
-SMALL = ("demo_cpu", "demo_further", "demo_cpu_i2v", "demo_cpu_lora", "demo_cpu_hc", "demo_cpu_parallel", "demo_image")
+SMALL = (
+    *("demo_cpu", "demo_further", "demo_gpu", "demo_cpu_i2v", "demo_cpu_lora", "demo_cpu_hc", "demo_cpu_parallel"),
+    "demo_image",
+)
 DISTILLED = ("demo_dmd", "demo_dmd_2step", "demo_guidance", "demo_trajectory", "demo_trajectory_2step", "distill_11b")
 I2V = {"t2v": 1, "i2v_head": 5, "i2v_loop": 1, "i2v_tail": 1}
 
