@@ -74,8 +74,12 @@ def _remove(whole: Path, owner: int) -> None:
 
 
 def _delete(whole: Path) -> None:
-    shutil.rmtree(whole / FILES, ignore_errors=True)  # before its lock, so that what is left of it is known
-    shutil.rmtree(whole, ignore_errors=True)
+    try:
+        shutil.rmtree(whole / FILES, ignore_errors=True)  # before its lock, so that what is left of it is known
+        shutil.rmtree(whole, ignore_errors=True)
+    except BaseException:  # told to end: this is done nevertheless
+        shutil.rmtree(whole, ignore_errors=True)
+        raise
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import multiprocessing.util
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 from opensora.utils import temporary
 from opensora.utils.claims import FOLDER_LOCK
 from opensora.utils.temporary import LOCK, TemporaryFolder, keep_sockets, remove_forgotten
+from tests.helpers.ending import ends_once
 
 
 @pytest.fixture(autouse=True)
@@ -129,3 +131,10 @@ def test_sockets_of_multiprocessing(killed, monkeypatch):
         assert len([*Path(short).iterdir()]) == killed
         remove_forgotten(Path(short))
         assert not [*Path(short).iterdir()]
+
+
+def test_an_end_while_it_is_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "rmtree", ends_once(shutil.rmtree))
+    with pytest.raises(KeyboardInterrupt), TemporaryFolder(tmp_path):
+        pass
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
