@@ -12,6 +12,7 @@ model = dict(
     type="hunyuan_vae",
     from_pretrained="assets/demo/vae.safetensors",
     block_out_channels=(8, 16, 32, 64),
+    decoder_block_out_channels=(16, 32, 64, 96),
     layers_per_block=1,
     latent_channels=8,
     norm_num_groups=4,
