@@ -315,7 +315,7 @@ def all_faults() -> Iterator[tuple[str, Callable[[Bench], Problems]]]:
 def make_more(good: Path, server: Server) -> None:
     """Inputs of works that the other tests have no use for."""
     (good / "vbench.json").write_text(json.dumps([{"prompt_en": "a", "dimension": ["scene"]}]))
-    words = [str(DEMO / "vae.safetensors"), "diffusers", "--norm-groups", "4"]
+    words = [str(DEMO / "image_ae.safetensors"), "diffusers", "--norm-groups", "4"]
     order = Order("tools/convert/to_diffusers.py", words, str(good), str(good.parent), 600.0, False)
     assert not server.run(order).status, good.with_name("good.err").read_text()
 

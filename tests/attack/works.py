@@ -29,6 +29,7 @@ def _convert(name: str, *words: str, script: str = "") -> Work:
 
 INFER, ADAPTER, OVERWRITE = "{good}/infer.py", "{good}/lora", ("--overwrite", "True")
 MMDIT, T5 = "{demo}/mmdit.safetensors", "{demo}/google/t5-demo"
+VAE = "{demo}/vae.safetensors"
 QUICK = ("--quick", "--config", INFER)
 WORKS = (
     Work("generate", commands.INFERENCE.script, (*commands.INFERENCE.words, "--save-latents", "True"), OVERWRITE),
@@ -80,7 +81,8 @@ WORKS = (
     _convert("checkpoint", "{good}/checkpoint", "out.safetensors"),
     _convert("quantize", MMDIT, "out.safetensors", "int8"),
     _convert("quantize t5", T5, "out", "int8", script="quantize"),
-    _convert("to_diffusers", "{demo}/vae.safetensors", "out", "--norm-groups", "4"),
+    _convert("to_diffusers", "{demo}/image_ae.safetensors", "out", "--norm-groups", "4"),
+    _convert("widen_decoder", VAE, "out.safetensors", "--channels", "16", "32", "64", "96", "--norm-groups", "4"),
     _convert("to_diffusers pipeline", INFER, "out", "--pipeline", script="to_diffusers"),
     _convert("from_diffusers", "{good}/diffusers", "out.safetensors"),
     _convert("lora", "convert", ADAPTER, "out.safetensors", "--to", "kohya"),

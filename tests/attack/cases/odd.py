@@ -35,7 +35,12 @@ ODD = (
     Odd(commands.TRAIN, "lora_config", "lora_config", ("{{1: 2}}", "{'r': 1j}", "{'r': None}", "{1: 2}", "{'r': 2.5}")),
     Odd(commands.TRAIN, "exp_name", "exp.name", ("a/../../b", "..", ".", "/abs/x", "a\nb", "~"), True),
     Odd(commands.TRAIN, "condition_config", "condition", ("{'t2v': -1}", "{'gone': 1}", "{'t2v': 0}", "{'t2v': 'x'}")),
-    Odd(commands.TRAIN, "optim", "optim", ("{'cls':'Gone'}", "{'cls':'Muon','adamw_mode':False}", "{'momentum':0.9}")),
+    Odd(
+        commands.TRAIN,
+        "optim",
+        "optim",
+        ("{'cls':'Gone'}", "{'cls':'Muon','adamw_mode':False}", "{'cls':'AdamW','momentum':0.9}"),
+    ),
     Odd(commands.VAE_TRAIN, "optim_discriminator.cls", "optim_discriminator", ("Gone",)),
     Odd(commands.TRAIN, "device", "device", ("cuda:-1", "cuda:99", "meta", "tpu")),
     Odd(commands.INFERENCE, "device", "device", ("cuda:-1", "cuda:99", "meta", "tpu")),
