@@ -64,8 +64,8 @@ def _broadcast(values: Tensor, ndim: int) -> Tensor:
     return values.reshape(1, -1, *[1] * (ndim - 2))
 
 
-def widened_state(state: State, narrow: HunyuanVAEConfig, wide: HunyuanVAEConfig, seed: int) -> State:
-    """Weights of the ``wide`` autoencoder that computes what the ``narrow`` one does (Net2Net, arXiv:1511.05641).
+def widened_state(state: State, wide: HunyuanVAEConfig, seed: int) -> State:
+    """Weights of the ``wide`` autoencoder that computes what the one of ``state`` does (Net2Net, arXiv:1511.05641).
 
     Exact up to rounding where each decoder width is a whole multiple of the former one; elsewhere the statistics of
     GroupNorms differ a little, as some channels of a group have more copies than others.
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     with naming(args.source):
         narrow = video_config(weights.shapes, norm_num_groups=args.norm_groups)
         wide = wide_config(narrow, args.channels)
-    state = widened_state(read(weights, args.dtype), narrow, wide, args.seed)
+    state = widened_state(read(weights, args.dtype), wide, args.seed)
     save_safetensors(state, args.output, recorded(weights))
     print(f"{args.output}: ae.decoder_block_out_channels={args.channels}")
 
