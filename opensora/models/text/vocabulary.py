@@ -7,15 +7,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from opensora.utils.paths import is_file, read_text
+from opensora.utils.paths import is_file, is_folder, is_there, read_text
 
 WHOLE_TOKENIZER = "tokenizer.json"  # takes the place of all others
 TOKENIZER_FILES = {"t5": ("spiece.model",), "clip": ("vocab.json", "merges.txt")}
-READ_WHOLE = (
-    ".json",
-    ".txt",
-    ".model",
-)  # files that a tokenizer reads some of; a pipe among them would keep it waiting
+READ_WHOLE = (".json", ".txt", ".model")  # of which a tokenizer reads some: a pipe would keep it waiting
 SPECIAL = re.compile(r"<.+>")  # tokens that stand for no text
 WORD_END = "</w>"
 ODD_SHARE = 0.01  # of a vocabulary, that may be spelled by no merge: words that somebody has added
@@ -29,9 +25,9 @@ def wrong_vocabulary(folder: Path, kind: str, size: int) -> str | None:
         kind: of encoder, ``t5`` or ``clip``.
         size: how many tokens the encoder has embeddings of.
     """
-    pipes = [path.name for path in sorted(folder.iterdir()) if path.suffix in READ_WHOLE and _is_pipe(path)]
-    if pipes:
-        return f"its {pipes[0]} is a pipe or a device, no file"
+    for path in sorted(folder.iterdir()):
+        if path.suffix in READ_WHOLE and is_there(path) and not is_file(path) and not is_folder(path):
+            return f"its {path.name} is a pipe or a device, no file"
     absent = [name for name in TOKENIZER_FILES[kind] if not (folder / name).is_file()]
     is_whole = (folder / WHOLE_TOKENIZER).is_file()
     if absent and not is_whole:
@@ -46,10 +42,6 @@ def wrong_vocabulary(folder: Path, kind: str, size: int) -> str | None:
     if number > size:
         return f"its {name} has {number} tokens, its config.json says vocab_size={size}: one of the two is wrong"
     return _wrong_merges(folder, tokens) if name == "vocab.json" else None
-
-
-def _is_pipe(path: Path) -> bool:
-    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _read_pieces(folder: Path) -> dict[str, int]:
