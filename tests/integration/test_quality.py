@@ -1,8 +1,10 @@
 """The demo is as good and as fast as it was; ``tools/evaluate/goldens.py`` updates what it is compared with."""
 
+import time
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from opensora.diffusion.pipeline import VideoPipeline
 from tools.evaluate import guard
@@ -43,9 +45,27 @@ def test_cost(model):
     assert len(guard.compare_cost(kept, {name: 1.3 * value for name, value in found.items()})) == len(kept)
 
 
+class Slower(nn.Module):
+    """A model that takes half as long again as it should, without a product more."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs):
+        start = time.thread_time()
+        out = self.model(**inputs)
+        end = time.thread_time() + (time.thread_time() - start) / 2
+        while time.thread_time() < end:
+            pass
+        return out
+
+
 def test_time(model):
-    """Against matrix products in the same process, by the processor's clock for it: what else runs is left out."""
+    """What else runs can only make a measurement worse: the best of three counts."""
     kept = (guard.read_kept("speed") or {}).get(guard.processor())
     if kept is None:
         pytest.skip("no time is kept for this processor")
-    assert guard.relative_time(*model, rounds=7) < guard.WORSE * kept
+    assert any(guard.relative_time(*model) < guard.WORSE * kept for _ in range(3))
+    slower = Slower(model[0])
+    assert min(guard.relative_time(slower, model[1]) for _ in range(2)) > guard.WORSE * kept

@@ -5,10 +5,10 @@ Each is computed anew and compared with what is kept in ``tests/golden/demo``; s
 
 import json
 import platform
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,9 @@ STEPS, BATCH, CLIPS, CLIP_SEED = 32, 1, 16, 7
 STEP_TOLERANCE, MEAN_TOLERANCE = 0.005, 0.001
 MIN_SSIM = 0.98
 WORSE = 1.25  # cost or time that fails
-ROUNDS = 15  # of timing
-SIDE = 256  # of the matrices that time is set against
+ROUNDS = 40  # of timing
+_aten = torch.ops.aten
+PRODUCTS = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten._scaled_dot_product_flash_attention_for_cpu)
 
 Frames = NDArray[np.uint8]
 
@@ -217,37 +218,50 @@ def compare_cost(kept: Mapping[str, float], found: Mapping[str, float]) -> list[
     ]
 
 
+class ProductRecorder(TorchDispatchMode):
+    """Keeps the matrix products and attentions that reach the kernels, with what they were given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], object]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and note how to run it again if it is a product."""
+        kwargs = kwargs or {}
+        if func.overloadpacket in PRODUCTS:
+            self.calls.append(partial(func, *args, **kwargs))
+        return func(*args, **kwargs)
+
+
 @torch.no_grad()
 def relative_time(model: nn.Module, inputs: Mapping[str, torch.Tensor], rounds: int = ROUNDS) -> float:
-    """Time of a forward pass over that of plain matrix products of as many floating-point operations.
+    """Time of a forward pass over that of its matrix products and attentions alone.
 
-    Both take turns on one thread, each timed by the processor's own clock for this process, so that what else runs
-    hardly counts; the median of the ratios is left over. It depends on the processor.
+    Both take turns on one thread, each timed by the processor's own clock for that thread; the shortest time of each
+    counts, the one that was least disturbed. What shares caches and memory slows both alike, as both read and multiply
+    the same. That there are no more products than there were is what `cost` guards. It depends on the processor.
     """
-    flops = FlopCounterMode(display=False)
-    with flops:
+    recorder = ProductRecorder()
+    with recorder:
         model(**inputs)
-    count = max(round(flops.get_total_flops() / (2 * SIDE**3)), 1)
-    matrix = torch.randn(SIDE, SIDE)
-    out = torch.empty_like(matrix)
 
     def products() -> None:
-        for _ in range(count):
-            torch.mm(matrix, matrix, out=out)
+        for call in recorder.calls:
+            call()
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        ratios = [_seconds(lambda: model(**inputs)) / _seconds(products) for _ in range(rounds + 2)]
+        times = [(_seconds(lambda: model(**inputs)), _seconds(products)) for _ in range(rounds)]
     finally:
         torch.set_num_threads(threads)
-    return statistics.median(ratios[2:])  # the first ones fill caches
+    return min(whole for whole, _ in times) / min(part for _, part in times)
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    start = time.process_time()
+    start = time.thread_time()
     run()
-    return max(time.process_time() - start, 1e-9)
+    return max(time.thread_time() - start, 1e-9)
 
 
 def processor() -> str:
