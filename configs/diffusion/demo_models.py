@@ -1,5 +1,6 @@
 # The small models that training and sampling share: the diffusion model's layout, and the autoencoder and text
 # encoders that come with the repository and stay fixed while it is trained.
+_base_ = ["demo_vae.py"]
 model = dict(
     type="flux",
     in_channels=32,
@@ -21,13 +22,7 @@ model = dict(
 )
 # Scale and shift are the latents' statistics, measured by scripts/vae/stats.py.
 ae = dict(
-    type="hunyuan_vae",
-    from_pretrained="assets/demo/vae.safetensors",
-    block_out_channels=(8, 16, 32, 64),
-    decoder_block_out_channels=(16, 32, 64, 96),
-    layers_per_block=1,
-    latent_channels=8,
-    norm_num_groups=4,
+    **_base_.vae_in_use,
     scale_factor=[0.9306, 1.5383, 0.6065, 0.4682, 1.6611, 1.8778, 0.4981, 1.0471],
     shift_factor=[0.0384, 0.0350, -0.0204, -0.0257, -0.0317, -0.0576, 0.0036, -0.0117],
 )

@@ -1,4 +1,5 @@
 # A small causal video VAE for 64x64 clips, trained on a CPU in about half an hour.
+_base_ = ["../../diffusion/demo_vae.py"]
 dataset = dict(type="video_text", data_path="datasets/demo/clips.csv", fps_max=24, keep_in_memory=True)
 
 # Single frames first: they cost 1/17 of a clip, and teach most of what a frame needs.
@@ -9,14 +10,7 @@ bucket_config = {"64px_ar1:1": {17: (1.0, 2)}}
 max_steps = 5000
 num_workers = 0
 
-model = dict(
-    type="hunyuan_vae",
-    block_out_channels=(8, 16, 32, 64),
-    layers_per_block=1,
-    latent_channels=8,
-    norm_num_groups=4,
-    scale_factor=1.0,
-)
+model = dict(scale_factor=1.0, **_base_.vae_as_trained)
 vae_loss_config = dict(kl_loss_weight=0.05, mse_loss_weight=4.0, object_weight=4.0, perceptual_loss_weight=0.0)
 
 lr = 4e-4

@@ -2,7 +2,7 @@
 # It goes on from the weights that come with the repository. Those began as a narrow one's, which decoded as before:
 #   python tools/convert/widen_decoder.py NARROW WIDE.safetensors --channels 16 32 64 96 --norm-groups 4
 _base_ = ["demo_decoder.py"]
-model = dict(from_pretrained="assets/demo/vae.safetensors", decoder_block_out_channels=(16, 32, 64, 96))
+model = _base_.vae_in_use
 dataset = dict(keep_in_memory=False)
 num_workers = 7
 bucket_config = {"64px_ar1:1": {17: (1.0, 16), 33: (1.0, 8)}}

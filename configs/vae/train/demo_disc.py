@@ -1,7 +1,7 @@
 # The demo's causal video VAE against a discriminator: goes on from the weights that come with the repository.
 _base_ = ["demo.py"]
 
-model = dict(from_pretrained="assets/demo/vae.safetensors", decoder_block_out_channels=(16, 32, 64, 96))
+model = _base_.vae_in_use
 image_steps = 0
 max_steps = 600
 

@@ -32,7 +32,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 def test_every_shipped_config_has_a_name():
     named = {file for group in GROUPS for file in shipped_names(group.configs).values()}
-    shared = ("demo_models.py", "demo_image_models.py", "demo_hc_models.py")
+    shared = ("demo_models.py", "demo_image_models.py", "demo_hc_models.py", "demo_vae.py")
     parts = {CONFIGS / "diffusion" / name for name in shared}
     parts |= {*CONFIGS.rglob("plugins/*.py"), *(CONFIGS / "data").glob("*")}
     assert named == set(CONFIGS.rglob("*.py")) - parts
