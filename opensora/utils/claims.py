@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from opensora.utils.ending import surely
 from opensora.utils.errors import UserError
 from opensora.utils.files import check_name
 from opensora.utils.logging import get_logger
@@ -99,9 +100,13 @@ class Claim:
 
     def release(self) -> None:
         """Give the place back; its lock's file goes."""
+        surely(self._release)
+
+    def _release(self) -> None:
         if not self._file.closed:
             with suppress(OSError):
-                self.lock.unlink()
+                if _is_named(self._file, self.lock):  # it may have been deleted already, and be another's now
+                    self.lock.unlink()
             self._forget()
 
 
@@ -112,7 +117,7 @@ def _lock(path: Path) -> io.FileIO:
         file = io.FileIO(path, "a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            if _is_named(file, path):
                 return file
         except FileNotFoundError:
             pass
@@ -126,6 +131,10 @@ def _lock(path: Path) -> io.FileIO:
             file.close()
             raise
         file.close()
+
+
+def _is_named(file: io.FileIO, path: Path) -> bool:
+    return path.stat().st_ino == os.fstat(file.fileno()).st_ino
 
 
 def _forsake(lock: Path) -> None:
@@ -192,9 +201,13 @@ def no_empty_folders(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        for path in made:
-            with suppress(OSError):
-                path.rmdir()
+        surely(lambda: _remove_empty(made))
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for path in folders:
+        with suppress(OSError):
+            path.rmdir()
 
 
 class NameClaims:

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from opensora.utils.ending import surely
 from opensora.utils.errors import UserError
 from opensora.utils.paths import is_there
 
@@ -79,8 +80,12 @@ class FileBeside:
 
     def discard(self) -> None:
         """Delete the temporary file, if it is still there."""
-        self.temporary.unlink(missing_ok=True)
-        self._file.close()
+        surely(self._discard)
+
+    def _discard(self) -> None:
+        if not self._file.closed:  # the name may be another's afterwards
+            self.temporary.unlink(missing_ok=True)
+            self._file.close()
 
 
 def _steady_name(path: Path) -> Path:
@@ -225,15 +230,20 @@ def place_in_words(path: str | bytes | os.PathLike) -> str:
 
 def put_in_place(written: Path, folder: Path) -> None:
     """Give a written folder its name, in the place of one that has it already, which is deleted last."""
-    old = _set_aside(folder, "replacing") if folder.exists() else None
+    old = temporary_path(folder, "replacing")
     try:
+        if folder.exists():
+            _set_aside(folder, "replacing")
         written.rename(folder)
-    except OSError:
-        if old is not None:
-            old.rename(folder)
-        raise
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+    finally:  # also where that was refused, or this process told to end
+        surely(lambda: _settle(old, folder))
+
+
+def _settle(old: Path, folder: Path) -> None:
+    """Give a folder that was set aside its name back if nothing has taken it; else delete it."""
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:
@@ -241,7 +251,8 @@ def remove_folder(folder: Path) -> None:
 
     What of these cannot be deleted (held open on a network disk) is left to :func:`remove_unfinished_folders`.
     """
-    shutil.rmtree(_set_aside(folder, "removing"), ignore_errors=True)
+    aside = _set_aside(folder, "removing")
+    surely(lambda: shutil.rmtree(aside, ignore_errors=True))
 
 
 def _set_aside(folder: Path, doing: str) -> Path:

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
+from opensora.utils.ending import surely
 from opensora.utils.files import nameless_error
 
 PREFIX, TOKEN_BYTES = "opensora-", 6
@@ -74,12 +75,11 @@ def _remove(whole: Path, owner: int) -> None:
 
 
 def _delete(whole: Path) -> None:
-    try:
+    def delete() -> None:
         shutil.rmtree(whole / FILES, ignore_errors=True)  # before its lock, so that what is left of it is known
         shutil.rmtree(whole, ignore_errors=True)
-    except BaseException:  # told to end: this is done nevertheless
-        shutil.rmtree(whole, ignore_errors=True)
-        raise
+
+    surely(delete)
 
 
 @contextmanager

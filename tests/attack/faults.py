@@ -53,6 +53,7 @@ class Bench:
         ends: how works have ended, for who watches.
         drip: address of the server that drips.
         dripped: when it sent a byte: how long a work waits for it, whatever else the machine does.
+        tells: see :class:`Work`, of the one that is run.
         alone: by work, the names that it leaves when nothing is at fault, and how many changes it makes for that.
     """
 
@@ -62,6 +63,7 @@ class Bench:
     ends: list[str] = field(default_factory=list)
     drip: str = ""
     dripped: list[float] = field(default_factory=list)
+    tells: int = 0
     alone: dict[str, tuple[set[str], int]] = field(default_factory=dict)
 
     @property
@@ -92,6 +94,7 @@ class Bench:
 
     def fresh(self, work: Work, disk: str = "") -> None:
         """Empty folders with the copies that a work takes; with ``disk``, its folder is one of its own."""
+        self.tells = work.tells
         shutil.rmtree(self.place, ignore_errors=True)
         for path in (self.folder, self.temporary):
             path.mkdir(parents=True)
@@ -132,7 +135,7 @@ class Bench:
         self.ends.append(f"{outcome.status} {' '.join(said.strip().splitlines()[-1:])}"[:160])
         if outcome.status == KILLED and KILLED not in fine:
             problems.append(f"not ended after {outcome.seconds:.0f} s")
-        elif outcome.status not in fine:
+        elif outcome.status not in (*fine, self.tells):
             problems.append(f"exit status {outcome.status}")
         if "Traceback" in said:
             problems.append("a traceback")

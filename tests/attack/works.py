@@ -14,6 +14,7 @@ class Work(NamedTuple):
         words: its command line, with places as in :class:`tests.attack.runner.Case`; it writes below its folder.
         again: words more that let it replace what it made before.
         copies: good inputs that lie in its folder, since it writes beside them.
+        tells: exit status that tells of a machine at fault, which is what it is asked.
     """
 
     name: str
@@ -21,6 +22,7 @@ class Work(NamedTuple):
     words: tuple[str, ...]
     again: tuple[str, ...] = ()
     copies: tuple[str, ...] = ()
+    tells: int = 0
 
 
 def _convert(name: str, *words: str, script: str = "") -> Work:
@@ -192,7 +194,7 @@ WORKS = (
     Work("benchmark quantization", "tools/benchmark/quantization.py", (*QUICK, "--kinds", "int8")),
     Work("benchmark solvers", "tools/benchmark/solvers.py", (*QUICK, "--reference_steps", "4")),
     Work("benchmark step caches", "tools/benchmark/step_caches.py", (*QUICK, "--thresholds", "0.1")),
-    Work("doctor", "opensora/cli/doctor.py", ()),
+    Work("doctor", "opensora/cli/doctor.py", (), tells=1),
     Work("benchmark tables", "tools/benchmark/tables.py", ("--rows", "1000")),
 )
 

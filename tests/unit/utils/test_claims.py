@@ -107,6 +107,29 @@ def test_an_end_while_a_place_is_taken(tmp_path, monkeypatch, module):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize("call", ["unlink", "rmdir"])
+def test_an_end_while_a_place_is_given_back(tmp_path, monkeypatch, call, done):
+    monkeypatch.setattr(Path, call, ends_once(getattr(Path, call), done=done))
+    with pytest.raises(KeyboardInterrupt), claimed(tmp_path / "new"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_end_while_a_place_is_given_back_leaves_the_lock_of_the_next(tmp_path, monkeypatch):
+    claim, next_one, unlink = take(tmp_path), [], Path.unlink
+
+    def pass_on(path):
+        unlink(path)
+        next_one.append(take(tmp_path))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", pass_on)
+    with pytest.raises(KeyboardInterrupt):
+        claim.release()
+    assert next_one[0].lock.exists()
+
+
 def test_names_that_no_file_system_takes(tmp_path):
     with pytest.raises(UserError, match="300 bytes"):
         take(tmp_path / ("x" * 300))

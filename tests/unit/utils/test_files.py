@@ -3,6 +3,8 @@
 import fcntl
 import io
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -143,6 +145,19 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path):
     assert (old / "file").read_text() == "old"
     put_in_place(folder(temporary_path(old, "writing"), "new"), old)
     assert [(p.name, (p / "file").read_text()) for p in tmp_path.iterdir()] == [("a", "new")]
+
+
+@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize(("module", "call", "at"), [(Path, "rename", 0), (Path, "rename", 1), (shutil, "rmtree", 1)])
+def test_an_end_while_a_folder_is_put_in_place_leaves_one_of_the_two(tmp_path, monkeypatch, module, call, at, done):
+    old = folder(tmp_path / "a", "old")
+    written = folder(temporary_path(old, "writing"), "new")
+    monkeypatch.setattr(module, call, ends_once(getattr(module, call), at, done))
+    with pytest.raises(KeyboardInterrupt):
+        put_in_place(written, old)
+    is_new = module is shutil or (at == 1 and done)
+    left = {p.name: (p / "file").read_text() for p in tmp_path.iterdir()}
+    assert left == ({"a": "new"} if is_new else {"a": "old", written.name: "new"})
 
 
 def test_leftovers(tmp_path):
