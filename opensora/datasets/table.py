@@ -170,16 +170,18 @@ def write_table(table: pd.DataFrame, path: str | Path) -> Path:
     path = Path(path)
     check_table_name(path)
 
-    def write(target: Path) -> None:
-        if path.suffix == ".csv":
-            table.to_csv(target, index=False)
-        else:
-            table.to_parquet(target, index=False)
-
     try:
-        return write_beside(path, write)
+        return write_beside(path, lambda target: fill_table(table, target))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error})") from error
+
+
+def fill_table(table: pd.DataFrame, target: Path) -> None:
+    """Write a table in place: into a temporary file whose name nobody is to hear of."""
+    if target.suffix == ".csv":
+        table.to_csv(target, index=False)
+    else:
+        table.to_parquet(target, index=False)
 
 
 def check_table_name(path: Path) -> None:

@@ -148,6 +148,9 @@ def write_beside(path: str | Path, write: Callable[[Path], Any]) -> Path:
         return file.put_in_place()
     except BaseException as error:
         file.discard()
+        told, temporary = str(error), str(file.temporary)
+        if isinstance(error, UserError) and temporary in told:  # nobody is to hear of that name
+            raise UserError(told.replace(temporary, str(path))) from error
         number = error.errno if _is_about(error, file.temporary) else nameless_error(error)
         if number is None:
             raise

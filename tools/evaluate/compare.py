@@ -25,7 +25,7 @@ if __package__ in (None, ""):
 from opensora.config import parse_config, run_main
 from opensora.config.commands import InferenceOptions
 from opensora.config.options import LpipsOptions
-from opensora.datasets.table import read_table, require_columns, write_table
+from opensora.datasets.table import fill_table, read_table, require_columns
 from opensora.utils.errors import UserError, shorten
 from opensora.utils.files import write_text
 from tools.arguments import Bounded, user_path
@@ -71,7 +71,7 @@ def seeded_table(prompts: Path, samples: int, out: Path) -> Path:
     made = [name for name in ("a", "b") if (out / name).is_dir()]
     if made and path.is_file() and not read_table(path, as_text=True).equals(seeded.astype(str)):
         raise UserError(f"{path} holds other prompts, whose samples are in {shorten(made)}; give another --out")
-    return write_new(path, partial(write_table, seeded), overwrite=True)
+    return write_new(path, partial(fill_table, seeded), overwrite=True)
 
 
 def make_side(words: str, side: str, table: Path, out: Path) -> Path:
@@ -134,8 +134,8 @@ def main(argv: list[str] | None = None) -> None:
     found = compare(rows)
     text = page(pairs, rows, found, (args.a, args.b))
     for name, write in (
-        ("pairs.csv", partial(write_table, rows)),
-        ("comparison.csv", partial(write_table, found)),
+        ("pairs.csv", partial(fill_table, rows)),
+        ("comparison.csv", partial(fill_table, found)),
         ("comparison.html", lambda path: path.write_text(text, encoding="utf-8")),
     ):
         write_new(args.out / name, write, args.overwrite)

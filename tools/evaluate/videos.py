@@ -23,7 +23,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opensora.config import run_main
-from opensora.datasets.table import write_table
+from opensora.datasets.table import fill_table
 from opensora.evaluation.quality import psnr, ssim
 from opensora.utils.errors import UserError, first_line, shorten
 from opensora.utils.progress import Bar
@@ -165,8 +165,8 @@ def main(argv: list[str] | None = None) -> None:
     whole = add_learned(table, samples, args)
     found = summary(table, known_measures(table))
     page = write_page(table, lambda name: samples[name].read()[0], f"{len(table)} videos of {args.folder}")
-    write_new(args.out / "videos.csv", partial(write_table, table), args.overwrite)
-    write_new(args.out / "summary.csv", partial(write_table, found), args.overwrite)
+    write_new(args.out / "videos.csv", partial(fill_table, table), args.overwrite)
+    write_new(args.out / "summary.csv", partial(fill_table, found), args.overwrite)
     write_new(args.out / "videos.html", partial(write_html, page), args.overwrite)
     print(found.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
     for name, value in whole.items():

@@ -4,6 +4,7 @@ import fcntl
 import io
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,12 @@ def test_nobody_hears_of_the_temporary_name(tmp_path):
     with pytest.raises(OSError, match="No space left") as raised:
         write_beside(tmp_path / "a.png", fail)
     assert raised.value.filename == str(tmp_path / "a.png")
+
+    def refuse(path):
+        raise UserError(f"{path}: no such format")
+
+    with pytest.raises(UserError, match=rf"^{tmp_path}/b.png: no such format$"):
+        write_beside(tmp_path / "b.png", partial(write_beside, write=refuse))
 
 
 def test_a_name_with_a_zero_byte(tmp_path):
