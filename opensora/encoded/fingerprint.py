@@ -9,6 +9,7 @@ import torch
 
 from opensora.config.options import DatasetOptions, ModelOptions
 from opensora.datasets.config import VideoTextConfig
+from opensora.utils import hub
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
 from opensora.utils.weights import files_hash
@@ -37,7 +38,16 @@ def _encoder_fingerprint(
     if not must_exist and not Path(path).expanduser().exists():
         logger.warning("%s.from_pretrained %s is not here: not compared with the weights of the cache", name, path)
         return {**fingerprint, f"{name}.from_pretrained": ABSENT}
-    return {**fingerprint, f"{name}.from_pretrained": f"weights {files_hash(path, section.cache_dir)}"}
+    return {**fingerprint, f"{name}.from_pretrained": f"weights {_weights(section, path)}"}
+
+
+def _weights(section: ModelOptions, path: str) -> str:
+    """What identifies weights: their content; of a text encoder that a hub id names the commit, since its library takes
+    some files only."""
+    if section.type != "text_embedder" or not hub.is_repo(path):
+        return files_hash(path, section.cache_dir)
+    folder = hub.local_model(path)
+    return files_hash(folder) if folder != path else f"{path}@{hub.commit(path, section.cache_dir)}"
 
 
 def source_fingerprint(section: DatasetOptions) -> dict[str, Any]:

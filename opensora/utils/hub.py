@@ -116,6 +116,25 @@ def snapshot(repo: str, cache_dir: str | None = None) -> Path:
         raise UserError(_refused(repo, error, offline)) from error
 
 
+def commit(repo: str, cache_dir: str | None = None) -> str:
+    """What identifies the content of a repository of the Hugging Face hub: its newest commit, or without a network
+    that of its download.
+
+    Raises:
+        UserError: not there, or not to be had; names the command that downloads it.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    offline = not is_reachable()
+    try:
+        if offline:
+            return Path(snapshot_download(repo, cache_dir=cache_dir, local_files_only=True)).name
+        with no_slow_hub():
+            return str(HfApi().model_info(repo).sha)
+    except Exception as error:  # see download
+        raise UserError(_refused(repo, error, offline)) from error
+
+
 def _refused(repo: str, error: Exception, offline: bool = False) -> str:
     """Why a repository could not be had."""
     hub = "ModelScope" if repo.startswith(MODELSCOPE) else "the Hugging Face hub"
