@@ -28,6 +28,7 @@ from opensora.config import run_main
 from opensora.training.checkpoint.content import CheckpointContent
 from opensora.training.checkpoint.folder import RunningStates
 from opensora.training.checkpoint.writer import CheckpointWriter
+from opensora.utils.errors import UserError
 from opensora.utils.temporary import TemporaryFolder
 from tools.arguments import Bounded, user_path
 
@@ -46,14 +47,21 @@ def matrices(megabytes: int, context: ParallelContext) -> Mapping[str, Tensor]:
 
 
 def stand_still(writer: CheckpointWriter, weights: Mapping[str, Tensor], step: int) -> tuple[float, float]:
-    """Seconds until training goes on after a checkpoint, and until that is written."""
+    """Seconds until training goes on after a checkpoint, and until that is written.
+
+    Raises:
+        UserError: it cannot be.
+    """
     if dist.is_initialized():
         dist.barrier()
     start = perf_counter()
-    writer.save(CheckpointContent(RunningStates(0, step, step, step), weights, {}))
+    target = writer.save(CheckpointContent(RunningStates(0, step, step, step), weights, {}))
     stood = perf_counter() - start
     writer.wait()
-    return stood, perf_counter() - start
+    written = perf_counter() - start
+    if not target.is_dir():  # training would go on
+        raise UserError(f"{target}: a checkpoint could not be written, for the reason above")
+    return stood, written
 
 
 def measure(folder: Path, megabytes: int, repeats: int, context: ParallelContext) -> dict[str, tuple[float, float]]:
