@@ -277,10 +277,11 @@ def dripping(bench: Bench, work: Work, part: str) -> Problems:
     bench.dripped.clear()
     address = f"{bench.drip}/{part}"
     environment = {"OPENAI_BASE_URL": f"{address}/v1", "OPENAI_API_KEY": "none", "HF_HOME": str(bench.folder / "hub")}
+    environment |= {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"}  # of processes that it starts anew
     outcome = bench.run(work, hub=address, environment=environment)
     seconds = bench.dripped[-1] - bench.dripped[0] if bench.dripped else 0.0
     bench.ends.append(f"waited {seconds:.0f} s of {outcome.seconds:.0f} s")
-    late = [f"waited {seconds:.0f} s"] if seconds > PATIENCE else []
+    late = [f"waited {seconds:.0f} s"] if seconds > PATIENCE else [] if bench.dripped else ["asked nobody"]
     return [*bench.ending(outcome), *late, *bench.unfinished(), *bench.temporaries()]
 
 

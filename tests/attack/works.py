@@ -32,6 +32,7 @@ def _convert(name: str, *words: str, script: str = "") -> Work:
 INFER, ADAPTER, OVERWRITE = "{good}/infer.py", "{good}/lora", ("--overwrite", "True")
 MMDIT, T5 = "{demo}/mmdit.safetensors", "{demo}/google/t5-demo"
 VAE = "{demo}/vae.safetensors"
+ONE_MORE = ("--resume", "auto", "--max-steps", "2")
 QUICK = ("--quick", "--config", INFER)
 WORKS = (
     Work("generate", commands.INFERENCE.script, (*commands.INFERENCE.words, "--save-latents", "True"), OVERWRITE),
@@ -48,9 +49,14 @@ WORKS = (
         OVERWRITE,
         ("sample.latents.safetensors",),
     ),
-    Work("train", commands.TRAIN.script, (*commands.TRAIN.words, "--exp-name", "e", "--num_workers", "1")),
+    Work("train", commands.TRAIN.script, (*commands.TRAIN.words, "--exp-name", "e", "--num_workers", "1"), ONE_MORE),
     Work("cache", commands.CACHE.script, (*commands.CACHE.words, "--model.from_pretrained", "none"), OVERWRITE),
-    Work("train-vae", commands.VAE_TRAIN.script, (*commands.VAE_TRAIN.words, "--exp-name", "e", "--num_workers", "1")),
+    Work(
+        "train-vae",
+        commands.VAE_TRAIN.script,
+        (*commands.VAE_TRAIN.words, "--exp-name", "e", "--num_workers", "1"),
+        ONE_MORE,
+    ),
     Work("reconstruct", commands.VAE_INFERENCE.script, (*commands.VAE_INFERENCE.words, "--num_workers", "1")),
     Work("vae-stats", commands.VAE_STATS.script, (*commands.VAE_STATS.words, "--num_workers", "1")),
     Work(
@@ -213,8 +219,8 @@ WITHOUT = {
 
 # of a server at {drip}, which is the hub and the language model as well
 I2V = ("--cond_type", "i2v_head", "--ref", "{drip}/a.png")
-REPO, FILE = "org/name", "org/name/weights.safetensors"
-CAPTION = ("--stages", "ingest,frames,caption", "--workers", "0")
+REPO, CLIP_REPO, FILE = "org/name", "org/clip", "org/name/weights.safetensors"
+CAPTION = ("--stages", "ingest,scenes,cut,frames,caption", "--workers", "0")
 DRIPPED = (
     Work("generate: a reference", commands.INFERENCE.script, (*commands.INFERENCE.words, *I2V)),
     Work("generate: refine", commands.INFERENCE.script, (*commands.INFERENCE.words, "--refine-prompt", "True")),
@@ -230,7 +236,7 @@ DRIPPED = (
             ("generate", commands.INFERENCE, "model", FILE),
             ("generate", commands.INFERENCE, "t5", REPO),
             ("decode", commands.DECODE, "ae", FILE),
-            ("train", commands.TRAIN, "clip", REPO),
+            ("train", commands.TRAIN, "clip", CLIP_REPO),
             ("train", commands.TRAIN, "model", FILE),
             ("cache", commands.CACHE, "t5", REPO),
             ("train-vae", commands.VAE_TRAIN, "model", FILE),
@@ -244,7 +250,7 @@ DRIPPED = (
     Work(
         "data clip",
         "tools/data/run.py",
-        (*commands.DATA.words, "--stages", "ingest,frames,aesthetic", "--workers", "0"),
+        (*commands.DATA.words, "--stages", "ingest,scenes,cut,frames,aesthetic", "--workers", "0"),
     ),
     _convert("quantize", FILE, "out.safetensors", "int8"),
     _convert("from_diffusers", REPO, "out.safetensors"),
