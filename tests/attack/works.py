@@ -247,11 +247,4 @@ DRIPPED = (
     ),
     Work("data caption", "tools/data/run.py", (*commands.DATA.words, *CAPTION)),
     Work("data local caption", "tools/data/run.py", (*commands.DATA.words, *CAPTION, "--caption.local", REPO)),
-    Work(
-        "data clip",
-        "tools/data/run.py",
-        (*commands.DATA.words, "--stages", "ingest,scenes,cut,frames,aesthetic", "--workers", "0"),
-    ),
-    _convert("quantize", FILE, "out.safetensors", "int8"),
-    _convert("from_diffusers", REPO, "out.safetensors"),
 )

@@ -14,7 +14,7 @@ from PIL import Image
 from opensora.config.options import Options, opt
 from opensora.utils.chat import FIRST_SHARE, Answer, ChatClient, content_of, data_url
 from opensora.utils.errors import UserError, first_line, shorten
-from opensora.utils.hub import local_model, only_local
+from opensora.utils.hub import is_repo, local_model, only_local
 from opensora.utils.logging import get_logger
 from opensora.utils.media.pictures import read_picture
 from opensora.utils.optional import OPENAI_HINT, check_module
@@ -110,8 +110,9 @@ class Caption(Stage):
         return ("clip_id", "frame_paths", *self.fields())
 
     def weights(self) -> Sequence[Path]:
-        """The folder of a local model."""
-        return [Path(self.settings.local)] if self.settings.local else []
+        """The folder of a local model; one of a hub is known by its name alone."""
+        local = self.settings.local
+        return [Path(local)] if local and not is_repo(local) else []
 
     def most_workers(self) -> int | None:
         """A local model is large: one at a time."""
@@ -129,7 +130,7 @@ class Caption(Stage):
         if template not in TEMPLATES and " " not in template:
             raise UserError(f"caption.template {template!r} is none of {', '.join(TEMPLATES)}, nor a prompt")
         local = self.settings.local
-        if local and not (Path(local) / "config.json").is_file():
+        if local and not is_repo(local) and not (Path(local) / "config.json").is_file():
             raise UserError(
                 f"--caption.local {local}: no model there (config.json is missing); e.g. hf download "
                 "Qwen/Qwen2.5-VL-7B-Instruct --local-dir ckpts/Qwen2.5-VL-7B-Instruct"

@@ -468,6 +468,7 @@ def test_wrong_caption_settings(tmp_path):
         caption(tmp_path, base_url="localhost:8000")
     with pytest.raises(UserError, match=r"--caption.local nowhere: no model there .* hf download"):
         caption(tmp_path, local="nowhere")
+    assert caption(tmp_path, local="org/name").weights() == []  # of a hub: it is looked for when it is loaded
 
 
 def test_cost_is_counted(tmp_path, caplog):
