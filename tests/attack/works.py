@@ -102,7 +102,7 @@ WORKS = (
     Work(
         "demo evaluate long",
         "tools/demo/evaluate_long.py",
-        (INFER, "--out", "out", "--num", "2", "--lengths", "17", "--window", "9", "--resolution", "64px"),
+        (INFER, "--out", "out", "--num", "2", "--lengths", "17", "--window", "13", "--resolution", "64px"),
     ),
     Work(
         "demo evaluate frames",
