@@ -1,8 +1,10 @@
 """What every training run sets up first: its folder, log, device and precision."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from opensora.acceleration.parallel_context import ParallelContext
@@ -12,7 +14,7 @@ from opensora.config.commands import TrainOptions, VaeTrainOptions
 from opensora.training.checkpoint.folder import list_checkpoints, load_states, remove_unfinished
 from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
-from opensora.utils.files import write_text
+from opensora.utils.files import write_beside, write_text
 from opensora.utils.logging import get_logger, setup_logging
 
 logger = get_logger(__name__)
@@ -92,7 +94,7 @@ def create_experiment(cfg: TrainOptions | VaeTrainOptions, resume_from: Path | N
         step = load_states(resume_from).global_step if resume_from is not None else 0
         kept = folder / f"config_to_step{step}.txt"
         if not kept.exists():  # otherwise it is the one of a second try from the same checkpoint
-            config.rename(kept)
+            write_beside(kept, partial(shutil.copyfile, config))  # config.txt stays until the new one is there
     write_text(text, config)
     setup_logging(folder / "log.txt")
     logger.info("experiment folder: %s", folder)
