@@ -8,7 +8,6 @@ rows (to sort them into buckets), but paths and captions only of the rows at han
 import json
 import math
 import re
-import shutil
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 
 from opensora.datasets.table import locate, reading_table, require_columns, row_name
 from opensora.utils.errors import UserError, shorten
-from opensora.utils.files import write_beside, write_text
+from opensora.utils.files import discard_folder, write_beside, write_text
 from opensora.utils.logging import get_logger
 from opensora.utils.paths import expand_home, own_command
 
@@ -229,13 +228,13 @@ def write_shards(path: str | Path, shards: int | None = None, overwrite: bool = 
     table = table.drop_columns([name for name in DROPPED_COLUMNS if name in table.column_names])
     size = math.ceil(len(table) / count)
     new = folder / NEW
-    shutil.rmtree(new, ignore_errors=True)
+    discard_folder(new)
     try:
         for number, start in enumerate(range(0, len(table), size), start=1):
             _write_part(table.slice(start, size), new / f"{number:05d}.parquet")
         _replace_shards(old, new)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        discard_folder(new)
     write_text(json.dumps({"rows": len(table), "table_bytes": path.stat().st_size}), folder / SUMMARY)
     return folder
 

@@ -26,6 +26,7 @@ from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
 from opensora.utils.files import (
     check_new,
+    discard_folder,
     naming,
     put_in_place,
     remove_unfinished_folders,
@@ -96,7 +97,7 @@ def save_pipeline(
             write_text(pipeline_card(config, parameters, name or folder.name, license), writing / "README.md")
             put_in_place(writing, folder)
         finally:
-            shutil.rmtree(writing, ignore_errors=True)
+            discard_folder(writing)
     return folder
 
 

@@ -5,13 +5,12 @@ Only what a cache consists of is ever deleted.
 """
 
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from opensora.encoded.store import CacheInfo
 from opensora.utils.errors import UserError, shorten
-from opensora.utils.files import UNFINISHED, put_in_place, remove_folder, remove_unfinished_folders
+from opensora.utils.files import UNFINISHED, discard_folder, put_in_place, remove_folder, remove_unfinished_folders
 
 NEW = ".new"
 DESCRIPTION, INDEX, BROKEN = "cache.json", "index.parquet", "broken.csv"
@@ -48,7 +47,7 @@ def _strange(folder: Path) -> Iterator[Path]:
 
 def drop_new(folder: Path) -> None:
     """Delete a cache that was to replace the one in a folder, and is not whole."""
-    shutil.rmtree(folder / NEW, ignore_errors=True)
+    discard_folder(folder / NEW)
 
 
 def finish_replacing(folder: Path) -> None:

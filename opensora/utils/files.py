@@ -254,8 +254,12 @@ def remove_folder(folder: Path) -> None:
 
     What of these cannot be deleted (held open on a network disk) is left to :func:`remove_unfinished_folders`.
     """
-    aside = _set_aside(folder, "removing")
-    surely(lambda: shutil.rmtree(aside, ignore_errors=True))
+    discard_folder(_set_aside(folder, "removing"))
+
+
+def discard_folder(folder: Path) -> None:
+    """Delete all that can be of a folder that nobody takes for a whole one, or nothing where there is none."""
+    surely(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def _set_aside(folder: Path, doing: str) -> Path:

@@ -6,7 +6,6 @@ combinations that were not trained on are measured at the end. The folders are i
 """
 
 import argparse
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from opensora.config import run_main
 from opensora.models.text.embedder import HFEmbedder
 from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
-from opensora.utils.files import naming, put_in_place, remove_unfinished_folders, temporary_path
+from opensora.utils.files import discard_folder, naming, put_in_place, remove_unfinished_folders, temporary_path
 from opensora.utils.progress import Bar
 from tools.demo.captions import caption_and_background
 from tools.demo.text_tokenizers import train_clip_tokenizer, train_t5_tokenizer
@@ -259,7 +258,7 @@ def train_text(out: Path, seed: int, steps: int, batch_size: int, count: int, ov
                 (out / folder).parent.mkdir(parents=True, exist_ok=True)
                 put_in_place(scratch / folder, out / folder)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            discard_folder(scratch)
 
 
 def _train_both(

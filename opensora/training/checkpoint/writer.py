@@ -23,7 +23,7 @@ from opensora.training.checkpoint.content import (
 )
 from opensora.training.checkpoint.folder import RunningStates, remove_old_checkpoints
 from opensora.utils.errors import UserError
-from opensora.utils.files import put_in_place, temporary_path
+from opensora.utils.files import discard_folder, put_in_place, temporary_path
 from opensora.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -122,7 +122,7 @@ class CheckpointWriter:
 
     def _begin(self, target: Path) -> None:
         if self.ranks.first:
-            shutil.rmtree(temporary_path(target, "writing"), ignore_errors=True)
+            discard_folder(temporary_path(target, "writing"))
             temporary_path(target, "writing").mkdir(parents=True)
 
     def _finish(self, target: Path, files: CheckpointFiles, shards: Iterable[Shard], states: RunningStates) -> None:
@@ -139,7 +139,7 @@ class CheckpointWriter:
 
     def _discard(self, target: Path) -> None:
         if self.ranks.first:
-            shutil.rmtree(temporary_path(target, "writing"), ignore_errors=True)
+            discard_folder(temporary_path(target, "writing"))
 
     def _publish(self, target: Path, files: CheckpointFiles, states: RunningStates) -> None:
         if not self.ranks.first:
