@@ -14,10 +14,10 @@ import urllib.request
 from typing import Any
 
 from opensora.serving.command import main as serve
-from opensora.utils.errors import UserError
+from opensora.utils.errors import Terminated, UserError
 from opensora.utils.main import run_main
 
-PAUSE = 0.1
+PAUSE, MOMENT = 0.1, 3.0  # seconds
 BODY = {"prompt": "a", "num_frames": 5, "num_inference_steps": 1}
 MADE, FAILED = 0, 1
 
@@ -32,18 +32,27 @@ def main(argv: list[str] | None = None) -> None:
         os._exit(_client(f"http://127.0.0.1:{port}", os.getppid()))
     try:
         serve([*words, "--port", str(port), "--page", "False"])
-    except SystemExit:  # it was told to end
+    except Terminated:  # it was told to end
         pass
     finally:
-        ended, status = os.waitpid(client, os.WNOHANG)
-        if not ended:
-            os.kill(client, signal.SIGKILL)
-            _, status = os.waitpid(client, 0)
+        status = _status_of(client)
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
         raise SystemExit(128 + signal.SIGTERM)  # somebody else ended the server
     if code != MADE:
         raise UserError("the server did not make the video")
+
+
+def _status_of(client: int) -> int:
+    """How the client has ended, or does now, since it ends the server first; else it is killed."""
+    patience = time.monotonic() + MOMENT
+    while time.monotonic() < patience:
+        ended, status = os.waitpid(client, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(PAUSE)
+    os.kill(client, signal.SIGKILL)
+    return os.waitpid(client, 0)[1]
 
 
 def _client(address: str, server: int) -> int:
