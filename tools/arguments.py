@@ -1,6 +1,7 @@
 """What the command lines of the tools share: numbers with bounds, values that a function reads."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,19 @@ from opensora.utils.paths import expand_home
 def user_path(text: str) -> Path:
     """A path of a command line; ``~`` is the home folder, also in ``--out=~/x``, which shells leave as it is."""
     return expand_home(text)
+
+
+def names_of(text: str) -> list[str]:
+    """Names that commas separate, each of them once.
+
+    Raises:
+        UserError: one stands there twice.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    again = next((name for index, name in enumerate(names) if name in names[:index]), None)
+    if again is not None:
+        raise UserError(f"{text!r}: '{again}' is named twice")
+    return names
 
 
 class Converted(argparse.Action):
@@ -37,7 +51,7 @@ class Converted(argparse.Action):
 
 
 class Bounded(argparse.Action):
-    """A number between ``least`` and ``most``: ``add_argument("--rows", type=int, action=Bounded, least=1)``.
+    """A finite number between ``least`` and ``most``: ``add_argument("--rows", type=int, action=Bounded, least=1)``.
 
     Raises:
         UserError: a number out of its range, when the command line is read.
@@ -54,9 +68,11 @@ class Bounded(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        """Take the value of one flag."""
-        if not values >= self.least:
-            raise UserError(f"{option_string} {values}: expected {self.least:g} or more")
-        if self.most is not None and not values <= self.most:
-            raise UserError(f"{option_string} {values}: expected {self.most:g} or less")
+        """Take the value or values of one flag."""
+        for value in values if isinstance(values, list) else [values]:
+            if not value >= self.least:
+                raise UserError(f"{option_string} {value}: expected {self.least:g} or more")
+            if not value <= (sys.float_info.max if self.most is None else self.most):
+                expected = "a finite number" if self.most is None else f"{self.most:g} or less"
+                raise UserError(f"{option_string} {value}: expected {expected}")
         setattr(namespace, self.dest, values)

@@ -24,6 +24,9 @@ from opensora.config import run_main
 from opensora.datasets.video_io import read_frames
 from opensora.utils.errors import UserError
 from opensora.utils.temporary import TemporaryFolder
+from tools.arguments import Bounded
+
+MOST_SIDE = 8192  # px of the clips
 
 
 def make_clip(path: Path, frames: int, size: tuple[int, int], fps: int, key_every: int) -> None:
@@ -76,21 +79,26 @@ def main(argv: list[str] | None = None) -> None:
     """Make the clips, time both ways, print a table."""
     parser = argparse.ArgumentParser(description="time of reading only wanted frames against whole clips")
     parser.add_argument("--size", default="360x640", help="height x width of the clips")
-    parser.add_argument("--seconds", type=int, default=10)
-    parser.add_argument("--fps", type=int, default=24)
-    parser.add_argument("--frames", type=int, default=33, help="frames wanted, in a row")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--seconds", type=int, action=Bounded, least=1, most=3600, default=10)
+    parser.add_argument("--fps", type=int, action=Bounded, least=1, most=1000, default=24)
+    parser.add_argument(
+        "--frames", type=int, action=Bounded, least=1, most=10**5, default=33, help="frames wanted, in a row"
+    )
+    parser.add_argument("--repeats", type=int, action=Bounded, least=1, most=10**5, default=15)
     args = parser.parse_args(argv)
     height, _, width = args.size.partition("x")
     total = args.seconds * args.fps
-    if not height.isdigit() or not width.isdigit() or not 1 <= args.frames <= total:
-        raise UserError("--size is HEIGHTxWIDTH, such as 360x640, and --frames at most seconds x fps")
+    sides = [int(side) if side.isdecimal() else 0 for side in (height, width)]
+    if not all(1 <= side <= MOST_SIDE for side in sides) or args.frames > total:
+        raise UserError(
+            f"--size is HEIGHTxWIDTH, such as 360x640, of sides up to {MOST_SIDE}, and --frames at most seconds x fps"
+        )
     print(f"{total} frames of {args.size}, {args.frames} wanted, median of {args.repeats}")
     print(f"{'key frame every':>15} {'whole clip':>11} {'wanted only':>11} {'faster':>7}")
     with TemporaryFolder() as folder:
         for key_every in (12, 48, 250):
             clip = folder / f"{key_every}.mp4"
-            make_clip(clip, total, (int(height), int(width)), args.fps, key_every)
+            make_clip(clip, total, (sides[0], sides[1]), args.fps, key_every)
             whole, wanted = compare(clip, total, args.frames, args.repeats)
             print(f"{key_every:>15} {whole * 1e3:>8.0f} ms {wanted * 1e3:>8.0f} ms {whole / wanted:>6.1f}x")
 

@@ -32,6 +32,7 @@ from opensora.config import run_main
 from opensora.diffusion.cards import known_card
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
+from tools.arguments import Bounded
 from tools.benchmark import hardware
 from tools.benchmark.gpu_parts.autoencoder import decode_rows, group_norm_rows
 from tools.benchmark.gpu_parts.bench import Bench, Row
@@ -210,7 +211,15 @@ def main(argv: list[str] | None = None) -> None:
         "--cap", type=int, action="append", default=[], help="GB of a card to hold runs to; may be repeated"
     )
     parser.add_argument("--original", type=Path, help="checkout of Open-Sora 2.0, whose model is timed too")
-    parser.add_argument("--seconds", type=float, default=480, help="time for all of it (default: %(default)s)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        action=Bounded,
+        least=0,
+        most=10**6,
+        default=480,
+        help="time for all of it (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, help="file for all figures, as JSON")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md and docs/hardware.md")
     add_overwrite(parser)

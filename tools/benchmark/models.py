@@ -30,6 +30,7 @@ from opensora.config import run_main
 from opensora.utils.errors import UserError
 from opensora.utils.files import write_text
 from opensora.utils.progress import Bar
+from tools.arguments import Bounded
 from tools.benchmark.cases import BASELINE, CASES, SIZES, Build, Sizes, diffusers_module
 from tools.benchmark.released import released
 from tools.benchmark.vae import VAE_SIZES, VaeSizes, autoencoder_rows
@@ -106,18 +107,34 @@ def main(argv: list[str] | None = None) -> None:
     """Read the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=5, help="runs per figure, 5 or more (default: %(default)s)")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        action=Bounded,
+        least=5,
+        most=10**5,
+        default=5,
+        help="runs per figure, 5 or more (default: %(default)s)",
+    )
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES), help="which (default: all)")
     parser.add_argument("--vae", action="store_true", help="both video autoencoders instead, in frames per second")
-    parser.add_argument("--size", type=int, nargs="+", help="with --vae: sides of the clips, in px")
-    parser.add_argument("--frames", type=int, help="with --vae: frames of the clips, at most")
+    parser.add_argument(
+        "--size",
+        type=int,
+        action=Bounded,
+        least=32,
+        most=2**14,
+        nargs="+",
+        help="with --vae: sides of the clips, in px",
+    )
+    parser.add_argument(
+        "--frames", type=int, action=Bounded, least=9, most=10**5, help="with --vae: frames of the clips, at most"
+    )
     parser.add_argument("--out", type=Path, help="file for all figures, as JSON; grows with every case")
     add_overwrite(parser)
     args = parser.parse_args(argv)
     if args.out:
         check_new(args.out, args.overwrite)
-    if args.repeats < 5:
-        raise UserError(f"--repeats {args.repeats}: a median of fewer than 5 runs says little")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")
     device = torch.device(args.device)

@@ -32,6 +32,7 @@ from opensora.config.options import PluginOptions
 from opensora.models.mmdit import MMDiTConfig, MMDiTModel
 from opensora.models.mmdit.flops import forward_flops
 from opensora.utils.temporary import TemporaryFolder
+from tools.arguments import Bounded
 from tools.benchmark.traffic import bytes_sent
 
 WAYS = {"ulysses": ("sp", "all_to_all"), "ring": ("sp", "ring_attn"), "tp": ("tp", "ring_attn")}
@@ -229,12 +230,61 @@ def scaling_table(load: Workload, machine: Machine) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Read the command line, measure and model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, nargs="*", default=[2, 4], help="to measure with (default: 2 4)")
-    parser.add_argument("--image", type=int, default=601, help="image tokens to measure with (default: %(default)s)")
-    parser.add_argument("--text", type=int, default=50, help="text tokens to measure with (default: %(default)s)")
-    parser.add_argument("--tflops", type=float, default=989.0, help="peak of a device in bf16 (default: %(default)s)")
-    parser.add_argument("--inside", type=float, default=450.0, help="GB/s inside a machine (default: %(default)s)")
-    parser.add_argument("--between", type=float, default=50.0, help="GB/s between machines (default: %(default)s)")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        action=Bounded,
+        least=1,
+        most=64,
+        nargs="*",
+        default=[2, 4],
+        help="to measure with (default: 2 4)",
+    )
+    parser.add_argument(
+        "--image",
+        type=int,
+        action=Bounded,
+        least=1,
+        most=10**6,
+        default=601,
+        help="image tokens to measure with (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--text",
+        type=int,
+        action=Bounded,
+        least=1,
+        most=10**6,
+        default=50,
+        help="text tokens to measure with (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        action=Bounded,
+        least=0.001,
+        most=1e6,
+        default=989.0,
+        help="peak of a device in bf16 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--inside",
+        type=float,
+        action=Bounded,
+        least=0.001,
+        most=1e6,
+        default=450.0,
+        help="GB/s inside a machine (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--between",
+        type=float,
+        action=Bounded,
+        least=0.001,
+        most=1e6,
+        default=50.0,
+        help="GB/s between machines (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     if args.processes:
         print("Bytes that a process sends per forward (small model, float32):\n")

@@ -29,6 +29,7 @@ from opensora.diffusion.plan import SamplePlan, make_plan
 from opensora.diffusion.solvers import SOLVERS
 from opensora.diffusion.velocity import TextEmbeddings
 from opensora.diffusion.wording import final_text
+from tools.arguments import Bounded
 from tools.demo.analyse import psnr
 from tools.demo.evaluate import plan_cases
 
@@ -111,11 +112,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/diffusion/inference/demo.py", help="inference config")
-    parser.add_argument("--prompts", type=int, default=20, help="prompts")
+    parser.add_argument("--prompts", type=int, action=Bounded, least=1, most=10**5, default=20, help="prompts")
     parser.add_argument("--quick", action="store_true", help="3 prompts, few steps: to see that it works")
     parser.add_argument("--reference", default="euler", help="solver of the reference; heun is far closer to the limit")
-    parser.add_argument("--reference_steps", type=int, default=200, help="its steps")
-    parser.add_argument("--prompt_seed", type=int, default=0, help="another one draws other prompts and noise")
+    parser.add_argument(
+        "--reference_steps", type=int, action=Bounded, least=1, most=10**5, default=200, help="its steps"
+    )
+    parser.add_argument(
+        "--prompt_seed",
+        type=int,
+        action=Bounded,
+        least=0,
+        most=2**40,
+        default=0,
+        help="another one draws other prompts and noise",
+    )
     args, rest = parser.parse_known_args(argv)
     pipe = VideoPipeline.from_config(parse_config([args.config, *rest], InferenceOptions))
     runs = [(solver, steps) for solver in OF_THE_FLOW for steps in STEPS.get(solver, OTHER_STEPS)]

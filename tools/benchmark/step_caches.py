@@ -29,6 +29,7 @@ from opensora.diffusion.first_block import FirstBlockCache
 from opensora.diffusion.pipeline import VideoPipeline
 from opensora.models.diffusion import as_diffusion_model
 from opensora.models.mmdit import MMDiTModel
+from tools.arguments import Bounded
 from tools.benchmark.cases import mmdit_config
 from tools.demo.analyse import psnr
 from tools.demo.evaluate import Case, Frames, generate, plan_cases, summarise
@@ -147,12 +148,47 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/diffusion/inference/demo.py", help="inference config")
-    parser.add_argument("--num_seen", type=int, default=25, help="videos of trained combinations, beside held-out ones")
-    parser.add_argument("--i2v", type=int, default=20, help="videos that start from a picture")
-    parser.add_argument("--seed", type=int, default=42, help="seed of the first video; the others count up")
+    parser.add_argument(
+        "--num_seen",
+        type=int,
+        action=Bounded,
+        least=0,
+        most=10**5,
+        default=25,
+        help="videos of trained combinations, beside held-out ones",
+    )
+    parser.add_argument(
+        "--i2v", type=int, action=Bounded, least=0, most=10**5, default=20, help="videos that start from a picture"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        action=Bounded,
+        least=0,
+        most=2**40,
+        default=42,
+        help="seed of the first video; the others count up",
+    )
     parser.add_argument("--caches", nargs="+", default=["first_block"], help="kinds to measure")
-    parser.add_argument("--thresholds", nargs="+", type=float, default=THRESHOLDS, help="thresholds of each")
-    parser.add_argument("--hidden", type=int, default=3072, help="width of the two blocks; 0 measures none")
+    parser.add_argument(
+        "--thresholds",
+        nargs="+",
+        type=float,
+        action=Bounded,
+        least=0,
+        most=1000,
+        default=THRESHOLDS,
+        help="thresholds of each",
+    )
+    parser.add_argument(
+        "--hidden",
+        type=int,
+        action=Bounded,
+        least=0,
+        most=2**17,
+        default=3072,
+        help="width of the two blocks; 0 measures none",
+    )
     parser.add_argument("--quick", action="store_true", help="few videos, narrow blocks: to see that it works")
     args, rest = parser.parse_known_args(argv)
     pipe = VideoPipeline.from_config(parse_config([args.config, *rest], InferenceOptions))

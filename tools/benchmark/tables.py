@@ -26,6 +26,7 @@ from opensora.datasets.dataset import VideoTextDataset
 from opensora.datasets.rows import write_shards
 from opensora.datasets.sampler import BucketBatchSampler
 from opensora.utils.temporary import TemporaryFolder
+from tools.arguments import Bounded
 
 # Lengths and batch sizes of the first training stage of Open-Sora 2.0.
 VIDEO_BATCHES = {5: 12, 37: 6, 69: 4, 101: 3}
@@ -61,7 +62,7 @@ def make_table(path: Path, rows: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Make the table, open it, assign buckets, print figures."""
     parser = argparse.ArgumentParser(description="memory and time of sorting a large table into buckets")
-    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--rows", type=int, action=Bounded, least=1, most=10**9, default=1_000_000)
     args = parser.parse_args(argv)
     with TemporaryFolder() as folder:
         path = folder / "clips.parquet"

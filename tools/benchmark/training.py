@@ -50,6 +50,7 @@ from opensora.utils.files import write_text
 from opensora.utils.sizes import gib
 from opensora.utils.temporary import TemporaryFolder
 from opensora.utils.video import save_image, save_video
+from tools.arguments import Bounded, Converted
 from tools.outputs import add_overwrite, check_new
 
 CURVES = ("seconds_per_step", "tokens_per_s", "samples_per_s", "tflops_per_s", "mfu", "data_wait", "memory_gib")
@@ -254,8 +255,8 @@ def resolve(args: argparse.Namespace, words: Sequence[str], folder: Path) -> Tra
     changes = dict(max_steps=args.warm_up + args.steps, ckpt_every=0, log_every=1, wandb=False, load=None)
     changes.update(outputs=str(folder / "outputs"), exp_name="benchmark", samples=None, validation=None)
     if args.bucket:
-        resolution, frames, batch = args.bucket.rsplit(",", 2)
-        changes["bucket_config"] = {resolution: {int(frames): (1.0, int(batch))}}
+        resolution, frames, batch = args.bucket
+        changes["bucket_config"] = {resolution: {frames: (1.0, batch)}}
     cfg = load_config(cfg, TrainOptions, changes)
     if not any(word.replace("_", "-").startswith("--dataset.data-path") for word in words):
         multiple = check_config(cfg).inputs.spatial_multiple
@@ -264,14 +265,34 @@ def resolve(args: argparse.Namespace, words: Sequence[str], folder: Path) -> Tra
     return cfg
 
 
+def bucket(text: str) -> tuple[str, int, int]:
+    """RESOLUTION,FRAMES,BATCH of a command line.
+
+    Raises:
+        UserError: anything else.
+    """
+    resolution, *numbers = text.rsplit(",", 2)
+    if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+        raise UserError(f"--bucket {text}: expected RESOLUTION,FRAMES,BATCH, such as 256px,33,2")
+    return resolution, int(numbers[0]), int(numbers[1])
+
+
 def main(argv: list[str] | None = None) -> None:
     """Read the command line, measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="training config")
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps to measure")
-    parser.add_argument("--warm-up", type=int, default=3, help="optimizer steps before that")
-    parser.add_argument("--bucket", help="RESOLUTION,FRAMES,BATCH instead of the config's buckets")
-    parser.add_argument("--clips", type=int, default=2, help="batches of drawn clips per bucket")
+    parser.add_argument(
+        "--steps", type=int, action=Bounded, least=1, most=10**6, default=10, help="optimizer steps to measure"
+    )
+    parser.add_argument(
+        "--warm-up", type=int, action=Bounded, least=0, most=10**6, default=3, help="optimizer steps before that"
+    )
+    parser.add_argument(
+        "--bucket", action=Converted, convert=bucket, help="RESOLUTION,FRAMES,BATCH instead of the config's buckets"
+    )
+    parser.add_argument(
+        "--clips", type=int, action=Bounded, least=1, most=10**5, default=2, help="batches of drawn clips per bucket"
+    )
     parser.add_argument("--overhead", action="store_true", help="compare with a bare loop of the same model")
     parser.add_argument("--memory", action="store_true", help="print bytes by part for all engines instead")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
@@ -279,8 +300,6 @@ def main(argv: list[str] | None = None) -> None:
     args, words = parser.parse_known_args(argv)
     if args.out:
         check_new(args.out, args.overwrite)
-    if args.steps < 1 or args.warm_up < 0 or args.clips < 1:
-        raise UserError("--steps and --clips must be at least 1, --warm-up at least 0")
     if args.memory:
         rows = memory_table(parse_config([args.config, *words], TrainOptions))
         widths = [max(map(len, column)) for column in zip(*rows)]

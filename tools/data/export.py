@@ -14,7 +14,7 @@ if __package__ in (None, ""):
 
 from opensora.config import run_main
 from opensora.utils.errors import UserError
-from tools.arguments import user_path
+from tools.arguments import Converted, names_of, user_path
 from tools.data.engine.own_files import OwnFiles
 from tools.data.engine.pipeline import TABLE_FILE, is_active, read_result
 from tools.data.engine.tables import check_format, fill_table
@@ -110,11 +110,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("output", type=user_path, help="folder of a run of tools/data/run.py")
     parser.add_argument("--out", type=user_path, help=f".csv or .parquet (default: OUTPUT/{TRAIN_FILE})")
     parser.add_argument("--tier", help="only clips of this tier")
-    parser.add_argument("--columns", default="", help="further columns, comma-separated")
+    parser.add_argument(
+        "--columns", action=Converted, convert=names_of, default=(), metavar="A,B", help="further columns"
+    )
     add_overwrite(parser)
     args = parser.parse_args(argv)
-    columns = [name for name in args.columns.split(",") if name]
-    out, count = export(args.output, args.out, args.tier, columns, args.overwrite)
+    out, count = export(args.output, args.out, args.tier, args.columns, args.overwrite)
     print(f"{count} clips: {out}")
 
 

@@ -19,7 +19,7 @@ if __package__ in (None, ""):
 
 from opensora.config import run_main
 from opensora.utils.errors import UserError, first_line
-from tools.arguments import Bounded, user_path
+from tools.arguments import Bounded, Converted, names_of, user_path
 from tools.data.engine.tables import check_format, fill_table, read_table
 from tools.outputs import add_overwrite, check_no_input, check_place, write_new
 
@@ -87,10 +87,8 @@ def where(table: pl.DataFrame, condition: str) -> pl.DataFrame:
     """
     try:
         return pl.SQLContext(t=table).execute(f"SELECT * FROM t WHERE {condition}", eager=True)
-    except (pl.exceptions.PolarsError, BaseException) as error:
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise UserError(f"--where {condition!r}: {error}; columns: {', '.join(table.columns)}") from error
+    except (Exception, pl.exceptions.PanicException) as error:
+        raise UserError(f"--where {condition!r}: {first_line(error)}; columns: {', '.join(table.columns)}") from error
 
 
 def transform(table: pl.DataFrame, args: argparse.Namespace) -> pl.DataFrame:
@@ -169,10 +167,6 @@ def split_by_source(table: pl.DataFrame, share: float, column: str, seed: int) -
     return table.filter(~held), table.filter(held)
 
 
-def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -187,14 +181,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--where", metavar="SQL", help="keep rows that meet a condition: 'fps >= 16 AND text IS NOT NULL'"
     )
-    parser.add_argument("--dedup", type=_names, metavar="A,B", help="keep the first row of those that are equal there")
-    parser.add_argument("--sort", type=_names, metavar="A,B", help="largest first")
-    parser.add_argument("--sort-ascending", type=_names, metavar="A,B", help="smallest first")
+    parser.add_argument(
+        "--dedup",
+        action=Converted,
+        convert=names_of,
+        metavar="A,B",
+        help="keep the first row of those that are equal there",
+    )
+    parser.add_argument("--sort", action=Converted, convert=names_of, metavar="A,B", help="largest first")
+    parser.add_argument("--sort-ascending", action=Converted, convert=names_of, metavar="A,B", help="smallest first")
     parser.add_argument("--shuffle", action="store_true", help="random order")
     count: dict[str, Any] = {"type": int, "action": Bounded, "metavar": "N"}
     parser.add_argument("--sample", **count, least=0, help="keep so many at random, in their order")
     parser.add_argument("--head", **count, least=0, help="keep the first")
-    parser.add_argument("--columns", type=_names, metavar="A,B", help="keep these columns, in this order")
+    parser.add_argument(
+        "--columns", action=Converted, convert=names_of, metavar="A,B", help="keep these columns, in this order"
+    )
     parser.add_argument("--split", **count, least=1, most=10_000, default=1, help="write so many files")
     parser.add_argument(
         "--validation",

@@ -18,7 +18,7 @@ if __package__ in (None, ""):
 from opensora.config import parse_config, run_main
 from opensora.config.commands import InferenceOptions
 from opensora.diffusion.pipeline import VideoPipeline
-from opensora.utils.errors import UserError
+from tools.arguments import Bounded
 from tools.demo.captions import plain_caption
 from tools.demo.world import BACKGROUNDS, combinations
 
@@ -46,12 +46,18 @@ def main(argv: list[str] | None = None) -> None:
         usage="%(prog)s CONFIG [options] [--key value ...]",
     )
     parser.add_argument("config", help="inference config, e.g. configs/diffusion/inference/demo.py")
-    parser.add_argument("--prompts", type=int, default=12, help="how many prompts")
-    parser.add_argument("--seeds", type=int, default=6, help="videos of each")
-    parser.add_argument("--seed", type=int, default=42, help="of the choice of prompts, and first seed of the videos")
+    parser.add_argument("--prompts", type=int, action=Bounded, least=1, most=10**5, default=12, help="how many prompts")
+    parser.add_argument("--seeds", type=int, action=Bounded, least=2, most=10**5, default=6, help="videos of each")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        action=Bounded,
+        least=0,
+        most=2**40,
+        default=42,
+        help="of the choice of prompts, and first seed of the videos",
+    )
     args, overrides = parser.parse_known_args(argv)
-    if args.prompts < 1 or args.seeds < 2:
-        raise UserError(f"--prompts {args.prompts} --seeds {args.seeds}: at least one prompt and two seeds")
     pipe = VideoPipeline.from_config(parse_config([args.config, *overrides], InferenceOptions))
     seeds = [args.seed + i for i in range(args.seeds)]
     prompts = chosen_prompts(args.prompts, args.seed)

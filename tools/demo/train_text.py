@@ -27,6 +27,7 @@ from opensora.utils.claims import claimed
 from opensora.utils.errors import UserError
 from opensora.utils.files import discard_folder, naming, put_in_place, remove_unfinished_folders, temporary_path
 from opensora.utils.progress import Bar
+from tools.arguments import Bounded
 from tools.demo.captions import caption_and_background
 from tools.demo.text_tokenizers import train_clip_tokenizer, train_t5_tokenizer
 from tools.demo.wordings import VALUES, WORDS, Attributes, roughen, sample_attributes, unseen_caption, wide_caption
@@ -278,10 +279,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of this tool."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help=f"folder to put {T5_FOLDER} and {CLIP_FOLDER} into")
-    parser.add_argument("--seed", type=int, default=0, help="seed of texts and weights")
-    parser.add_argument("--steps", type=int, default=700, help="training steps of each encoder")
-    parser.add_argument("--batch-size", type=int, default=128, help="texts per step")
-    parser.add_argument("--num-test", type=int, default=1000, help="texts of each kind to measure on")
+    parser.add_argument(
+        "--seed", type=int, action=Bounded, least=0, most=2**40, default=0, help="seed of texts and weights"
+    )
+    parser.add_argument(
+        "--steps", type=int, action=Bounded, least=1, most=10**7, default=700, help="training steps of each encoder"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, action=Bounded, least=1, most=2**16, default=128, help="texts per step"
+    )
+    parser.add_argument(
+        "--num-test",
+        type=int,
+        action=Bounded,
+        least=1,
+        most=10**6,
+        default=1000,
+        help="texts of each kind to measure on",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace folders of an earlier run")
     return parser.parse_args(argv)
 

@@ -1,5 +1,6 @@
 """Every command finds the package from any folder, installed or not, and ends as `run_main` has it."""
 
+import ast
 import os
 import re
 import subprocess
@@ -21,6 +22,24 @@ def test_one_way(path):
     up = len(path.relative_to(ROOT).parts) - 1
     assert FIND.replace("parents[2]", f"parents[{up}]") in text.partition("from opensora")[0]
     assert re.search(r'if __name__ == "__main__":\n    run_main\(main\)\n$', text)
+
+
+# whose functions look at the numbers themselves
+LOOK_THEMSELVES = ("to_diffusers.py", "widen_decoder.py", "make_clips.py", "measured.py")
+
+
+def test_every_number_of_a_tool_is_bounded():
+    loose = []
+    for path in sorted((ROOT / "tools").rglob("*.py")):
+        text = path.read_text()
+        if path.name in LOOK_THEMSELVES or "check_counts(args, " in text:
+            continue
+        for call in ast.walk(ast.parse(text)):
+            if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "add_argument":
+                given = {word.arg: ast.unparse(word.value) for word in call.keywords}  # None: a dict of more
+                if given.get("type") in ("int", "float") and not {"action", None} & given.keys():
+                    loose.append(f"{path.name}: {ast.unparse(call.args[0])}")
+    assert loose == []
 
 
 @pytest.mark.parametrize("name", ["scripts/cnv/shard.py", "scripts/diffusion/train.py", "tools/demo/draw_picture.py"])

@@ -179,6 +179,9 @@ def test_lists_become_text_in_a_csv(tmp_path):
     [
         (["--sort", "m"], "--sort m: no such column; there are path, n, t"),
         (["--where", "nothing > 1"], "--where 'nothing > 1'"),
+        (["--where", "path > 3"], r"--where 'path > 3': [^\n]+; columns: path, n, t$"),
+        (["--columns", "n,path, n"], "'n,path, n': 'n' is named twice"),
+        (["--dedup", "n,n"], "'n' is named twice"),
         (["--on", "id", "--join", "one.csv"], "--on id: no such column"),
         (["--join", "gone.csv"], "no such file"),
         (["--split", "0"], "--split 0: expected 1 or more"),
