@@ -101,8 +101,8 @@ def _ending(error: Exception, debug: bool) -> tuple[str | None, int]:
 
 def _indented(message: str) -> str:
     """A message whose further lines can be told from those of others."""
-    first, *further = message.split("\n")
-    return "\n".join([first, *(f"  {line}" if line[:2].strip() else line for line in further)])
+    first, *further = [line.rstrip() for line in message.splitlines() if line.strip()] or [""]
+    return "\n".join([first, *(line if line.startswith("  ") else f"  {line}" for line in further)])
 
 
 def _is_of_place(error: Exception) -> bool:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from opensora.utils import main
+from opensora.utils.errors import UserError
+
 ROOT = Path(__file__).parents[3]
 SCRIPT = """
 import sys, time
@@ -43,6 +46,11 @@ def command(tmp_path):
 
 def test_a_mistake(command):
     assert command('raise UserError("no such clip")') == (2, "begun\n", ["error: no such clip"])
+
+
+def test_further_lines_of_a_mistake_are_indented_and_none_is_empty():
+    text = "one\n\n two\n\tthree\n  four\n"
+    assert main._ending(UserError(text), False) == ("error: one\n   two\n  \tthree\n  four", main.MISTAKE)
 
 
 def test_what_nobody_foresaw_is_one_line(command, tmp_path):
