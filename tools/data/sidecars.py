@@ -67,7 +67,7 @@ def _beside(path: Path) -> str | None:
 
 def read_lines(folder: Path) -> dict[str, str]:
     """Captions that the ``*.jsonl`` of a folder hold, by absolute path. Files whose first line names no file and text
-    are of another kind, and left alone."""
+    are of another kind, or damaged: left alone, with a warning."""
     captions: dict[str, str] = {}
     for file in sorted(folder.glob("*.jsonl")) if folder.is_dir() else ():
         if file.is_file():
@@ -77,28 +77,33 @@ def read_lines(folder: Path) -> dict[str, str]:
 
 def _captions_of(file: Path) -> dict[str, str]:
     captions: dict[str, str] = {}
-    first = True
+    first, twice = True, 0
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             entry = _parsed(line)
             name, text = _found(entry, FILE_KEYS), _found(entry, TEXT_KEYS)
-            if first and (name is None or text is None):
+            if first and (name is None or not any(key in entry for key in TEXT_KEYS)):
+                logger.warning("%s: no captions are read from it, its first line names no file and text", file)
                 return {}
             first = False
             if not isinstance(name, str) or not isinstance(text, str | None):
                 keys = f"one of {', '.join(FILE_KEYS)}, and its text under one of {', '.join(TEXT_KEYS)}"
                 raise UserError(f"{file}: line {number}: expected an object with the name of a file under {keys}")
             if text:
-                captions[os.path.abspath(file.parent / name)] = " ".join(text.split())  # noqa: PTH100
+                place = os.path.abspath(file.parent / name)  # noqa: PTH100
+                twice += place in captions
+                captions[place] = " ".join(text.split())
+    if twice:
+        logger.warning("%s: %d captions of files that have one already; the last one counts", file, twice)
     return captions
 
 
 def _parsed(line: bytes) -> Mapping[str, Any]:
     try:
         entry = json.loads(line.decode("utf-8-sig"))
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter of thousands of brackets
         return {}
     return entry if isinstance(entry, dict) else {}
 

@@ -55,6 +55,18 @@ def test_lines_that_name_files(raw, keys, caplog):
     assert "a.png" not in caplog.text
 
 
+def test_lines_that_are_not_read_are_told(raw, caplog):
+    write_lines(raw / "metadata.jsonl", {"file_name": "a.png", "text": None}, {"file_name": "b.png", "text": "two"},
+                {"file_name": "b.png", "text": "twice"})  # fmt: skip
+    (raw / "cut.jsonl").write_text('{"file_name": "c.png", "te\n{"file_name": "c.png", "text": "three"}\n')
+    (raw / "deep.jsonl").write_text("[" * 50_000 + "\n")
+    with caplog.at_level("WARNING", logger="opensora"):
+        found = captions(list_files(raw))
+    assert (found["a"], found["b"], found["c"]) == (None, "twice", None)
+    for said in ("cut.jsonl: no captions", "deep.jsonl: no captions", "metadata.jsonl: 1 captions of files that have"):
+        assert said in caplog.text
+
+
 def test_no_captions_no_column(raw):
     assert "text" not in list_files(raw).columns
 
