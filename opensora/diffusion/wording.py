@@ -14,6 +14,8 @@ MOST_MOTION = 15  # that language models are asked for; 0 is a still
 
 def check_prompt(text: str, where: str) -> str:
     """The text, unless it is too long for one, or has bytes in it that are no letters; raises a UserError then."""
+    if "\0" in text:
+        raise UserError(f"{where}: a text cannot hold a zero byte")
     if len(text) > MOST_LETTERS:
         raise UserError(f"{where}: a text of {len(text):,} letters; a prompt has at most {MOST_LETTERS:,}")
     try:
@@ -75,6 +77,15 @@ def check_motion_score(score: Any, where: str) -> str | None:
     if not 0 <= value <= MOST_MOTION:
         raise UserError(f"{where}: motion_score {text} must be at least 0 and at most {MOST_MOTION}")
     return f"{value:g}"
+
+
+def read_seed(text: str, where: str = "seed") -> int:
+    """A seed that a table holds as text, with all of its digits; raises a UserError if it is none."""
+    try:
+        number = int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
+    except ValueError:
+        raise UserError(f"{where}: seed {text!r} is not a number") from None
+    return check_seed(number, where)
 
 
 def check_seed(seed: float, where: str = "seed") -> int:

@@ -13,7 +13,7 @@ from opensora.diffusion.conditions import get_condition, get_spans, takes_refere
 from opensora.diffusion.free import Region
 from opensora.diffusion.plan import starts_from_picture
 from opensora.diffusion.references import locate_references, split_references, warn_of_unused
-from opensora.diffusion.wording import check_fps, check_motion_score, check_prompt, check_seed, final_text
+from opensora.diffusion.wording import check_fps, check_motion_score, check_prompt, check_seed, final_text, read_seed
 from opensora.registry import DATASETS, build_module
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -152,7 +152,7 @@ def _request(
         raise UserError(f"{where_of_ref(where)}: {error}") from None
     warn_of_unused(refs, cond_type, where_of_ref(where))
     fps = check_fps(_number(cell("fps") or cfg.fps_save, "fps", where), where)
-    seed = _seed(cell("seed"), where) if cell("seed") else cfg.sampling_option.seed
+    seed = read_seed(cell("seed"), where) if cell("seed") else cfg.sampling_option.seed
     return Request(
         text=check_prompt(cell("text"), where),
         index=index,
@@ -205,11 +205,6 @@ def _next_texts(row: Row, cell: Callable[[str], str], where: str) -> tuple[str, 
 def where_of_ref(where: str) -> str:
     """How to name a request's references to the user: their own flag, or the row."""
     return "--ref" if where == "--prompt" else where
-
-
-def _seed(text: str, where: str) -> float:
-    """All digits of a whole number; others as they come, for :func:`check_seed`."""
-    return int(text) if re.fullmatch(r"[+-]?\d+", text) else _number(text, "seed", where)
 
 
 def _number(value: Any, name: str, where: str) -> float:

@@ -25,7 +25,8 @@ if __package__ in (None, ""):
 from opensora.config import parse_config, run_main
 from opensora.config.commands import InferenceOptions
 from opensora.config.options import LpipsOptions
-from opensora.datasets.table import fill_table, read_table, require_columns
+from opensora.datasets.table import fill_table, read_table, require_columns, row_name
+from opensora.diffusion.wording import read_seed
 from opensora.utils.errors import UserError, shorten
 from opensora.utils.files import write_text
 from tools.arguments import Bounded, user_path
@@ -35,6 +36,7 @@ from tools.evaluate.samples import list_samples
 from tools.outputs import add_overwrite, check_new, check_no_input, check_place, write_new
 
 SEED = 42  # of the first prompt of a table that has none; the others count up
+PROMPTS = "prompts.csv"  # in the folder of the results
 SHOWN = 8  # pairs on the page: those that differ most
 
 
@@ -58,15 +60,16 @@ def seeded_table(prompts: Path, samples: int, out: Path) -> Path:
     """The prompts with a seed and a name each, so that both settings make the same videos.
 
     Raises:
-        UserError: no table, no column ``text``, or the folder is of other prompts.
+        UserError: no table, no column ``text``, a seed that is none, or the folder is of other prompts.
     """
     table = read_table(prompts, as_text=True)
     require_columns(table, ["text"], prompts)
     rows = []
     for index, row in enumerate(table.to_dict("records")):
-        seed = int(row["seed"]) if row.get("seed") else SEED + index * samples
+        where, text = row_name(prompts, index), str(row.get("seed") or "").strip()
+        seed = read_seed(text, where) if text else SEED + index * samples
         rows += [{**row, "seed": seed + k, "name": f"{index:04d}-{k}"} for k in range(samples)]
-    path, seeded = out / "prompts.csv", pd.DataFrame(rows)
+    path, seeded = out / PROMPTS, pd.DataFrame(rows)
     check_no_input(path, [prompts])
     made = [name for name in ("a", "b") if (out / name).is_dir()]
     if made and path.is_file() and not read_table(path, as_text=True).equals(seeded.astype(str)):
@@ -74,23 +77,34 @@ def seeded_table(prompts: Path, samples: int, out: Path) -> Path:
     return write_new(path, partial(fill_table, seeded), overwrite=True)
 
 
-def make_side(words: str, side: str, table: Path, out: Path) -> Path:
-    """Make the samples of a setting that are not there; their folder.
+def config_of(words: str, side: str, out: Path) -> InferenceOptions:
+    """The config of a setting whose samples are made here.
 
     Raises:
         UserError: anything wrong with the config, or the folder has samples of another setting.
     """
-    from opensora.acceleration.devices import pick_device
-    from opensora.generation.run import generate
-
     note, folder = out / f"{side}.txt", out / side
     if note.is_file() and note.read_text("utf-8").strip() != words:
         raise UserError(f"{folder} was made by {note.read_text('utf-8').strip()!r}; give another --out")
-    own = ["--dataset.data-path", str(table), "--save-dir", str(folder), "--skip-existing", "True", "--num-sample", "1"]
-    cfg = parse_config([*shlex.split(words), *own], InferenceOptions)
-    write_text(words + "\n", note)
+    try:
+        given = shlex.split(words)
+    except ValueError as error:  # a quote that is not closed
+        raise UserError(f"{words!r}: not a command line ({error})") from None
+    own = {"dataset.data-path": out / PROMPTS, "save-dir": folder, "skip-existing": True, "num-sample": 1}
+    return parse_config([*given, *(f"--{key}={value}" for key, value in own.items())], InferenceOptions)
+
+
+def make_side(cfg: InferenceOptions, words: str, side: str, out: Path) -> None:
+    """Make the samples of a setting that are not there.
+
+    Raises:
+        UserError: anything wrong with the config.
+    """
+    from opensora.acceleration.devices import pick_device
+    from opensora.generation.run import generate
+
+    write_text(words + "\n", out / f"{side}.txt")
     generate(cfg, pick_device(cfg.device), environment=os.environ)
-    return folder
 
 
 def folders(args: argparse.Namespace) -> list[Path]:
@@ -101,11 +115,12 @@ def folders(args: argparse.Namespace) -> list[Path]:
     if args.prompts is None:
         wrong = [words for words in given.values() if not Path(words).is_dir()]
         raise UserError(f"{shorten(wrong)}: no folder; a config needs --prompts")
-    table = seeded_table(args.prompts, args.samples, args.out)
-    return [
-        Path(words) if Path(words).is_dir() else make_side(words, side, table, args.out)
-        for side, words in given.items()
-    ]
+    made = {side: words for side, words in given.items() if not Path(words).is_dir()}
+    configs = {side: config_of(words, side, args.out) for side, words in made.items()}  # before anything is written
+    seeded_table(args.prompts, args.samples, args.out)
+    for side, cfg in configs.items():
+        make_side(cfg, made[side], side, args.out)
+    return [args.out / side if side in made else Path(words) for side, words in given.items()]
 
 
 def page(pairs: list[Pair], rows: pd.DataFrame, found: pd.DataFrame, names: tuple[str, str]) -> str:

@@ -84,6 +84,23 @@ def test_settings_are_made_of_the_same_prompts_and_seeds(tmp_path, monkeypatch, 
         main([*words, "--prompts", str(tmp_path / "p.csv"), "--overwrite"])
 
 
+@pytest.mark.parametrize(
+    ("words", "seed", "said"),
+    [
+        ("--num_stepss 3", "7", "--num_stepss is not a known key"),
+        ("--prompt 'a", "7", "not a command line .*No closing quotation"),
+        ("--num_steps 3", "x", r"p.csv, row 2: seed 'x' is not a number"),
+        ("--num_steps 3", "9" * 5000, r"p.csv, row 2: seed '9+' is not a number"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(tmp_path, tiny_config_file, words, seed, said):
+    (tmp_path / "p.csv").write_text(f"text,seed\nsnow,{seed}\n")
+    given = [str(tiny_config_file), f"{tiny_config_file} {words}", "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=said):
+        main([*given, "--prompts", str(tmp_path / "p.csv")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_intervals_hold_the_true_mean():
     """In about 95 of 100 experiments; fewer samples, wider intervals."""
     rng = np.random.default_rng(1)
