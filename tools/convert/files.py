@@ -1,16 +1,19 @@
 """What the converting programs share: reading the weights to convert, writing the converted ones."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from opensora.acceleration.devices import torch_dtype
 from opensora.models.mmdit.loading import layout_metadata
 from opensora.models.quantization.kinds import METADATA
 from opensora.utils.errors import UserError
 from opensora.utils.new_files import check_place
-from opensora.utils.weights import WeightFiles
+from opensora.utils.weights import WeightFiles, check_finite
 from opensora.utils.weights_writing import save_safetensors
 from tools.convert.layouts import State, model_config
 
@@ -44,9 +47,23 @@ def check_output(args: argparse.Namespace) -> None:
 
 
 def read(weights: WeightFiles, dtype: str | None) -> State:
-    """All tensors of the source, floating-point ones in ``dtype`` (None keeps the file's). Raises as `check_plain`."""
+    """All tensors of the source, floating-point ones in ``dtype`` (None keeps the file's). Raises as `check_plain` and
+    `finite_tensors`."""
     check_plain(weights)
-    return dict(weights.tensors(dtype=torch_dtype(dtype) if dtype else None))
+    return dict(finite_tensors(weights, torch_dtype(dtype) if dtype else None))
+
+
+def finite_tensors(
+    weights: WeightFiles, dtype: torch.dtype | None = None, skip: Iterable[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of the source, see :meth:`WeightFiles.tensors`.
+
+    Raises:
+        UserError: one is not finite, as it is or in ``dtype``: what is made of it would be damaged too.
+    """
+    for key, value in weights.tensors(dtype=dtype, skip=skip):
+        check_finite(key, value, weights.path)
+        yield key, value
 
 
 def check_plain(weights: WeightFiles) -> None:

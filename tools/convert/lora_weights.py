@@ -14,7 +14,7 @@ from opensora.models.mmdit import MMDiTModel
 from opensora.utils.errors import UserError, shorten
 from opensora.utils.weights import WeightFiles, open_weights
 from opensora.utils.weights_writing import save_safetensors
-from tools.convert.files import HALF_SPLIT, check_plain, naming, read, recorded
+from tools.convert.files import HALF_SPLIT, check_plain, finite_tensors, naming, read, recorded
 from tools.convert.layouts import State, has_fused_qkv, model_config
 from tools.convert.lora_layouts import Entry, part_widths, parts_of
 
@@ -39,7 +39,7 @@ def merge(path: Path, adapters: list[str], args: argparse.Namespace) -> None:
     change = with_loras(read_adapters)
     dtype = torch_dtype(args.dtype) if args.dtype else None
     state: State = {}
-    for key, value in weights.tensors():  # added in fp32 to the weights as they are, rounded once
+    for key, value in finite_tensors(weights):  # added in fp32 to the weights as they are, rounded once
         state[key] = change(key, value.float() if dtype is torch.float32 else value).to(dtype or value.dtype)
     tell_loras(read_adapters)
     save_safetensors(state, args.output, recorded(weights))
@@ -97,7 +97,7 @@ def extract(before: Path, after: Path, args: argparse.Namespace) -> Extracted:
         raise UserError(f"{before} and {after} record two rotary layouts; see tools/convert/mmdit.py")
     found = Extracted(metadata={"use_liger_rope": str(layouts.pop())} if layouts else {})
     base = read(one, None)
-    for key, value in other.tensors():
+    for key, value in finite_tensors(other):
         difference = value.float() - base.pop(key).float()
         if bool(difference.count_nonzero()):
             _add(found, key, difference, torch_dtype(args.dtype) if args.dtype else value.dtype, args)

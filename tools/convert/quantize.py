@@ -30,7 +30,7 @@ from opensora.utils.new_files import check_place
 from opensora.utils.weights import WEIGHT_SUFFIXES, WeightFiles, open_weights
 from opensora.utils.weights_writing import save_safetensors
 from tools.arguments import user_path
-from tools.convert.files import check_output, check_plain, recorded
+from tools.convert.files import check_output, check_plain, finite_tensors, recorded
 
 T5_FILE = "model.safetensors"
 
@@ -90,11 +90,12 @@ def write(
     """Quantise what a rule covers, and write it with all else.
 
     Raises:
-        UserError: weights that are quantised already.
+        UserError: weights that are quantised already, or not finite.
     """
     check_plain(weights)
     quantizer = QUANTIZERS.get(args.kind)()
-    state = dict(quantize_tensors(weights.tensors(dtype=torch_dtype(args.dtype), skip=skip), rule.covers, quantizer))
+    tensors = finite_tensors(weights, torch_dtype(args.dtype), skip)
+    state = dict(quantize_tensors(tensors, rule.covers, quantizer))
     save_safetensors(state, output, {**recorded(weights), METADATA: args.kind})
     size = sum(tensor.nbytes for tensor in state.values())
     print(f"{output}: {len(state)} tensors, {size / 2**30:.2f} GiB, {args.kind}")

@@ -324,6 +324,19 @@ def test_extract_finds_what_was_merged(tmp_path, to, capsys):
         run("extract", base, base, tmp_path / "none", "--rank", 2)
 
 
+@pytest.mark.parametrize("place", ["base", "tuned"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, place):
+    state = mmdit().state_dict()
+    save_safetensors(state, tmp_path / "base.safetensors")
+    save_safetensors({key: value + 1 for key, value in state.items()}, tmp_path / "tuned.safetensors")
+    key = "single_blocks.1.linear2.weight"
+    state[key] = torch.full_like(state[key], torch.nan)
+    save_safetensors(state, tmp_path / f"{place}.safetensors")
+    with pytest.raises(UserError, match=rf"{place}.safetensors: {key} is not finite"):
+        run("extract", tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "out", "--rank", 2)
+    assert not (tmp_path / "out").exists()
+
+
 def test_large_matrices_are_decomposed_as_well():
     torch.manual_seed(0)
     matrix = torch.randn(600, 8) @ torch.randn(8, 700) + 1e-3 * torch.randn(600, 700)
