@@ -5,6 +5,7 @@ against the script's option group (``opensora.config.commands``); what is wrong 
 nearest right key.
 """
 
+import codecs
 import copy
 import dataclasses
 import errno
@@ -110,6 +111,8 @@ def load_config(path: str | Path | Mapping | Options, options: type[Group], over
     """
     if not (isinstance(path, str | Path | Mapping) or hasattr(path, "to_dict")):
         raise UserError(f"config {path!r}: give a path, the name of a shipped config, or the content of one as a dict")
+    if not isinstance(overrides, Mapping | None) or not all(isinstance(key, str) for key in overrides or ()):
+        raise UserError(f"overrides {overrides!r}: give a dict of values by key, such as {{'seed': 1}}")
     if isinstance(path, options) and not overrides:
         return path
     changes = [Override(key, value, key) for key, value in (overrides or {}).items()]
@@ -141,13 +144,8 @@ def _read_checked(given: str | Path, options: type, overrides: Sequence[Override
 def _with_bases(file: Path) -> Iterator[Path]:
     """A config file that can be read, and those that it builds on."""
     yield file
-    try:
-        bases = Config._get_base_files(str(file))
-    except Exception:  # one with variables of mmengine's, which it fills in before it reads
-        return
-    for base in bases:
-        if is_file(path := file.parent / base):  # others are of mmengine's own kinds
-            yield from _with_bases(path)
+    for base in _bases_of(file):
+        yield from _with_bases(base)
 
 
 @contextmanager
@@ -191,6 +189,7 @@ def _is_named(path: str, message: str) -> bool:
 
 def _read(path: Path) -> dict:
     """Content of a config file with its bases."""
+    _check_bases(path)
     try:
         # plain python: an import in the file must not switch mmengine to its lazy mode
         with _plain_yaml(), kept_together():  # mmengine makes copies
@@ -198,7 +197,42 @@ def _read(path: Path) -> dict:
     except (Exception, SystemExit) as error:  # a config is a program: anything may go wrong in it
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from error
+        if isinstance(error, SyntaxError):  # mmengine names a copy of its own
+            _check_syntax(path)
         raise UserError(f"{path}: cannot be read as a config: {type(error).__name__}: {error}") from error
+
+
+def _bases_of(file: Path) -> list[Path]:
+    """Files that a config names as its bases; none of one that mmengine alone can read."""
+    try:
+        bases = Config._get_base_files(str(file))
+    except Exception:  # one with variables of mmengine's, which it fills in before it reads, or a damaged one
+        return []
+    return [path for base in bases if is_file(path := file.parent / base)]  # others are of mmengine's own kinds
+
+
+def _check_bases(file: Path, above: tuple[Path, ...] = ()) -> None:
+    """Raise a UserError for a config that is one of its own bases, which mmengine would read again and again."""
+    chain = (*above, file.resolve())
+    if chain[-1] in above:
+        names = " -> ".join(path.name for path in chain[above.index(chain[-1]) :])
+        raise UserError(f"{chain[0]}: cannot be read as a config: _base_ leads back to where it came from ({names})")
+    for base in _bases_of(file):
+        _check_bases(base, chain)
+
+
+def _check_syntax(file: Path) -> None:
+    """Raise a UserError that names the line of a config, or of one of its bases, that is no Python."""
+    for each in _with_bases(file):
+        content = each.read_bytes()
+        if content.startswith(codecs.BOM_UTF8):
+            raise UserError(f"{each}: cannot be read as a config: it begins with a byte order mark; save it as UTF-8")
+        try:
+            compile(content, str(each), "exec") if each.suffix == ".py" else None
+        except (SyntaxError, ValueError) as error:
+            line = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
+            said = error.msg if isinstance(error, SyntaxError) else error
+            raise UserError(f"{each}: cannot be read as a config: {line}{said}") from error
 
 
 class _PlainYaml(BaseFileHandler):

@@ -232,7 +232,7 @@ def needed_sections(cfg: InferenceOptions) -> dict[str, ModelOptions]:
         found |= {"img_flux": cfg.img_flux, "img_flux_ae": cfg.img_flux_ae}
     for name, section in found.items():
         if section is None:
-            raise UserError(f"the config has no section `{name}`")
+            raise UserError(f"{cfg.config_path}: the config has no section `{name}`")
     return {name: section for name, section in found.items() if section is not None}
 
 

@@ -43,7 +43,7 @@ def decode_files(
     if not kept:
         return []
     if cfg.ae is None:
-        raise UserError("the config has no section `ae`")
+        raise UserError(f"{cfg.config_path}: the config has no section `ae`")
     check_weights("ae", cfg.ae)
     dtype = torch_dtype(cfg.dtype)
     ae = build_ready(cfg.ae, device, dtype, "ae")

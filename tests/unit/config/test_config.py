@@ -272,6 +272,24 @@ def test_broken_files(write, text):
         parse_config([write(text)], InferenceOptions)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("_base_ = ['toy.py']", r"toy.py: .*_base_ leads back .*\(toy.py -> toy.py\)"),
+        ("_base_ = ['other.py']", r"toy.py: .*_base_ leads back .*\(toy.py -> other.py -> toy.py\)"),
+        ("seed = 1\nseed = (", r"toy.py: cannot be read as a config: line 2: '\(' was never closed$"),
+        ("_base_ = ['broken.py']", r"broken.py: cannot be read as a config: line 1: "),
+        ("\ufeffseed = 1", "toy.py: .*byte order mark"),
+    ],
+)
+def test_broken_files_are_named_themselves(write, text, said):
+    """Not copies that the reader makes of them."""
+    write("_base_ = ['toy.py']", "other.py")
+    write("seed = = 1", "broken.py")
+    with pytest.raises(UserError, match=said):
+        parse_config([write(text)], InferenceOptions)
+
+
 @pytest.mark.parametrize("text", ["raise Terminated", 'imports = ["ends"]'])
 def test_sigterm_while_a_config_is_read_is_no_fault_of_it(write, text):
     first = "from opensora.utils.errors import Terminated\n"
@@ -488,6 +506,8 @@ def test_a_resolved_config_may_be_loaded_again(infer):
         ({"num_stepz": 3}, "num_stepz is not a known key; did you mean num_steps"),
         ({"seed": "3"}, "seed 3: expected integer"),
         ({"model": {"type": "flux", "detph": 3}}, "model.detph is not a known key"),
+        (["seed"], r"overrides \['seed'\]: give a dict"),
+        ({3: 4}, "overrides {3: 4}: give a dict"),
     ],
 )
 def test_load_config_mistakes(overrides, expected):
