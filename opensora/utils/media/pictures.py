@@ -28,7 +28,8 @@ def read_picture(path: str | Path) -> NDArray[np.uint8]:
     """Read a picture as upright uint8 RGB [H, W, 3]; see :func:`picture_pixels`.
 
     Raises:
-        UserError: the file is missing, is not a picture, or holds floating-point values, whose white nobody knows.
+        UserError: the file is missing, is not a picture, or holds numbers whose white nobody knows (fractions, or whole
+            ones of 32 bits).
     """
     if not is_file(path):
         raise UserError(f"image not found: {path}")
@@ -46,11 +47,13 @@ def picture_pixels(image: Image.Image) -> NDArray[np.uint8]:
     laid on white, of 16 bits the upper 8.
 
     Raises:
-        ValueError: floating-point values.
+        ValueError: floating-point values, or whole numbers of 32 bits.
     """
+    is_wide = image.mode == "I" and image.format == "TIFF"  # other formats have "I" for 16 bits
     image = in_srgb(_upright(image))
-    if image.mode == "F":
-        raise ValueError("floating-point values; save it with 8 or 16 bits")
+    if image.mode == "F" or is_wide:
+        kind = "whole numbers of 32 bits" if is_wide else "floating-point values"
+        raise ValueError(f"{kind}; save it with 8 or 16 bits")
     if image.mode in MODES_OF_16_BITS:  # which Pillow would cut off at 255
         image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:

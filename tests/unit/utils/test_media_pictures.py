@@ -185,6 +185,15 @@ def test_damaged_pictures_are_read_or_refused_by_name(tmp_path):
                 assert str(tmp_path / "bad") in message
 
 
+def test_numbers_of_unknown_white_are_refused(tmp_path):
+    """Where 255 is white, the upper 8 of 16 bits would be black."""
+    for name, kind in (("whole", np.int32), ("fractions", np.float32)):
+        path = tmp_path / f"{name}.tif"
+        Image.fromarray(PICTURE[..., 0].astype(kind)).save(path)
+        with pytest.raises(UserError, match=rf"{name}.tif .*save it with 8 or 16 bits"):
+            read_picture(path)
+
+
 LAYOUTS = {
     "[H, W, 3]": (PICTURE, PICTURE),
     "[3, H, W]": (PICTURE.transpose(2, 0, 1), PICTURE),
