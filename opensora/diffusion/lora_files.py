@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from opensora.diffusion import lora_products
@@ -40,6 +41,10 @@ ROLES = {
         **{part: part for part in lora_products.PARTS},
     }.items()
 }
+LEAST_DIMENSIONS = {
+    **dict.fromkeys(("down", "up", *lora_products.PARTS), 2),
+    **dict.fromkeys(("up_bias", "weight_change", "bias_change", "magnitude"), 1),
+}
 # kinds of adapters that are not read, told by the ends of the names of their tensors
 OTHER_KINDS = {
     "OFT or BOFT": re.compile(r".+\.(oft_blocks|oft_diag|oft_r|boft_R|boft_s)(\..+)?"),
@@ -49,6 +54,7 @@ OTHER_KINDS = {
     "LoCon, LoHa or LoKr of convolutions (Tucker)": re.compile(r".+\.(lora_mid\.weight|hada_t[12]|lokr_t[12])"),
     "changes of norms of LyCORIS": re.compile(r".+\.[wb]_norm"),
 }
+FLAGS = ("use_rslora", "use_dora", "fan_in_fan_out")  # of a PEFT config, which change what its tensors mean
 # variants of LoRA that a PEFT config may ask for, and that change what its tensors mean
 UNKNOWN_VARIANTS = (
     *("use_qalora", "use_bdlora", "alora_invocation_tokens", "target_parameters", "layer_replication"),
@@ -90,7 +96,7 @@ class LoraFile:
         if self.config:
             return float(_by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8)))
         with contextlib.suppress(TypeError, ValueError):
-            return float(self.metadata.get("ss_network_alpha") or "")
+            return float(self.metadata.get("ss_network_alpha") or "") or float(rank)  # Kohya's 0 is the rank
         return float(rank)
 
     def rank(self, module: str) -> int | None:
@@ -175,8 +181,13 @@ def read_lora(path: str | Path) -> LoraFile:
         if role in lora.modules.setdefault(module, {}):
             raise UserError(f"{file} has two adapters: {key} and another tensor for {module}")
         if not value.is_floating_point() and role != "alpha":
-            raise UserError(f"{file}: {key} holds integers, not weights: a quantised adapter cannot be used")
-        if role == "alpha" and value.numel() != 1:
+            kind = str(value.dtype).removeprefix("torch.")
+            raise UserError(f"{file}: {key} holds {kind}, not weights: a quantised adapter cannot be used")
+        if not value.numel():
+            raise UserError(f"{file}: {key} is empty, of shape {[*value.shape]}: get the adapter again")
+        if value.ndim < LEAST_DIMENSIONS.get(role, 0):
+            raise UserError(f"{file}: {key} is of shape {[*value.shape]}, not a matrix: get the adapter again")
+        if role == "alpha" and (value.numel() != 1 or value.is_complex() or value.dtype is torch.bool):
             raise UserError(f"{file}: {key} must be one number")
         if value.is_floating_point() and not all_finite(value):
             raise UserError(
@@ -223,6 +234,9 @@ def _check_config(values: Mapping[str, Any]) -> None:
     for key, value in (*numbers.items(), *((k, v) for p in patterns.values() for k, v in p.items())):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{key}={value!r} is not a number")
+    for key in FLAGS:
+        if not isinstance(values.get(key), bool | None):
+            raise ValueError(f"{key}={values[key]!r} is neither true nor false")
     for pattern in (*patterns["rank_pattern"], *patterns["alpha_pattern"]):
         re.compile(pattern)
     for key in ("target_modules", "exclude_modules"):

@@ -187,9 +187,10 @@ class Fit:
         if expected is not None and expected != rank:
             self._misfit(f"of rank {rank} where its config says {expected}", name)
             return
-        scale = self.file.scale(name, rank)
-        if not math.isfinite(scale):
-            raise UserError(f"{self.file.path}: alpha of {name} is not finite")
+        if self.file.config.get("use_dora") and "magnitude" not in tensors:
+            self._misfit("without the magnitudes of DoRA, which its config asks for", name)
+            return
+        scale = self._scale(name, rank)
         up = up * (scale * self.made.strength)
         for piece in pieces:
             self.parts.setdefault(piece.module, []).append((down, cut(piece, up, self.head_dim), piece.at))
@@ -208,12 +209,17 @@ class Fit:
             wanted = [self._rows(pieces), min(inputs)]
             self._misfit("of another shape", f"{name} {[*product.shape]} instead of {wanted}")
             return
-        scale = 1.0 if product.rank is None else self.file.scale(name, product.rank)
-        if not math.isfinite(scale):
-            raise UserError(f"{self.file.path}: alpha of {name} is not finite")
+        scale = 1.0 if product.rank is None else self._scale(name, product.rank)
         for piece in pieces:
             placed = Placed(product, scale * self.made.strength, piece, self.head_dim)
             self.made.products.setdefault(f"{piece.module}.weight", []).append(placed)
+
+    def _scale(self, name: str, rank: int) -> float:
+        """Alpha / rank of a module; raises a UserError unless it is finite."""
+        scale = self.file.scale(name, rank)
+        if not math.isfinite(scale):
+            raise UserError(f"{self.file.path}: alpha of {name} is not finite")
+        return scale
 
     def _rows(self, pieces: Sequence[Piece]) -> int:
         """Rows that the stored module has."""

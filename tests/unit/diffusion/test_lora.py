@@ -366,6 +366,8 @@ def test_config_of_another_model(tmp_path):
         ('{"peft_type": "LORA", "use_qalora": true}', "use_qalora is set"),
         ('{"peft_type": "LORA", "lora_alpha": "x"}', "lora_alpha='x' is not a number"),
         ('{"peft_type": "LORA", "lora_alpha": NaN}', "lora_alpha=nan is not a number"),
+        ('{"peft_type": "LORA", "use_rslora": "no"}', "use_rslora='no' is neither true nor false"),
+        ('{"peft_type": "LORA", "r": 3, "use_dora": true}', "without the magnitudes of DoRA"),
         ('{"peft_type": "LORA", "target_modules": 3}', "no config of an adapter"),
         ('{"peft_type": "LORA", "target_modules": "["}', "no config of an adapter"),
         ("[]", "no config of an adapter"),
@@ -398,6 +400,27 @@ def test_broken_files(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match="no adapter there"):
         read_loras(str(tmp_path / "notes.txt"), mmdit())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lora_down.weight": torch.zeros(0, 16), "lora_up.weight": torch.zeros(32, 0)}, "weight is empty, of shape"),
+        ({"lora_down.weight": torch.zeros(16), "lora_up.weight": torch.zeros(32)}, r"of shape \[16\], not a matrix"),
+        ({"diff": torch.tensor(1.0)}, r"of shape \[\], not a matrix"),
+        ({"alpha": torch.tensor(True)}, "alpha must be one number"),
+        ({"alpha": torch.tensor(1 + 1j)}, "alpha must be one number"),
+        ({"alpha": torch.ones(2)}, "alpha must be one number"),
+        ({"lora_up.weight": torch.ones(32, 3, dtype=torch.complex64)}, "holds complex64, not weights"),
+        ({"lora_up.weight": torch.ones(32, 3, dtype=torch.bool)}, "holds bool, not weights"),
+    ],
+)
+def test_tensors_that_no_trainer_writes(tmp_path, change, said):
+    file = save(tmp_path, factors(NAMES, mmdit()), "kohya")
+    state = load_file(file) | {f"lora_unet_img_in.{role}": value for role, value in change.items()}
+    save_file(state, file)
+    with pytest.raises(UserError, match=said):
+        read_loras(str(file), mmdit())
 
 
 def test_a_checkpoint_names_its_adapters(tmp_path):
