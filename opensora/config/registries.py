@@ -107,6 +107,8 @@ class LazyRegistry(Registry):
         Raises:
             UserError: nothing of that name; names the nearest one.
         """
+        if not isinstance(name, str):
+            raise UserError(f"type {name!r} is not a registered {self.name}; known: {', '.join(self.names)}")
         if name not in self.module_dict and name in self.entries:
             self._import(self.entries[name].module)
             if name not in self.module_dict:

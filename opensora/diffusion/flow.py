@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from opensora.utils.errors import UserError
+
 # The shift grows linearly with the tokens of a latent frame: 1 at 256 tokens, 3 at 4096 (and on in both directions).
 BASE_TOKENS, BASE_SHIFT = 256, 1.0
 MAX_TOKENS, MAX_SHIFT = 4096, 3.0
@@ -31,8 +33,13 @@ def shift_alpha(image_seq_len: int, num_frames: int, flow_shift: float | None = 
         image_seq_len: tokens per latent frame.
         num_frames: latent frames.
         flow_shift: this value instead of the one computed from the sizes (it also replaces the factor for frames).
+
+    Raises:
+        UserError: a ``flow_shift`` that is not above 0.
     """
     if flow_shift is not None:
+        if not 0 < flow_shift < math.inf:
+            raise UserError(f"flow_shift {flow_shift!r}: must be a finite number above 0")
         return flow_shift
     slope = (MAX_SHIFT - BASE_SHIFT) / (MAX_TOKENS - BASE_TOKENS)
     return (BASE_SHIFT + slope * (image_seq_len - BASE_TOKENS)) * math.sqrt(num_frames)
@@ -56,7 +63,12 @@ def get_schedule(
 
     Returns:
         ``num_steps + 1`` falling values from 1.0 to 0.0.
+
+    Raises:
+        UserError: no steps, or a shift that is not above 0.
     """
+    if not isinstance(num_steps, int) or num_steps < 1:
+        raise UserError(f"num_steps {num_steps!r}: a schedule has 1 step or more")
     times = [1 - step / num_steps for step in range(num_steps + 1)]
     return shifted(times, image_seq_len, num_frames, shift, flow_shift)
 

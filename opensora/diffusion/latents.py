@@ -6,6 +6,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from opensora.utils.errors import UserError
+
 
 def get_noise(
     seeds: Sequence[int],
@@ -36,7 +38,16 @@ def get_noise(
 
 
 def pack(x: Tensor, patch_size: int = 2) -> Tensor:
-    """Latents [B, C, T, h, w] to tokens [B, T*(h/p)*(w/p), C*p*p]; h and w must divide by the patch size p."""
+    """Latents [B, C, T, h, w] to tokens [B, T*(h/p)*(w/p), C*p*p].
+
+    Raises:
+        UserError: another number of dimensions, or h or w that do not divide by the patch size p.
+    """
+    if x.ndim != 5 or patch_size < 1 or x.shape[-2] % patch_size or x.shape[-1] % patch_size:
+        raise UserError(
+            f"latents {[*x.shape]} in patches of {patch_size!r}: give [B, C, T, h, w] of which h and w divide by the "
+            "patch size"
+        )
     return rearrange(x, "b c t (h ph) (w pw) -> b (t h w) (c ph pw)", ph=patch_size, pw=patch_size)
 
 
@@ -45,8 +56,18 @@ def unpack(
     latent_size: tuple[int, int, int],
     patch_size: int = 2,
 ) -> Tensor:
-    """Inverse of :func:`pack`: tokens to latents [B, C, T, h, w], where ``latent_size`` = (T, h, w)."""
+    """Inverse of :func:`pack`: tokens to latents [B, C, T, h, w], where ``latent_size`` = (T, h, w).
+
+    Raises:
+        UserError: tokens of another number, or that are not of patches of this size.
+    """
     frames, height, width = latent_size
+    count = frames * (height // patch_size) * (width // patch_size)
+    if x.ndim != 3 or x.shape[1] != count or x.shape[2] % patch_size**2:
+        raise UserError(
+            f"tokens {[*x.shape]} of latents {tuple(latent_size)} in patches of {patch_size!r}: expected "
+            f"[B, {count}, C * {patch_size**2}]"
+        )
     return rearrange(
         x,
         "b (t h w) (c ph pw) -> b c t (h ph) (w pw)",

@@ -184,7 +184,13 @@ class Autoencoder(Protocol):
         return ""
 
     def get_latent_size(self, size: Sequence[int]) -> tuple[int, int, int]:
-        """Latent (t, h, w) of a clip of (T, H, W)."""
+        """Latent (t, h, w) of a clip of (T, H, W).
+
+        Raises:
+            UserError: not three whole numbers of 1 or more.
+        """
+        if len(size) != 3 or not all(side == int(side) and side >= 1 for side in size):
+            raise UserError(f"a clip of size {tuple(size)}: give frames, height and width, whole numbers of 1 or more")
         return LatentSpec.of(self).latent_size(*size)
 
     def nearest_frames(self, num_frames: int) -> tuple[int, ...]:

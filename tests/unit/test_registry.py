@@ -60,6 +60,8 @@ def test_unknown_type_names_the_nearest(registry):
         build_module({"type": "squaer"}, registry)
     with pytest.raises(UserError, match="hunyuan_vae"):
         build_module({"type": "hunyuan_vea"}, MODELS)
+    with pytest.raises(UserError, match=r"type 3 is not a registered .*square"):
+        build_module({"type": 3}, registry)
 
 
 def test_missing_type_lists_the_names(registry):

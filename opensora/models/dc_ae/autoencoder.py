@@ -25,7 +25,8 @@ from opensora.models.dc_ae.blocks import (
 from opensora.models.dc_ae.config import DEFAULT_LAYOUT, DCAEConfig, Stage
 from opensora.models.kinds import Shapes, WeightKind, count, explain_autoencoder, size
 from opensora.models.vae.disturbance import disturbed
-from opensora.models.vae.tiling import Tiling, check_clip
+from opensora.models.vae.shapes import check_latents, check_pixels
+from opensora.models.vae.tiling import Tiling
 from opensora.registry import MODELS
 from opensora.utils.errors import UserError
 from opensora.utils.hub import RELEASED
@@ -221,6 +222,7 @@ class DCAE(nn.Module, Autoencoder):
         One latent frame becomes one frame. In temporal tiling this holds for a last tile of one latent frame too, as
         in the original: with the default tiles, 6k + 1 latent frames (above 8) give 4 (t - 1) + 1 frames.
         """
+        check_latents(z, self.latent_channels)
         video = self._per_sample(self.denormalize(z), lambda sample: self.tiling.decode(sample, self.decoder))
         self._warn_of_lost_frames(z.shape[2], video.shape[2])
         return video
@@ -270,7 +272,7 @@ class DCAE(nn.Module, Autoencoder):
         return torch.cat([network(sample) for sample in x.split(1)])
 
     def _check_pixels(self, x: Tensor) -> None:
-        check_clip(x, 3)
+        check_pixels(x, 3)
         frames, height, width = x.shape[-3:]
         rows, columns = self.compression[1:]
         nearest = self.nearest_frames(frames)

@@ -15,7 +15,8 @@ from opensora.models.hunyuan_vae.encoder_decoder import DecoderCausal3D, Encoder
 from opensora.models.kinds import Shapes, WeightKind, count, explain_autoencoder, size
 from opensora.models.vae.disturbance import disturbed
 from opensora.models.vae.posterior import DiagonalGaussian
-from opensora.models.vae.tiling import Tiling, check_clip
+from opensora.models.vae.shapes import check_latents, check_pixels
+from opensora.models.vae.tiling import Tiling
 from opensora.registry import MODELS
 from opensora.utils.errors import UserError
 from opensora.utils.weights_loading import load_model
@@ -138,6 +139,7 @@ class AutoencoderKLCausal3D(nn.Module, Autoencoder):
 
     def decode(self, z: Tensor) -> Tensor:
         """Normalised latents ``[B, C, t, h, w]`` to video ``[B, 3, 4(t-1)+1, 8h, 8w]``, about [-1, 1]."""
+        check_latents(z, self.latent_channels)
         raw = self.denormalize(z)
         if self.config.use_slicing and raw.shape[0] > 1:
             return torch.cat([self._decode(sample) for sample in raw.split(1)])
@@ -168,7 +170,7 @@ class AutoencoderKLCausal3D(nn.Module, Autoencoder):
         return self.decode(disturbed(z, latent_noise, generator)), posterior, z
 
     def _check_pixels(self, x: Tensor) -> None:
-        check_clip(x, self.config.in_channels)
+        check_pixels(x, self.config.in_channels)
         frames, height, width = x.shape[-3:]
         space = self.compression[1]
         nearest = self.nearest_frames(frames)

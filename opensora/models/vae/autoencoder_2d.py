@@ -17,6 +17,7 @@ from opensora.models.autoencoder import Autoencoder, LatentMoments
 from opensora.models.kinds import Shapes, WeightKind, count, explain_autoencoder, size
 from opensora.models.vae.config import AutoEncoder2DConfig
 from opensora.models.vae.posterior import DiagonalGaussian
+from opensora.models.vae.shapes import IMAGE, check_latents, check_pixels
 from opensora.registry import MODELS
 from opensora.utils.errors import UserError
 from opensora.utils.weights_loading import load_model
@@ -234,12 +235,7 @@ class AutoEncoder2D(nn.Module, Autoencoder):
         Raises:
             UserError: neither images nor videos, or H or W is not a multiple of the spatial ratio.
         """
-        channels = self.config.in_channels
-        if x.ndim not in (4, 5) or x.shape[1] != channels or not x.numel():
-            raise UserError(
-                f"pixels of shape {[*x.shape]}: the image autoencoder takes [B, {channels}, H, W] or "
-                f"[B, {channels}, T, H, W] with a frame or more"
-            )
+        check_pixels(x, self.config.in_channels, IMAGE)
         height, width = x.shape[-2:]
         space = self.compression[1]
         if height % space or width % space:
@@ -268,6 +264,7 @@ class AutoEncoder2D(nn.Module, Autoencoder):
 
     def decode(self, z: Tensor) -> Tensor:
         """Normalised latents ``[B, C, h, w]`` or ``[B, C, T, h, w]`` to pixels, 8 times as high and wide."""
+        check_latents(z, self.latent_channels, IMAGE)
         return _per_frame(self.decoder, self.denormalize(z))
 
     def forward(

@@ -20,18 +20,6 @@ Runner = Callable[[list[Tensor], Network], list[Tensor]]
 TIME, HEIGHT, WIDTH = 2, 3, 4  # axes of [B, C, T, H, W]
 
 
-def check_clip(x: Tensor, channels: int) -> None:
-    """Refuse what is not a batch of clips.
-
-    Raises:
-        UserError: ``x`` is not ``[B, channels, T, H, W]`` with a frame or more.
-    """
-    if x.ndim != 5 or x.shape[1] != channels or not x.shape[2]:
-        raise UserError(
-            f"pixels of shape {[*x.shape]}: a video autoencoder takes [B, {channels}, T, H, W] with a frame or more"
-        )
-
-
 @dataclass(frozen=True)
 class TileAxis:
     """How one axis is cut into tiles and put together again.

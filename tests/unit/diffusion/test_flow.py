@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from opensora.diffusion import flow
 from opensora.diffusion.latents import get_noise, pack, prepare_ids, unpack
+from opensora.utils.errors import UserError
 
 
 def test_schedule_falls_from_one_to_zero():
@@ -28,6 +29,25 @@ def test_shift_of_released_sizes(tokens, frames, alpha):
 
 def test_flow_shift_replaces_everything():
     assert flow.shift_alpha(2304, 33, flow_shift=3.0) == 3.0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: flow.get_schedule(0, 252, 33),
+        lambda: flow.get_schedule("3", 252, 33),
+        lambda: flow.get_schedule(3, 252, 33, flow_shift=-1.0),
+        lambda: flow.shift_alpha(252, 33, flow_shift=math.nan),
+        lambda: pack(torch.zeros(1, 4, 1, 3, 4)),
+        lambda: pack(torch.zeros(4, 1, 4, 4)),
+        lambda: pack(torch.zeros(1, 4, 1, 4, 4), 0),
+        lambda: unpack(torch.zeros(1, 7, 16), (1, 4, 4)),
+        lambda: unpack(torch.zeros(4, 16), (1, 4, 4)),
+    ],
+)
+def test_what_cannot_be_is_refused_in_words(wrong):
+    with pytest.raises(UserError, match="num_steps|flow_shift|patches"):
+        wrong()
 
 
 def test_sampled_times_follow_the_shifted_logit_normal():

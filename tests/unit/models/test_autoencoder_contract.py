@@ -78,6 +78,19 @@ def test_a_class_that_lacks_something_cannot_be_built():
         Half()
 
 
+def test_what_are_no_pixels_and_no_latents_is_refused_in_words(model):
+    z = torch.zeros(1, model.latent_channels, 2, 4, 4)
+    for wrong in (z[0, 0, 0], z[:, :0], z[:, :, :0], z.int(), z.numpy(), None):
+        with pytest.raises(UserError, match="^latents "):
+            model.decode(wrong)
+    for pixels in (clip(1)[0, 0, 0], clip(1)[:, :2], clip(1).int(), None):
+        with pytest.raises(UserError, match="^pixels "):
+            model.encode(pixels)
+    for size in ((0, 32, 32), (5, 32), (5, 32, -32), (5, 32, 32.5)):
+        with pytest.raises(UserError, match="a clip of size"):
+            model.get_latent_size(size)
+
+
 @pytest.mark.parametrize("frames", LENGTHS)
 def test_shapes_and_lengths(model, frames):
     x = clip(frames)
