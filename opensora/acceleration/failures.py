@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from opensora.utils.main import told_of
 logger = get_logger(__name__)
 
 REPORT = "TORCHELASTIC_ERROR_FILE"  # where torchrun reads what a process that failed has to say
+MEETING_PATIENCE = 5.0  # seconds in which the place where processes meet answers
 PATIENCE = 5.0  # seconds in which torchrun ends a process once another one has failed
 
 # what torch says when another process has gone; gloo has no exception class of its own
@@ -97,17 +99,32 @@ def lost_contact(error: BaseException) -> bool:
     )
 
 
+def _answers(address: str, port: int) -> bool:
+    """Whether the place where processes meet is there; torch, which looks as well, prints pages where it is not."""
+    if not address or not port:
+        return False
+    try:
+        socket.create_connection((address, port), MEETING_PATIENCE).close()
+    except OSError:
+        return False
+    return True
+
+
 def first_to_say(message: str, environment: Mapping[str, str]) -> bool:
     """Whether this process is the first of a run with this message; true where the others cannot be asked."""
     ours = Torchrun.read(environment)
-    if ours.world_size == 1:
+    if ours.world_size == 1 or not _answers(ours.address, ours.port):
         return True
     import torch.distributed as dist
 
     key = f"opensora/said/{ours.attempt}/{hashlib.sha256(message.encode()).hexdigest()}"
     try:
         store = dist.TCPStore(
-            ours.address, ours.port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False
+            ours.address,
+            ours.port,
+            is_master=False,
+            timeout=timedelta(seconds=MEETING_PATIENCE),
+            wait_for_workers=False,
         )
         return store.add(key, 1) == 1
     except (RuntimeError, ValueError):

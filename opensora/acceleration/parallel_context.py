@@ -1,5 +1,6 @@
 """Process groups of a run, as a value that is handed to whoever needs it."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from opensora.acceleration.torchrun import Torchrun
 from opensora.config.options import PluginOptions
 from opensora.utils.errors import UserError
 from opensora.utils.logging import get_logger
@@ -210,9 +212,13 @@ def launch(device: torch.device, timeout: timedelta = TIMEOUT) -> None:
     Args:
         device: where this process works; NCCL on GPUs, gloo on CPUs.
         timeout: how long an exchange may take before this process gives up on the others.
+
+    Raises:
+        UserError: what torchrun says of the processes is not there.
     """
     if dist.is_initialized():
         return
+    Torchrun.check_whole(os.environ)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)

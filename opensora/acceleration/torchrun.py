@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 from opensora.utils.errors import UserError
 
+MOST_PORT = 65_535
+MEETING = ("MASTER_ADDR", "MASTER_PORT", "RANK")  # what processes need to find one another
+
 
 @dataclass(frozen=True)
 class Torchrun:
@@ -30,7 +33,7 @@ class Torchrun:
         """What the variables of torchrun say.
 
         Raises:
-            UserError: one of them is no number, or a rank is not among the processes.
+            UserError: one of them is no number, or a rank or port that cannot be.
         """
 
         def number(name: str, default: int = 0) -> int:
@@ -51,4 +54,16 @@ class Torchrun:
             raise UserError(
                 f"environment variables RANK={found.rank} and WORLD_SIZE={found.world_size}: ranks are counted from 0"
             )
+        if found.port > MOST_PORT:
+            raise UserError(f"environment variable MASTER_PORT='{found.port}': expected at most {MOST_PORT}")
         return found
+
+    @staticmethod
+    def check_whole(environment: Mapping[str, str]) -> None:
+        """Raise a UserError unless all is there by which several processes find one another."""
+        missing = [name for name in MEETING if not environment.get(name)]
+        if missing:
+            raise UserError(
+                f"environment variable {missing[0]} is not set, and WORLD_SIZE={environment.get('WORLD_SIZE')} says "
+                "that there are several processes: start them with torchrun, or unset WORLD_SIZE"
+            )
