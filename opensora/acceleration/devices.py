@@ -17,6 +17,9 @@ DTYPES: dict[DType, torch.dtype] = {
 }
 
 
+KNOWN = ("cpu", "cuda")  # types of devices; AMD's are cuda as well
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """Torch dtype of a config's ``dtype``.
 
@@ -53,12 +56,12 @@ def pick_device(name: str | None = None, local_rank: int = 0) -> torch.device:
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "meta":
-            raise RuntimeError("nothing can be computed there")
+        if device.type not in KNOWN:
+            raise RuntimeError("nothing is computed there")
     except RuntimeError as error:
         raise UserError(f"unknown device {name!r}; valid: cpu, cuda, cuda:N") from error
     if device.type != "cuda":
-        return device
+        return torch.device(device.type)  # of which there is one
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = device.index if device.index is not None else local_rank
     if index >= count:

@@ -141,6 +141,7 @@ def reconstruct(cfg: VaeInferenceOptions) -> Path:
 
 
 def _reconstruct(cfg: VaeInferenceOptions) -> Path:
+    device = pick_device(cfg.device)
     reader, results, settings = prepare(cfg)
     clips = reader.clips
     remove_unfinished_files(results.folder)
@@ -148,7 +149,6 @@ def _reconstruct(cfg: VaeInferenceOptions) -> Path:
     logger.info("%d clips, %d of them done before, to %s", len(clips), len(clips) - len(waiting), results.folder)
     if waiting:
         assert cfg.model is not None
-        device = pick_device(cfg.device)
         model: Any = build_ready(cfg.model, device, torch_dtype(cfg.dtype))
         lpips = build_lpips(cfg.lpips, device) if cfg.lpips else None
         write_text(settings, results.settings)  # only now: weights that cannot be loaded must not claim the folder

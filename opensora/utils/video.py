@@ -4,6 +4,7 @@ use, Pillow the only image one."""
 import math
 import numbers
 import os
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", "
 SAME_EVERYWHERE = {"x264-params": "cpu-independent=1"}
 LEAST_FPS, MOST_FPS = 1e-3, 100_000  # of what containers and players know as rates
 WORST_CRF = 51
+MOST_SIDE = 16_384  # of x264
+MOST_TIMES = 64  # that pixels of a contact sheet are enlarged
 NO_VIDEO = "{path}: '{ending}' is the ending of no video file; give .mp4"
 VIDEO_EXTENSIONS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 
@@ -85,7 +88,11 @@ def to_uint8(video: Tensor) -> np.ndarray:
 
 
 def _as_frames(frames: np.ndarray | Tensor, ndim: int) -> np.ndarray:
-    array = frames.detach().cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames)
+    if isinstance(frames, Tensor):
+        if frames.is_meta:
+            raise UserError("expected uint8 pixels, got a tensor on meta, which has none")
+        frames = frames.detach().cpu().numpy()
+    array = np.asarray(frames)
     if array.ndim != ndim or array.shape[-1] != 3 or array.dtype != np.uint8:
         shape = "[T, H, W, 3]" if ndim == 4 else "[H, W, 3]"
         raise UserError(f"expected uint8 pixels {shape}, got {array.dtype} {list(array.shape)}")
@@ -137,7 +144,7 @@ class VideoWriter:
             raise UserError(f"{path}: fps {fps!r} must be a number above 0")
         if not LEAST_FPS <= fps <= MOST_FPS:
             raise UserError(f"{path}: fps {fps!r} must be from {LEAST_FPS} to {MOST_FPS:,}")
-        if not isinstance(crf, numbers.Real) or not 0 <= crf <= WORST_CRF:
+        if not isinstance(crf, numbers.Real) or isinstance(crf, bool) or not 0 <= crf <= WORST_CRF:
             raise UserError(f"{path}: crf {crf!r} must be a number from 0 (lossless) to {WORST_CRF} (worst)")
         self._file: FileBeside = FileBeside(path)
         self.path: Path = self._file.path
@@ -154,6 +161,8 @@ class VideoWriter:
             UserError: other pixels, or an ending that is no container's.
         """
         height, width = _as_frames(frames, 4).shape[1:3]
+        if max(height, width) > MOST_SIDE:
+            raise UserError(f"{self.path}: frames of {width} x {height} pixels; h264 takes sides up to {MOST_SIDE:,}")
         frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         if self._container is None:
             self._container = _open_to_write(self._file.temporary, named=self.path)
@@ -212,9 +221,12 @@ class VideoWriter:
 
 def _open_to_write(path: Path, named: str | Path) -> OutputContainer:
     try:
-        return av.open(str(path), "w")
+        container = av.open(str(path), "w")
     except ValueError:  # the library's word for an ending that it does not know
         raise UserError(NO_VIDEO.format(path=named, ending=path.suffix)) from None
+    if container.format.flags & av.format.Flags.no_file.value:  # a playlist, whose pieces would lie beside it
+        raise UserError(NO_VIDEO.format(path=named, ending=path.suffix))
+    return container
 
 
 def save_image(frame: np.ndarray | Tensor, path: str | Path) -> Path:
@@ -223,11 +235,23 @@ def save_image(frame: np.ndarray | Tensor, path: str | Path) -> Path:
     Raises:
         UserError: other pixels, or an ending that is no picture's.
     """
-    image = Image.fromarray(_as_frames(frame, 3))
+    array = _as_frames(frame, 3)
+    if not array.size:
+        raise UserError(f"{path}: a picture needs pixels; got {list(array.shape)}")
     check_new(path)
     if Path(path).suffix.lower() not in Image.registered_extensions():
         raise UserError(f"{path}: '{Path(path).suffix}' is the ending of no picture file; give .png")
-    return write_beside(path, image.save)
+    return _write_picture(Image.fromarray(array), path)
+
+
+def _write_picture(image: Image.Image, path: str | Path) -> Path:
+    try:
+        return write_beside(path, image.save)
+    except (OSError, ValueError, OverflowError, struct.error) as error:
+        if isinstance(error, UserError) or getattr(error, "errno", None) is not None:
+            raise
+        size = f"{image.width} x {image.height} pixels"  # too many for this format, to all that is known
+        raise UserError(f"{path}: a picture of {size} cannot be written as such a file; give .png") from error
 
 
 def video_info(path: str | Path) -> VideoInfo:
@@ -268,13 +292,19 @@ def contact_sheet(
         background: RGB of the sheet; text is black.
 
     Raises:
-        UserError: no video, a label too few or too many, or a number of frames, columns or times below 1.
+        UserError: no video, a label too few or too many, or a number of frames, columns or times out of range.
     """
-    if min(frames, columns, scale) < 1 or (labels and len(labels) != len(videos)):
+    bounds = ((frames, 1, math.inf), (columns, 1, MOST_SIDE), (scale, 1, MOST_TIMES), (gap, 0, MOST_SIDE))
+    fits = all(isinstance(number, int) and least <= number <= most for number, least, most in bounds)
+    if not fits or (labels and len(labels) != len(videos)):
         raise UserError(
-            f"a contact sheet of {len(videos)} videos: frames={frames}, columns={columns}, scale={scale} and "
-            f"{len(labels or ())} labels; give numbers of at least 1, and a label per video"
+            f"a contact sheet of {len(videos)} videos: frames={frames}, columns={columns}, scale={scale}, "
+            f"gap={gap} and {len(labels or ())} labels; give whole numbers of 1 or more, a "
+            f"scale of at most {MOST_TIMES}, a label per video"
         )
+    if any(not _as_frames(video, 4).size for video in videos):
+        raise UserError("a contact sheet of a video without frames")
+    labels = [" ".join(str(label).split()) for label in labels or ()]  # in one line each
     strips = [_strip(_as_frames(video, 4), frames, scale, gap, background) for video in videos]
     if not strips:
         raise UserError("a contact sheet needs at least one video")
@@ -291,7 +321,7 @@ def contact_sheet(
         if labels:
             draw.text((x, y), labels[index], fill=(0, 0, 0), font=font)
         sheet.paste(strip, (x, y + label_height))
-    return write_beside(path, sheet.save)
+    return _write_picture(sheet, path)
 
 
 def _strip(video: np.ndarray, frames: int, scale: int, gap: int, background: tuple[int, int, int]) -> Image.Image:

@@ -19,6 +19,7 @@ from opensora.utils.paths import read_text
 from opensora.utils.weights import is_stored, load_state_dict, open_weights
 
 STATES = "running_states.json"  # the last file to be written into a checkpoint
+MOST = 2**63  # of a count of steps
 FOLDER = re.compile(r"epoch(\d+)-global_step(\d+)")
 
 
@@ -124,7 +125,12 @@ def load_states(checkpoint: Path) -> RunningStates:
         UserError: it is not one of this program's.
     """
     try:
-        return RunningStates(**json.loads(read_text(checkpoint / STATES)))
+        states = RunningStates(**json.loads(read_text(checkpoint / STATES)))
+        for key, value in vars(states).items():
+            kind = int | float if key == "saved_at" else int
+            if not isinstance(value, kind) or isinstance(value, bool) or not 0 <= value < MOST:
+                raise ValueError(f"{key}={value!r}")
+        return states
     except (TypeError, ValueError) as error:
         raise UserError(
             f"--load {checkpoint}: {STATES} is not of this program ({error}); to start from its weights alone, give "

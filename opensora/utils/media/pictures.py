@@ -17,6 +17,7 @@ from opensora.utils.paths import is_file
 EXIF_ORIENTATION = 0x112
 LYING = (5, 6, 7, 8)  # orientations with rows and columns exchanged
 PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"adobe:ns:meta")
+MOST_8_BITS, MOST_16_BITS = 2**8 - 1, 2**16 - 1
 MODES_OF_16_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 EXPECTED = (
     "expected pixels [H, W, 3] or [T, H, W, 3] (gray, RGBA and channels first as well), uint8 from 0 to 255 or floats "
@@ -28,8 +29,8 @@ def read_picture(path: str | Path) -> NDArray[np.uint8]:
     """Read a picture as upright uint8 RGB [H, W, 3]; see :func:`picture_pixels`.
 
     Raises:
-        UserError: the file is missing, is not a picture, or holds numbers whose white nobody knows (fractions, or whole
-            ones of 32 bits).
+        UserError: the file is missing, is not a picture, or holds numbers whose white nobody knows (fractions, or 32
+            bits that are not a picture's of 16).
     """
     if not is_file(path):
         raise UserError(f"image not found: {path}")
@@ -47,15 +48,16 @@ def picture_pixels(image: Image.Image) -> NDArray[np.uint8]:
     laid on white, of 16 bits the upper 8.
 
     Raises:
-        ValueError: floating-point values, or whole numbers of 32 bits.
+        ValueError: floating-point values, or whole numbers of 32 bits that are not those of 16.
     """
-    is_wide = image.mode == "I" and image.format == "TIFF"  # other formats have "I" for 16 bits
+    is_tiff = image.format == "TIFF"  # other formats have "I" for 16 bits
     image = in_srgb(_upright(image))
-    if image.mode == "F" or is_wide:
-        kind = "whole numbers of 32 bits" if is_wide else "floating-point values"
-        raise ValueError(f"{kind}; save it with 8 or 16 bits")
+    if image.mode == "F":
+        raise ValueError("floating-point values; save it with 8 or 16 bits")
+    if image.mode == "I" and is_tiff and not MOST_8_BITS < np.asarray(image).max() <= MOST_16_BITS:
+        raise ValueError("whole numbers of 32 bits that are not those of 16; save it with 8 or 16 bits")
     if image.mode in MODES_OF_16_BITS:  # which Pillow would cut off at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image).clip(0, MOST_16_BITS) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

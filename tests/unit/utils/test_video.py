@@ -145,6 +145,9 @@ def test_a_full_disk_leaves_nothing_and_is_named(tmp_path, moving_square, monkey
         ("a.mp4", 8, float("nan"), "crf nan must be"),
         ("a.mp4", 8, "x", "crf 'x' must be"),
         ("a.png", 8, 23, "'.png' is the ending of no video file"),
+        ("a.m3u8", 8, 23, "'.m3u8' is the ending of no video file"),
+        ("a.mpd", 8, 23, "'.mpd' is the ending of no video file"),
+        ("a.mp4", 8, True, "crf True must be"),
         ("", 8, 23, "is no name of a file"),
         (None, 8, 23, "None is no name of a file"),
     ],
@@ -162,7 +165,29 @@ def test_pictures_that_cannot_be_written(moving_square, name):
         video.save_image(moving_square[0], name)
 
 
-@pytest.mark.parametrize("wrong", [{"frames": 0}, {"columns": 0}, {"scale": 0}, {"labels": ["a", "b"]}])
+WRONG_SHEETS = (
+    *({"frames": 0}, {"columns": 0}, {"scale": 0}, {"labels": ["a", "b"]}),
+    *({"frames": 1.5}, {"gap": -1}, {"scale": 10**6}, {"columns": 10**9}),
+)
+
+
+@pytest.mark.parametrize("wrong", WRONG_SHEETS)
 def test_sheets_that_cannot_be_drawn(tmp_path, moving_square, wrong):
     with pytest.raises(UserError, match="a contact sheet of 1 videos"):
         video.contact_sheet([moving_square], tmp_path / "sheet.png", **wrong)
+
+
+def test_labels_of_several_lines_are_drawn_in_one(tmp_path, moving_square):
+    sheets = [video.contact_sheet([moving_square], tmp_path / f"{n}.png", labels=[f"a{n}b"]) for n in ("\n", " ")]
+    assert sheets[0].read_bytes() == sheets[1].read_bytes()
+
+
+def test_sizes_that_a_format_does_not_hold(tmp_path):
+    wide = np.zeros((1, 2, 70_000, 3), np.uint8)
+    with pytest.raises(UserError, match="a.mp4: frames of 70000 x 2 pixels"):
+        video.save_video(wide, tmp_path / "a.mp4", 8)
+    with pytest.raises(UserError, match=r"a.jpg: a picture of 70000 x 2 pixels .* give .png"):
+        video.save_image(wide[0], tmp_path / "a.jpg")
+    with pytest.raises(UserError, match=r"a.png: a picture needs pixels"):
+        video.save_image(wide[0, :0], tmp_path / "a.png")
+    assert not list(tmp_path.iterdir())
