@@ -119,8 +119,7 @@ def check_value(value: Any, option: Option, path: str, where: str) -> Any:
             value = coerce(value, option.hint)
         except ValueError:
             raise UserError(f"{where}: {path} = {value!r}: expected {describe(option.hint)}") from None
-        if isinstance(value, str) and "\0" in value:
-            raise UserError(f"{where}: {path} = {value!r}: a text cannot hold a zero byte")
+        _check_text(value, f"{where}: {path}")
         check_bounds(value, option.metadata, f"{where}: {path}")
         return value
     if isinstance(value, Options):
@@ -143,6 +142,23 @@ def check_value(value: Any, option: Option, path: str, where: str) -> Any:
             valid = [dotted for dotted, _, _ in walk_options(group, value, f"{path}.")] if group else []
             raise_unknown(f"{path}.{key}", valid, f"{where}: {path}.{key}")
     return checked
+
+
+def _check_text(value: Any, shown: str) -> None:
+    """Raise a UserError for texts, in lists and sections too, that files and tables cannot hold."""
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if isinstance(value, list | tuple):
+        for each in value:
+            _check_text(each, shown)
+    if not isinstance(value, str):
+        return
+    if "\0" in value:
+        raise UserError(f"{shown} = {value!r}: a text cannot hold a zero byte")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{shown} = {value!r}: not UTF-8; give a text that is, rename a file that is not") from None
 
 
 def default_for_none(value: Any, metadata: Mapping[str, Any], shown: str) -> Any:

@@ -319,6 +319,8 @@ def test_literals_that_cannot_be(train, text):
     ("text", "expected"),
     [
         ("prompt = 'a\\0b'", "toy.py: prompt = .*: a text cannot hold a zero byte"),
+        ("save_dir = 'a\\udcff'", "toy.py: save_dir = .*: not UTF-8"),
+        ("pretrained_lora_path = ['a', 'b\\udcff']", "toy.py: pretrained_lora_path = .*: not UTF-8"),
         ('model = dict(type="flux", hiden_size=1)', "toy.py: model.hiden_size is not a known key.*model.hidden_size"),
         ("sampling_option = dict(num_step=1)", "toy.py: sampling_option.num_step is not.*sampling_option.num_steps"),
         ('sampling_option = dict(num_steps="50")', "toy.py: sampling_option.num_steps = '50': expected integer"),

@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import json
 import os
 import shutil
 from functools import partial
@@ -99,6 +100,13 @@ def test_nobody_hears_of_the_temporary_name(tmp_path):
 
     with pytest.raises(UserError, match=rf"^{tmp_path}/b.png: no such format$"):
         write_beside(tmp_path / "b.png", partial(write_beside, write=refuse))
+
+
+def test_bytes_of_a_file_name_that_are_no_text_are_escaped(tmp_path):
+    """And found again by whoever reads the JSON."""
+    name = os.fsdecode(b"caf\xc3\xa9 \xff")
+    path = write_text(json.dumps(name, ensure_ascii=False), tmp_path / "a.json")
+    assert json.loads(path.read_text(encoding="utf-8")) == name
 
 
 def test_a_name_with_a_zero_byte(tmp_path):
