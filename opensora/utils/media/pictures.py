@@ -19,6 +19,7 @@ LYING = (5, 6, 7, 8)  # orientations with rows and columns exchanged
 PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"adobe:ns:meta")
 MOST_8_BITS, MOST_16_BITS = 2**8 - 1, 2**16 - 1
 MODES_OF_16_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+OVERSHOOT = 1e-3  # of values from 0 to 1 that were computed: a quarter of a level
 EXPECTED = (
     "expected pixels [H, W, 3] or [T, H, W, 3] (gray, RGBA and channels first as well), uint8 from 0 to 255 or floats "
     "from 0 to 1"
@@ -50,11 +51,11 @@ def picture_pixels(image: Image.Image) -> NDArray[np.uint8]:
     Raises:
         ValueError: floating-point values, or whole numbers of 32 bits that are not those of 16.
     """
-    is_tiff = image.format == "TIFF"  # other formats have "I" for 16 bits
+    is_wide = image.format in ("TIFF", None)  # other formats have "I" for 16 bits
     image = in_srgb(_upright(image))
     if image.mode == "F":
         raise ValueError("floating-point values; save it with 8 or 16 bits")
-    if image.mode == "I" and is_tiff and not MOST_8_BITS < np.asarray(image).max() <= MOST_16_BITS:
+    if image.mode == "I" and is_wide and not MOST_8_BITS < (np.asarray(image).max() or MOST_16_BITS) <= MOST_16_BITS:
         raise ValueError("whole numbers of 32 bits that are not those of 16; save it with 8 or 16 bits")
     if image.mode in MODES_OF_16_BITS:  # which Pillow would cut off at 255
         image = Image.fromarray((np.asarray(image).clip(0, MOST_16_BITS) >> 8).astype(np.uint8))
@@ -123,6 +124,8 @@ def _array(value: Any, name: str) -> NDArray[Any]:
             value = (value.float() if value.is_floating_point() else value).numpy()
         except (TypeError, ValueError, RuntimeError) as error:  # a sparse or quantised one, one without memory
             raise UserError(f"{name}: a tensor without pixels ({first_line(error)}); {EXPECTED}") from error
+    if isinstance(value, np.matrix):  # stays of two dimensions whatever is done to it
+        value = np.asarray(value)
     if not isinstance(value, np.ndarray):
         raise UserError(f"{name}: {type(value).__name__} is no picture; {EXPECTED}")
     return value
@@ -134,9 +137,9 @@ def _levels(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
     if not np.issubdtype(array.dtype, np.floating):
         raise UserError(f"{name}: {array.dtype} {list(array.shape)}; {EXPECTED}")
     least, most = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
-    if not (least >= 0.0 and most <= 1.0):
+    if not (least >= -OVERSHOOT and most <= 1.0 + OVERSHOOT):
         raise UserError(f"{name}: {array.dtype} values from {least:g} to {most:g}; {EXPECTED}")
-    return np.round(array * 255.0).astype(np.uint8)
+    return np.round(array * 255.0).clip(0, 255).astype(np.uint8)
 
 
 def _channels_last(array: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:

@@ -189,9 +189,21 @@ def test_numbers_of_unknown_white_are_refused(tmp_path):
     """Where 255 is white, the upper 8 of 16 bits would be black."""
     for name, kind in (("whole", np.int32), ("fractions", np.float32)):
         path = tmp_path / f"{name}.tif"
-        Image.fromarray(PICTURE[..., 0].astype(kind)).save(path)
+        given = Image.fromarray(PICTURE[..., 0].astype(kind))
+        with pytest.raises(UserError, match="save it with 8 or 16 bits"):
+            as_pixels(given)
+        given.save(path)
         with pytest.raises(UserError, match=rf"{name}.tif .*save it with 8 or 16 bits"):
             read_picture(path)
+
+
+def test_values_that_rounding_took_over_the_edge_are_white_and_black():
+    picture = np.array([[[1 + 1e-7, -1e-7, 0.5]]])
+    assert as_pixels(picture).tolist() == [[[255, 0, 128]]]
+    for far in (picture * 1.01, picture - 0.01):
+        with pytest.raises(UserError, match="values from"):
+            as_pixels(far)
+    assert as_pixels(np.asmatrix(PICTURE[..., 0])).shape == PICTURE.shape
 
 
 LAYOUTS = {
