@@ -16,6 +16,7 @@ from opensora.acceleration.parallel_context import ParallelContext
 from opensora.acceleration.streaming import BlockStream, streamed
 from opensora.config.commands import InferenceOptions
 from opensora.config.options import SamplingOption
+from opensora.diffusion.calling import SHOWN
 from opensora.diffusion.conditions import build_condition, head_condition, restore_references
 from opensora.diffusion.decode import FrameSink, Gathered, check_pixels, room_to_work
 from opensora.diffusion.distilled import Distilled
@@ -92,11 +93,17 @@ class Stages:
         self.spec = LatentSpec.of(self.models["ae"])
 
     @torch.no_grad()
-    def encode_prompt(self, texts: Sequence[str]) -> TextEmbeddings:
-        """Embed texts: T5 tokens [B, L, D] and CLIP vector [B, D]; equal texts are embedded once.
+    def encode_prompt(self, texts: str | Sequence[str]) -> TextEmbeddings:
+        """Embed texts (or one): T5 tokens [B, L, D] and CLIP vector [B, D]; equal texts are embedded once.
 
         Ranks that make a sample together get what the first of them embeds.
+
+        Raises:
+            UserError: no text, or something that is none.
         """
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"texts: give a text or a list of texts, not {repr(texts)[:SHOWN]}")
         axis = self.parallel.sample
         if axis.size == 1:
             return TextEmbeddings(*self._embed(texts))

@@ -80,6 +80,8 @@ def resolve_path(path: str | Path, cache_dir: str | None = None) -> Path:
     Raises:
         UserError: neither a local path nor on the hub; names the command that downloads a released file.
     """
+    if not isinstance(path, str | Path):
+        raise UserError(f"weights {path!r}: give a path, or org/repo/path of a hub, as text")
     local = Path(path).expanduser()
     if local.exists():
         return local

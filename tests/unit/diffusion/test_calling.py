@@ -87,6 +87,14 @@ def test_what_is_of_another_kind_is_named(pipe, wrong, said):
         pipe(**{"prompt": "a", **SMALL, **wrong})
 
 
+def test_a_text_is_embedded_as_one(pipe):
+    one, listed = pipe.encode_prompt("ab"), pipe.encode_prompt(["ab"])
+    assert all(torch.equal(a, b) for a, b in zip(vars(one).values(), vars(listed).values()))
+    for wrong in (None, [], [3], {"a"}):
+        with pytest.raises(UserError, match="texts: give a text or a list of texts"):
+            pipe.encode_prompt(wrong)
+
+
 def test_numbers_of_numpy_and_torch(pipe):
     plain = pipe("a", seed=3, fps=8.0, guidance=2.0, **SMALL)
     for seed in (np.int64(3), torch.tensor(3), np.array([3])):

@@ -204,6 +204,12 @@ def test_missing_released_file_says_how_to_get_it(path, command, tmp_path, monke
     assert str(error.value).splitlines()[-1].strip() == command
 
 
+@pytest.mark.parametrize("path", [None, 3, b"a", ["a"]])
+def test_what_is_no_path_is_named(path):
+    with pytest.raises(UserError, match=r"^weights .*: give a path"):
+        open_weights(path)
+
+
 def test_missing_local_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
