@@ -1,6 +1,7 @@
 """Names of experiments, and the random stream of a step."""
 
 import errno
+import json
 import math
 
 import pytest
@@ -8,8 +9,28 @@ import torch
 
 from opensora.config.commands import TrainOptions
 from opensora.training import experiment
-from opensora.training.experiment import create_experiment, experiment_name
+from opensora.training.checkpoint.folder import STATES, load_states
+from opensora.training.experiment import _check_free, create_experiment, experiment_name
 from opensora.training.loop import step_generator
+from opensora.utils.errors import UserError
+
+
+@pytest.mark.parametrize("wrong", [{"global_step": "x"}, {"epoch": None}, {"step": -1}, {"micro_step": 10**30}])
+def test_states_that_no_run_has_are_named(tmp_path, wrong):
+    states = dict(epoch=0, step=1, global_step=1, micro_step=1) | wrong
+    (tmp_path / STATES).write_text(json.dumps(states))
+    with pytest.raises(UserError, match=rf"{STATES} is not of this program \({next(iter(wrong))}="):
+        load_states(tmp_path)
+
+
+def test_a_folder_that_is_no_whole_checkpoint_is_not_offered(tmp_path):
+    place = tmp_path / "epoch0-global_step1"
+    place.mkdir()
+    with pytest.raises(UserError, match=f"{place} is no whole checkpoint: move it away"):
+        _check_free(tmp_path, None)
+    (place / STATES).write_text("{}")
+    with pytest.raises(UserError, match="already holds checkpoints"):
+        _check_free(tmp_path, None)
 
 
 def test_step_generator_depends_on_step_and_rank_only():
