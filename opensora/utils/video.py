@@ -52,6 +52,7 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", "
 SAME_EVERYWHERE = {"x264-params": "cpu-independent=1"}
 LEAST_FPS, MOST_FPS = 1e-3, 100_000  # of what containers and players know as rates
 WORST_CRF = 51
+NO_FILE = 1  # FFmpeg's AVFMT_NOFILE: a format that opens its files itself
 MOST_SIDE = 16_384  # of x264
 MOST_TIMES = 64  # that pixels of a contact sheet are enlarged
 NO_VIDEO = "{path}: '{ending}' is the ending of no video file; give .mp4"
@@ -224,7 +225,7 @@ def _open_to_write(path: Path, named: str | Path) -> OutputContainer:
         container = av.open(str(path), "w")
     except ValueError:  # the library's word for an ending that it does not know
         raise UserError(NO_VIDEO.format(path=named, ending=path.suffix)) from None
-    if container.format.flags & av.format.Flags.no_file.value:  # a playlist, whose pieces would lie beside it
+    if container.format.flags & NO_FILE:  # a playlist, whose pieces would lie beside it
         raise UserError(NO_VIDEO.format(path=named, ending=path.suffix))
     return container
 
