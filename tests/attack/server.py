@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -111,6 +112,8 @@ def import_everything() -> None:
             if path.name != "__init__.py" and "run_main(main)" in path.read_text(encoding="utf-8"):
                 load_script(str(path.relative_to(ROOT)))
     importlib.import_module("torch").set_num_threads(1)
+    for ending in weakref.finalize._registry:  # type: ignore[attr-defined]
+        ending.atexit = False  # of what was imported, as torch's operators: a child would copy most of it to end it
     gc.collect()
     gc.freeze()  # children that look for garbage do not copy all of it
 
