@@ -45,6 +45,16 @@ def pytest_xdist_make_scheduler(config, log):
     return GroupScheduling(config, log)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Tests and what they import stay: looking through all of it for garbage at every few thousand takes seconds."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_finish() -> None:
     """What was imported stays: looking through it again and again for garbage takes longer than many a test."""
     gc.collect()
