@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 CONVOLUTION = torch.ops.aten.convolution.default
+GROUP_NORM = torch.ops.aten.native_group_norm.default
 
 
 class LiveBytes(TorchDispatchMode):
@@ -46,7 +47,8 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         """Run an operation and count what it made."""
         given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        out = func(*args, **(kwargs or {}))
+        quick = func is GROUP_NORM and args[0].is_meta and args[0].is_contiguous()
+        out = _group_norm(*args) if quick else func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
                 self._count(tensor)
@@ -68,6 +70,13 @@ class LiveBytes(TorchDispatchMode):
     def _free(self, key: int, size: int) -> None:
         if self._alive.pop(key, None) is not None:
             self.now -= size
+
+
+def _group_norm(
+    x: Tensor, weight: Any, bias: Any, batch: int, channels: int, area: int, groups: int, eps: float
+) -> Any:
+    """What torch gives on meta of a contiguous ``x``; it works that out in steps that take two fifths of a count."""
+    return torch.empty(x.shape, dtype=x.dtype, device="meta"), *(x.new_empty(batch, groups) for _ in range(2))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from opensora.models.build import build_on_meta
 from opensora.models.dc_ae.config import DCAEConfig
 from opensora.models.hunyuan_vae import HunyuanVAEConfig
 from opensora.models.vae.fitting import fit_tiling, smaller
-from opensora.models.vae.footprint import LiveBytes, cost_of
+from opensora.models.vae.footprint import GROUP_NORM, LiveBytes, cost_of
 from opensora.models.vae.tiling import Tiling
 from opensora.registry import MODELS, build_module
 from tests.unit.models.test_autoencoder_contract import SMALL
@@ -56,6 +56,20 @@ def test_bytes_alive_are_those_that_the_profiler_sees():
     assert live.peak == pytest.approx(tensor_bytes(run), rel=0.03), "what the profiler itself makes is in there"
     assert live.peak == 3 * x.nbytes
     assert live.now == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 8, 5), (1, 8, 3, 4, 6)])
+def test_group_norm_is_counted_as_torch_gives_it(shape, dtype):
+    """In the same order of memory, too: what follows copies it or not."""
+    x, weight = torch.empty(shape, dtype=dtype, device="meta"), torch.empty(8, dtype=dtype, device="meta")
+    for given in (x, x.transpose(-1, -2).contiguous().transpose(-1, -2)):
+        words = (given, weight, weight, shape[0], 8, given[0, 0].numel(), 4, 1e-5)
+        expected = GROUP_NORM(*words)
+        with LiveBytes() as live:
+            found = GROUP_NORM(*words)
+        assert [(a.shape, a.dtype, a.stride()) for a in found] == [(b.shape, b.dtype, b.stride()) for b in expected]
+        assert live.now == live.written == sum(part.nbytes for part in expected)
 
 
 @pytest.mark.parametrize("size", MEASURED)
