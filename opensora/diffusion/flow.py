@@ -5,6 +5,7 @@ al. 2024 (arXiv:2403.03206) the logit-normal times and the shift towards noise f
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -67,7 +68,7 @@ def get_schedule(
     Raises:
         UserError: no steps, or a shift that is not above 0.
     """
-    if not isinstance(num_steps, int) or num_steps < 1:
+    if not isinstance(num_steps, numbers.Integral) or num_steps < 1:
         raise UserError(f"num_steps {num_steps!r}: a schedule has 1 step or more")
     times = [1 - step / num_steps for step in range(num_steps + 1)]
     return shifted(times, image_seq_len, num_frames, shift, flow_shift)
