@@ -33,6 +33,7 @@ from tools.arguments import Bounded
 from tools.benchmark.cases import mmdit_config
 from tools.demo.analyse import psnr
 from tools.demo.evaluate import Case, Frames, generate, plan_cases, summarise
+from tools.demo.options import add_cases
 
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3)
 IMAGE, TEXT = 64, 16  # tokens of the two blocks
@@ -148,27 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/diffusion/inference/demo.py", help="inference config")
-    parser.add_argument(
-        "--num_seen",
-        type=int,
-        action=Bounded,
-        least=0,
-        most=10**5,
-        default=25,
-        help="videos of trained combinations, beside held-out ones",
-    )
-    parser.add_argument(
-        "--i2v", type=int, action=Bounded, least=0, most=10**5, default=20, help="videos that start from a picture"
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        action=Bounded,
-        least=0,
-        most=2**40,
-        default=42,
-        help="seed of the first video; the others count up",
-    )
+    add_cases(parser)
     parser.add_argument("--caches", nargs="+", default=["first_block"], help="kinds to measure")
     parser.add_argument(
         "--thresholds",
