@@ -53,10 +53,9 @@ def newest_of_experiment(cfg: TrainOptions | VaeTrainOptions) -> Path | None:
 
 
 def _check_free(folder: Path, resume_from: Path | None) -> None:
-    occupied = folder.is_dir() and any(folder.glob("epoch*-global_step*"))
-    if occupied and (resume_from is None or resume_from.resolve().parent != folder.resolve()):
+    found = next(folder.glob("epoch*-global_step*"), None) if folder.is_dir() else None
+    if found is not None and (resume_from is None or resume_from.resolve().parent != folder.resolve()):
         if not list_checkpoints(folder):
-            found = next(folder.glob("epoch*-global_step*"))
             raise UserError(f"{found} is no whole checkpoint: move it away, or give another --exp-name")
         raise UserError(f"{folder} already holds checkpoints: give another --exp-name, or resume with --load {folder}")
 

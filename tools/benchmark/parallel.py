@@ -240,51 +240,14 @@ def main(argv: list[str] | None = None) -> None:
         default=[2, 4],
         help="to measure with (default: 2 4)",
     )
-    parser.add_argument(
-        "--image",
-        type=int,
-        action=Bounded,
-        least=1,
-        most=10**6,
-        default=601,
-        help="image tokens to measure with (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--text",
-        type=int,
-        action=Bounded,
-        least=1,
-        most=10**6,
-        default=50,
-        help="text tokens to measure with (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--tflops",
-        type=float,
-        action=Bounded,
-        least=0.001,
-        most=1e6,
-        default=989.0,
-        help="peak of a device in bf16 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--inside",
-        type=float,
-        action=Bounded,
-        least=0.001,
-        most=1e6,
-        default=450.0,
-        help="GB/s inside a machine (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--between",
-        type=float,
-        action=Bounded,
-        least=0.001,
-        most=1e6,
-        default=50.0,
-        help="GB/s between machines (default: %(default)s)",
-    )
+    default = "(default: %(default)s)"
+    tokens: dict[str, Any] = {"type": int, "action": Bounded, "least": 1, "most": 10**6}
+    parser.add_argument("--image", **tokens, default=601, help=f"image tokens to measure with {default}")
+    parser.add_argument("--text", **tokens, default=50, help=f"text tokens to measure with {default}")
+    rate: dict[str, Any] = {"type": float, "action": Bounded, "least": 0.001, "most": 1e6}
+    parser.add_argument("--tflops", **rate, default=989.0, help=f"peak of a device in bf16 {default}")
+    parser.add_argument("--inside", **rate, default=450.0, help=f"GB/s inside a machine {default}")
+    parser.add_argument("--between", **rate, default=50.0, help=f"GB/s between machines {default}")
     args = parser.parse_args(argv)
     if args.processes:
         print("Bytes that a process sends per forward (small model, float32):\n")
